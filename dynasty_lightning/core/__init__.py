@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Formats, rounding, quantization and block GEMMs: functions and frozen dataclasses on torch. `docs/numerics.md` is the specification."""
