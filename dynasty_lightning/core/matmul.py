@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three GEMMs of a Linear or Conv layer over quantized operands: exact (one rounding) and fast (bf16 units)."""
+
+import math
+from dataclasses import replace
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import LayerGeometry
+from .quantize import QuantizedBlocks
+from .roles import Gemm
+
+FLOAT64_BITS: Final = 53
+"""Sums below 2**53 LSBs are exact in float64 in any order."""
+ACCUMULATOR_BITS: Final = 47
+"""Sums below 2**47 fit the core's 48-bit accumulator."""
+
+_CONV: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+# Outside these exponents bf16 units, which flush subnormals, or float32 products could leave the normal range.
+_SAFE_EXPONENTS: Final = (-30, 30)
+
+
+def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
+    """One GEMM in the operands' own type: FORWARD of (X, W), DGRAD of (E, W), WGRAD of (E, X), as in `READS`.
+
+    Args:
+        input_shape: X's shape, which DGRAD cannot tell from E's.
+    """
+    if geometry.kind == "linear":
+        if gemm is Gemm.FORWARD:
+            return F.linear(left, right)
+        if gemm is Gemm.DGRAD:
+            return (left.reshape(-1, left.shape[-1]) @ right).reshape(input_shape)
+        return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+    if gemm is Gemm.FORWARD:
+        conv = _CONV[len(geometry.taps)]
+        return conv(left, right, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    is_dgrad = gemm is Gemm.DGRAD
+    x = left.new_empty(1).expand(input_shape) if is_dgrad else right
+    weight = right if is_dgrad else left.new_empty(1).expand(geometry.weight_shape)
+    grads = torch.ops.aten.convolution_backward(
+        left, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.taps),
+        geometry.groups, [is_dgrad, not is_dgrad, False],
+    )  # fmt: skip
+    return grads[0] if is_dgrad else grads[1]  # type: ignore[no-any-return]
+
+
+def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[int, ...]) -> int:
+    """K: terms of one sum, padding included."""
+    if gemm is Gemm.FORWARD:
+        return math.prod(geometry.weight_shape[1:])
+    if gemm is Gemm.DGRAD:
+        return geometry.out_channels // geometry.groups * math.prod(geometry.taps)
+    return math.prod(output_shape) // geometry.out_channels
+
+
+def sum_bound(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, input_shape: tuple[int, ...], terms: int) -> float:
+    """Upper bound of |sum| over every partial sum: min(K max|a| max|b|, |row|_2 |col|_2), for integer operands in float64.
+
+    Source: DESIGN section 2, "Sums"; the second is Cauchy-Schwarz, which also holds for every subset of the terms.
+    """
+    plain = terms * float(left.abs().max()) * float(right.abs().max())
+    if plain < 2.0**ACCUMULATOR_BITS:
+        return plain
+    slack = 1 + 2.0**-20  # the norms themselves are rounded
+    squares = (left.square(), right.square())
+    if gemm is Gemm.WGRAD:
+        row = _channel_sums(squares[0], geometry).max()
+        column = _channel_sums(squares[1], geometry).max()
+    else:
+        group_in, taps = geometry.weight_shape[1], geometry.weight_shape[2:]
+        if gemm is Gemm.FORWARD:
+            ones_shape = (geometry.groups, group_in, *taps)
+            per_group, shape = replace(geometry, weight_shape=ones_shape), input_shape
+            column = squares[1].flatten(1).sum(1).max()
+        else:
+            ones_shape = (geometry.out_channels, 1, *taps)
+            per_group = replace(geometry, weight_shape=ones_shape)
+            axis = geometry.channel_axis % len(input_shape)
+            shape = tuple(geometry.groups if a == axis else n for a, n in enumerate(input_shape))
+            column = squares[1].view(geometry.groups, -1, group_in, math.prod(taps)).sum((1, 3)).max()
+        row = multiply(gemm, squares[0], left.new_ones(ones_shape), per_group, shape).max()
+    return min(plain, math.sqrt(float(row) * float(column)) * slack)
+
+
+def exact_gemm(
+    gemm: Gemm,
+    left: QuantizedBlocks,
+    right: QuantizedBlocks,
+    geometry: LayerGeometry,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    *,
+    limit_bits: int = FLOAT64_BITS,
+) -> Tensor:
+    """The exact sums of exact products, rounded once to float32 (nearest-even, subnormals kept, Inf on overflow).
+
+    Sums that could reach 2**limit_bits LSBs are split along K, added as integers and then rounded.
+
+    Raises:
+        ValueError: if one channel or sample alone could exceed the limit, or the whole sum 2**62.
+    """
+    if left.passthrough is not None or right.passthrough is not None:
+        return multiply(gemm, left.values(torch.float64), right.values(torch.float64), geometry, input_shape).float()
+    lsb = (left.finest_exponent(), right.finest_exponent())
+    a = left.values(torch.float64, shift=-lsb[0])
+    b = right.values(torch.float64, shift=-lsb[1])
+    terms = reduction_length(gemm, geometry, output_shape)
+    bound = sum_bound(gemm, a, b, geometry, input_shape, terms)
+    exponent = lsb[0] + lsb[1]
+    if bound < 2.0**limit_bits:
+        return (multiply(gemm, a, b, geometry, input_shape) * 2.0**exponent).float()
+    total: Tensor | None = None
+    axis, length = _split_axis(gemm, a, geometry)
+    largest = float(a.abs().max()) * float(b.abs().max())
+    slice_terms = terms / (length / geometry.groups if gemm is not Gemm.WGRAD else length)
+    per_part = int(2.0**limit_bits / (slice_terms * largest * 1.000001))
+    if per_part < 1 or bound >= 2.0**62:
+        raise ValueError(
+            f"a sum of {terms} products may reach {bound:.3g} LSBs: one slice must stay below 2**{limit_bits} and all below 2**62; "
+            "use smaller batches or positions"
+        )
+    for start in range(0, length, per_part):
+        # A masked operand keeps every shape and group as it is: parts are rare, so their speed does not matter.
+        part = torch.zeros_like(a)
+        window = (slice(None),) * axis + (slice(start, start + per_part),)
+        part[window] = a[window]
+        piece = multiply(gemm, part, b, geometry, input_shape).to(torch.int64)
+        total = piece if total is None else total + piece
+    assert total is not None
+    return round_once(total, exponent)
+
+
+def round_once(total: Tensor, exponent: int) -> Tensor:
+    """total * 2**exponent in float32, rounded once to nearest-even; int64 with |total| < 2**62."""
+    # 11 low bits become one sticky bit, so the value fits float64's 53 bits and still rounds to float32 as the whole would.
+    low = total & 0x7FF
+    folded = (total >> 11 << 1) | (low != 0)
+    small = total.abs() < 1 << FLOAT64_BITS
+    value = torch.where(small, total.double(), folded.double() * 2.0**10)
+    return (value * 2.0**exponent).float()
+
+
+def fast_gemm(
+    gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]
+) -> Tensor:
+    """The same operands on the fastest units that hold them without error; float32, within the bound of docs/numerics.md."""
+    dtype = fast_dtype(left.integers.device)
+    shifts = [0, 0]
+    if dtype == torch.bfloat16:
+        for i, operand in enumerate((left, right)):
+            if operand.passthrough is None and not _SAFE_EXPONENTS[0] <= operand.largest_exponent <= _SAFE_EXPONENTS[1]:
+                shifts[i] = -operand.largest_exponent if abs(operand.largest_exponent) < 1 << 12 else 0
+    if left.passthrough is not None or right.passthrough is not None:
+        dtype = torch.float32  # unquantized elements do not fit bfloat16
+    result = multiply(gemm, left.values(dtype, shift=shifts[0]), right.values(dtype, shift=shifts[1]), geometry, input_shape)
+    result = result.float()
+    undo = -(shifts[0] + shifts[1])
+    if undo:
+        result = (result.double() * 2.0**undo).float()
+    return result
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_units and torch.backends.mkldnn.is_available() else torch.float32
+
+
+def _channel_sums(squares: Tensor, geometry: LayerGeometry) -> Tensor:
+    return squares.movedim(geometry.channel_axis, 0).flatten(1).sum(1)
+
+
+def _split_axis(gemm: Gemm, left: Tensor, geometry: LayerGeometry) -> tuple[int, int]:
+    """Axis of the left operand that runs along K, and its length."""
+    axis = 0 if gemm is Gemm.WGRAD else geometry.channel_axis % left.ndim
+    return axis, left.shape[axis]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy asks of one operand: widths, or the finest LSB from which widths follow."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .formats import MAX_BITS, check_bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OperandPrecision:
+    """Widths of one operand of one layer: exactly one of `lsb_exponent` and `bits`.
+
+    Attributes:
+        lsb_exponent: int16, broadcasts to the grid: LSBs no finer than 2**lsb_exponent are needed.
+        bits: uint8, broadcasts to the grid: the width itself, 0 or in [2, 8].
+        least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets blocks be zero or dropped.
+
+    Raises:
+        ValueError: both or none given, or a width outside {0, 2..8}.
+    """
+
+    lsb_exponent: Tensor | int | None = None
+    bits: Tensor | int | None = None
+    least_bits: int = 0
+    most_bits: int = MAX_BITS
+
+    def __post_init__(self) -> None:
+        if (self.lsb_exponent is None) == (self.bits is None):
+            raise ValueError(f"give exactly one of lsb_exponent and bits, not {'none' if self.bits is None else 'both'}")
+        check_bits(self.least_bits, name="least_bits")
+        check_bits(self.most_bits, name="most_bits")
+        if self.most_bits == 0 or self.least_bits > self.most_bits:
+            raise ValueError(f"least_bits {self.least_bits} must not exceed most_bits {self.most_bits}, and most_bits not be 0")
+        if self.bits is not None:
+            bits = _integers(self.bits, "bits")
+            wrong = bits[(bits < 0) | (bits == 1) | (bits > MAX_BITS)]
+            if wrong.numel():
+                raise ValueError(f"bits must be 0 (block not computed) or in [2, {MAX_BITS}], not {int(wrong[0])}")
+            object.__setattr__(self, "bits", bits.to(torch.uint8))
+        else:
+            assert self.lsb_exponent is not None
+            lsb = _integers(self.lsb_exponent, "lsb_exponent")
+            if lsb.numel() and int(lsb.abs().max()) > 4096:
+                raise ValueError(f"lsb_exponent must lie in [-4096, 4096], not {int(lsb.min())} to {int(lsb.max())}")
+            object.__setattr__(self, "lsb_exponent", lsb.to(torch.int16))
+
+    @property
+    def values(self) -> Tensor:
+        """Whichever of `lsb_exponent` and `bits` is set."""
+        values = self.lsb_exponent if self.bits is None else self.bits
+        assert isinstance(values, Tensor)
+        return values
+
+    def to(self, device: torch.device | str) -> "OperandPrecision":
+        """The same on another device."""
+        moved = self.values.to(device)
+        if self.bits is None:
+            return OperandPrecision(lsb_exponent=moved, least_bits=self.least_bits, most_bits=self.most_bits)
+        return OperandPrecision(bits=moved, least_bits=self.least_bits, most_bits=self.most_bits)
+
+    def equals(self, other: "OperandPrecision") -> bool:
+        """True if both ask the same of every block."""
+        return (
+            (self.bits is None) == (other.bits is None)
+            and (self.least_bits, self.most_bits) == (other.least_bits, other.most_bits)
+            and torch.equal(self.values.cpu(), other.values.cpu())
+        )
+
+
+def _integers(values: Tensor | int, name: str) -> Tensor:
+    tensor = torch.as_tensor(values)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, not {tensor.dtype}")
+    return tensor

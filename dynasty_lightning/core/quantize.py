@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block quantization of one operand: width, scale, window, rounding, zero. `docs/numerics.md` is the specification."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockLayout
+from .formats import MAX_BITS, MAX_DROP_DEPTH, MIN_BITS, WINDOW, BlockTensor, check_bits
+from .random import StreamPosition, drop_code, stream_numbers
+from .roles import Role
+from .rounding import power_of_two, round_nearest, round_stochastic
+
+Scope = Literal["tensor", "sample", "row"]
+Rounding = Literal["nearest", "stochastic"]
+
+_NO_EXPONENT: Final = -(1 << 14)  # below every exponent, and small enough to add to in int32
+
+
+def quantize(
+    x: Tensor,
+    bits: int | Tensor | None = None,
+    *,
+    role: Role,
+    block_shape: tuple[int, int] = (4, 4),
+    width_group: tuple[int, int] | None = None,
+    channel_axis: int = 1,
+    lsb_exponent: int | Tensor | None = None,
+    least_bits: int = 0,
+    most_bits: int = MAX_BITS,
+    rounding: Rounding | None = None,
+    force_signed: bool = False,
+    stream: StreamPosition | None = None,
+    scope: Scope = "tensor",
+) -> BlockTensor:
+    """Quantize an operand block by block, at given widths or down to given LSBs.
+
+    Args:
+        x: floating point [N, .., C, ..]; axis 0 holds the block's rows. Types wider than float32 are refused.
+        bits: width of every block, or an integer tensor that broadcasts to the grid; 0 or in [2, 8].
+        role: what the operand is. X is unsigned where a block has no negative element; E rounds stochastically.
+        block_shape: rows x channels that share an exponent.
+        width_group: rows x channels that share a width, multiples of `block_shape`; None for none.
+        channel_axis: where the block's channels lie; 1 for a Conv, -1 for a Linear.
+        lsb_exponent: instead of `bits`: the finest LSB, 2**lsb_exponent, that the blocks need; int or integer tensor.
+        least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets blocks be zero or dropped.
+        rounding: None for the role's own.
+        force_signed: treat X blocks as signed whatever they hold.
+        stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
+        scope: what shares a window and a non-finite check: "tensor", one "sample", or one "row" (a sample at a position).
+
+    Raises:
+        ValueError: for an empty tensor, widths outside {0, 2..8}, both or none of `bits` and `lsb_exponent`, shapes that do not
+            broadcast to the grid, blocks that span rows where the scope does not.
+        TypeError: for a tensor that is not float32, bfloat16 or float16.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"an operand must be float32, bfloat16 or float16, not {x.dtype}: convert it with .float()")
+    if (bits is None) == (lsb_exponent is None):
+        raise ValueError(f"give exactly one of bits and lsb_exponent, not {'both' if bits is not None else 'none'}")
+    if least_bits > most_bits or check_bits(least_bits, name="least_bits") > check_bits(most_bits, name="most_bits") or most_bits == 0:
+        raise ValueError(f"least_bits {least_bits} must not exceed most_bits {most_bits}, and most_bits not be 0")
+    if scope not in ("tensor", "sample", "row"):
+        raise ValueError(f"scope must be 'tensor', 'sample' or 'row', not {scope!r}")
+    if rounding not in (None, "nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest', 'stochastic' or None, not {rounding!r}")
+    if scope != "tensor" and block_shape[0] != 1:
+        raise ValueError(f"scope {scope!r} needs blocks of one row, not {block_shape}: a block must not span scopes")
+    if min(block_shape) < 1:
+        raise ValueError(f"block_shape must be positive, not {block_shape}")
+    layout = BlockLayout(shape=tuple(x.shape), block_shape=tuple(block_shape), channel_axis=channel_axis % x.ndim if x.ndim else 0)
+    if width_group is not None and any(g < b or g % b for g, b in zip(width_group, block_shape, strict=True)):
+        raise ValueError(f"width_group {width_group} must be a multiple of block_shape {block_shape}")
+    request = bits if bits is not None else lsb_exponent
+    if bits is not None:
+        _check_widths(bits)
+    assert request is not None
+    grid_request = _to_grid(request, layout, x.device, "bits" if bits is not None else "lsb_exponent")
+    quantized = quantize_blocks(
+        x.detach().float(),
+        layout,
+        bits=grid_request if bits is not None else None,
+        lsb_exponent=grid_request if bits is None else None,
+        role=role,
+        least_bits=least_bits,
+        most_bits=most_bits,
+        width_group=width_group,
+        stochastic=role is Role.ERROR if rounding is None else rounding == "stochastic",
+        force_signed=force_signed,
+        stream=stream or StreamPosition(),
+        scope=scope,
+    )
+    return quantized.block_tensor()
+
+
+def dequantize(blocks: BlockTensor, dtype: torch.dtype = torch.float32, *, shift: int = 0) -> Tensor:
+    """See `BlockTensor.dequantize`."""
+    layout = BlockLayout(shape=tuple(blocks.mantissas.shape), block_shape=blocks.block_shape, channel_axis=blocks.channel_axis)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = _scale(layout, blocks.mantissas.to(wide), blocks.scale_exponents.to(torch.int32) + shift).to(dtype)
+    if blocks.passthrough is not None:
+        assert blocks.finite is not None
+        factor = 2.0**shift
+        values = torch.where(blocks.finite, values, (blocks.passthrough.double() * factor).to(dtype))
+    return values
+
+
+@dataclass(slots=True, kw_only=True)
+class QuantizedBlocks:
+    """What the quantizer leaves, before it is packed: integers still in float32, of the operand's shape."""
+
+    layout: BlockLayout
+    integers: Tensor
+    scale_exponents: Tensor
+    bits: Tensor
+    signed: Tensor
+    occupied: Tensor
+    largest_exponent: int
+    passthrough: Tensor | None
+    finite: Tensor | None
+
+    def block_tensor(self) -> BlockTensor:
+        return BlockTensor(
+            mantissas=self.integers.to(torch.int16),
+            scale_exponents=self.scale_exponents.to(torch.int16),
+            bits=self.bits.to(torch.uint8),
+            signed=self.signed,
+            occupied=self.occupied,
+            block_shape=self.layout.block_shape,
+            channel_axis=self.layout.channel_axis,
+            passthrough=self.passthrough,
+            finite=self.finite,
+        )
+
+    def finest_exponent(self) -> int:
+        """The smallest scale_exponent of the blocks that are not zero; 0 if all are."""
+        active = self.bits > 0
+        return int(self.scale_exponents[active].min()) if bool(active.any()) else 0
+
+    def values(self, dtype: torch.dtype, *, shift: int = 0) -> Tensor:
+        """The dequantized operand times 2**shift, as `BlockTensor.dequantize` gives it."""
+        if dtype == torch.float64 or self.passthrough is not None:
+            return dequantize(self.block_tensor(), dtype, shift=shift)
+        return _scale(self.layout, self.integers, self.scale_exponents + shift).to(dtype)
+
+
+def quantize_blocks(
+    x: Tensor,
+    layout: BlockLayout,
+    *,
+    bits: Tensor | None,
+    lsb_exponent: Tensor | None,
+    role: Role,
+    least_bits: int,
+    most_bits: int,
+    width_group: tuple[int, int] | None,
+    stochastic: bool,
+    force_signed: bool,
+    stream: StreamPosition,
+    scope: Scope,
+) -> QuantizedBlocks:
+    """`quantize` after its checks: float32 operand, int32 requests that broadcast to the grid."""
+    blocks = layout.split(x)
+    largest, smallest = layout.amax(blocks), layout.amin(blocks)
+    peak = torch.maximum(largest, -smallest)
+    passthrough = finite = None
+    if not bool(peak.isfinite().all()):
+        finite_blocks = _over_scope(peak.isfinite(), layout, scope, torch.amin)
+        passthrough, finite = x, finite_blocks
+        blocks = layout.split(torch.where(finite, x, 0.0))
+        largest, smallest = layout.amax(blocks), layout.amin(blocks)
+        peak = torch.maximum(largest, -smallest)
+    occupied = peak > 0
+    # frexp, not log2: float32 log2 rounds the value just below 2**k up to k. peak = fraction * 2**(exponent + 1).
+    fraction, exponent = torch.frexp(peak)
+    exponent = exponent.to(torch.int32) - 1
+    signed = smallest < 0 if role is Role.ACTIVATION and not force_signed else torch.ones_like(occupied)
+    sign = signed.to(torch.int32)
+
+    # Width.
+    depth: Tensor | None = None
+    kept_by_drop: Tensor | None = None
+    if bits is not None:
+        width = torch.where(occupied, bits, 0)
+    else:
+        assert lsb_exponent is not None
+        above = exponent - lsb_exponent
+        width = (above + 1 + sign).clamp_(max(least_bits, MIN_BITS), most_bits)
+        below = above < 0
+        if least_bits:
+            width = torch.where(below, least_bits, width)
+        elif stochastic and role is Role.ERROR:
+            depth = torch.where(below, (-above).clamp(max=MAX_DROP_DEPTH), 0)
+            numbers = stream_numbers(stream, drop_code(role), depth.numel(), device=x.device).view(depth.shape)
+            kept = numbers < torch.full_like(depth, 1 << 16).bitwise_right_shift(depth)
+            kept_by_drop = below & kept
+            width = torch.where(below, torch.where(kept, MIN_BITS, 0), width)
+            depth = torch.where(kept_by_drop, depth, 0)
+            exponent = exponent + depth
+        else:
+            width = torch.where(below, 0, width)
+        width = torch.where(occupied, width, 0)
+    if width_group is not None:
+        width = _share_widths(width, layout, width_group)
+
+    # Scale.
+    magnitude_bits = width - sign
+    scale_exponent = exponent + 1 - magnitude_bits
+    if stochastic:
+        # peak * 2**depth > (2**p - 1) * 2**s, as fractions of 2**(exponent + 1): both sides are exact.
+        scale_exponent += fraction > 1.0 - power_of_two(-magnitude_bits)
+        if kept_by_drop is not None:
+            scale_exponent = torch.where(kept_by_drop, torch.maximum(scale_exponent, lsb_exponent), scale_exponent)
+
+    # Window.
+    stored = torch.where(width > 0, exponent, _NO_EXPONENT)
+    ceiling = _over_scope(stored, layout, scope, torch.amax)
+    scale_exponent = torch.maximum(scale_exponent, ceiling - (WINDOW + 7) + sign)
+
+    # Mantissa.
+    active = width > 0
+    shift = (depth if depth is not None else 0) - scale_exponent
+    shift = torch.where(active, shift, 0)
+    scaled = _scale_blocks(layout, blocks, shift, active)
+    if stochastic:
+        numbers = stream_numbers(stream, int(role), x.numel(), device=x.device).view(x.shape)
+        integers = round_stochastic(scaled, layout.split(numbers))
+        nonzero = layout.amax(integers.abs()) > 0
+    else:
+        limit = power_of_two(magnitude_bits.clamp(min=0)) - 1
+        integers = round_nearest(scaled, layout.spread(limit))
+        # The largest element alone decides: it rounds to zero only where the window lifted the LSB above twice its size.
+        nonzero = active & (fraction.double() * power_of_two(exponent + 1 - scale_exponent, torch.float64) > 0.5)
+
+    # Zero.
+    active = active & nonzero
+    return QuantizedBlocks(
+        layout=layout,
+        integers=layout.join(integers),
+        scale_exponents=torch.where(active, scale_exponent, 0),
+        bits=torch.where(active, width, 0),
+        signed=signed & active,
+        occupied=occupied,
+        largest_exponent=int(ceiling.max()),
+        passthrough=passthrough,
+        finite=finite,
+    )
+
+
+def _over_scope(grid: Tensor, layout: BlockLayout, scope: Scope, reduce: object) -> Tensor:
+    """Reduce a grid over each scope, kept broadcastable to grid and operand (scopes never end inside a block)."""
+    if scope == "tensor":
+        axes = list(range(grid.ndim))
+    elif scope == "sample":
+        axes = list(range(1, grid.ndim))
+    else:
+        axes = [layout.channel_axis]
+    return reduce(grid.to(torch.int32), axes, keepdim=True).to(grid.dtype)  # type: ignore[operator,no-any-return]
+
+
+def _share_widths(width: Tensor, layout: BlockLayout, width_group: tuple[int, int]) -> Tensor:
+    """Every block that is not zero takes the largest width of its group."""
+    group = (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
+    groups = BlockLayout(shape=layout.grid_shape, block_shape=group, channel_axis=layout.channel_axis)
+    split = groups.split(width)
+    return torch.where(width > 0, groups.join(groups.spread(groups.amax(split)).expand(split.shape)), 0)
+
+
+def _scale_blocks(layout: BlockLayout, blocks: Tensor, exponents: Tensor, active: Tensor | None = None) -> Tensor:
+    """blocks * 2**exponents, a new tensor, and zero where not `active`. One exact factor where float32 has it, else two."""
+    low, high = (int(v) for v in torch.aminmax(exponents))
+    wide = blocks.dtype == torch.float64
+    if wide or (-126 <= low and high <= 127):
+        factor = power_of_two(exponents, blocks.dtype)
+        if active is not None:
+            factor = factor * active
+        return blocks * layout.spread(factor)
+    # The first factor brings x near 1 before the second can overflow; see the tests at both ends of float32.
+    half = exponents // 2
+    first = power_of_two(half, blocks.dtype)
+    second = power_of_two(exponents - half, blocks.dtype)
+    if active is not None:
+        second = second * active
+    return blocks * layout.spread(first) * layout.spread(second)
+
+
+def _scale(layout: BlockLayout, values: Tensor, exponents: Tensor) -> Tensor:
+    """values * 2**exponents block by block, for a tensor of the layout's shape."""
+    return layout.join(_scale_blocks(layout, layout.split(values), exponents))
+
+
+def _check_widths(bits: int | Tensor) -> None:
+    if isinstance(bits, int):
+        check_bits(bits)
+        return
+    if bits.is_floating_point() or bits.dtype == torch.bool:
+        raise ValueError(f"bits must be an integer tensor, not {bits.dtype}")
+    if bits.numel():
+        low, high = (int(v) for v in torch.aminmax(bits))
+        if low < 0 or high > MAX_BITS or bool((bits == 1).any()):
+            raise ValueError(f"bits must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not values from {low} to {high}")
+
+
+def _to_grid(request: int | Tensor, layout: BlockLayout, device: torch.device, name: str) -> Tensor:
+    tensor = torch.as_tensor(request, device=device)
+    if tensor.is_floating_point():
+        raise ValueError(f"{name} must be an integer tensor, not {tensor.dtype}")
+    tensor = tensor.to(torch.int32)
+    try:
+        fits = torch.broadcast_shapes(tensor.shape, layout.grid_shape) == layout.grid_shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to the grid {layout.grid_shape} of an operand {layout.shape}")
+    return tensor

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swaps Linear and Conv layers in place, and says what was swapped and what was not, and why."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..core.formats import BlockFormat
+from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, dynamic_layers, geometry_of
+from .plan import LayerPlan, Mode
+
+_GEMM_TYPES = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """What `convert` did. `converted` and `skipped` hold (layer name, class) and (layer name, class, reason)."""
+
+    converted: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str, str], ...]
+    stream: StreamState = field(repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.converted)} layers train in dynamic precision, {len(self.skipped)} do not:"]
+        lines += [f"  {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
+        return "\n".join(lines) if self.skipped else lines[0].split(",")[0]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    mode: Mode = "fast",
+    block_shape: tuple[int, int] = (4, 4),
+    width_group: tuple[int, int] | None = None,
+    exclude: Collection[str] = (),
+    seed: int = 0,
+    rank: int = 0,
+) -> ConversionReport:
+    """Make every nn.Linear and nn.Conv1d/2d/3d of `model` train in block-wise precision (8 bits until told otherwise), in place.
+
+    Converting again is harmless: layers that are converted stay as they are, and the report names them too.
+    Without a Trainer call `report.stream.advance()` after each backward pass.
+
+    Args:
+        exclude: layer names or patterns (`fnmatch`) that stay as they are.
+        seed, rank: key of the random stream.
+
+    Raises:
+        ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model is converted in another format.
+    """
+    block_format = BlockFormat(block_shape=block_shape, width_group=width_group)
+    names = [name for name, _ in model.named_modules()]
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"exclude pattern {pattern!r} matches no layer; layers: {', '.join(n for n in names if n) or '(none)'}")
+    earlier = dynamic_layers(model)
+    for layer in earlier.values():
+        if (layer.plan.format, layer.plan.mode) != (block_format, mode):
+            raise ValueError(
+                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}; "
+                f"asked for {block_format}, mode {mode!r}: convert a fresh copy of the model"
+            )
+    stream = next((layer.stream for layer in earlier.values()), None) or StreamState(seed, rank)
+    converted: list[tuple[str, str]] = []
+    skipped: list[tuple[str, str, str]] = []
+    inside_attention: set[str] = set()
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, DynamicLayer):
+            converted.append((name, kind))
+            continue
+        if any(name.startswith(prefix + ".") for prefix in inside_attention):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.add(name)
+        if isinstance(module, nn.TransformerEncoder):
+            # Its nested-tensor path feeds layers what only the fused kernel takes.
+            module.enable_nested_tensor = module.use_nested_tensor = False
+        reason = _reason_to_skip(name, module, exclude)
+        if reason:
+            skipped.append((name, kind, reason))
+        elif type(module) in CONVERTED_TYPES:
+            plan = LayerPlan(geometry=geometry_of(module), format=block_format, mode=mode, layer_index=len(stream.calls))
+            stream.calls = torch.cat([stream.calls, stream.calls.new_zeros(1)])
+            _swap(module, name, plan, stream)
+            converted.append((name, kind))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not module._forward_hooks:
+            # In eval its fused kernel would bypass the converted Linear layers; it stands back where a hook is registered.
+            module.register_forward_hook(_no_op)
+    if not converted:
+        reasons = "; ".join(f"{n} ({k}): {r}" for n, k, r in skipped) or "it has no Linear or Conv layer"
+        raise ValueError(f"nothing to convert in {type(model).__name__}: {reasons}")
+    return ConversionReport(converted=tuple(converted), skipped=tuple(skipped), stream=stream)
+
+
+def _no_op(*_: Any) -> None:
+    return None
+
+
+def _swap(module: nn.Module, name: str, plan: LayerPlan, stream: StreamState) -> None:
+    module.__class__ = CONVERTED_TYPES[type(module)]
+    assert isinstance(module, DynamicLayer)
+    module.adopt(name=name, plan=plan, stream=stream)
+
+
+def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> str | None:
+    if not isinstance(module, _GEMM_TYPES):
+        return None
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded by name"
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed anew at every access"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        return "lazy: run one batch through the model before the Trainer"
+    if isinstance(module, nn.MultiheadAttention):
+        return "uses its weights directly; dynasty_lightning.nn.MultiheadAttention is a drop-in replacement"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "recurrent layers run in fused kernels that cannot be quantized"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return "transposed convolutions are not supported"
+    if type(module) not in CONVERTED_TYPES:
+        return "a subclass with a forward of its own"
+    if "weight" not in module._parameters:
+        return "its weight is computed by a hook (weight_norm, spectral_norm, pruning)"
+    weight = module._parameters["weight"]
+    assert weight is not None
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}: converted layers keep float32 master weights"
+    if weight.numel() == 0:
+        return "its weight is empty"
+    return None

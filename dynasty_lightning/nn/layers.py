@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converted layers: nn.Linear and nn.Conv1d/2d/3d whose three GEMMs read quantized operands.
+
+A layer becomes one by `module.__class__ = ...`, so parameters, ties, `isinstance` and `state_dict` keys stay as they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.blocks import BlockLayout
+from ..core.geometry import LayerGeometry
+from ..core.precision import OperandPrecision
+from ..core.roles import Gemm, Role
+from .ops import header_bits, header_occupied, layer_forward, observation_shapes, settings_of
+from .plan import LayerPlan
+
+_REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
+_DEFAULT_BITS: Final = 8
+
+
+class StreamState:
+    """Where the random stream of a model stands: seed, rank, backward passes so far, forward calls of each layer since the last.
+
+    One object is shared by all layers of a model; `advance` belongs after each backward (the precision plugin calls it).
+    """
+
+    def __init__(self, seed: int = 0, rank: int = 0, layers: int = 0) -> None:
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
+        self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64)
+        self.calls = torch.zeros(layers, dtype=torch.int64)
+
+    @property
+    def backward_count(self) -> int:
+        return int(self.counters[2])
+
+    def position(self, layer_index: int) -> Tensor:
+        """int64 [seed, rank, backward_count, call_index] of a layer's next call, which it counts."""
+        position = torch.cat([self.counters, self.calls[layer_index : layer_index + 1]])
+        self.calls[layer_index] += 1
+        return position
+
+    def advance(self) -> None:
+        """Count a backward pass."""
+        self.counters[2] += 1
+        self.calls.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and counts; the rank belongs to the process, not to the checkpoint."""
+        return {"seed": int(self.counters[0]), "backward_count": self.backward_count, "calls": self.calls.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.counters[0], self.counters[2] = state["seed"], state["backward_count"]
+        self.calls.copy_(torch.tensor(state["calls"], dtype=torch.int64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerObservation:
+    """What one training step of a layer showed; grids and maps as in docs/architecture.md."""
+
+    geometry: LayerGeometry
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    has_dgrad: bool
+    bits: Mapping[Role, Tensor]
+    occupied: Mapping[Role, Tensor]
+    nonfinite: Mapping[Role, int]
+    x_square: Tensor
+    e_square: Tensor
+    dx_square: Tensor
+    w_square: Tensor
+    dw_square: Tensor
+    first_columns: Tensor | None
+
+
+class DynamicLayer(nn.Module):
+    """What every converted layer has beside its own class. Made by `adopt`, never constructed."""
+
+    weight: Tensor
+    bias: Tensor | None
+    layer_name: str
+    plan: LayerPlan
+    stream: StreamState
+    observing: bool
+
+    def adopt(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
+        """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
+        self.layer_name, self.plan, self.stream = name, plan, stream
+        self.observing = False
+        self._observed: list[Tensor] = []
+        self._observed_input: tuple[tuple[int, ...], bool] | None = None
+        self._settings = [v for _ in Role for v in settings_of(None)]
+        for role in Role:
+            default = torch.tensor(_DEFAULT_BITS, dtype=torch.uint8, device=self.weight.device)
+            self.register_buffer(_REQUESTS[role], default, persistent=False)
+        self._precision: dict[Role, OperandPrecision] = {}
+
+    @property
+    def geometry(self) -> LayerGeometry:
+        return self.plan.geometry
+
+    @property
+    def layer_index(self) -> int:
+        return self.plan.layer_index
+
+    def set_precision(self, role: Role, precision: OperandPrecision | None) -> None:
+        """Ask for an operand's widths from the next step on; None is 8 bits.
+
+        Raises:
+            ValueError: W's shape does not broadcast to its grid, or blocks that re-quantize are given more than one width.
+        """
+        if precision is not None:
+            values = precision.values
+            if self.plan.format.requantizes and (values.numel() != 1 or precision.bits is None):
+                raise ValueError(f"blocks {self.plan.format.block_shape} re-quantize for each GEMM and take one fixed width, not a map")
+            if role is Role.WEIGHT:
+                grid = self.grid_shape(Role.WEIGHT)
+                if torch.broadcast_shapes(values.shape, grid) != grid if _broadcasts(values.shape, grid) else True:
+                    raise ValueError(f"{self.layer_name}: W's map of shape {tuple(values.shape)} does not broadcast to its grid {grid}")
+            elif values.ndim and not self._fits(role, tuple(values.shape)):
+                raise ValueError(
+                    f"{self.layer_name}: {role.letter}'s map has shape {tuple(values.shape)}, not row axis 1, any positions and "
+                    f"{self._channel_blocks(role)} channel blocks on axis {self.geometry.channel_axis}"
+                )
+            self._precision[role] = precision
+        else:
+            self._precision.pop(role, None)
+        request = torch.tensor(_DEFAULT_BITS, dtype=torch.uint8) if precision is None else precision.values
+        setattr(self, _REQUESTS[role], request.to(self.weight.device))
+        self._settings[3 * role : 3 * role + 3] = settings_of(precision)
+
+    def get_precision(self, role: Role) -> OperandPrecision | None:
+        """What `set_precision` was given last."""
+        return self._precision.get(role)
+
+    def grid_shape(self, role: Role, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Grid of an operand of `shape` in training; W's shape is known."""
+        shape = self.plan.weight_shape() if role is Role.WEIGHT else shape
+        if shape is None:
+            raise ValueError(f"the grid of {role.letter} needs the operand's shape")
+        return self.plan.layout(role, shape, Gemm.FORWARD).grid_shape
+
+    def observation(self) -> LayerObservation | None:
+        """The last training step recorded while `observing` was true; None if there was none since `clear_observation`."""
+        if not self._observed or self._observed_input is None or not bool(self._observed[-1][0]):
+            return None
+        shape, has_dgrad = self._observed_input
+        x, w, e, *squares, counts = self._observed
+        headers = dict(zip(Role, (x, w, e), strict=True))
+        return LayerObservation(
+            geometry=self.geometry,
+            input_shape=shape,
+            output_shape=self.plan.output_shape(shape),
+            has_dgrad=has_dgrad,
+            bits={r: header_bits(h) for r, h in headers.items()},
+            occupied={r: header_occupied(h) for r, h in headers.items()},
+            nonfinite=dict(zip(Role, (int(c) for c in counts[1:]), strict=True)),
+            **dict(zip(("x_square", "e_square", "dx_square", "w_square", "dw_square"), squares, strict=True)),
+            first_columns=None if self.plan.band is None else self.plan.band.first_columns,
+        )
+
+    def clear_observation(self) -> None:
+        """Forget the last observation, not its buffers."""
+        if self._observed:
+            self._observed[-1].zero_()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """X Wt of a batch that is padded as far as it must be; bias is the caller's."""
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(f"{self.layer_name}: torch.func transforms of converted layers are not supported; exclude the layer")
+        if x.numel() == 0:
+            raise ValueError(f"{self.layer_name}: an empty batch (shape {tuple(x.shape)}) has nothing to quantize; drop empty batches")
+        if x.dtype == torch.float64 or not x.is_floating_point():
+            raise TypeError(f"{self.layer_name}: converted layers take float32, bfloat16 or float16, not {x.dtype}")
+        channels = x.shape[self.geometry.channel_axis]
+        if channels != self.geometry.in_channels:
+            raise ValueError(f"{self.layer_name} reads {self.geometry.in_channels} channels, not {channels} (input {tuple(x.shape)})")
+        keep = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        shape = tuple(x.shape)
+        observation: list[Tensor] = []
+        if keep and self.observing:
+            observation = self._observation_buffers(shape, x.requires_grad)
+        return layer_forward(  # type: ignore[no-any-return]
+            x,
+            self.weight,
+            self._request(Role.ACTIVATION, shape),
+            self.dynasty_w_request,
+            self._request(Role.ERROR, self.plan.output_shape(shape)),
+            self.stream.position(self.layer_index) if keep else self.stream.counters,
+            observation,
+            self._settings,
+            self.plan.key,
+            self.training or keep,
+            keep,
+        )[0]
+
+    def _request(self, role: Role, shape: tuple[int, ...]) -> Tensor:
+        """The map for an operand of `shape`; one value for each channel block where the positions are not those of the map."""
+        request: Tensor = getattr(self, _REQUESTS[role])
+        if request.ndim == 0:
+            return request
+        positions = [a for a in range(1, request.ndim) if a != self.geometry.channel_axis % request.ndim]
+        if request.ndim == len(shape) and all(request.shape[a] in (1, shape[a]) for a in positions):
+            return request
+        channel_first = request.movedim(self.geometry.channel_axis, 0).flatten(1)
+        coarse = channel_first.amin(1) if self._settings[3 * role] else channel_first.amax(1)
+        axis = self.geometry.channel_axis % len(shape)
+        return coarse.view([-1 if a == axis else 1 for a in range(len(shape))])
+
+    def _observation_buffers(self, shape: tuple[int, ...], has_dgrad: bool) -> list[Tensor]:
+        if not self._observed or (self._observed_input is not None and self._observed_input[0] != shape and shape[0] >= self._observed_input[0][0]):
+            shapes = observation_shapes(self.plan, shape)
+            with torch.inference_mode(False):
+                self._observed = [
+                    torch.zeros(s, dtype=torch.uint8 if n.endswith("header") else torch.float32, device=self.weight.device)
+                    for n, s in shapes.items()
+                ]
+        if self._observed_input is None or shape[0] >= self._observed_input[0][0]:
+            self._observed_input = (shape, has_dgrad)
+        return self._observed
+
+    def _channel_blocks(self, role: Role) -> int:
+        channels = self.geometry.in_channels if role is Role.ACTIVATION else self.geometry.out_channels
+        return -(-channels // self.plan.format.block_shape[1])
+
+    def _fits(self, role: Role, shape: tuple[int, ...]) -> bool:
+        axis = self.geometry.channel_axis
+        return len(shape) >= 2 and shape[0] == 1 and shape[axis] in (1, self._channel_blocks(role))
+
+
+def _broadcasts(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
+    try:
+        torch.broadcast_shapes(shape, grid)
+    except RuntimeError:
+        return False
+    return True
+
+
+class BlockLinear(DynamicLayer, nn.Linear):
+    """nn.Linear in dynamic precision; blocks are rows of the batch x features at one token."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        batch = input.unsqueeze(0) if input.ndim == 1 else input
+        output = self.multiply(batch)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.squeeze(0) if input.ndim == 1 else output
+
+
+class _BlockConv(DynamicLayer, nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        spatial = len(self.kernel_size)
+        batch = input.unsqueeze(0) if input.ndim == spatial + 1 else input
+        if batch.ndim != spatial + 2:
+            raise ValueError(f"{self.layer_name} takes {spatial + 1} or {spatial + 2} axes, not {input.ndim} (input {tuple(input.shape)})")
+        if pads_explicitly(self):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            batch = F.pad(batch, self._reversed_padding_repeated_twice, mode=mode)
+        output = self.multiply(batch)
+        if self.bias is not None:
+            output = output + self.bias.view(-1, *[1] * spatial)
+        return output.squeeze(0) if input.ndim == spatial + 1 else output
+
+
+class BlockConv1d(_BlockConv, nn.Conv1d):
+    """nn.Conv1d in dynamic precision; blocks are samples x channels at one position."""
+
+
+class BlockConv2d(_BlockConv, nn.Conv2d):
+    """nn.Conv2d in dynamic precision; blocks are samples x channels at one pixel."""
+
+
+class BlockConv3d(_BlockConv, nn.Conv3d):
+    """nn.Conv3d in dynamic precision; blocks are samples x channels at one voxel."""
+
+
+CONVERTED_TYPES: Final[Mapping[type[nn.Module], type[DynamicLayer]]] = {
+    nn.Linear: BlockLinear,
+    nn.Conv1d: BlockConv1d,
+    nn.Conv2d: BlockConv2d,
+    nn.Conv3d: BlockConv3d,
+}
+
+
+def pads_explicitly(conv: nn.modules.conv._ConvNd) -> bool:
+    """True where the input is padded before it is quantized: not with zeros, or not alike on both sides."""
+    if conv.padding_mode != "zeros":
+        return True
+    pairs = conv._reversed_padding_repeated_twice
+    return conv.padding == "same" and any(pairs[i] != pairs[i + 1] for i in range(0, len(pairs), 2))
+
+
+def geometry_of(module: nn.Module) -> LayerGeometry:
+    """The geometry of an nn.Linear or nn.Conv, explicit padding taken out."""
+    if isinstance(module, nn.Linear):
+        return LayerGeometry(kind="linear", weight_shape=tuple(module.weight.shape))
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    spatial = len(module.kernel_size)
+    padding: tuple[int, ...] = (0,) * spatial
+    if not pads_explicitly(module):
+        # Last axis first, each side; alike on both sides here.
+        padding = tuple(module._reversed_padding_repeated_twice[::2])[::-1]
+        if module.padding == "valid":
+            padding = (0,) * spatial
+    return LayerGeometry(
+        kind="conv",
+        weight_shape=tuple(module.weight.shape),
+        stride=tuple(module.stride),
+        padding=padding,
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+    )
+
+
+def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
+    """Converted layers by name, in the order of conversion; a layer used under two names stands once."""
+    found = {m.layer_name: m for m in model.modules() if isinstance(m, DynamicLayer)}
+    return dict(sorted(found.items(), key=lambda item: item[1].layer_index))
+
+
+__all__ = [
+    "CONVERTED_TYPES", "BlockConv1d", "BlockConv2d", "BlockConv3d", "BlockLayout", "BlockLinear", "DynamicLayer", "LayerObservation",
+    "StreamState", "dynamic_layers", "geometry_of",
+]  # fmt: skip

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about a layer's GEMMs that does not change from step to step, in a form that an operator argument can carry."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import Literal
+
+from ..core.blocks import BandedWeight, BlockLayout
+from ..core.formats import BlockFormat
+from ..core.geometry import LayerGeometry
+from ..core.roles import Gemm, Role
+
+Mode = Literal["fast", "exact"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse."""
+
+    geometry: LayerGeometry
+    format: BlockFormat = field(default_factory=BlockFormat)
+    mode: Mode = "fast"
+    layer_index: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("fast", "exact"):
+            raise ValueError(f"mode must be 'fast' or 'exact', not {self.mode!r}")
+
+    @cached_property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def from_key(key: str) -> "LayerPlan":
+        data = json.loads(key)
+        geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
+        block_format = {k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()}
+        return LayerPlan(
+            geometry=LayerGeometry(**geometry),
+            format=BlockFormat(**block_format),
+            mode=data["mode"],
+            layer_index=data["layer_index"],
+        )
+
+    @cached_property
+    def band(self) -> BandedWeight | None:
+        """The embedding of a grouped weight; None without groups."""
+        if self.geometry.groups == 1:
+            return None
+        return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape)
+
+    def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:
+        """Rows x channels of a block of `role` as `gemm` reads it."""
+        rows, channels = self.format.block_shape
+        if self.format.requantizes and (gemm, role) in _ROWS_CONTRACTED:
+            return channels, rows
+        if not training and role is not Role.WEIGHT:
+            return 1, channels
+        return rows, channels
+
+    def width_group(self, role: Role, *, training: bool = True) -> tuple[int, int] | None:
+        if self.format.width_group is None or training or role is Role.WEIGHT:
+            return self.format.width_group
+        return 1, self.format.width_group[1]
+
+    def layout(self, role: Role, shape: tuple[int, ...], gemm: Gemm, *, training: bool = True) -> BlockLayout:
+        """How an operand of `shape` (banded for a grouped W) is cut for `gemm`."""
+        axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
+        return BlockLayout(shape=shape, block_shape=self.block_shape(role, gemm, training=training), channel_axis=axis)
+
+    def weight_shape(self) -> tuple[int, ...]:
+        """W's shape as it is cut into blocks."""
+        return self.geometry.weight_shape if self.band is None else self.band.shape
+
+    def output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        g = self.geometry
+        if g.kind == "linear":
+            return (*input_shape[:-1], g.out_channels)
+        spatial = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(input_shape[2:], g.padding, g.dilation, g.taps, g.stride, strict=True)
+        )
+        return (input_shape[0], g.out_channels, *spatial)
+
+
+# Where a GEMM contracts the operand's rows: W in DGRAD; X and E in WGRAD.
+_ROWS_CONTRACTED = frozenset({(Gemm.DGRAD, Role.WEIGHT), (Gemm.WGRAD, Role.ACTIVATION), (Gemm.WGRAD, Role.ERROR)})
