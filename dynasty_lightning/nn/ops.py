@@ -272,7 +272,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
     e_request, position, *rest = ctx.saved_tensors
     x_packed, w_packed, (x_header, w_header), observation = rest[:4], rest[4:8], rest[8:10], ctx.observation
     observing = bool(observation)
@@ -286,8 +286,10 @@ def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (
         dx.to(ctx.dtypes[0]) if need_dx else None,
         dw.to(ctx.dtypes[1]) if need_dw else None,
-        *[None] * 9,
-    )
+        *[None] * 4,
+        [None] * len(observation),
+        *[None] * 4,
+    )  # fmt: skip
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a noise budget."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from ..core.formats import check_bits
+from ..core.precision import OperandPrecision
+from ..core.roles import Role
+from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
+from .sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+
+Entries = dict[str, dict[Role, OperandPrecision]]
+
+GREATEST_SPEEDUP: Final = 16.0
+"""8 x 8 over 2 x 2 bits; beyond it only zero blocks help, which no policy can promise."""
+_MAX_LOG_STEP: Final = 1.5
+_COST_GAIN: Final = 2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
+_NOISE_GAIN: Final = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one analysis hands to a policy.
+
+    Attributes:
+        layers: observations by layer name, in order of depth.
+        loss: smoothed training loss; only its size matters.
+        speedup: measured now, in the currency of the target.
+        target_speedup: what the rest of the run needs so that the whole run meets its target; None without one.
+    """
+
+    layers: Mapping[str, LayerStatistics]
+    loss: float
+    speedup: float
+    target_speedup: float | None
+
+
+class Policy(Protocol):
+    """Statistics in, map out, state saved."""
+
+    name: str
+    needs_statistics: bool
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        """The map before anything is measured, by layer name."""
+        ...
+
+    def update(self, measurement: Measurement) -> Entries:
+        """The map for the next interval."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class UniformPolicy:
+    """Fixed widths: one for all, or one for each role."""
+
+    bits: int | Mapping[str, int] = 8
+    name: str = "uniform"
+    needs_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(self.bits)
+        self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        return {name: {role: OperandPrecision(bits=bits) for role, bits in self._bits.items()} for name in layers}
+
+    def update(self, measurement: Measurement) -> Entries:
+        return self.initial(measurement.layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        return None
+
+
+@dataclass(kw_only=True)
+class DynastyPolicy:
+    """Thresholds that minimise predicted harm + lambda * cost.
+
+    Args:
+        noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to the measurement's target_speedup.
+        forward_scale, backward_scale: tauF, relative loss, and tauB, noise-to-signal ratio of dW, at which harm counts 1.
+        smoothing: weight of the past in the moving averages of second moments.
+        hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
+        least_bits: least width of X and W blocks and of E blocks; 0 allows zero blocks (E: unbiased drop).
+    """
+
+    noise_budget: float | None = None
+    forward_scale: float = 0.05
+    backward_scale: float = 0.3
+    smoothing: float = 0.6
+    hysteresis: float = 0.25
+    least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 0, "W": 0, "E": 0})
+    name: str = "dynasty"
+    needs_statistics: bool = True
+
+    def __post_init__(self) -> None:
+        if self.noise_budget is not None and not self.noise_budget > 0:
+            raise ValueError(f"noise_budget must be positive, not {self.noise_budget}")
+        for name in ("forward_scale", "backward_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
+        if not 0 <= self.hysteresis < 0.5:
+            raise ValueError(f"hysteresis must be in [0, 0.5) binades, not {self.hysteresis}")
+        self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in self.least_bits.items()}
+        self.multiplier: float | None = None
+        self.predicted_harm = math.nan
+        self._averages: dict[str, dict[str, Tensor]] = {}
+        self._weights: dict[str, float] = {}
+        self._thresholds: dict[str, Tensor] = {}
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        return {}
+
+    def update(self, measurement: Measurement) -> Entries:
+        smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
+        sensitivities = layer_sensitivities(
+            smooth, loss=measurement.loss, forward_scale=self.forward_scale, backward_scale=self.backward_scale
+        )
+        if self.multiplier is None:
+            self.multiplier = self._first_multiplier(sensitivities)
+        else:
+            self._steer(measurement)
+        entries = {
+            name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()
+        }
+        self.predicted_harm = sum(
+            _predicted_harm(s, entries[name][role].values, role) for name, roles in sensitivities.items() for role, s in roles.items()
+        )
+        return entries
+
+    def raise_precision(self) -> None:
+        """Make errors dearer by two octaves of lambda: one bit an element, about. The loss guard calls it."""
+        if self.multiplier is not None:
+            self.multiplier /= 4.0
+
+    def _steer(self, measurement: Measurement) -> None:
+        assert self.multiplier is not None
+        if self.noise_budget is not None:
+            step = _NOISE_GAIN * math.log(self.noise_budget / max(self.predicted_harm, 1e-30))
+        else:
+            assert measurement.target_speedup is not None
+            step = _COST_GAIN * math.log(measurement.target_speedup / max(measurement.speedup, 1e-6))
+        # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section 1).
+        self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
+
+    def _first_multiplier(self, sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float:
+        """lambda at which a typical element gets about 4 bits: LSB at rms / 4; the loop does the rest."""
+        logs, weights = [], []
+        for roles in sensitivities.values():
+            for role, s in roles.items():
+                rms = 0.5 * torch.log2(s.mean_square.clamp(min=1e-300))
+                at_one = ideal_lsb_exponent(1.0, s.price, s.harm, role)
+                valid = (s.mean_square > 0) & (s.harm > 0)
+                if bool(valid.any()):
+                    logs.append(float((rms - 2.0 - at_one)[valid].mean()))
+                    weights.append(s.price * s.elements)
+        if not logs:
+            return 1.0
+        mean = sum(v * w for v, w in zip(logs, weights, strict=True)) / max(sum(weights), 1e-300)
+        return 4.0 ** min(max(mean, -200.0), 200.0)
+
+    def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
+        assert self.multiplier is not None
+        ideal = ideal_lsb_exponent(self.multiplier, s.price, s.harm, role) + 0.5  # ceil(t) = round(t + 0.5)
+        key = f"{name}/{role.letter}"
+        rounded = ideal.round()
+        old = self._thresholds.get(key)
+        if old is not None and old.shape == rounded.shape:
+            rounded = torch.where((ideal - old).abs() <= 0.5 + self.hysteresis, old.double(), rounded)
+        lsb = rounded.clamp(-LSB_LIMIT, LSB_LIMIT).to(torch.int16)
+        self._thresholds[key] = lsb
+        return OperandPrecision(lsb_exponent=lsb, least_bits=self._least.get(role, 0))
+
+    def _smooth(self, name: str, s: LayerStatistics) -> LayerStatistics:
+        names = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
+        past = self._averages.get(name)
+        if past is None or any(past[n].shape != getattr(s, n).shape for n in names):
+            past = {n: torch.zeros_like(getattr(s, n)) for n in names}
+            self._weights[name] = 0.0
+        keep = self.smoothing
+        self._averages[name] = {n: keep * past[n] + (1 - keep) * getattr(s, n) for n in names}
+        self._weights[name] = keep * self._weights[name] + (1 - keep)
+        averages = {n: v / self._weights[name] for n, v in self._averages[name].items()}
+        fields = {f: getattr(s, f) for f in LayerStatistics.__dataclass_fields__}
+        return LayerStatistics(**{**fields, **averages})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "multiplier": self.multiplier,
+            "predicted_harm": self.predicted_harm,
+            "averages": {name: dict(v) for name, v in self._averages.items()},
+            "weights": dict(self._weights),
+            "thresholds": dict(self._thresholds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.multiplier, self.predicted_harm = state["multiplier"], state["predicted_harm"]
+        self._averages = {name: dict(v) for name, v in state["averages"].items()}
+        self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
+
+
+def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
+    """Harm of rounding every element at its threshold; a block below it loses its signal at most."""
+    noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
+    per_element = s.harm * torch.minimum(noise, s.mean_square)
+    return float(per_element.mean()) * s.elements
+
+
+def check_target(target_speedup: float) -> float:
+    """Raise ValueError unless a cost target can be met with widths from 8 down to 2 bits."""
+    if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
+        raise ValueError(
+            f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: 1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
+        )
+    return float(target_speedup)

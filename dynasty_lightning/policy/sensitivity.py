@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From observed second moments to sensitivities: predicted harm of a unit of squared rounding error. Derivation: docs/thresholds.md."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..core.geometry import LayerGeometry
+from ..core.roles import READS, Gemm, Role
+
+MIN_PARTNER_BITS: Final = 0.5
+"""A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """Smoothed observations of one layer; X and E maps and W grids as in docs/architecture.md.
+
+    Attributes:
+        depth: place of the layer from the input, from 1.
+        macs: multiply-accumulates of each GEMM that training runs.
+        mean_bits: mean width of each role's blocks, zero blocks included.
+        samples: N, rows of the batch.
+    """
+
+    geometry: LayerGeometry
+    depth: int
+    samples: int
+    macs: Mapping[Gemm, int]
+    mean_bits: Mapping[Role, float]
+    x_square: Tensor
+    e_square: Tensor
+    dx_square: Tensor
+    w_square: Tensor
+    dw_square: Tensor
+    channels_per_block: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """Of one operand: harm of a unit squared error of one element (map- or grid-shaped), price of one bit of one element, mean square."""
+
+    harm: Tensor
+    price: float
+    mean_square: Tensor
+    elements: float
+
+
+def layer_sensitivities(
+    layers: Mapping[str, LayerStatistics], *, loss: float, forward_scale: float, backward_scale: float
+) -> dict[str, dict[Role, Sensitivity]]:
+    """Harm per unit of squared error, and price of a bit, for every operand.
+
+    With N samples, mean loss L, tauF = forward_scale, tauB = backward_scale and w_l = the layer's depth
+    (docs/thresholds.md, equations 1 to 4):
+
+        s_X = N <dX^2> / (2 L tauF) + 1 / (sum_w tauB sum X^2)
+        s_W = N <dW^2> / (2 L tauF) + (w_l - 1) / (sum_w tauB sum W^2)
+        s_E = 2 w_l / (sum_w tauB sum E^2)
+        price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
+    """
+    total_depth = sum(s.depth for s in layers.values())
+    total_macs = sum(sum(s.macs.values()) for s in layers.values())
+    result = {}
+    for name, s in layers.items():
+        forward = s.samples / (2.0 * max(loss, 1e-12) * forward_scale)
+        backward = 1.0 / (total_depth * backward_scale)
+        counts = _elements(s)
+        energy = {
+            Role.ACTIVATION: float(s.x_square.double().mean()) * counts[Role.ACTIVATION],
+            Role.WEIGHT: float(s.w_square.double().mean()) * counts[Role.WEIGHT],
+            Role.ERROR: float(s.e_square.double().mean()) * counts[Role.ERROR],
+        }
+        relative = {Role.ACTIVATION: 1.0, Role.WEIGHT: s.depth - 1.0, Role.ERROR: 2.0 * s.depth}
+        loss_harm = {
+            Role.ACTIVATION: forward * s.dx_square.double(),
+            Role.WEIGHT: forward * s.dw_square.double(),
+            Role.ERROR: torch.zeros_like(s.e_square, dtype=torch.float64),
+        }
+        square = {Role.ACTIVATION: s.x_square, Role.WEIGHT: s.w_square, Role.ERROR: s.e_square}
+        result[name] = {
+            role: Sensitivity(
+                harm=loss_harm[role] + (backward * relative[role] / energy[role] if energy[role] > 0 else 0.0),
+                price=_price(s, role, counts[role], total_macs),
+                mean_square=square[role].double(),
+                elements=counts[role],
+            )
+            for role in Role
+        }
+    return result
+
+
+def _elements(s: LayerStatistics) -> dict[Role, float]:
+    """Elements of each operand in one batch."""
+    g = s.geometry
+    positions = [math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim)) for t in (s.x_square, s.e_square)]
+    return {
+        Role.ACTIVATION: float(s.samples * g.in_channels * positions[0]),
+        Role.WEIGHT: float(math.prod(g.weight_shape)),
+        Role.ERROR: float(s.samples * g.out_channels * positions[1]),
+    }
+
+
+def _price(s: LayerStatistics, role: Role, elements: float, total_macs: int) -> float:
+    price = 0.0
+    for gemm, operands in READS.items():
+        if role in operands and s.macs.get(gemm, 0):
+            partner = operands[0] if operands[1] is role else operands[1]
+            price += s.macs[gemm] * max(s.mean_bits[partner], MIN_PARTNER_BITS)
+    return price / (elements * 64.0 * max(total_macs, 1))
