@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DynastyCallback`: when to analyse, when to apply a new map, what to log. No arithmetic of its own."""
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from .core.roles import Gemm, Role
+from .cost.bit_products import StepCost, layer_cost
+from .cost.energy import EnergyModel, energy_ratios
+from .cost.run_cost import RunCost
+from .nn.layers import DynamicLayer, LayerObservation
+from .policy.generator import DynastyPolicy, Entries, Measurement, Policy, UniformPolicy, check_target
+from .policy.precision_map import BitWidthMap, PrecisionMap
+from .policy.schedule import AnalysisSchedule, LossGuard
+from .policy.sensitivity import LayerStatistics
+from .precision import DynastyPrecision
+
+_SQUARES: Final = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
+_TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
+
+
+class DynastyCallback(Callback):
+    """Chooses widths while training runs: `Trainer(plugins=[DynastyPrecision()], callbacks=[DynastyCallback(target_speedup=5.0)])`.
+
+    Args:
+        target_speedup: whole-run cost target over uniform 8-bit blocks, zero blocks charged (`speedup_charged`), warm-up included.
+        noise_budget: instead of a cost target: predicted harm to steer to (docs/thresholds.md).
+        policy: "dynasty", "uniform", or a `Policy` object.
+        bits: for "uniform": one width, or one for each of "X", "W", "E".
+        interval: steps between analyses once the cost has settled.
+        warmup_steps: steps at 8 bits before the first map.
+        loss_guard: raise widths when the mean loss exceeds its best by this factor; None never does.
+        energy_model: constants of the energy figures.
+        table: print a summary at the end of fit.
+        options: further arguments of the "dynasty" policy.
+
+    Raises:
+        ValueError: both targets, none, or one out of range; at fit, a Trainer without `DynastyPrecision`.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_speedup: float | None = None,
+        noise_budget: float | None = None,
+        policy: str | Policy = "dynasty",
+        bits: int | Mapping[str, int] = 8,
+        interval: int = 50,
+        warmup_steps: int = 20,
+        loss_guard: float | None = 2.0,
+        energy_model: EnergyModel | None = None,
+        table: bool = True,
+        **options: Any,
+    ) -> None:
+        if target_speedup is not None and noise_budget is not None:
+            raise ValueError(f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise")
+        self.target_speedup = None if target_speedup is None else check_target(target_speedup)
+        if policy == "dynasty":
+            if target_speedup is None and noise_budget is None:
+                raise ValueError("policy 'dynasty' needs target_speedup=... (e.g. 5.0) or noise_budget=...")
+            policy = DynastyPolicy(noise_budget=noise_budget, **options)
+        elif policy == "uniform":
+            if target_speedup is not None or noise_budget is not None or options:
+                raise ValueError("policy 'uniform' has fixed widths (bits=...): it takes no target_speedup, noise_budget or policy options")
+            policy = UniformPolicy(bits=bits)
+        elif isinstance(policy, str):
+            raise ValueError(f"policy must be 'dynasty', 'uniform' or a Policy object, not {policy!r}")
+        self.policy: Policy = policy
+        self.schedule = AnalysisSchedule(interval=interval, warmup_steps=warmup_steps if policy.needs_statistics else 0)
+        self.guard = LossGuard(ratio=loss_guard)
+        self.energy_model = energy_model or EnergyModel()
+        self.table = table
+        self.run_cost = RunCost()
+        self.history: list[dict[str, Any]] = []
+        self._plugin: DynastyPrecision | None = None
+        self._restored = False
+        self._last_cost: StepCost | None = None
+        self._last_event_step = 0
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
+        self._nonfinite = 0
+        self._raised = False
+        self._clock = _StepClock()
+        self._bits: dict[str, dict[Role, Tensor]] = {}
+
+    # -- Lightning hooks
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(trainer.precision_plugin, DynastyPrecision):
+            raise ValueError(
+                "DynastyCallback decides widths but the Trainer has no plugin that quantizes: "
+                "add plugins=[DynastyPrecision()] to the Trainer (and leave precision= unset)"
+            )
+        self._plugin = trainer.precision_plugin
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not self._restored:
+            self._apply(self.policy.initial(self._layers))
+        self._restored = False
+        if self._plugin is not None and self._plugin.report is not None and self._plugin.report.skipped:
+            rank_zero_info(str(self._plugin.report))
+
+    @override
+    def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
+        due = trainer.global_step + 1 >= self.schedule.next_step
+        for layer in self._layers.values():
+            layer.observing = due
+        self._clock.start(observed=due)
+
+    @override
+    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+        self._loss_sum = self._loss_sum + loss.detach().float()
+        self._loss_count += 1
+
+    @override
+    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step >= self.schedule.next_step:
+            self._analyse(trainer, pl_module, step)
+        self._clock.stop()
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        for layer in self._layers.values():
+            layer.observing = False
+        step = trainer.global_step
+        if self._last_cost is not None and step > self._last_event_step:
+            self.run_cost.add(self._last_cost, step - self._last_event_step)
+            self._last_event_step = step
+        if self.table and self._last_cost is not None and trainer.is_global_zero:
+            print(self.format_table())
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "policy_name": self.policy.name,
+            "policy": self.policy.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "guard_best": self.guard.best,
+            "run_cost": self.run_cost.state_dict(),
+            "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
+            "last_event_step": self._last_event_step,
+            "loss": (float(self._loss_sum), self._loss_count),
+            "nonfinite": self._nonfinite,
+            "raised": self._raised,
+            "history": self.history,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["policy_name"] != self.policy.name:
+            raise ValueError(f"the checkpoint was trained with policy {state_dict['policy_name']!r}, this run has {self.policy.name!r}")
+        self.policy.load_state_dict(state_dict["policy"])
+        self.schedule.load_state_dict(state_dict["schedule"])
+        self.guard.best = state_dict["guard_best"]
+        self.run_cost.load_state_dict(state_dict["run_cost"])
+        self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
+        self._last_event_step = state_dict["last_event_step"]
+        loss_sum, self._loss_count = state_dict["loss"]
+        self._loss_sum = torch.tensor(loss_sum)
+        self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
+        self.history = list(state_dict["history"])
+        self._restored = True
+
+    # -- Results
+
+    def summary(self) -> dict[str, Any]:
+        """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis, share of time spent on analysis."""
+        cost = self.run_cost.sum
+        last = self.history[-1] if self.history else {}
+        return {
+            "steps": self.run_cost.steps,
+            "speedup_ideal": cost.speedup_ideal,
+            "speedup_charged": cost.speedup_charged,
+            **energy_ratios(cost, self.energy_model),
+            "bits": last.get("mean_bits", {}),
+            "zero_share": last.get("zero_share", {}),
+            "lambda": last.get("lambda"),
+            "analytics_share": self._clock.share(),
+            "nonfinite": self._nonfinite,
+        }
+
+    def precision_map(self) -> PrecisionMap:
+        """The map in force. Raises RuntimeError before fit."""
+        return self._require_plugin().precision_map()
+
+    def bit_width_map(self) -> BitWidthMap:
+        """Widths that the blocks of the last analysed batch got."""
+        return BitWidthMap(structure=self._require_plugin().structure, bits=self._bits)
+
+    def format_table(self) -> str:
+        """The end-of-fit table."""
+        s = self.summary()
+        lines = [
+            f"Dynamic precision over {s['steps']} steps (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
+            f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
+            f"  energy          {s['energy_ratio_compute']:6.2f}x compute {s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
+            f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time",
+            "  layer                          bits X   bits W   bits E",
+        ]
+        for name, bits in (self.history[-1]["bits"] if self.history else {}).items():
+            lines.append(f"  {name[:28]:28s} " + "".join(f"{bits[r.letter]:9.2f}" for r in Role))
+        return "\n".join(lines)
+
+    # -- Analysis
+
+    @property
+    def _layers(self) -> dict[str, DynamicLayer]:
+        return self._require_plugin().layers
+
+    def _require_plugin(self) -> DynastyPrecision:
+        if self._plugin is None:
+            raise RuntimeError("DynastyCallback is not attached to a running Trainer yet: call trainer.fit first")
+        return self._plugin
+
+    def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
+        observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
+        last_step = trainer.estimated_stepping_batches
+        if not observations:  # a batch that used no converted layer
+            self.schedule.advance(step, log_error=0.0, last_step=last_step)
+            return
+        layers, costs = self._collect(trainer, observations)
+        cost = sum(costs.values(), StepCost())
+        self.run_cost.add(cost, step - self._last_event_step)
+        self._last_event_step, self._last_cost = step, cost
+        self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}
+        loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._loss_count, 1)).reshape(1)))
+        self._loss_sum, self._loss_count = 0.0, 0
+        self._record(step, cost, layers, observations, loss)
+        target = self._rest_target(step, last_step, cost)
+        reason = self.guard.check(loss)
+        if reason is not None:
+            self._raise_widths(reason)
+        elif self.schedule.is_warm(step) and self.policy.needs_statistics:
+            self._raised = False
+            measurement = Measurement(layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target)
+            self._apply(self.policy.update(measurement))
+            self._check_ranks(trainer)
+        error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
+        self.schedule.advance(step, log_error=error, last_step=last_step)
+        for layer in self._layers.values():
+            layer.observing = False
+            layer.clear_observation()
+        self._log(pl_module)
+
+    def _collect(
+        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation]
+    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost]]:
+        """Statistics and costs of this step, averaged over ranks in one reduction."""
+        block_shape = self._require_plugin().format.block_shape
+        raw: list[tuple[str, LayerObservation, dict[Gemm, StepCost]]] = []
+        parts: list[Tensor] = []
+        for name, o in observations.items():
+            cost = layer_cost(
+                o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
+                block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns,
+            )  # fmt: skip
+            raw.append((name, o, cost))
+            mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role])
+            total = sum(cost.values(), StepCost())
+            parts += [getattr(o, s).flatten() for s in _SQUARES] + [mean_bits, torch.tensor(total.to_list(), dtype=torch.float64)]
+            self._nonfinite += sum(o.nonfinite.values())
+        flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
+        pieces = iter(flat.split([p.numel() for p in parts]))
+        layers, costs = {}, {}
+        for depth, (name, o, cost) in enumerate(raw, start=1):
+            squares = {s: next(pieces).view(getattr(o, s).shape).float() for s in _SQUARES}
+            mean_bits = next(pieces)
+            costs[name] = StepCost.from_list(next(pieces).tolist())
+            layers[name] = LayerStatistics(
+                geometry=o.geometry, depth=depth, samples=o.input_shape[0], channels_per_block=block_shape[1],
+                macs={g: int(c.macs) for g, c in cost.items()},
+                mean_bits={r: float(mean_bits[r]) for r in Role},
+                **squares,
+            )  # fmt: skip
+        return layers, costs
+
+    def _record(
+        self, step: int, cost: StepCost, layers: Mapping[str, LayerStatistics], observations: Mapping[str, LayerObservation], loss: float
+    ) -> None:
+        blocks = {r: sum(o.bits[r].numel() for o in observations.values()) for r in Role}
+        self.history.append(
+            {
+                "step": step,
+                "speedup_ideal": cost.speedup_ideal,
+                "speedup_charged": cost.speedup_charged,
+                **energy_ratios(cost, self.energy_model),
+                "lambda": getattr(self.policy, "multiplier", None),
+                "noise_ratio": getattr(self.policy, "predicted_harm", math.nan),
+                "loss": loss,
+                "bits": {name: {r.letter: s.mean_bits[r] for r in Role} for name, s in layers.items()},
+                "mean_bits": {
+                    r.letter: sum(layers[n].mean_bits[r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role
+                },
+                "zero_share": {r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
+            }
+        )
+
+    def _rest_target(self, step: int, last_step: float, cost: StepCost) -> float | None:
+        """Speedup that the remaining steps need so that the whole run, warm-up included, meets the target."""
+        if self.target_speedup is None:
+            return None
+        remaining = last_step - step
+        if not math.isfinite(last_step) or remaining <= 0:
+            return self.target_speedup
+        budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / self.target_speedup - self.run_cost.sum.products_charged
+        if budget <= 0:
+            return self.target_speedup * _TARGET_SLACK
+        needed = cost.baseline * remaining / budget
+        return min(max(needed, self.target_speedup / _TARGET_SLACK), self.target_speedup * _TARGET_SLACK)
+
+    def _raise_widths(self, reason: str) -> None:
+        if not self._raised:
+            warnings.warn(f"loss guard: {reason}; all operands get 8 bits until it recovers", stacklevel=2)
+        self._raised = True
+        if isinstance(self.policy, DynastyPolicy):
+            self.policy.raise_precision()
+            self._apply({})
+        self.guard.best = math.inf  # judge what follows on its own
+
+    def _apply(self, entries: Entries) -> None:
+        plugin = self._require_plugin()
+        plugin.apply_map(PrecisionMap(structure=plugin.structure, entries=entries))
+
+    def _check_ranks(self, trainer: "pl.Trainer") -> None:
+        if trainer.world_size == 1:
+            return
+        mine = self.precision_map().hash()
+        theirs = trainer.strategy.broadcast(mine)
+        if mine != theirs:
+            raise RuntimeError(f"rank {trainer.global_rank} holds another precision map ({mine[:12]}) than rank 0 ({theirs[:12]})")
+
+    @staticmethod
+    def _reduce(trainer: "pl.Trainer", tensor: Tensor) -> Tensor:
+        if trainer.world_size == 1:
+            return tensor
+        reduced = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced.cpu()
+
+    def _log(self, pl_module: "pl.LightningModule") -> None:
+        last = self.history[-1]
+        bar = {"dynasty/speedup_charged": last["speedup_charged"], "dynasty/bits_E": last["mean_bits"]["E"]}
+        values = {
+            "dynasty/bits_X": last["mean_bits"]["X"],
+            "dynasty/bits_W": last["mean_bits"]["W"],
+            "dynasty/speedup_ideal": last["speedup_ideal"],
+            **{f"dynasty/{k}": v for k, v in last.items() if k.startswith("energy_ratio")},
+            "dynasty/zero_share": statistics.fmean(last["zero_share"].values()),
+            "dynasty/nonfinite": float(self._nonfinite),
+        }
+        if last["lambda"] is not None:
+            values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
+        pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+
+class _StepClock:
+    """Wall time of steps with and without analysis; from their difference, the share that analysis takes."""
+
+    def __init__(self) -> None:
+        self._plain: list[float] = []
+        self._observed: list[float] = []
+        self._begin = 0.0
+        self._is_observed = False
+
+    def start(self, *, observed: bool) -> None:
+        self._begin, self._is_observed = time.perf_counter(), observed
+
+    def stop(self) -> None:
+        (self._observed if self._is_observed else self._plain).append(time.perf_counter() - self._begin)
+
+    def share(self) -> float:
+        """Extra seconds of observed steps over all seconds; NaN before both kinds have run."""
+        if not self._plain or not self._observed:
+            return math.nan
+        extra = sum(self._observed) - len(self._observed) * statistics.median(self._plain)
+        return max(extra, 0.0) / (sum(self._plain) + sum(self._observed))

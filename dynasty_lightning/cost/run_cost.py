@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of a whole run from measurements at some of its steps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .bit_products import StepCost
+
+
+class RunCost:
+    """Integrates step costs: a measurement holds for the steps since the one before it, warm-up included."""
+
+    def __init__(self) -> None:
+        self.sum = StepCost()
+        self.steps = 0
+
+    def add(self, cost: StepCost, steps: int) -> None:
+        """Count `steps` steps at `cost`. Raises ValueError for a negative number of steps."""
+        if steps < 0:
+            raise ValueError(f"a run does not take back steps, but {steps} were to be added")
+        self.sum = self.sum + cost.scaled(steps)
+        self.steps += steps
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self.sum.to_list(), "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sum, self.steps = StepCost.from_list(state["sum"]), int(state["steps"])

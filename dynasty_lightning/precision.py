@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DynastyPrecision`: the Lightning precision plugin. It converts the module and keeps maps and random stream in its state."""
+
+import os
+import platform
+import warnings
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Final, Literal
+from weakref import ref
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from .core.formats import BlockFormat
+from .core.precision import OperandPrecision
+from .core.roles import Role
+from .nn.convert import ConversionReport, convert
+from .nn.layers import DynamicLayer, dynamic_layers
+from .nn.plan import Mode
+from .policy.precision_map import ModelStructure, PrecisionMap
+
+_STATE_VERSION: Final = 1
+_REFUSED: Final = ("FSDP", "DeepSpeed", "XLA", "ModelParallel")
+
+
+class DynastyPrecision(Precision):
+    """Trains every nn.Linear and nn.Conv in block-wise precision: `Trainer(plugins=[DynastyPrecision()])`.
+
+    Without `DynastyCallback` every operand has 8 bits.
+
+    Args:
+        mode: "fast" multiplies on bf16 units or in float32; "exact" gives the bits that the core computes, about 7 times slower.
+        block_shape: rows x channels that share one exponent; (4, 4), (8, 8), (16, 16), (1, 16) or (1, 32).
+        width_group: rows x channels that share one width; None gives each block its own.
+        rest: precision of everything that is not converted: "32", or "bf16" by autocast.
+        exclude: names or patterns of layers that stay as they are.
+        seed: of the random stream; None takes the one of `seed_everything`, else torch's.
+
+    Raises:
+        ValueError: a wrong option; at fit: nothing to convert, or a strategy that is not supported.
+    """
+
+    precision: Any = "32-true"
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "fast",
+        block_shape: tuple[int, int] = (4, 4),
+        width_group: tuple[int, int] | None = None,
+        rest: Literal["32", "bf16"] = "32",
+        exclude: Collection[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        if mode not in ("fast", "exact"):
+            raise ValueError(f"mode must be 'fast' or 'exact', not {mode!r}")
+        if rest not in ("32", "bf16"):
+            raise ValueError(f"rest must be '32' or 'bf16', not {rest!r}")
+        if isinstance(exclude, str):
+            raise ValueError(f"exclude is a collection of names, not the string {exclude!r}: use exclude=({exclude!r},)")
+        if seed is not None and not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
+        self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
+        # Lists come from a config file.
+        self.format = BlockFormat(block_shape=tuple(block_shape), width_group=None if width_group is None else tuple(width_group))
+        self.report: ConversionReport | None = None
+        self._module: ref[nn.Module] | None = None
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        _refuse_strategy(module)
+        self.report = convert(
+            module,
+            mode=self.mode,
+            block_shape=self.format.block_shape,
+            width_group=self.format.width_group,
+            exclude=self.exclude,
+            seed=_default_seed() if self.seed is None else self.seed,
+            rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
+        )
+        self._module = ref(module)
+        # DDP would broadcast rank 0's maps before each forward and so hide maps that differ.
+        names = [n for n, _ in module.named_buffers() if n.rpartition(".")[2].startswith("dynasty_")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        return module
+
+    @override
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if self.rest == "32":
+            return nullcontext()
+        device = next((p.device.type for p in self._layers_owner().parameters()), "cpu")
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    @override
+    def post_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
+        if self.report is not None:
+            self.report.stream.advance()
+        return super().post_backward(tensor, module)
+
+    @property
+    def layers(self) -> dict[str, DynamicLayer]:
+        """The converted layers by name. Raises RuntimeError before the module is converted."""
+        return dynamic_layers(self._layers_owner())
+
+    @property
+    def structure(self) -> ModelStructure:
+        """What a map of this model belongs to."""
+        return ModelStructure(
+            layers={name: layer.geometry for name, layer in self.layers.items()},
+            block_shape=self.format.block_shape,
+            width_group=self.format.width_group,
+        )
+
+    def precision_map(self) -> PrecisionMap:
+        """The map in force."""
+        entries: dict[str, dict[Role, OperandPrecision]] = {}
+        for name, layer in self.layers.items():
+            roles = {role: p for role in Role if (p := layer.get_precision(role)) is not None}
+            if roles:
+                entries[name] = roles
+        return PrecisionMap(structure=self.structure, entries=entries)
+
+    def apply_map(self, precision_map: PrecisionMap) -> None:
+        """Put a map in force from the next step on. Raises ValueError if it is of another model."""
+        self.structure.check_equal(precision_map.structure, "the map")
+        for name, layer in self.layers.items():
+            roles = precision_map.entries.get(name, {})
+            for role in Role:
+                layer.set_precision(role, roles.get(role))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._module is None:
+            return {}
+        assert self.report is not None
+        return {
+            "version": _STATE_VERSION,
+            "map": self.precision_map().to_state(),
+            "stream": self.report.stream.state_dict(),
+            "environment": environment(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(f"the checkpoint holds precision state of version {state_dict.get('version')}, this package reads {_STATE_VERSION}")
+        precision_map = PrecisionMap.from_state(state_dict["map"], source="the checkpoint's map")
+        self.structure.check_equal(precision_map.structure, "the checkpoint")
+        self.apply_map(precision_map)
+        assert self.report is not None
+        self.report.stream.load_state_dict(state_dict["stream"])
+        differing = {k: (v, environment()[k]) for k, v in state_dict["environment"].items() if environment().get(k) != v}
+        if differing:
+            warnings.warn(f"resumed in another environment than the checkpoint's, so not bit for bit: {differing}", stacklevel=2)
+
+    def _layers_owner(self) -> nn.Module:
+        module = self._module() if self._module is not None else None
+        if module is None:
+            raise RuntimeError("DynastyPrecision has converted no module yet: pass it to a Trainer and call fit, validate, test or predict")
+        return module
+
+
+def environment() -> dict[str, Any]:
+    """What a bit-exact resume depends on."""
+    return {
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
+
+
+def _default_seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) & 0xFFFFFFFF
+
+
+def _refuse_strategy(module: nn.Module) -> None:
+    trainer = getattr(module, "_trainer", None)
+    strategy = type(getattr(trainer, "strategy", None)).__name__
+    if any(name in strategy for name in _REFUSED):
+        raise ValueError(
+            f"DynastyPrecision does not support {strategy}: it brings its own precision handling; use strategy='auto', 'ddp' or a single device"
+        )
