@@ -104,16 +104,16 @@ def layer_cost(
         ValueError: grids that do not belong to the shapes.
     """
     rows, channels = block_shape
-    axis = geometry.channel_axis
     x_blocks, e_blocks = -(-geometry.in_channels // channels), -(-geometry.out_channels // channels)
-    # Canonical order [row blocks, channel blocks, *positions]; a Linear keeps its channels last.
-    x_grid, e_grid = ({r: g.movedim(axis, 1) for r, g in (("bits", bits[role]), ("occupied", occupied[role]))} for role in (Role.ACTIVATION, Role.ERROR))
+    x_grid, e_grid = (
+        {"bits": _canonical(bits[role], geometry), "occupied": _canonical(occupied[role], geometry)} for role in (Role.ACTIVATION, Role.ERROR)
+    )
     if x_grid["bits"].shape[1] != x_blocks or e_grid["bits"].shape[1] != e_blocks:
         raise ValueError(f"grids have {x_grid['bits'].shape[1]}, {e_grid['bits'].shape[1]} channel blocks; shapes need {x_blocks}, {e_blocks}")
     x, w, e = _variants(x_grid["bits"], x_grid["occupied"]), _variants(bits[Role.WEIGHT], occupied[Role.WEIGHT]), _variants(e_grid["bits"], e_grid["occupied"])
     band = _band(w, first_columns, channels, x_blocks)
     w["ones"] = w["ones"] * (band < x_blocks).view(*band.shape, *[1] * (w["ones"].ndim - 2))
-    slices = _tap_slices(geometry, tuple(x_grid["bits"].shape[2:]), tuple(e_grid["bits"].shape[2:]))
+    slices = _TapSlices(geometry, tuple(x_grid["bits"].shape[2:]), tuple(e_grid["bits"].shape[2:]))
     sums = {Gemm.FORWARD: _forward_sums(x, w, band, slices, x_blocks), Gemm.WGRAD: _wgrad_sums(e, x, band, slices)}
     if has_dgrad:
         sums[Gemm.DGRAD] = _dgrad_sums(e, w, slices)
@@ -144,6 +144,14 @@ def layer_cost(
     return result
 
 
+def _canonical(grid: Tensor, geometry: LayerGeometry) -> Tensor:
+    """[row blocks, channel blocks, *positions]; a Linear keeps its channels last, and its tokens become one axis."""
+    if geometry.kind == "conv":
+        return grid
+    grid = grid.movedim(-1, 1)
+    return grid.reshape(*grid.shape[:2], -1)
+
+
 class _TapSlices:
     """For each tap, which input position an output position reads, and whether it lies inside the image."""
 
@@ -166,10 +174,6 @@ class _TapSlices:
             )
             views.append(padded[(slice(None), *index)])
         return torch.stack(views, dim=1)
-
-
-def _tap_slices(geometry: LayerGeometry, image: tuple[int, ...], output: tuple[int, ...]) -> _TapSlices:
-    return _TapSlices(geometry, image, output)
 
 
 def _variants(bits: Tensor, occupied: Tensor) -> dict[str, Tensor]:
@@ -212,7 +216,7 @@ def _forward_sums(x: Mapping[str, Tensor], w: Mapping[str, Tensor], band: Tensor
 def _dgrad_sums(e: Mapping[str, Tensor], w: Mapping[str, Tensor], slices: _TapSlices) -> dict[str, float]:
     inside = slices.inside.flatten(1)  # [taps, positions]
     left = {name: grid.sum(0).flatten(1) @ inside.t() for name, grid in e.items()}  # [O, taps]
-    right = {name: grid.sum(1).flatten(1) for name, grid in w.items()}
+    right = {name: grid.sum(1).reshape(grid.shape[0], -1) for name, grid in w.items()}
     if left["ones"].shape[0] != right["ones"].shape[0]:  # 1 x n blocks: n rows of W meet one channel block of E
         factor = -(-right["ones"].shape[0] // left["ones"].shape[0])
         right = {n: F.pad(v, [0, 0, 0, -v.shape[0] % factor]).unflatten(0, (-1, factor)).sum(1) for n, v in right.items()}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LightningModule that trains a network to classify."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
+
+
+class Classifier(pl.LightningModule):
+    """Cross entropy, SGD with Nesterov momentum, cosine schedule over the whole run.
+
+    Args:
+        network: images to logits.
+        classes: number of classes.
+        learning_rate, momentum, weight_decay: of SGD.
+        warmup_fraction: share of the run over which the learning rate rises linearly.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, classes: int, learning_rate: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
+        warmup_fraction: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.network = network
+        self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
+        self.warmup_fraction = warmup_fraction
+        self.validation_accuracy = MulticlassAccuracy(classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(classes, average="micro")
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)  # type: ignore[no-any-return]
+
+    @override
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.validation_accuracy(logits, batch[1])
+        self.log("val_accuracy", self.validation_accuracy, prog_bar=True)
+        self.log("val_loss", F.cross_entropy(logits, batch[1]))
+
+    @override
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.test_accuracy(logits, batch[1])
+        self.log("test_accuracy", self.test_accuracy)
+        self.log("test_loss", F.cross_entropy(logits, batch[1]))
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        warmup = int(steps * self.warmup_fraction)
+        schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - warmup, 1))
+        if warmup:
+            rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

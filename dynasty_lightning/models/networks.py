@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CIFAR residual networks and a multilayer perceptron."""
+
+from typing import Final
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODELS: Final = ("resnet8", "resnet20", "mlp")
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """Residual network of depth 6n + 2 with 1x1 shortcuts (He et al., "Deep Residual Learning", 2016, section 4.2, option B).
+
+    Args:
+        depth: 8, 14, 20, ...
+        stem_stride: 2 halves the image at once.
+        width: channels of the first stage; the second and third have 2 and 4 times as many.
+
+    Raises:
+        ValueError: a depth that is not 6n + 2.
+    """
+
+    def __init__(self, depth: int = 8, *, in_channels: int = 3, classes: int = 10, stem_stride: int = 1, width: int = 16) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), not {depth}")
+        self.stem = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        blocks, inputs = [], width
+        for stage in range(3):
+            for i in range((depth - 2) // 6):
+                blocks.append(_Block(inputs, width << stage, 2 if stage and not i else 1))
+                inputs = width << stage
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.head(y.mean((2, 3)))
+
+
+def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
+    """A network by name, shaped for the data. Raises ValueError for an unknown name."""
+    if name in ("resnet8", "resnet20"):
+        # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
+        return CifarResNet(int(name[6:]), in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
+    if name == "mlp":
+        features = in_channels * image_size**2
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, classes)
+        )  # fmt: skip
+    raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
