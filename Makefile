@@ -1,0 +1,51 @@
+# Everything a newcomer or a CI job runs. `make demo` and `make test` set up what they need on a bare Debian 12 with Python 3.11.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check bench notebooks clean setup system
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: setup  ## Train on scikit-learn's digits: float32, uniform 8 bits, dynamic precision; pictures and figures in runs/
+	$(BIN)/python -m dynasty_lightning demo
+
+test: setup system  ## Run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: setup  ## Lint, format, types, import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## Run the benchmarks at smoke size
+	set -e; for b in benchmarks/bench_*.py; do $(BIN)/python $$b --smoke; done
+
+notebooks: setup  ## Execute the notebooks
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[notebooks]'
+	$(BIN)/python -m pytest --nbmake notebooks -o addopts="" -p no:cacheprovider
+
+setup: $(STAMP)
+
+# pip finds a CPU build of torch where PIP_FIND_LINKS or the index offers one.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV): Python packages as constraints.txt pins them"
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "== installing python3-venv"; apt-get update -qq && apt-get install -y -qq python3-venv; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Real data and the compiler that the tests use; on other systems the tests say what is missing.
+system:
+	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || exit 0; \
+	missing=""; \
+	[ -d /usr/share/datasets/fashion-mnist ] || missing="$$missing dataset-fashion-mnist"; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	[ -z "$$missing" ] || { echo "== installing Debian packages:$$missing"; apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; }
+
+clean:  ## Remove the virtual environment and caches, not runs/
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
