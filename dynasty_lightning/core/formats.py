@@ -79,7 +79,7 @@ class BlockTensor:
     finite: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, shift: int = 0) -> Tensor:
-        """mantissa * 2**(scale_exponent + shift), in `dtype`; exact in float32, bfloat16 and float64 unless it overflows the type."""
+        """mantissa * 2**(scale_exponent + shift), in `dtype`; exact in float32, float64 and, from 2**-126 up, bfloat16."""
         from .quantize import dequantize
 
         return dequantize(self, dtype, shift=shift)

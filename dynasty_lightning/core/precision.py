@@ -2,11 +2,15 @@
 """What a policy asks of one operand: widths, or the finest LSB from which widths follow."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from .formats import MAX_BITS, check_bits
+from .formats import MAX_BITS, MIN_BITS, ZERO_BITS, check_bits
+
+MAX_LSB_EXPONENT: Final = 4096
+"""Far beyond float32's exponents, and small enough to be added to in int16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,19 +36,21 @@ class OperandPrecision:
             raise ValueError(f"give exactly one of lsb_exponent and bits, not {'none' if self.bits is None else 'both'}")
         check_bits(self.least_bits, name="least_bits")
         check_bits(self.most_bits, name="most_bits")
-        if self.most_bits == 0 or self.least_bits > self.most_bits:
+        if self.most_bits == ZERO_BITS or self.least_bits > self.most_bits:
             raise ValueError(f"least_bits {self.least_bits} must not exceed most_bits {self.most_bits}, and most_bits not be 0")
         if self.bits is not None:
             bits = _integers(self.bits, "bits")
-            wrong = bits[(bits < 0) | (bits == 1) | (bits > MAX_BITS)]
+            wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
             if wrong.numel():
-                raise ValueError(f"bits must be 0 (block not computed) or in [2, {MAX_BITS}], not {int(wrong[0])}")
+                raise ValueError(f"bits must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not {int(wrong[0])}")
             object.__setattr__(self, "bits", bits.to(torch.uint8))
         else:
             assert self.lsb_exponent is not None
             lsb = _integers(self.lsb_exponent, "lsb_exponent")
-            if lsb.numel() and int(lsb.abs().max()) > 4096:
-                raise ValueError(f"lsb_exponent must lie in [-4096, 4096], not {int(lsb.min())} to {int(lsb.max())}")
+            # Not abs(): the smallest integer of a type has none.
+            wrong = lsb[(lsb < -MAX_LSB_EXPONENT) | (lsb > MAX_LSB_EXPONENT)]
+            if wrong.numel():
+                raise ValueError(f"lsb_exponent must lie in [-{MAX_LSB_EXPONENT}, {MAX_LSB_EXPONENT}], not {int(wrong[0])}")
             object.__setattr__(self, "lsb_exponent", lsb.to(torch.int16))
 
     @property
@@ -71,7 +77,11 @@ class OperandPrecision:
 
 
 def _integers(values: Tensor | int, name: str) -> Tensor:
-    tensor = torch.as_tensor(values)
+    """A detached int64 copy, which no later change of `values` reaches."""
+    try:
+        tensor = torch.as_tensor(values)
+    except OverflowError as error:
+        raise ValueError(f"{name} must fit 64 bits, not {values}") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, not {tensor.dtype}")
-    return tensor
+    return tensor.detach().to(torch.int64, copy=True)

@@ -187,12 +187,18 @@ def quantize_blocks(
     else:
         assert lsb_exponent is not None
         above = exponent - lsb_exponent
-        width = (above + 1 + sign).clamp_(max(least_bits, MIN_BITS), most_bits)
-        below = above < 0
+        drops = stochastic and role is Role.ERROR
+        if drops:
+            # One bit more where the largest element would not fit under p = u + 1 bits of that LSB; always at u = -1.
+            needed = above + 2 + (fraction > 1.0 - power_of_two((-above - 1).clamp(-1000, 1000))).to(torch.int32)
+            below = above < -1
+        else:
+            needed, below = above + 1 + sign, above < 0
+        width = needed.clamp_(max(least_bits, MIN_BITS), most_bits)
         if least_bits:
             width = torch.where(below, least_bits, width)
-        elif stochastic and role is Role.ERROR:
-            depth = torch.where(below, (-above).clamp(max=MAX_DROP_DEPTH), 0)
+        elif drops:
+            depth = torch.where(below, (-above - 1).clamp(max=MAX_DROP_DEPTH), 0)
             numbers = stream_numbers(stream, drop_code(role), depth.numel(), device=x.device).view(depth.shape)
             kept = numbers < torch.full_like(depth, 1 << 16).bitwise_right_shift(depth)
             kept_by_drop = below & kept

@@ -51,15 +51,16 @@ class TensorLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._epoch)
         order = torch.randperm(len(self._labels), generator=generator) if self.shuffle else torch.arange(len(self._labels))
-        while self._next_batch < len(self):
-            start = self._next_batch * self.batch_size
+        epoch = self._epoch
+        for batch in range(self._next_batch, len(self)):
+            start = batch * self.batch_size
             index = order[start : start + self.batch_size]
             images = self._images[index]
             if self.augment:
-                images = _augment(images, torch.Generator().manual_seed((self.seed * 1_000_003 + self._epoch) * 100_003 + start))
-            self._next_batch += 1
+                images = _augment(images, torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 100_003 + start))
+            # Before the batch is handed out: a consumer that counts batches never asks for the end.
+            self._epoch, self._next_batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield images, self._labels[index]
-        self._epoch, self._next_batch = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and next batch; Lightning saves them in mid-epoch checkpoints."""

@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PrecisionMap`, what a policy asks of every operand, and `BitWidthMap`, the widths that one batch got; both as safetensors files."""
+"""`PrecisionMap`, what a policy asks of every operand, and `BitWidthMap`, the widths that one batch got; both as files.
+
+A file is safetensors: one tensor `<layer>/<X|W|E>/<lsb_exponent|bits>` for each operand, and two metadata texts: `dynasty`, a
+JSON header (format, version, model structure, limits of the widths), and `sha256` over that text and the tensors.
+"""
 
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
 
+from ..core.blocks import BandedWeight
+from ..core.formats import LINE_BLOCKS, MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import Role
@@ -22,6 +29,8 @@ from ..core.roles import Role
 FORMAT_VERSION: Final = 1
 _PRECISION_FORMAT: Final = "dynasty-lightning/precision-map"
 _WIDTHS_FORMAT: Final = "dynasty-lightning/bit-width-map"
+_HEADER: Final = "dynasty"
+_DIGEST: Final = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +50,13 @@ class ModelStructure:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelStructure":
-        layers = {n: LayerGeometry(**{k: _tuple(v) for k, v in g.items()}) for n, g in data["layers"].items()}
-        return cls(layers=layers, block_shape=_tuple(data["block_shape"]), width_group=_tuple(data["width_group"]))
+        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
+        block_format = BlockFormat(block_shape=_tuple(data["block_shape"]), width_group=_tuple(data["width_group"]))
+        return cls(layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group)
 
     def hash(self) -> str:
+        """sha256 over names, geometry and blocks; the order of the layers does not count."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def check_equal(self, other: "ModelStructure", source: str) -> None:
@@ -58,8 +70,39 @@ class ModelStructure:
             mine, theirs = self.layers.get(name), other.layers.get(name)
             if mine != theirs:
                 raise ValueError(
-                    f"{source} is of another model: layer {name!r} is {theirs or 'not there'} in it and {mine or 'not there'} in this model"
+                    f"{source} is of another model: layer {name!r} is {theirs or 'not there'} in it and {mine or 'not there'} in this "
+                    "model; load it into the model that it was made with"
                 )
+
+
+def model_structure(model: nn.Module) -> ModelStructure:
+    """The structure of a converted model: of every module that has a `layer_name` and a `geometry`, in order of definition.
+
+    Raises:
+        ValueError: no such module, two of one name, or layers of different block formats.
+    """
+    layers: dict[str, LayerGeometry] = {}
+    formats: dict[BlockFormat, str] = {}
+    for module in model.modules():
+        name, geometry = getattr(module, "layer_name", None), getattr(module, "geometry", None)
+        if not isinstance(name, str) or not isinstance(geometry, LayerGeometry):
+            continue
+        if name in layers:
+            raise ValueError(f"two converted layers are called {name!r}: convert the model as a whole, not its parts one by one")
+        layers[name] = geometry
+        carrier = module if hasattr(module, "format") else getattr(module, "plan", None)
+        formats.setdefault(getattr(carrier, "format", BlockFormat()), name)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no converted layer: convert it first, convert(model)")
+    if len(formats) > 1:
+        raise ValueError(f"a map has one block format, not {' and '.join(f'{f} (layer {n!r})' for f, n in formats.items())}: convert again")
+    (block_format,) = formats
+    return ModelStructure(layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group)
+
+
+def structure_hash(model: nn.Module) -> str:
+    """`model_structure(model).hash()`: equal exactly where maps can be exchanged."""
+    return model_structure(model).hash()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,39 +118,13 @@ class PrecisionMap:
 
     def __post_init__(self) -> None:
         for name, roles in self.entries.items():
-            if name not in self.structure.layers:
-                raise ValueError(f"the map names layer {name!r}, which the model lacks; it has {', '.join(self.structure.layers)}")
             for role, precision in roles.items():
-                self._check_shape(name, role, tuple(precision.values.shape))
-
-    def _check_shape(self, name: str, role: Role, shape: tuple[int, ...]) -> None:
-        if not shape:
-            return
-        g, (rows, channels) = self.structure.layers[name], self.structure.block_shape
-        if role is Role.WEIGHT:
-            blocks = -(-g.out_channels // rows)
-            fits = len(shape) == len(g.weight_shape) and shape[0] in (1, blocks) and all(a in (1, b) for a, b in zip(shape[2:], g.taps, strict=True))
-            rule = f"{len(g.weight_shape)} axes, {blocks} row blocks, taps {g.taps}"
-            if g.groups == 1:
-                columns = -(-g.in_channels // channels)
-                fits = fits and shape[1] in (1, columns)
-                rule += f", {columns} column blocks"
-        else:
-            blocks = -(-(g.in_channels if role is Role.ACTIVATION else g.out_channels) // channels)
-            axes = len(g.weight_shape) if g.kind == "conv" else None
-            fits = len(shape) >= 2 and (axes is None or len(shape) == axes) and shape[0] == 1 and shape[g.channel_axis] in (1, blocks)
-            rule = f"row axis 1 and {blocks} channel blocks on axis {g.channel_axis}"
-        if not fits:
-            raise ValueError(f"the map of {name!r} {role.letter} has shape {shape}; its rule is {rule}")
+                _check_shape(self.structure, name, role, tuple(precision.values.shape), kind="map")
 
     def hash(self) -> str:
-        """sha256 over names and contents: equal on all ranks that hold the same map."""
-        digest = hashlib.sha256(self.structure.hash().encode())
-        for key, value in sorted(self._tensors().items()):
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        digest.update(json.dumps(self._limits(), sort_keys=True).encode())
-        return digest.hexdigest()
+        """sha256 over structure, names and contents, whatever their order: equal on all ranks that hold the same map."""
+        limits = json.dumps(self._limits(), sort_keys=True)
+        return _digest((self.structure.hash(), limits), self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -121,64 +138,61 @@ class PrecisionMap:
 
     def to_state(self) -> dict[str, Any]:
         """Tensors and plain values, which torch.load(weights_only=True) accepts."""
-        return {"header": json.dumps(self._header()), "tensors": self._tensors()}
+        return {"header": self._header(), "tensors": self._tensors()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], *, source: str = "the saved map") -> "PrecisionMap":
         """The inverse of `to_state`. Raises ValueError as `load` does."""
-        return cls._assemble(_parse_header(state["header"], _PRECISION_FORMAT, source), dict(state["tensors"]), source)
+        try:
+            text, tensors = state["header"], dict(state["tensors"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} lacks or garbles {error}: it is no PrecisionMap.to_state()") from error
+        return cls._assemble(_parse_header(text, _PRECISION_FORMAT, source), tensors, source)
 
-    def _header(self) -> dict[str, Any]:
-        return {
-            "format": _PRECISION_FORMAT,
-            "version": FORMAT_VERSION,
-            "structure": self.structure.to_json(),
-            "structure_hash": self.structure.hash(),
-            "limits": self._limits(),
-        }
+    def _header(self) -> str:
+        return _render_header(_PRECISION_FORMAT, self.structure, limits=self._limits())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file with a JSON header; a crash leaves the old file or the new one, never a part."""
         _write(path, self._tensors(), self._header())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, structure: ModelStructure | None = None) -> "PrecisionMap":
-        """Read a map file; with `structure`, one that must belong to that model.
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None) -> "PrecisionMap":
+        """Read a map file; with a converted `model` or its structure, one that must belong to it.
 
         Raises:
-            ValueError: not a map file, truncated, of another version or model, or with wrong shapes, types or widths.
+            ValueError: not a map file, truncated, damaged, of another version or model, or with wrong shapes, types or widths.
             FileNotFoundError: no such file.
         """
         header, tensors = _read(path, _PRECISION_FORMAT)
         result = cls._assemble(header, tensors, str(path))
-        if structure is not None:
-            structure.check_equal(result.structure, str(path))
+        _check_model(model, result.structure, str(path))
         return result
 
     @classmethod
     def _assemble(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> "PrecisionMap":
-        try:
-            structure = ModelStructure.from_json(header["structure"])
-            limits = header["limits"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{source}: its header lacks or garbles {error}; save the map again") from error
-        if structure.hash() != header.get("structure_hash"):
-            raise ValueError(f"{source}: the model structure in its header does not match its hash; the file was edited or damaged")
-        if {k.rpartition("/")[0] for k in tensors} != set(limits):
-            raise ValueError(f"{source}: its tensors {sorted(tensors)} and its width limits {sorted(limits)} do not belong together")
+        structure = _parse_structure(header, source)
+        limits = header.get("limits")
+        if not isinstance(limits, dict) or {k.rpartition("/")[0] for k in tensors} != set(limits):
+            raise ValueError(
+                f"{source}: its tensors {sorted(tensors)} and its width limits {limits!r} do not belong together; save it again"
+            )
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for key, value in tensors.items():
-            operand, _, kind = key.rpartition("/")
-            name, _, letter = operand.rpartition("/")
+            name, role, kind = _parse_key(key, structure, source)
             expected = {"lsb_exponent": torch.int16, "bits": torch.uint8}.get(kind)
-            if expected is None or value.dtype != expected:
-                raise ValueError(f"{source}: {key} is {value.dtype}; a map holds lsb_exponent (int16) or bits (uint8)")
+            if expected is None or not isinstance(value, Tensor) or value.dtype != expected:
+                raise ValueError(
+                    f"{source}: {key} is {getattr(value, 'dtype', type(value))}; a map holds lsb_exponent (int16) or bits (uint8): save it again"
+                )
+            if role in entries.get(name, {}):
+                raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
             try:
-                least, most = limits[operand]
+                least, most = limits[f"{name}/{role.letter}"]
                 precision = OperandPrecision(**{kind: value}, least_bits=least, most_bits=most)
-                entries.setdefault(name, {})[Role.from_letter(letter)] = precision
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: {key}: {error}") from error
+            entries.setdefault(name, {})[role] = precision
         try:
             return cls(structure=structure, entries=entries)
         except ValueError as error:
@@ -187,88 +201,217 @@ class PrecisionMap:
 
 @dataclass(frozen=True, kw_only=True)
 class BitWidthMap:
-    """The `bits` that one batch got, uint8 grids by layer and role: what cost, figures and export read."""
+    """The `bits` that one batch got, uint8 grids by layer and role: what cost, figures and export read.
+
+    Raises:
+        ValueError: a grid of an unknown layer, of another type or shape, or with widths outside {0, 2..8}.
+    """
 
     structure: ModelStructure
-    bits: Mapping[str, Mapping[Role, Tensor]]
+    bits: Mapping[str, Mapping[Role, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, roles in self.bits.items():
+            for role, grid in roles.items():
+                if grid.dtype != torch.uint8 or bool(((grid == 1) | (grid > MAX_BITS)).any()):
+                    raise ValueError(f"{name!r} {role.letter} must hold uint8 widths 0 or 2..{MAX_BITS}, not {grid.dtype} {_widths(grid)}")
+                _check_shape(self.structure, name, role, tuple(grid.shape), kind="grid")
 
     def mean_bits(self, role: Role) -> float:
-        """Mean width over all blocks of a role."""
-        grids = [roles[role] for roles in self.bits.values() if role in roles]
-        total = sum(g.numel() for g in grids)
-        return sum(float(g.sum(dtype=torch.float64)) for g in grids) / total if total else 0.0
+        """Mean width over all blocks of a role, zero blocks included; 0 without any."""
+        counts = self.histogram(role)
+        return sum(bits * n for bits, n in counts.items()) / max(sum(counts.values()), 1)
 
     def zero_share(self, role: Role) -> float:
         """Share of blocks that are not computed."""
-        grids = [roles[role] for roles in self.bits.values() if role in roles]
-        total = sum(g.numel() for g in grids)
-        return sum(int((g == 0).sum()) for g in grids) / total if total else 0.0
+        counts = self.histogram(role)
+        return counts[0] / max(sum(counts.values()), 1)
+
+    def histogram(self, role: Role) -> dict[int, int]:
+        """Blocks of a role by width, over all layers; the keys are 0 and 2..8."""
+        counts = torch.zeros(MAX_BITS + 1, dtype=torch.int64)
+        for roles in self.bits.values():
+            if role in roles:
+                counts += torch.bincount(roles[role].cpu().flatten().to(torch.int64), minlength=MAX_BITS + 1)
+        return {bits: int(n) for bits, n in enumerate(counts) if bits != 1}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, as `PrecisionMap.save`."""
         tensors = {f"{n}/{r.letter}/bits": g.cpu().contiguous() for n, roles in self.bits.items() for r, g in roles.items()}
-        header = {"format": _WIDTHS_FORMAT, "version": FORMAT_VERSION, "structure": self.structure.to_json()}
-        _write(path, tensors, header)
+        _write(path, tensors, _render_header(_WIDTHS_FORMAT, self.structure))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "BitWidthMap":
-        """Read it back. Raises ValueError as `PrecisionMap.load`."""
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None) -> "BitWidthMap":
+        """Read it back. Raises as `PrecisionMap.load`."""
         header, tensors = _read(path, _WIDTHS_FORMAT)
+        structure = _parse_structure(header, str(path))
         bits: dict[str, dict[Role, Tensor]] = {}
         for key, value in tensors.items():
-            operand, _, _ = key.rpartition("/")
-            name, _, letter = operand.rpartition("/")
-            if value.dtype != torch.uint8 or bool(((value == 1) | (value > 8)).any()):
-                raise ValueError(f"{path}: {key} must hold uint8 widths 0 or 2..8")
-            bits.setdefault(name, {})[Role.from_letter(letter)] = value
-        return cls(structure=ModelStructure.from_json(header["structure"]), bits=bits)
+            name, role, kind = _parse_key(key, structure, str(path))
+            if kind != "bits":
+                raise ValueError(f"{path}: {key} is no grid of widths, <layer>/<X|W|E>/bits; save it again")
+            bits.setdefault(name, {})[role] = value
+        try:
+            result = cls(structure=structure, bits=bits)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        _check_model(model, structure, str(path))
+        return result
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write to a temporary name beside `path` and rename."""
+    """Write under a temporary name beside `path`, then rename: readers see the old file or the new one, also after a crash."""
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
-def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    write_atomically(path, save(dict(tensors), metadata={"dynasty": json.dumps(header, sort_keys=True)}))
+def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[int, ...], *, kind: str) -> None:
+    """Raise ValueError unless `shape` is that of a "map" (broadcasts to a grid) or of a whole "grid" of this operand."""
+    if name not in structure.layers:
+        raise ValueError(f"layer {name!r} is not in the model, which has {', '.join(structure.layers) or 'no layers'}: rename or drop it")
+    if not shape and kind == "map":
+        return
+    if structure.block_shape in LINE_BLOCKS and kind == "grid":
+        return  # cut anew for each GEMM: no grid is the operand's
+    g, (rows, channels) = structure.layers[name], structure.block_shape
+    # Sizes that the axes must have, None for any; a map may have 1 instead.
+    expected: list[int | None]
+    if role is Role.WEIGHT:
+        width = g.in_channels if g.groups == 1 else BandedWeight(g.weight_shape, g.groups, structure.block_shape).width
+        expected = [-(-g.out_channels // rows), -(-width // channels), *g.taps]
+    else:
+        axes = len(g.weight_shape) if g.kind == "conv" else max(len(shape), 2)
+        expected = [None] * axes
+        expected[0] = 1 if kind == "map" else None
+        expected[g.channel_axis] = -(-(g.in_channels if role is Role.ACTIVATION else g.out_channels) // channels)
+    fits = len(shape) == len(expected) and all(
+        have > 0 and (want is None or have == want or (kind == "map" and have == 1)) for have, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in expected)
+        raise ValueError(
+            f"the {kind} of {name!r} {role.letter} has shape {shape}; its grid is [{wanted}]{', or 1 in place of any' * (kind == 'map')}"
+        )
+
+
+def _check_model(model: nn.Module | ModelStructure | None, found: ModelStructure, source: str) -> None:
+    if model is not None:
+        (model if isinstance(model, ModelStructure) else model_structure(model)).check_equal(found, source)
+
+
+def _digest(texts: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)}:{text}".encode())
+    for key, value in sorted(tensors.items()):
+        array = value.cpu().contiguous().numpy()
+        digest.update(f"{len(key)}:{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def _render_header(format_name: str, structure: ModelStructure, **more: Any) -> str:
+    header = {"format": format_name, "version": FORMAT_VERSION, "structure": structure.to_json(), "structure_hash": structure.hash()}
+    return json.dumps(header | more, sort_keys=True)
+
+
+def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
+    # safetensors refuses tensors that share memory, as two operands of one request do.
+    copies = {key: value.clone() for key, value in tensors.items()}
+    write_atomically(path, save_safetensors(copies, metadata={_HEADER: header, _DIGEST: _digest([header], tensors)}))
 
 
 def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no map file at {path}")
+    data = Path(path).read_bytes()
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError, UnicodeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); save the map again") from error
-    if "dynasty" not in metadata:
-        raise ValueError(f"{path} is a safetensors file but no map: it has no dynasty header")
-    return _parse_header(metadata["dynasty"], expected, str(path)), tensors
+        # safetensors.torch.load hides the metadata; the layout is 8 bytes of header size, then the header as JSON.
+        tensors = load_safetensors(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); save or copy the map again") from error
+    if _HEADER not in metadata:
+        raise ValueError(f"{path} is a safetensors file but no map: its metadata has no {_HEADER!r}; maps are written by PrecisionMap.save")
+    text = metadata[_HEADER]
+    header = _parse_header(text, expected, str(path))
+    if metadata.get(_DIGEST) != _digest([text], tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match the {_DIGEST} written with them; save or copy the map again")
+    return header, tensors
 
 
-def _parse_header(text: str, expected: str, source: str) -> dict[str, Any]:
+def _parse_header(text: Any, expected: str, source: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source}: its header is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("format") != expected:
-        raise ValueError(f"{source} holds {header.get('format') if isinstance(header, dict) else header!r}, not {expected!r}")
-    if header.get("version") != FORMAT_VERSION:
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{source}: its header is not JSON ({error}); save the map again") from error
+    found = header.get("format") if isinstance(header, dict) else header
+    if found != expected:
+        raise ValueError(f"{source} holds {found!r}, not {expected!r}: give a file of that kind")
+    version = header.get("version")
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format version {header.get('version')}, this package reads {FORMAT_VERSION}: use the package version that wrote it"
+            f"{source} has format version {version!r}, this package reads {FORMAT_VERSION}: use the package version that wrote it, or a newer one"
         )
-    return header
+    return dict(header)
+
+
+def _parse_structure(header: Mapping[str, Any], source: str) -> ModelStructure:
+    try:
+        structure = ModelStructure.from_json(header["structure"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source}: the model structure in its header lacks or garbles {error}; save the map again") from error
+    if structure.hash() != header.get("structure_hash"):
+        raise ValueError(
+            f"{source}: the model structure in its header does not match its hash; the file was edited or damaged, save it again"
+        )
+    return structure
+
+
+def _parse_key(key: str, structure: ModelStructure, source: str) -> tuple[str, Role, str]:
+    operand, _, kind = key.rpartition("/")
+    name, _, letter = operand.rpartition("/")
+    if name not in structure.layers:
+        raise ValueError(
+            f"{source}: {key} is of layer {name!r}, which the model lacks; it has {', '.join(structure.layers)}: rename or drop it"
+        )
+    try:
+        return name, Role.from_letter(letter), kind
+    except ValueError as error:
+        raise ValueError(f"{source}: {key}: {error}; rename or drop it") from error
+
+
+def _geometry(name: str, fields: Mapping[str, Any]) -> LayerGeometry:
+    """A layer's geometry from JSON, which LayerGeometry itself does not check for types."""
+    values = {k: _tuple(v) for k, v in fields.items()}
+    if values.get("kind") not in ("linear", "conv"):
+        raise ValueError(f"the kind of layer {name!r}, 'linear' or 'conv', not {values.get('kind')!r}")
+    for field_name, least in (("weight_shape", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        numbers = values[field_name]
+        if not isinstance(numbers, tuple) or any(type(n) is not int or n < least for n in numbers):
+            raise ValueError(f"{field_name} of layer {name!r}, integers from {least} on, not {numbers!r}")
+    if len(values["weight_shape"]) < 2 or type(values["groups"]) is not int or values["groups"] < 1:
+        raise ValueError(f"weight_shape and groups of layer {name!r}, two axes and one group at least, not {fields!r}")
+    return LayerGeometry(**values)
+
+
+def _widths(grid: Tensor) -> str:
+    return f"with values {sorted(set(grid.flatten().tolist()))[:12]}"
 
 
 def _tuple(value: Any) -> Any:

@@ -1,0 +1,185 @@
+"""The quantizer against the oracle: exhaustively on small blocks, at random over everything else."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from dynasty_lightning.core.formats import BlockFormat
+from dynasty_lightning.core.quantize import quantize
+from dynasty_lightning.core.random import StreamPosition
+from dynasty_lightning.core.roles import Role
+from tests import oracle
+
+
+def check(x, role, **options):
+    """Package and oracle agree on every field."""
+    stream = options.pop("stream", {})
+    expected = oracle.quantize(
+        x.numpy(), role.letter, block=options.get("block_shape", (4, 4)), axis=options.get("channel_axis", 1), bits=options.get("bits"),
+        lsb=options.get("lsb_exponent"), least=options.get("least_bits", 0), most=options.get("most_bits", 8),
+        group=options.get("width_group"), scope=options.get("scope", "tensor"), stream=stream,
+        nearest=None if options.get("rounding") is None else options["rounding"] == "nearest",
+    )  # fmt: skip
+    options = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    got = quantize(x, role=role, stream=StreamPosition(**stream), **options)
+    for field in ("occupied", "bits", "scale_exponents", "signed", "mantissas"):
+        np.testing.assert_array_equal(getattr(got, field).numpy(), getattr(expected, field), err_msg=field)
+    finite = np.vectorize(lambda v: abs(v) < 2**128)(expected.values)
+    np.testing.assert_array_equal(got.dequantize().numpy()[finite], expected.values.astype(float)[finite].astype(np.float32))
+    # bfloat16 keeps 8 bits down to 2**-126 only; `shift` is there for what lies below.
+    normal = np.vectorize(lambda v: v == 0 or 2.0**-126 <= abs(v) < 2**128)(expected.values)
+    np.testing.assert_array_equal(got.dequantize(torch.bfloat16).double().numpy()[normal], expected.values.astype(float)[normal])
+    return got
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("role", list(Role))
+def test_every_value_of_a_fine_grid(bits, role):
+    # Largest element 1 .. 2, second element on a grid eight times finer than the LSB: every tie and every neighbour of one.
+    step = 2.0**-bits / 4
+    peaks = torch.arange(1.0, 2.0, 1 / 16).tolist() + [float(np.nextafter(np.float32(2), np.float32(0)))]
+    values = torch.arange(-2 + step, 2, step)
+    rows = [[p if abs(v) <= p else abs(v), v] for p, v in itertools.product(peaks, values.tolist())]
+    x = torch.tensor(rows)  # one block a row
+    check(x, role, bits=bits, block_shape=(1, 2), stream={"seed": bits})
+
+
+def test_edges_of_float32():
+    tiny = 2.0**-149
+    x = torch.tensor(
+        [[0.0, -0.0], [tiny, 0.0], [3 * tiny, -tiny], [2.0**-126, 2.0**-127], [np.nextafter(np.float32(4), np.float32(0)), 1.0], [4.0, -2.0]]
+    )
+    for role, bits in itertools.product(Role, (0, 2, 5, 8)):
+        check(x, role, bits=bits, block_shape=(1, 2), scope="row")
+        check(x, role, bits=bits, block_shape=(1, 2))
+    large = torch.tensor([[3.4e38, -1e38], [1.7e38, 1.0]])
+    for role, bits in itertools.product(Role, (2, 5, 8)):
+        check(large, role, bits=bits, block_shape=(1, 2))
+
+
+BLOCKS = [(4, 4), (8, 8), (16, 16), (1, 16), (1, 32)]
+
+
+def random_case(generator: np.random.Generator):
+    role = Role(int(generator.integers(3)))
+    block = BLOCKS[generator.integers(len(BLOCKS))] if generator.random() < 0.5 else (4, 4)
+    ndim = int(generator.integers(2, 5))
+    axis = int(generator.integers(1, ndim))
+    shape = [int(generator.integers(1, 4)) for _ in range(ndim)]
+    shape[0], shape[axis] = int(generator.integers(1, 11)), int(generator.integers(1, 19))
+    grid = oracle.grid_shape_of(shape, block, axis)
+    spread = [0, 1, 4, 12][generator.integers(4)]
+    center = float([0, 0, 0, -140, 100][generator.integers(5)])
+    exponent = np.clip(center + spread * generator.standard_normal(shape), -148, 126)
+    x = (generator.standard_normal(shape) * 2.0**exponent).clip(-3e38, 3e38).astype(np.float32)
+    if generator.random() < 0.4:
+        x = np.maximum(x, 0)
+    x[generator.random(shape) < 0.1] = 0
+    options = {"block_shape": block, "channel_axis": axis}
+    kind = generator.integers(4)
+    per_block = [1 if generator.random() < 0.3 else n for n in grid]
+    if kind == 0:
+        options["bits"] = int(generator.choice([0, 2, 3, 4, 5, 6, 7, 8]))
+    elif kind == 1:
+        options["bits"] = generator.choice([0, 2, 3, 4, 5, 6, 7, 8], size=per_block)
+    else:
+        around = int(center + generator.integers(-6, 3))
+        options["lsb_exponent"] = around if kind == 2 else around + generator.integers(-3, 4, size=per_block)
+        options["least_bits"] = int(generator.choice([0, 0, 0, 2, 4]))
+        options["most_bits"] = int(generator.choice([4, 8, 8]))
+    if generator.random() < 0.3:
+        options["width_group"] = (block[0] * int(generator.integers(1, 4)), block[1] * int(generator.integers(1, 4)))
+    if block[0] == 1 and generator.random() < 0.5:
+        options["scope"] = str(generator.choice(["sample", "row"]))
+    if generator.random() < 0.1:
+        options["rounding"] = "nearest"
+    options["stream"] = {"seed": int(generator.integers(1 << 32)), "layer": int(generator.integers(1 << 16)), "backward_count": 7}
+    return torch.from_numpy(x), role, options
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_random_operands(seed):
+    x, role, options = random_case(np.random.default_rng(seed))
+    check(x, role, **options)
+
+
+@pytest.mark.parametrize("role", list(Role))
+def test_memory_format_and_threads_do_not_matter(role):
+    x = torch.randn(9, 13, 5, 6)
+    options = {"role": role, "lsb_exponent": 0, "stream": StreamPosition(seed=5)}
+    expected = quantize(x, **options)
+    torch.set_num_threads(2)
+    for other in (x.contiguous(memory_format=torch.channels_last), x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)):
+        got = quantize(other, **options)
+        for field in ("mantissas", "scale_exponents", "bits"):
+            assert torch.equal(getattr(got, field), getattr(expected, field)), field
+
+
+def test_stochastic_rounding_is_unbiased():
+    x = torch.full((1000, 1000), 0.3)
+    x[::4, ::4] = 1.0  # fixes the exponents
+    for value in (0.3, -0.07, 0.9):
+        x[x != 1.0] = value
+        error = (quantize(x, 3, role=Role.ERROR, stream=StreamPosition(seed=1)).dequantize() - x)[x != 1.0].double()
+        assert abs(float(error.mean())) < 4 * float(error.std()) / error.numel() ** 0.5
+
+
+@pytest.mark.parametrize("above", [-2, -3, -4, -6, -9])
+def test_drop_is_unbiased_at_every_depth(above):
+    x = torch.full((1000, 1000), 0.6)  # shared exponent -1
+    got = quantize(x, lsb_exponent=-1 - above, role=Role.ERROR, stream=StreamPosition(seed=2)).dequantize().double()
+    # Elements of a block are dropped together: 62,500 independent blocks.
+    blocks = got.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).mean((1, 3))
+    assert float(blocks.std()) > 0
+    assert abs(float(blocks.mean()) - float(x[0, 0])) < 4 * float(blocks.std()) / blocks.numel() ** 0.5
+
+
+def test_nonfinite_scopes_pass_unquantized():
+    x = torch.randn(3, 8, 5)
+    x[1, 2, 3] = float("nan")
+    whole = quantize(x, 4, role=Role.ACTIVATION)
+    assert torch.equal(whole.dequantize().nan_to_num(7), x.nan_to_num(7))
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        whole.numpy()
+    sample = quantize(x, 4, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample").dequantize()
+    assert torch.equal(sample[1].nan_to_num(7), x[1].nan_to_num(7))
+    alone = quantize(x[:1], 4, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample").dequantize()
+    assert torch.equal(sample[:1], alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 1}, "must be 0"),
+        ({"bits": 9}, r"\[2, 8\], not 9"),
+        ({"bits": torch.full((2, 2), 1)}, "must be 0"),
+        ({"bits": torch.full((3, 5), 4)}, "does not broadcast"),
+        ({"bits": torch.full((2, 2), 4.0)}, "integer"),
+        ({}, "exactly one"),
+        ({"bits": 4, "lsb_exponent": 0}, "both"),
+        ({"lsb_exponent": 0, "least_bits": 6, "most_bits": 4}, "must not exceed"),
+        ({"bits": 4, "scope": "row"}, "one row"),
+        ({"bits": 4, "width_group": (6, 4)}, "multiple"),
+        ({"bits": 4, "rounding": "up"}, "rounding must be"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(torch.randn(8, 8), role=Role.WEIGHT, **arguments)
+
+
+def test_bad_tensors():
+    with pytest.raises(ValueError, match="at least one element"):
+        quantize(torch.empty(0, 4), 4, role=Role.WEIGHT)
+    with pytest.raises(TypeError, match="float64"):
+        quantize(torch.randn(4, 4).double(), 4, role=Role.WEIGHT)
+
+
+def test_block_formats():
+    with pytest.raises(ValueError, match="block_shape must be one of"):
+        BlockFormat(block_shape=(4, 3))
+    with pytest.raises(ValueError, match="multiple of block_shape"):
+        BlockFormat(width_group=(6, 4))
+    assert BlockFormat(block_shape=(1, 32)).requantizes
