@@ -1,0 +1,272 @@
+"""Converted layers against the oracle: Y, dX and dW of random Linear and Conv layers, exact to the bit and fast within its bound."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynasty_lightning.core.blocks import BandedWeight
+from dynasty_lightning.core.matmul import exact_gemm, fast_dtype, round_once
+from dynasty_lightning.core.precision import OperandPrecision
+from dynasty_lightning.core.quantize import quantize_blocks
+from dynasty_lightning.core.random import StreamPosition
+from dynasty_lightning.core.roles import Gemm, Role
+from dynasty_lightning.nn.convert import convert
+from dynasty_lightning.nn.layers import DynamicLayer, geometry_of, pads_explicitly
+from dynasty_lightning.nn.plan import LayerPlan
+from tests import oracle
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def random_layer(g: np.random.Generator):
+    """A layer and an input shape that fits it."""
+    kind = int(g.integers(4))
+    n = int(g.integers(1, 7))
+    if kind == 0:
+        inputs, outputs = (int(v) for v in g.integers(1, 11, 2))
+        tokens = [int(v) for v in g.integers(1, 4, int(g.integers(3)))]
+        return nn.Linear(inputs, outputs, bias=bool(g.integers(2))), (n, *tokens, inputs)
+    taps = [int(v) for v in g.integers(1, 4 if kind < 3 else 3, kind)]
+    dilation = [int(v) for v in g.integers(1, 3, kind)]
+    stride = [int(v) for v in g.integers(1, 3, kind)]
+    groups = int(g.choice([1, 1, 2, 3, 5]))
+    per_group = int(g.choice([1, 1, 2, 3, 5]))
+    outputs = groups * int(g.integers(1, 4))
+    if g.random() < 0.25:
+        groups, per_group, outputs = 6, 1, 6  # depthwise
+    size = [d * (k - 1) + int(v) for d, k, v in zip(dilation, taps, g.integers(1, 4 if kind < 3 else 3, kind), strict=True)]
+    padding = [int(v) for v in g.integers(0, 3, kind)]
+    mode = str(g.choice(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]))
+    if mode != "zeros":
+        padding = [min(p, s - 1) for p, s in zip(padding, size, strict=True)]
+    if g.random() < 0.15:
+        padding, stride = "same", [1] * kind
+        mode = "zeros"
+    conv = CONV[kind](
+        groups * per_group, outputs, tuple(taps), stride=tuple(stride), padding=padding if padding == "same" else tuple(padding),
+        dilation=tuple(dilation), groups=groups, padding_mode=mode, bias=bool(g.integers(2)),
+    )  # fmt: skip
+    return conv, (n, groups * per_group, *size)
+
+
+def random_precision(g, layer: DynamicLayer, role: Role, shape):
+    if layer.plan.format.requantizes or g.random() < 0.2:
+        return OperandPrecision(bits=int(g.choice([2, 3, 4, 5, 6, 7, 8])))
+    grid = list(layer.grid_shape(role, shape))
+    if role is not Role.WEIGHT:
+        grid[0] = 1
+    if g.random() < 0.4:
+        return OperandPrecision(bits=torch.from_numpy(g.choice([0, 2, 3, 4, 5, 6, 7, 8], size=grid)))
+    return OperandPrecision(lsb_exponent=torch.from_numpy(g.integers(-7, 1, size=grid)), least_bits=int(g.choice([0, 0, 2])))
+
+
+def oracle_operands(layer, x, e):
+    """Fractions of X for FORWARD and WGRAD, W for FORWARD and DGRAD, E for DGRAD and WGRAD."""
+    plan, geometry = layer.plan, layer.geometry
+    weight = oracle.embed_groups(layer.weight.detach().numpy(), geometry.groups)
+    operands = {}
+    for gemm, role, tensor in (
+        (Gemm.FORWARD, Role.ACTIVATION, x), (Gemm.WGRAD, Role.ACTIVATION, x), (Gemm.FORWARD, Role.WEIGHT, weight),
+        (Gemm.DGRAD, Role.WEIGHT, weight), (Gemm.DGRAD, Role.ERROR, e), (Gemm.WGRAD, Role.ERROR, e),
+    ):  # fmt: skip
+        precision = layer.get_precision(role)
+        values = precision.values.numpy().astype(int)
+        if role is Role.WEIGHT and geometry.groups > 1 and values.ndim:
+            values = spread_band(values, layer)
+        axis = 1 if role is Role.WEIGHT else geometry.channel_axis
+        quantized = oracle.quantize(
+            tensor, role.letter, block=plan.block_shape(role, gemm), axis=axis, group=plan.format.width_group,
+            least=precision.least_bits, most=precision.most_bits, stream={"layer": layer.layer_index, "seed": 17},
+            **{"lsb" if precision.bits is None else "bits": values},
+        )  # fmt: skip
+        operands[gemm, role] = quantized.values
+    for gemm in (Gemm.FORWARD, Gemm.DGRAD):
+        operands[gemm, Role.WEIGHT] = oracle.extract_groups(operands[gemm, Role.WEIGHT], geometry.groups, layer.weight.shape[1])
+    return operands
+
+
+def spread_band(values, layer):
+    """A map over the band as a map over the whole block-diagonal matrix; what lies outside the band is zero anyway."""
+    rows, channels = layer.plan.format.block_shape
+    first = layer.plan.band.first_columns.numpy() // channels
+    columns = -(-layer.geometry.in_channels // channels)
+    full = np.full((values.shape[0], columns, *values.shape[2:]), 4)
+    for r in range(values.shape[0]):
+        for b in range(values.shape[1]):
+            if first[r] + b < columns:
+                full[r, first[r] + b] = values[r, b]
+    return full
+
+
+@pytest.mark.parametrize("seed", range(240))
+def test_three_gemms_equal_the_oracle(seed):
+    g = np.random.default_rng(seed)
+    module, shape = random_layer(g)
+    torch.manual_seed(seed)
+    block_shape = [(4, 4), (4, 4), (8, 8), (16, 16), (1, 16)][g.integers(5)]
+    if block_shape == (1, 16) and getattr(module, "groups", 1) > 1:
+        block_shape = (4, 4)  # a banded weight has one band for both directions of a line block
+    group = None
+    if block_shape == (4, 4) and g.random() < 0.2:
+        group = (8, 8) if getattr(module, "groups", 1) == 1 else None
+    model = nn.Sequential(module)
+    models = {}
+    for mode in ("exact", "fast"):
+        models[mode] = copy.deepcopy(model)
+        convert(models[mode], mode=mode, block_shape=block_shape, width_group=group, seed=17)
+    x = torch.randn(shape) * torch.randn(shape).exp2()
+    if g.random() < 0.5:
+        x = x.relu()
+    padded = x
+    if isinstance(module, nn.modules.conv._ConvNd) and pads_explicitly(module):
+        padded = F.pad(x, module._reversed_padding_repeated_twice, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    layers = {mode: m[0] for mode, m in models.items()}
+    output_shape = layers["exact"].plan.output_shape(tuple(padded.shape))
+    e = torch.randn(output_shape) * 2.0 ** int(g.integers(-8, 3))
+    for role, s in ((Role.ACTIVATION, tuple(padded.shape)), (Role.WEIGHT, None), (Role.ERROR, output_shape)):
+        precision = random_precision(g, layers["exact"], role, s)
+        for layer in layers.values():
+            layer.set_precision(role, precision)
+    results = {}
+    for mode, m in models.items():
+        inputs = padded.clone().requires_grad_()
+        y = layers[mode].multiply(inputs)
+        y.backward(e)
+        results[mode] = (y.detach(), inputs.grad, m[0].weight.grad)
+    operands = oracle_operands(layers["exact"], padded.numpy(), e.numpy())
+    geometry = layers["exact"].geometry
+
+    def gemms(transform):
+        o = {k: transform(v) for k, v in operands.items()}
+        parts = []
+        for gemm, index in ((Gemm.FORWARD, 0), (Gemm.DGRAD, 1), (Gemm.WGRAD, 2)):
+            read = {
+                role: o.get((gemm, role), np.zeros_like(o[other, role]))
+                for role, other in ((Role.ACTIVATION, Gemm.WGRAD), (Role.WEIGHT, Gemm.DGRAD), (Role.ERROR, Gemm.DGRAD))
+            }
+            arguments = (read[Role.ACTIVATION], read[Role.WEIGHT], read[Role.ERROR])
+            if geometry.kind == "linear":
+                parts.append(oracle.linear_gemms(*arguments)[index])
+            else:
+                parts.append(oracle.conv_gemms(*arguments, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)[index])
+        return parts
+
+    exact = gemms(lambda v: v)
+    for name, got, want in zip(("Y", "dX", "dW"), results["exact"], exact, strict=True):
+        np.testing.assert_array_equal(got.numpy(), oracle.rounded(want), err_msg=name)
+    # docs/numerics.md, "Sums": K <= 10**4 here.
+    magnitude = gemms(np.abs)
+    relative = 2.0**-8 if fast_dtype(torch.device("cpu")) == torch.bfloat16 else 0.0
+    for name, got, want, size in zip(("Y", "dX", "dW"), results["fast"], exact, magnitude, strict=True):
+        want, size = want.astype(float), size.astype(float)
+        terms = max(x.numel(), module.weight.numel(), e.numel())
+        bound = terms * 2 * 2.0**-24 * size * (1 + relative) + relative * np.abs(want) + 1e-40
+        assert (np.abs(got.double().numpy() - want) <= bound).all(), name
+
+
+def test_bias_and_its_gradient():
+    layer = nn.Sequential(nn.Linear(5, 3))
+    convert(layer, mode="exact", seed=1)
+    x, e = torch.randn(4, 5), torch.randn(4, 3)
+    y = layer(x)
+    assert torch.equal(y, layer[0].multiply(x) + layer[0].bias)
+    y.backward(e)
+    assert torch.equal(layer[0].bias.grad, e.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(12, 7), (6, 12)),
+        (lambda: nn.Conv2d(12, 7, 3, padding=1), (6, 12, 7, 7)),
+        (lambda: nn.Conv1d(12, 12, 3, groups=12), (6, 12, 9)),
+    ],
+)
+def test_a_prediction_does_not_depend_on_its_batch(make, shape):
+    model = nn.Sequential(make()).eval()
+    convert(model)
+    model[0].set_precision(Role.ACTIVATION, OperandPrecision(bits=4))
+    x = torch.randn(shape)
+    with torch.no_grad():
+        alone = torch.cat([model(x[i : i + 1]) for i in range(6)])
+        assert torch.equal(model(x), alone)
+        for neighbour in (1e6, float("nan"), float("inf")):
+            disturbed = x.clone()
+            disturbed[3] *= neighbour
+            rest = [0, 1, 2, 4, 5]
+            got = model(disturbed)
+            if neighbour == 1e6:
+                assert torch.equal(got[rest], alone[rest])
+            else:  # a batch with an unquantized sample runs in float32
+                torch.testing.assert_close(got[rest], alone[rest], rtol=2.0**-7, atol=1e-2)
+
+
+def _blocks(x, role, geometry):
+    plan = LayerPlan(geometry=geometry)
+    gemm = Gemm.FORWARD if role is not Role.ERROR else Gemm.DGRAD
+    return quantize_blocks(
+        x, plan.layout(role, tuple(x.shape), gemm), bits=torch.tensor(8), lsb_exponent=None, role=role, least_bits=0, most_bits=8,
+        width_group=None, stochastic=False, force_signed=False, stream=StreamPosition(), scope="tensor",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("gemm", list(Gemm))
+@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 16), lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2)])
+def test_splitting_k_changes_nothing(gemm, make):
+    module = make()
+    geometry = geometry_of(module)
+    x = torch.randn((8, 24) if geometry.kind == "linear" else (8, 8, 7, 7)).relu() * 100
+    plan = LayerPlan(geometry=geometry)
+    output_shape = plan.output_shape(tuple(x.shape))
+    w_blocks = _blocks(module.weight.detach(), Role.WEIGHT, geometry) if geometry.groups == 1 else _unbanded(module, plan)
+    operands = {Role.ACTIVATION: _blocks(x, Role.ACTIVATION, geometry), Role.ERROR: _blocks(torch.randn(output_shape), Role.ERROR, geometry), Role.WEIGHT: w_blocks}
+    left, right = {Gemm.FORWARD: (0, 1), Gemm.DGRAD: (2, 1), Gemm.WGRAD: (2, 0)}[gemm]
+    arguments = (gemm, operands[Role(left)], operands[Role(right)], geometry, tuple(x.shape), output_shape)
+    whole = exact_gemm(*arguments)
+    assert torch.equal(exact_gemm(*arguments, limit_bits=36), whole)
+    with pytest.raises(ValueError, match="must stay below"):
+        exact_gemm(*arguments, limit_bits=8)
+
+
+def _unbanded(module, plan):
+    from dynasty_lightning.nn.ops import _unband
+
+    banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(module.weight.detach())
+    return _unband(_blocks(banded, Role.WEIGHT, plan.geometry), plan)
+
+
+def test_sums_beyond_float64_are_split_and_exact():
+    k = 1 << 19
+    x = torch.full((1, k), 1.0)
+    x[0, ::7] = 2.0**-14 * 3
+    w = torch.full((1, k), 255.0 / 256)
+    w[0, ::5] = 2.0**-13
+    module = nn.Linear(k, 1, bias=False)
+    module.weight.data = w
+    geometry = geometry_of(module)
+    blocks = [_blocks(x, Role.ACTIVATION, geometry), _blocks(w, Role.WEIGHT, geometry)]
+    want = sum(int(a) * int(b) for a, b in zip(*(b.values(torch.float64, shift=-b.finest_exponent())[0].long().tolist() for b in blocks), strict=True))
+    exponent = sum(b.finest_exponent() for b in blocks)
+    from fractions import Fraction
+
+    want = oracle.to_float32(Fraction(want) * Fraction(2) ** exponent)
+    for limit in (53, 40):
+        got = exact_gemm(Gemm.FORWARD, *blocks, geometry, (1, k), (1, 1), limit_bits=limit)
+        assert float(got) == want
+
+
+def test_round_once_equals_fractions():
+    from fractions import Fraction
+
+    g = np.random.default_rng(0)
+    values = [int(g.integers(-(2**b), 2**b)) for b in range(1, 62) for _ in range(20)]
+    values += [2**61 - 1, -(2**61) + 1, (1 << 54) + 1, (1 << 60) + (1 << 36), (1 << 60) + (1 << 36) + 1, (3 << 59) + (1 << 36)]
+    total = torch.tensor(values)
+    for exponent in (0, -60, -170, -200, -206, 70, 100):
+        got = round_once(total, exponent).numpy()
+        want = np.array([oracle.to_float32(Fraction(v) * Fraction(2) ** exponent) for v in values], np.float32)
+        np.testing.assert_array_equal(got, want)
