@@ -80,8 +80,8 @@ def _integers(values: Tensor | int, name: str) -> Tensor:
     """A detached int64 copy, which no later change of `values` reaches."""
     try:
         tensor = torch.as_tensor(values)
-    except OverflowError as error:
-        raise ValueError(f"{name} must fit 64 bits, not {values}") from error
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} must be integers that fit 64 bits, not {values!r}") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, not {tensor.dtype}")
     return tensor.detach().to(torch.int64, copy=True)

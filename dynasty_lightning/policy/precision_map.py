@@ -174,17 +174,14 @@ class PrecisionMap:
         structure = _parse_structure(header, source)
         limits = header.get("limits")
         if not isinstance(limits, dict) or {k.rpartition("/")[0] for k in tensors} != set(limits):
-            raise ValueError(
-                f"{source}: its tensors {sorted(tensors)} and its width limits {limits!r} do not belong together; save it again"
-            )
+            raise ValueError(f"{source}: tensors {sorted(tensors)} and width limits {limits!r} do not belong together; save it again")
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for key, value in tensors.items():
             name, role, kind = _parse_key(key, structure, source)
             expected = {"lsb_exponent": torch.int16, "bits": torch.uint8}.get(kind)
             if expected is None or not isinstance(value, Tensor) or value.dtype != expected:
-                raise ValueError(
-                    f"{source}: {key} is {getattr(value, 'dtype', type(value))}; a map holds lsb_exponent (int16) or bits (uint8): save it again"
-                )
+                found = getattr(value, "dtype", type(value))
+                raise ValueError(f"{source}: {key} is {found}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
             if role in entries.get(name, {}):
                 raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
             try:
@@ -304,9 +301,8 @@ def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[
     )
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in expected)
-        raise ValueError(
-            f"the {kind} of {name!r} {role.letter} has shape {shape}; its grid is [{wanted}]{', or 1 in place of any' * (kind == 'map')}"
-        )
+        ones = ", or 1 in place of any of them" if kind == "map" else ""
+        raise ValueError(f"the {kind} of {name!r} {role.letter} has shape {shape}, which does not fit its grid: [{wanted}]{ones}")
 
 
 def _check_model(model: nn.Module | ModelStructure | None, found: ModelStructure, source: str) -> None:
@@ -327,7 +323,7 @@ def _digest(texts: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
 
 def _render_header(format_name: str, structure: ModelStructure, **more: Any) -> str:
     header = {"format": format_name, "version": FORMAT_VERSION, "structure": structure.to_json(), "structure_hash": structure.hash()}
-    return json.dumps(header | more, sort_keys=True)
+    return json.dumps(header | more)  # unsorted: layers keep their order of depth
 
 
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
@@ -366,7 +362,7 @@ def _parse_header(text: Any, expected: str, source: str) -> dict[str, Any]:
     version = header.get("version")
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format version {version!r}, this package reads {FORMAT_VERSION}: use the package version that wrote it, or a newer one"
+            f"{source} has format version {version!r}, this package reads {FORMAT_VERSION}: use the package version that wrote it"
         )
     return dict(header)
 
@@ -377,9 +373,7 @@ def _parse_structure(header: Mapping[str, Any], source: str) -> ModelStructure:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source}: the model structure in its header lacks or garbles {error}; save the map again") from error
     if structure.hash() != header.get("structure_hash"):
-        raise ValueError(
-            f"{source}: the model structure in its header does not match its hash; the file was edited or damaged, save it again"
-        )
+        raise ValueError(f"{source}: the model structure in its header does not match its hash: edited or damaged; save it again")
     return structure
 
 
@@ -387,9 +381,8 @@ def _parse_key(key: str, structure: ModelStructure, source: str) -> tuple[str, R
     operand, _, kind = key.rpartition("/")
     name, _, letter = operand.rpartition("/")
     if name not in structure.layers:
-        raise ValueError(
-            f"{source}: {key} is of layer {name!r}, which the model lacks; it has {', '.join(structure.layers)}: rename or drop it"
-        )
+        known = ", ".join(structure.layers) or "no layers"
+        raise ValueError(f"{source}: {key} is of layer {name!r}, which the model lacks; it has {known}: rename or drop it")
     try:
         return name, Role.from_letter(letter), kind
     except ValueError as error:

@@ -366,7 +366,10 @@ def rewrite(path: Path, change, tensors=None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h.update(format="dynasty-lightning/bit-width-map"), "holds 'dynasty-lightning/bit-width-map', not 'dynasty-lightning/prec"),
+        (
+            lambda h: h.update(format="dynasty-lightning/bit-width-map"),
+            "holds 'dynasty-lightning/bit-width-map', not 'dynasty-lightning/prec",
+        ),
         (lambda h: h.pop("format"), "holds None, not"),
         (lambda h: h.update(version=2), "format version 2, this package reads 1"),
         (lambda h: h.pop("version"), "format version None"),
@@ -420,7 +423,9 @@ def test_wrong_tensors(saved, key, value, message):
     assert str(saved) in str(caught.value)
 
 
-@pytest.mark.parametrize("state", [{}, {"header": "{}"}, {"header": 3, "tensors": {}}, {"header": "{}", "tensors": 5}, {"header": "[", "tensors": {}}])
+@pytest.mark.parametrize(
+    "state", [{}, {"header": "{}"}, {"header": 3, "tensors": {}}, {"header": "{}", "tensors": 5}, {"header": "[", "tensors": {}}]
+)
 def test_wrong_states(state):
     with pytest.raises(ValueError, match="the checkpoint"):
         PrecisionMap.from_state(state, source="the checkpoint")

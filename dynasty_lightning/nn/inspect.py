@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at the widths that a batch gets in evaluation, for figures and export."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.roles import Gemm, Role
+from .layers import DynamicLayer, dynamic_layers
+from .ops import header_bits, layer_forward
+
+
+@torch.no_grad()
+def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
+    """Widths of every converted layer's X blocks when `model`, in eval mode, predicts `batch`; uint8 grids [N, ...]."""
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def record(layer: DynamicLayer, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0]
+        request = layer._request(Role.ACTIVATION, tuple(x.shape))
+        outputs = layer_forward(
+            x, layer.weight, request, layer.dynasty_w_request, layer.dynasty_e_request, layer.stream.counters, [], layer._settings,
+            layer.plan.key, False, False,
+        )  # fmt: skip
+        grid = layer.plan.layout(Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False).grid_shape
+        found[layer.layer_name] = header_bits(outputs[9]).view(grid)
+
+    was_training = model.training
+    model.eval()
+    try:
+        handles = [layer.register_forward_pre_hook(record) for layer in dynamic_layers(model).values()]
+        model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return found
