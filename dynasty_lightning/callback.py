@@ -57,7 +57,7 @@ class DynastyCallback(Callback):
         policy: str | Policy = "dynasty",
         bits: int | Mapping[str, int] = 8,
         interval: int = 50,
-        warmup_steps: int = 10,
+        warmup_steps: int = 6,
         loss_guard: float | None = 2.0,
         energy_model: EnergyModel | None = None,
         table: bool = True,

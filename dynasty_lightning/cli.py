@@ -2,104 +2,158 @@
 """`dynasty-lightning`, also `python -m dynasty_lightning`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
-_DEFAULTS: Final = {  # epochs, batch size, training images
-    "digits": (20, 64, None),
-    "fashion-mnist": (5, 128, 20000),
-    "cifar100": (10, 128, None),
-}
+from .data import DATASETS
+from .data.files import DATA_VARIABLE
+from .demo import DATA_DEFAULTS, METHODS, DemoConfig, run_demo
+from .models import MODELS
+from .report import draw_report, format_table, read_summary
+
+DEFAULT_SPEEDUP: Final = 5.0
+_GREATEST_THREADS: Final = 2
+
+_DEMO_TEXT: Final = """
+Train one network in float32, in uniform 8-bit block floating point and in dynamic precision, for some seeds, and compare
+accuracy, speedup in bit products and modelled energy. Digits come with the installed packages and take a minute or two;
+Fashion-MNIST and CIFAR-100 are read from disk and give evidence.
+"""
+_DEMO_FILES: Final = """
+The run folder gets summary.json (rewritten after each run, so also valid if the demo is killed), and for each run a history
+(JSON lines), its precision map and last widths (safetensors), and three pictures (PNG).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (options: {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 for a mistake of the caller's."""
-    parser = argparse.ArgumentParser(prog="dynasty-lightning", description="Training in block-wise dynamic precision.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    """Run a command.
+
+    Returns:
+        0 on success, 1 if a training run failed, 2 for a mistake of the caller's, 130 if interrupted.
+    """
+    parser = _Parser(prog="dynasty-lightning", description="Training in block-wise dynamic precision.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
-        "demo",
-        help="train float32, uniform 8 bits and dynamic precision side by side",
-        description="Trains one network in float32, in uniform 8-bit block floating point and in dynamic precision, and writes figures, "
-        "the precision maps and pictures into a run folder. Digits run from the installed packages; the other sets are read from disk.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "demo", help="train side by side in float32, uniform 8 bits and dynamic precision", description=_DEMO_TEXT, epilog=_DEMO_FILES
     )
-    _add_demo_arguments(demo)
+    _add_demo_options(demo)
+    report = commands.add_parser(
+        "report",
+        help="print the table and draw the pictures of a run folder again",
+        description="Print the table of a run folder and draw its pictures again, also of a demo that was killed or still runs.",
+    )
+    report.add_argument("folder", type=Path, help="what `demo --out` named, e.g. runs/demo-digits")
     arguments = parser.parse_args(argv)
+    command = demo if arguments.command == "demo" else report
     try:
-        return _demo(arguments)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"dynasty-lightning {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return _demo(arguments) if arguments.command == "demo" else _report(arguments)
+    except (ValueError, OSError) as error:
+        command.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        print("\ninterrupted; finished runs are in summary.json", file=sys.stderr)
+        print(f"\n{command.prog}: interrupted; what was finished is in the run folder", file=sys.stderr)
         return 130
 
 
-def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
-    from .data import DATASETS
-    from .models import MODELS
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    data = demo.add_argument_group("data")
+    data.add_argument("--data", default="digits", choices=DATASETS, help="data set (default: digits)")
+    data.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help=f"folder of the Fashion-MNIST or CIFAR-100 files (default: ${DATA_VARIABLE}; for Fashion-MNIST then where Debian's "
+        "package dataset-fashion-mnist puts them)",
+    )
+    _add(data, "--train-images", int, "N", "use only the first N images of a fixed shuffle", _by_data("train_images"))
+    _add(data, "--batch-size", int, "N", "images a step", _by_data("batch_size"))
 
-    methods = "float32,uniform8,dynasty"
-    demo.add_argument("--data", default="digits", choices=DATASETS, help="data set")
-    demo.add_argument("--data-dir", help="folder of the data files; DYNASTY_DATA otherwise")
-    demo.add_argument("--model", default="resnet8", choices=MODELS, help="network")
-    demo.add_argument("--epochs", type=_positive, help="epochs of each run (digits 20, fashion-mnist 5, cifar100 10)")
-    demo.add_argument("--batch-size", type=_positive, help="samples a step (digits 64, else 128)")
-    demo.add_argument("--train-images", type=_positive, help="use only so many training images (fashion-mnist 20000, else all)")
-    demo.add_argument("--learning-rate", type=float, default=0.1, help="of SGD, at the start")
-    demo.add_argument("--methods", default=methods, help="which of them, separated by commas")
-    demo.add_argument("--policy", default="dynasty", choices=("dynasty", "uniform"), help="policy of the dynasty runs")
-    demo.add_argument("--target-speedup", type=float, help="whole-run cost target over uniform 8 bits, zero blocks charged (5.0)")
-    demo.add_argument("--noise-budget", type=float, help="steer to this predicted harm instead of a cost")
-    demo.add_argument("--interval", type=_positive, default=50, help="steps between analyses")
-    demo.add_argument("--seed", type=int, default=0, help="first seed")
-    demo.add_argument("--seeds", type=_positive, default=3, help="seeds of each method")
-    demo.add_argument("--mode", default="fast", choices=("fast", "exact"), help="exact gives the bits that the core computes, slower")
-    demo.add_argument("--processes", type=_positive, default=2, help="runs at a time, one thread each")
-    demo.add_argument("--out", help="run folder (runs/demo-DATA)")
+    training = demo.add_argument_group("training")
+    training.add_argument("--model", default="resnet8", choices=MODELS, help="network (default: resnet8)")
+    _add(training, "--epochs", int, "N", "epochs of each run", _by_data("epochs"))
+    _add(training, "--learning-rate", float, "RATE", "of SGD at the start of the cosine schedule", DemoConfig.learning_rate)
+    training.add_argument(
+        "--methods",
+        metavar="M,M,..",
+        help=f"what to train: float32, uniform2 to uniform8, dynasty (default: {','.join(METHODS)}, less dynasty for --policy uniform)",
+    )
+    _add(training, "--seed", int, "S", "first seed", DemoConfig.seed)
+    _add(training, "--seeds", int, "N", "seeds of each method: S, S + 1, ..", DemoConfig.seeds)
+
+    precision = demo.add_argument_group("precision")
+    precision.add_argument(
+        "--policy", default="dynasty", choices=("dynasty", "uniform"), help="uniform leaves dynamic precision out (default: dynasty)"
+    )
+    targets = precision.add_mutually_exclusive_group()
+    targets.add_argument(
+        "--target-speedup",
+        type=float,
+        metavar="X",
+        help="bit products to save over uniform 8-bit blocks, over the whole run with zero blocks charged; 1 to 16 "
+        f"(default: {DEFAULT_SPEEDUP})",
+    )
+    targets.add_argument("--noise-budget", type=float, metavar="HARM", help="steer to this predicted harm instead of a speedup")
+    _add(precision, "--interval", int, "N", "steps between analyses once the speedup has settled", _by_data("interval"))
+    precision.add_argument(
+        "--mode",
+        default="fast",
+        choices=("fast", "exact"),
+        help="exact: sums to the last bit as the FPGA core makes them, several times slower (default: fast)",
+    )
+
+    running = demo.add_argument_group("running")
+    threads = min(_GREATEST_THREADS, _cores())
+    _add(running, "--threads", int, "N", "processor threads for all runs together; up to N runs train at once", threads)
+    running.add_argument("--checkpoints", action="store_true", help="save a Lightning checkpoint at the end of each run")
+    running.add_argument("--out", metavar="DIR", help="run folder; an earlier demo's files in it are replaced (default: runs/demo-DATA)")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import METHODS, DemoConfig, run_demo
-    from .policy.generator import check_target
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    del given["command"]
+    uniform = given.pop("policy") == "uniform"
+    if "methods" in given:
+        given["methods"] = tuple(m.strip() for m in given["methods"].split(",") if m.strip())
+        if uniform and "dynasty" in given["methods"]:
+            raise ValueError("--policy uniform leaves out the method dynasty: drop one of the two")
+    elif uniform:
+        given["methods"] = METHODS[:-1]
+    given.setdefault("target_speedup", None if "noise_budget" in given else DEFAULT_SPEEDUP)
+    given.setdefault("threads", min(_GREATEST_THREADS, _cores()))
+    given.setdefault("out", f"runs/demo-{given['data']}")
+    defaults = DATA_DEFAULTS[given["data"]]
+    summary = run_demo(DemoConfig(**{**defaults, **given}))
+    return 1 if summary["errors"] else 0
 
-    epochs, batch_size, train_images = _DEFAULTS[arguments.data]
-    methods = tuple(m for m in arguments.methods.split(",") if m)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"--methods takes {', '.join(METHODS)}, separated by commas, not {arguments.methods!r}")
-    target = arguments.target_speedup
-    if target is not None and arguments.noise_budget is not None:
-        raise ValueError("give --target-speedup or --noise-budget, not both: one steers cost, the other noise")
-    if arguments.policy == "dynasty" and arguments.noise_budget is None:
-        target = check_target(5.0 if target is None else target)
-    run_demo(
-        DemoConfig(
-            data=arguments.data,
-            data_dir=arguments.data_dir,
-            model=arguments.model,
-            epochs=arguments.epochs or epochs,
-            batch_size=arguments.batch_size or batch_size,
-            train_images=arguments.train_images or train_images,
-            learning_rate=arguments.learning_rate,
-            policy=arguments.policy,
-            target_speedup=target,
-            noise_budget=arguments.noise_budget,
-            interval=arguments.interval,
-            seed=arguments.seed,
-            seeds=arguments.seeds,
-            mode=arguments.mode,
-            methods=methods,
-            processes=arguments.processes,
-            out=arguments.out or f"runs/demo-{arguments.data}",
-        )
-    )
+
+def _report(arguments: argparse.Namespace) -> int:
+    summary = read_summary(arguments.folder)
+    if summary.get("status") != "complete":
+        print(f"This demo is {summary.get('status', 'not complete')}: {len(summary['runs'])} runs are done.\n")
+    if not summary["runs"]:
+        return 0
+    print(format_table(summary))
+    print(f"\nPictures: {', '.join(map(str, draw_report(arguments.folder))) or 'none'}")
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def _add(group: Any, option: str, kind: type, letter: str, text: str, default: Any) -> None:
+    """A number; its default is told, not set, so that the data set's own can apply."""
+    group.add_argument(option, type=kind, metavar=letter, help=f"{text} (default: {default})")
+
+
+def _by_data(name: str) -> str:
+    return ", ".join(f"{'all' if d[name] is None else d[name]} for {data}" for data, d in DATA_DEFAULTS.items())
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: float32, uniform 8 bits and dynamic precision side by side on one data set, with figures and pictures."""
+"""The main job: float32, uniform blocks and dynamic precision side by side on one data set, into a run folder.
 
+Runs are independent, so several train at once, each in a worker process. `summary.json` is written anew after each, so that a
+demo that was killed leaves what it had; `report` draws any such folder.
+"""
+
+import functools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import platform
+import re
+import shutil
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from multiprocessing.connection import wait
 from pathlib import Path
 from queue import Empty
-from statistics import fmean, stdev
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, TextIO, cast
 
 import lightning as L
 import numpy as np
@@ -24,221 +36,513 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
-from .data import TensorDataModule, load_data
-from .models import Classifier, build_model
+from .core.formats import MAX_BITS, MIN_BITS
+from .data import DATASETS, TensorDataModule, load_data
+from .data.files import ImageData
+from .models import MODELS, Classifier, build_model
 from .nn.inspect import activation_widths
-from .nn.plan import Mode
+from .policy.generator import check_target
 from .policy.precision_map import write_atomically
 from .precision import DynastyPrecision
-from .report import accuracy_against_speedup, widths_over_image, widths_over_time
+from .report import IMAGE_PICTURE, SUMMARY_FILE, draw_report, format_table
 
 METHODS: Final = ("float32", "uniform8", "dynasty")
+DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "digits": {"epochs": 10, "batch_size": 64, "interval": 20, "train_images": None},
+    "fashion-mnist": {"epochs": 5, "batch_size": 128, "interval": 50, "train_images": 20000},
+    "cifar100": {"epochs": 10, "batch_size": 128, "interval": 50, "train_images": 20000},
+}
+"""What a data set's runs get where nothing else is asked for."""
+
 _IMAGES_SHOWN: Final = 4
+_REPORT_SECONDS: Final = 0.5
+_RUN_FILES: Final = ("map-*.safetensors", "widths-*.safetensors", "widths-*.npz", "history-*.jsonl", "checkpoint-*.ckpt", "*.png")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What to train; checked where the command line is read."""
+    """What to train.
+
+    Attributes:
+        data_dir: folder of the data files; None looks where `load_data` does.
+        train_images: None for all.
+        methods: of "float32", "uniform2" to "uniform8", "dynasty".
+        target_speedup, noise_budget: what dynamic precision steers to, one of them.
+        seed, seeds: the first seed, and how many. A seed fixes network, order of images and rounding of all its runs.
+        threads: of the processor, for all runs together.
+        checkpoints: save a Lightning checkpoint at the end of each run.
+
+    Raises:
+        ValueError: a value out of range, or both or none of the two targets.
+    """
 
     data: str = "digits"
     data_dir: str | None = None
     model: str = "resnet8"
-    epochs: int = 20
+    epochs: int = 10
     batch_size: int = 64
     train_images: int | None = None
     learning_rate: float = 0.1
-    policy: str = "dynasty"
+    methods: tuple[str, ...] = METHODS
     target_speedup: float | None = 5.0
     noise_budget: float | None = None
-    interval: int = 50
-    warmup_steps: int = 10
+    interval: int = 20
     seed: int = 0
     seeds: int = 3
-    mode: str = "fast"
-    methods: tuple[str, ...] = METHODS
+    mode: Literal["fast", "exact"] = "fast"
+    threads: int = 1
+    checkpoints: bool = False
     out: str = "runs/demo-digits"
-    processes: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("data", self.data, DATASETS), ("model", self.model, MODELS), ("mode", self.mode, ("fast", "exact"))):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        for name in ("epochs", "batch_size", "interval", "seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.seed <= (1 << 32) - self.seeds:
+            raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be named once each, not {', '.join(self.methods) or 'none'}")
+        for method in self.methods:
+            _uniform_bits(method)
+        if (self.target_speedup is None) == (self.noise_budget is None):
+            raise ValueError("give target_speedup or noise_budget, one of them: one steers cost, the other noise")
+        if self.target_speedup is not None:
+            check_target(self.target_speedup)
+        if self.noise_budget is not None and not self.noise_budget > 0:
+            raise ValueError(f"noise_budget must be positive, not {self.noise_budget}")
+
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        """(method, seed) of every run: seed by seed, so that what a killed demo leaves can be compared."""
+        return [(method, self.seed + i) for i in range(self.seeds) for method in self.methods]
 
 
-def run_demo(config: DemoConfig) -> Path:
-    """Train every method and seed, and write summary.json, maps, histories and pictures into `config.out`.
+def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, Any]:
+    """Train every method and seed, write the run folder and print its table.
 
-    `summary.json` is rewritten after each run, so a killed demo leaves what it had.
+    Returns:
+        The summary, as in summary.json. Its "status" is "failed" if a run raised; the others are finished all the same.
+
+    Raises:
+        FileNotFoundError, ValueError: data that is missing or damaged, or fewer training images than asked for; nothing is written.
     """
+    stream = stream or sys.stdout
+    data = load_data(config.data, config.data_dir)  # what is wrong with the files is said before any process starts
+    if config.train_images is not None and config.train_images > len(data.train_labels):
+        raise ValueError(f"{config.data} has {len(data.train_labels)} training images, fewer than train_images={config.train_images}")
+    counts = {"train_images": config.train_images or len(data.train_labels), "test_images": len(data.test_labels)}
+    del data
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    load_data(config.data, config.data_dir)  # a missing or damaged file is said here, once, before any process starts
-    jobs = [(m, config.seed + i) for i in range(config.seeds) for m in config.methods]
-    print(f"{config.data}, {config.model}: {len(jobs)} runs of {config.epochs} epochs, {config.processes} at a time, into {out}/", flush=True)
-    runs: list[dict[str, Any]] = []
-    begin = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(min(config.processes, len(jobs)), mp_context=context) as pool:
-        queue = manager.Queue()
-        futures = {pool.submit(_train, config, method, seed, queue): (method, seed) for method, seed in jobs}
-        progress = _Progress(len(jobs))
-        pending = set(futures)
-        while pending:
-            progress.drain(queue)
-            for future in [f for f in pending if f.done()]:
-                pending.discard(future)
-                record = future.result()
-                runs.append(record)
-                progress.finished(record)
-                _write_summary(out, config, runs)
-        for _ in as_completed(futures):
-            pass
-    runs.sort(key=lambda r: (METHODS.index(r["name"]), r["seed"]))
-    _write_summary(out, config, runs)
-    pictures = _draw(out, config, runs)
-    print(_table(runs))
-    if config.data == "digits":
-        print("Digits show that everything runs; they are far too easy to be evidence for accuracy.")
-    print(f"{time.monotonic() - begin:.0f} s. Figures: {out / 'summary.json'}. Pictures: {', '.join(str(p) for p in pictures)}")
-    return out
-
-
-def _train(config: DemoConfig, method: str, seed: int, queue: Any) -> dict[str, Any]:
-    """One run, in a process of its own."""
-    warnings.filterwarnings("ignore", module="lightning")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    data = TensorDataModule(
-        load_data(config.data, config.data_dir), batch_size=config.batch_size, train_images=config.train_images, seed=seed
+    for path in (p for pattern in (*_RUN_FILES, SUMMARY_FILE) for p in out.glob(pattern)):
+        path.unlink()  # of an earlier demo: its figures must not stand beside these
+    at_once = min(config.threads, len(config.jobs))
+    summary: dict[str, Any] = {
+        "status": "running",
+        "args": asdict(config),
+        **counts,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine() | {"runs_at_once": at_once, "threads_per_run": config.threads // at_once},
+        "runs": [],
+        "errors": [],
+    }
+    _write_summary(out, summary)
+    targets = f"{config.target_speedup:g}x" if config.target_speedup is not None else f"noise budget {config.noise_budget:g}"
+    print(
+        f"{config.data} ({counts['train_images']} training images), {config.model}, target {targets}: {len(config.jobs)} runs of "
+        f"{config.epochs} epochs, {at_once} at a time; results in {out}/",
+        file=stream,
+        flush=True,
     )
-    image_size = data.test_images.shape[-1]
-    network = build_model(config.model, in_channels=data.in_channels, image_size=image_size, classes=data.classes)
-    module = Classifier(network, classes=data.classes, learning_rate=config.learning_rate)
-    callback: DynastyCallback | None = None
-    if method == "uniform8":
-        callback = DynastyCallback(policy="uniform", bits=8, interval=config.interval, table=False)
-    elif method == "dynasty":
-        callback = DynastyCallback(
-            policy=config.policy, target_speedup=config.target_speedup, noise_budget=config.noise_budget, interval=config.interval,
-            warmup_steps=config.warmup_steps, table=False,
-        )  # fmt: skip
-    plugins: list[Any] = [DynastyPrecision(mode=cast(Mode, config.mode), seed=seed)] if callback else []
-    callbacks: list[Callback] = [_Report(queue, f"{method} {seed}")] + ([callback] if callback else [])
-    trainer = L.Trainer(
-        max_epochs=config.epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0, plugins=plugins, callbacks=callbacks,
-    )  # fmt: skip
     begin = time.monotonic()
-    trainer.fit(module, data)
-    seconds = time.monotonic() - begin
-    tested = trainer.test(module, data, verbose=False)[0]
-    record: dict[str, Any] = {
-        "name": method, "seed": seed, "accuracy": tested["test_accuracy"], "loss": tested["test_loss"], "seconds": seconds,
-        "steps": trainer.global_step, "speedup_ideal": None, "speedup_charged": None, "energy_ratio_compute": None,
-        "energy_ratio_sram": None, "energy_ratio_total": None, "bits": None, "analytics_share": None,
-    }  # fmt: skip
+    board = ProgressBoard(len(config.jobs), stream)
+
+    def take(kind: str, content: dict[str, Any]) -> None:
+        if kind == "progress":
+            board.update(content)
+            return
+        summary["runs" if kind == "done" else "errors"].append(content)
+        summary["runs"].sort(key=lambda r: (config.methods.index(r["name"]), r["seed"]))
+        _write_summary(out, summary | {"seconds": time.monotonic() - begin})
+        board.finish(content)
+
+    try:
+        if at_once == 1:
+            with _threads(config.threads):
+                _work(config, iter(config.jobs), take)
+        else:
+            _work_in_processes(config, at_once, take)
+        summary["status"] = "failed" if summary["errors"] else "complete"
+    except KeyboardInterrupt:
+        summary["status"] = "interrupted"
+        raise
+    except BaseException:
+        summary["status"] = "failed"
+        raise
+    finally:
+        board.close()
+        summary["seconds"] = time.monotonic() - begin
+        _write_summary(out, summary)
+    _print_results(out, summary, stream)
+    return summary
+
+
+def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """Train and test one method with one seed; write its map, widths and history.
+
+    Returns:
+        Its entry in the summary.
+    """
+    _quiet_lightning()
+    torch.manual_seed(seed)
+    data = TensorDataModule(
+        _loaded(config.data, config.data_dir), batch_size=config.batch_size, train_images=config.train_images, seed=seed
+    )
+    network = build_model(config.model, in_channels=data.in_channels, image_size=data.test_images.shape[-1], classes=data.classes)
+    module = Classifier(network, classes=data.classes, learning_rate=config.learning_rate)
+    callback = _make_callback(config, method)
+    trainer = L.Trainer(
+        max_epochs=config.epochs,
+        accelerator="cpu",
+        devices=1,
+        plugins=[DynastyPrecision(mode=config.mode, seed=seed)] if callback else [],
+        callbacks=[*([callback] if callback else []), _Announcer(method, seed, callback, progress)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        begin = time.monotonic()
+        trainer.fit(module, data)
+        seconds = time.monotonic() - begin
+        figures = callback.summary() if callback else {}
+        tested = trainer.test(module, data, verbose=False)[0]
+    record = {
+        "name": method,
+        "seed": seed,
+        "accuracy": tested["test_accuracy"],
+        "loss": tested["test_loss"],
+        **figures,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
+        "warnings": sorted({str(w.message) for w in caught if Path(w.filename).parent == Path(__file__).parent}),
+    }
+    out = Path(config.out)
     if callback is not None:
-        record |= callback.summary() | {"steps": trainer.global_step}
-        out = Path(config.out)
-        callback.precision_map().save(out / f"map-{method}-{seed}.safetensors")
-        callback.bit_width_map().save(out / f"widths-{method}-{seed}.safetensors")
-        write_atomically(out / f"history-{method}-{seed}.jsonl", "".join(json.dumps(h) + "\n" for h in callback.history).encode())
-        if method == "dynasty" and seed == config.seed:
-            _draw_widths(out, module, data)
-    return record
-
-
-def _draw_widths(out: Path, module: Classifier, data: TensorDataModule) -> None:
-    """The widths of the first Conv whose image is the largest and that is not the stem, over a few test images of different classes."""
-    labels = data.data.test_labels
-    index = [int(np.flatnonzero(labels == c)[0]) for c in range(_IMAGES_SHOWN)]
-    batch = data.test_images[index]
-    spatial = {n: w for n, w in activation_widths(module, batch).items() if w.ndim == 4}
-    if not spatial:
-        return  # a model without a Conv has no image to draw on
-    names = list(spatial)
-    name = names[min(1, len(names) - 1)]
-    widths_over_image(batch.numpy(), spatial[name].float().mean(1).numpy(), out / "widths-over-image.png", layer=name)
-
-
-def _draw(out: Path, config: DemoConfig, runs: Sequence[dict[str, Any]]) -> list[Path]:
-    pictures = [out / "accuracy-speedup.png"]
-    if any(r["speedup_charged"] for r in runs):
-        accuracy_against_speedup(runs, pictures[0], data=config.data)
-    history = out / f"history-dynasty-{config.seed}.jsonl"
-    if history.is_file():
-        pictures.append(out / "widths-over-time.png")
-        widths_over_time([json.loads(line) for line in history.read_text().splitlines()], pictures[-1], warmup_steps=config.warmup_steps)
-    pictures.append(out / "widths-over-image.png")
-    return [p for p in pictures if p.is_file()]
-
-
-def _write_summary(out: Path, config: DemoConfig, runs: Sequence[dict[str, Any]]) -> None:
-    summary = {"config": asdict(config), "versions": versions(), "machine": machine(), "runs": list(runs)}
-    write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        record |= _write_run_files(out, callback, method, seed)
+        if method == "dynasty":
+            record |= {"warmup_steps": callback.schedule.warmup_steps} | _write_image_widths(out, module, data, seed)
+    if config.checkpoints:
+        record["checkpoint_file"] = f"checkpoint-{method}-{seed}.ckpt"
+        trainer.save_checkpoint(out / record["checkpoint_file"])
+    return cast(dict[str, Any], _finite(record))
 
 
 def versions() -> dict[str, str]:
     """Versions that figures depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": L.__version__, "numpy": np.__version__}
+    from . import __version__
+
+    return {
+        "dynasty_lightning": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
-    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    model = None
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = found[1] if found else None
+    except OSError:
+        pass  # no Linux: the name is a convenience
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": model,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+    }
 
 
-def _table(runs: Sequence[dict[str, Any]]) -> str:
-    lines = [f"\n{'method':10s} {'n':>2s} {'accuracy %':>15s} {'speedup: ideal':>15s} {'charged':>8s} {'energy +SRAM':>13s} {'bits X/W/E':>14s} {'analysis':>9s}"]
-    for name in dict.fromkeys(r["name"] for r in runs):
-        group = [r for r in runs if r["name"] == name]
-        accuracy = [100 * r["accuracy"] for r in group]
-        spread = stdev(accuracy) if len(group) > 1 else 0.0
-        line = f"{name:10s} {len(group):2d} {fmean(accuracy):7.2f} +- {spread:4.2f}"
-        if group[0]["bits"]:
-            mean = {k: fmean(r[k] for r in group) for k in ("speedup_ideal", "speedup_charged", "energy_ratio_sram", "analytics_share")}
-            bits = "/".join(f"{fmean(r['bits'][letter] for r in group):.1f}" for letter in "XWE")
-            line += f" {mean['speedup_ideal']:14.2f}x {mean['speedup_charged']:7.2f}x {mean['energy_ratio_sram']:12.2f}x {bits:>14s} {100 * mean['analytics_share']:8.2f}%"
-        lines.append(line)
-    return "\n".join(lines)
+class ProgressBoard:
+    """On a terminal, a line for each running run that rewrites itself; elsewhere, a line for each quarter of a run."""
+
+    def __init__(self, total: int, stream: TextIO) -> None:
+        self._total, self._done, self._stream = total, 0, stream
+        self._lines: dict[tuple[str, int], str] = {}
+        self._quarters: dict[tuple[str, int], int] = {}
+        self._drawn = 0
+        self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
+
+    def update(self, progress: dict[str, Any]) -> None:
+        """Show where a run stands: name, seed, step, steps, epoch, epochs, loss, speedup, seconds."""
+        key = progress["name"], progress["seed"]
+        parts = [
+            f"{_label(progress)}  epoch {progress['epoch']:>3}/{progress['epochs']}",
+            f"step {progress['step']:>5}/{progress['steps']}",
+        ]
+        parts.append(f"loss {progress['loss']:.3f}")
+        if progress["speedup"] is not None:
+            parts.append(f"speedup now {progress['speedup']:.2f}x")
+        parts.append(f"{progress['seconds']:.0f} s")
+        self._lines[key] = "  ".join(parts)
+        if self._terminal:
+            self._redraw()
+            return
+        quarter = 4 * progress["step"] // max(progress["steps"], 1)
+        if self._quarters.get(key, 0) < quarter < 4:
+            self._quarters[key] = quarter
+            self._print(self._lines[key])
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Show a run's result, or the last line of its error."""
+        self._done += 1
+        self._lines.pop((record["name"], record["seed"]), None)
+        text = f"[{self._done}/{self._total}] {_label(record)}  "
+        if "error" in record:
+            text += "FAILED: " + record["error"].strip().splitlines()[-1]
+        else:
+            text += f"accuracy {100 * record['accuracy']:6.2f} %  loss {record['loss'] or math.nan:.3f}"
+            text += f"  speedup {record['speedup_charged']:.2f}x" if record.get("speedup_charged") is not None else ""
+            text += f"  {record['seconds']:.1f} s"
+        self._print(text)
+        for message in record.get("warnings", []):
+            self._print(f"    warning: {message}")
+
+    def close(self) -> None:
+        """Leave the cursor below the last line."""
+        self._lines.clear()
+        if self._terminal:
+            self._redraw()
+
+    def _print(self, text: str) -> None:
+        self._erase()
+        print(text, file=self._stream, flush=True)
+        if self._terminal:
+            self._redraw()
+
+    def _redraw(self) -> None:
+        self._erase()
+        columns = shutil.get_terminal_size().columns - 1
+        for line in self._lines.values():
+            print(line[:columns], file=self._stream)
+        self._drawn = len(self._lines)
+        self._stream.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            print(f"\x1b[{self._drawn}A\x1b[J", end="", file=self._stream)
+        self._drawn = 0
 
 
-class _Report(Callback):
-    """Tells the parent process how far a run is."""
+class _Announcer(Callback):
+    """Tells how far a run is, at most twice a second and at the end of each epoch."""
 
-    def __init__(self, queue: Any, label: str) -> None:
-        self._queue, self._label = queue, label
+    def __init__(self, name: str, seed: int, dynasty: DynastyCallback | None, send: Callable[[dict[str, Any]], None]) -> None:
+        self._name, self._seed, self._dynasty, self._send = name, seed, dynasty, send
+        self._begin = self._last = time.monotonic()
+        self._losses: list[float] = []
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._losses.clear()
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._losses.append(float(outputs["loss"]))
+        if time.monotonic() - self._last > _REPORT_SECONDS:
+            self._announce(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("train_loss")
-        self._queue.put((self._label, trainer.current_epoch + 1, trainer.max_epochs, float("nan") if loss is None else float(loss)))
+        self._announce(trainer)
 
-
-class _Progress:
-    """A line that rewrites itself on a terminal; a line for each quarter of a run elsewhere."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
-        self._running: dict[str, str] = {}
-        self._terminal = sys.stdout.isatty()
-
-    def drain(self, queue: Any) -> None:
-        try:
-            label, epoch, epochs, loss = queue.get(timeout=0.2)
-        except Empty:
-            return
-        text = f"{label}: epoch {epoch}/{epochs}, loss {loss:.3f}"
-        self._running[label] = text
-        if self._terminal:
-            print("\r\033[K" + f"[{self._done}/{self._total}] " + " | ".join(self._running.values()), end="", flush=True)
-        elif epoch % max(epochs // 4, 1) == 0:
-            print(f"[{self._done}/{self._total}] {text}", flush=True)
-
-    def finished(self, record: dict[str, Any]) -> None:
-        self._done += 1
-        self._running.pop(f"{record['name']} {record['seed']}", None)
-        speed = f", {record['speedup_charged']:.2f}x" if record["speedup_charged"] else ""
-        start = "\r\033[K" if self._terminal else ""
-        print(
-            f"{start}[{self._done}/{self._total}] {record['name']} seed {record['seed']}: {100 * record['accuracy']:.2f} %{speed}, {record['seconds']:.0f} s",
-            flush=True,
+    def _announce(self, trainer: L.Trainer) -> None:
+        self._last = time.monotonic()
+        history = self._dynasty.history if self._dynasty else []
+        self._send(
+            {
+                "name": self._name,
+                "seed": self._seed,
+                "epoch": trainer.current_epoch + 1,
+                "epochs": trainer.max_epochs,
+                "step": trainer.global_step,
+                "steps": int(trainer.estimated_stepping_batches),
+                "loss": sum(self._losses) / max(len(self._losses), 1),
+                "speedup": history[-1]["speedup_charged"] if history else None,
+                "seconds": self._last - self._begin,
+            }
         )
+
+
+def _uniform_bits(method: str) -> int | None:
+    """Width of a uniform method, None for the others. Raises ValueError for an unknown name."""
+    if method in ("float32", "dynasty"):
+        return None
+    digits = method.removeprefix("uniform")
+    if method.startswith("uniform") and digits in {str(b) for b in range(MIN_BITS, MAX_BITS + 1)}:
+        return int(digits)
+    raise ValueError(f"unknown method {method!r}: choose from float32, uniform{MIN_BITS} to uniform{MAX_BITS}, dynasty")
+
+
+def _make_callback(config: DemoConfig, method: str) -> DynastyCallback | None:
+    if method == "float32":
+        return None
+    bits = _uniform_bits(method)
+    if bits is not None:
+        return DynastyCallback(policy="uniform", bits=bits, interval=config.interval, table=False)
+    return DynastyCallback(target_speedup=config.target_speedup, noise_budget=config.noise_budget, interval=config.interval, table=False)
+
+
+def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: int) -> dict[str, str]:
+    names = {
+        "map_file": f"map-{method}-{seed}.safetensors",
+        "bit_widths_file": f"widths-{method}-{seed}.safetensors",
+        "history_file": f"history-{method}-{seed}.jsonl",
+    }
+    callback.precision_map().save(out / names["map_file"])
+    callback.bit_width_map().save(out / names["bit_widths_file"])
+    lines = [json.dumps(_finite(h), allow_nan=False) + "\n" for h in callback.history]
+    write_atomically(out / names["history_file"], "".join(lines).encode())
+    return names
+
+
+def _write_image_widths(out: Path, module: Classifier, data: TensorDataModule, seed: int) -> dict[str, str]:
+    """Widths that a few test images of different classes get in every convolution; nothing for a network without one."""
+    labels = data.test_labels.numpy()
+    chosen = [int(np.flatnonzero(labels == label)[0]) for label in dict.fromkeys(labels.tolist())][:_IMAGES_SHOWN]
+    widths = {f"X/{n}": w.numpy() for n, w in activation_widths(module, data.test_images[chosen]).items() if w.ndim == 4}
+    if not widths:
+        return {}
+    name = f"widths-image-{seed}.npz"
+    temporary = out / f".{name}"
+    with temporary.open("wb") as file:
+        names = np.array([data.data.class_names[labels[i]] for i in chosen])
+        np.savez_compressed(file, images=data.data.test_images[chosen], labels=names, **cast(Any, widths))
+    temporary.replace(out / name)
+    return {"image_widths_file": name}
+
+
+def _work(config: DemoConfig, jobs: Any, send: Callable[[str, dict[str, Any]], None]) -> None:
+    for method, seed in jobs:
+        try:
+            record = train_run(config, method, seed, lambda progress: send("progress", progress))
+        except Exception:
+            send("failed", {"name": method, "seed": seed, "error": traceback.format_exc()})
+        else:
+            send("done", record)
+
+
+def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict[str, Any]], None]) -> None:
+    """Share the jobs among worker processes and take in what they send.
+
+    Raises:
+        RuntimeError: a worker died without a word, as for lack of memory.
+    """
+    # Not fork: torch's threads do not survive it.
+    context = multiprocessing.get_context("spawn")
+    jobs, messages = context.Queue(), context.Queue()
+    for job in [*config.jobs, *[None] * count]:
+        jobs.put(job)
+    share = replace(config, threads=config.threads // count)
+    workers = [context.Process(target=_worker, args=(share, jobs, messages), daemon=True) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    missing = len(config.jobs)
+    try:
+        while missing:
+            try:
+                kind, content = messages.get(timeout=0.5)
+            except Empty:
+                dead = [w.exitcode for w in workers if w.exitcode]
+                if dead:
+                    raise RuntimeError(f"a worker process ended with exit code {dead[0]}; if memory ran out, use --threads 1") from None
+                continue
+            missing -= kind != "progress"
+            take(kind, content)
+    finally:
+        for worker in workers:
+            if missing:
+                worker.terminate()
+            worker.join()
+
+
+def _worker(config: DemoConfig, jobs: Any, messages: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    with _threads(config.threads):
+        _work(config, iter(jobs.get, None), lambda kind, content: messages.put((kind, content)))
+
+
+@contextmanager
+def _threads(count: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, data_dir: str | None) -> ImageData:
+    return load_data(name, data_dir)
+
+
+def _quiet_lightning() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
+    if summary["runs"]:
+        print("\n" + format_table(summary), file=stream)
+        pictures = draw_report(out)
+        print(f"\nPictures: {', '.join(map(str, pictures)) or 'none'}", file=stream)
+        if "dynasty" in {r["name"] for r in summary["runs"]} and out / IMAGE_PICTURE not in pictures:
+            print(f"No {IMAGE_PICTURE}: {summary['args']['model']} has no convolution.", file=stream)
+    alike: dict[str, list[str]] = {}
+    for error in summary["errors"]:
+        alike.setdefault(error["error"], []).append(f"{error['name']} seed {error['seed']}")
+    for text, failed in alike.items():
+        print(f"\nFailed: {', '.join(failed)}\n{text}", file=stream)
+    print(f"Figures: {out / SUMMARY_FILE}. {summary['seconds']:.0f} s in all.", file=stream, flush=True)
+
+
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    write_atomically(out / SUMMARY_FILE, (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _label(run: dict[str, Any]) -> str:
+    return f"{run['name']:8s} seed {run['seed']}"
+
+
+__all__: Sequence[str] = ["DATA_DEFAULTS", "METHODS", "DemoConfig", "ProgressBoard", "machine", "run_demo", "train_run", "versions"]

@@ -1,61 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Energy of a step from its counts, with named constants. docs/cost.md says what they leave out."""
+"""Energy of a step from its counts, with named constants. docs/cost.md gives the formulas and their limits."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import Final
 
-from .bit_products import StepCost
+from .bit_products import BASELINE_BITS, GemmCost
+
+_BITS_PER_BYTE: Final = 8
+_FLOAT32_BITS: Final = 32
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnergyModel:
-    """Energies in picojoule, 45 nm at 0.9 V.
+    """Constants of the energy figures, in picojoule where nothing else is said; 45 nm at 0.9 V.
 
-    Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014: 8-bit multiply 0.2, 8-bit add 0.03,
-    32-bit add 0.1, 64-bit read of an 8 KB cache 10, 64-bit DRAM access 1300 to 2600 (the lower bound is taken).
-    Assumed here, without a source: a shift costs as much as a 32-bit add; `sram_reuse`.
+    Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014; figures of its energy
+    table are in parentheses. *Assumed* marks what has no source.
+
+    Attributes:
+        mac_8x8: 64 bit products, an 8-bit multiply (0.2) and add (0.03). *Assumed*: energy follows bit products.
+        shift: aligning one dot product by the sum of two exponents. *Assumed*: a 32-bit add (0.1).
+        accumulate: one 48-bit accumulator update: 48 / 32 of a 32-bit add (0.1).
+        header_bits: stored beside each block, in either run: exponent 8, width 3, sign 1, zero 1; padded to two bytes.
+        sram_per_byte: reading an 8 KB memory (10 for 64 bits).
+        sram_reuse: block products that one on-chip read of a block serves. *Assumed*.
+        dram_per_byte: off-chip transfer (1300 to 2600 for 64 bits; the lower end).
+        dram_passes: off-chip transfers of an operand for each GEMM that reads it: one read, and half of the one write
+            that two GEMMs share. *Assumed*.
+        float32_multiply: for second moments and map entries (3.7).
+        float32_add: for second moments (0.9).
+        integer_op: an 8-bit add (0.03), for the choice of each block's width.
+
+    Raises:
+        ValueError: a constant that is not positive and finite.
     """
 
     mac_8x8: float = 0.23
-    accumulate: float = 0.15
-    """One 48-bit accumulator update: 48 / 32 of a 32-bit add."""
     shift: float = 0.1
+    accumulate: float = 0.15
+    header_bits: int = 16
     sram_per_byte: float = 1.25
     sram_reuse: float = 16.0
-    """Block products that one on-chip read of a block serves."""
     dram_per_byte: float = 162.5
+    dram_passes: float = 1.5
+    float32_multiply: float = 3.7
+    float32_add: float = 0.9
+    integer_op: float = 0.03
 
     def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{field.name} must be positive and finite, not {value}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Picojoule of a step; `sram` and `total` each include what stands before them."""
+    """Picojoule by where it is spent."""
 
     compute: float
     sram: float
-    total: float
+    dram: float
+
+    @property
+    def compute_and_sram(self) -> float:
+        """What stays on the chip."""
+        return self.compute + self.sram
+
+    @property
+    def total(self) -> float:
+        """Compute, on-chip and off-chip traffic."""
+        return self.compute + self.sram + self.dram
 
 
-def energy(cost: StepCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Energy:
-    """Energy of a step, or of the uniform 8-bit run of the same tensors.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes moved, headers included: on chip after reuse, and off chip."""
 
-    compute = products / 64 * MAC + updates * (shift + accumulate); sram adds operand reads over `sram_reuse`;
-    total adds every operand and output once off chip for each GEMM.
+    sram_bytes: float
+    dram_bytes: float
+
+
+def traffic(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Traffic:
+    """Bytes that `cost` moves under the reuse and the passes of `model`; `baseline`: those of the uniform 8-bit run."""
+    m = model or EnergyModel()
+    blocks = cost.block_products_baseline if baseline else cost.block_products
+    read_bits = cost.read_bits_baseline if baseline else cost.read_bits
+    stored_bits = cost.stored_bits_baseline if baseline else cost.stored_bits
+    read_bytes = (read_bits + 2 * m.header_bits * blocks) / _BITS_PER_BYTE
+    operand_bytes = (stored_bits + m.header_bits * cost.stored_blocks) / _BITS_PER_BYTE
+    output_bytes = _FLOAT32_BITS * cost.outputs / _BITS_PER_BYTE
+    return Traffic(sram_bytes=read_bytes / m.sram_reuse, dram_bytes=operand_bytes * m.dram_passes + output_bytes)
+
+
+def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Energy:
+    """Energy of what `cost` counts, or with `baseline` of the uniform 8-bit run of the same tensors.
+
+    Args:
+        cost: counts of a GEMM, a layer, a step or a run.
+        model: the constants; None takes the defaults.
+        baseline: whose energy.
     """
     m = model or EnergyModel()
     products = cost.baseline if baseline else cost.products
-    updates = cost.updates_baseline if baseline else cost.updates
-    reads = cost.operand_bits_baseline if baseline else cost.operand_bits
-    stored = cost.stored_bits_baseline if baseline else cost.stored_bits
-    compute = products / 64.0 * m.mac_8x8 + updates * (m.shift + m.accumulate)
-    sram = compute + reads / 8.0 / m.sram_reuse * m.sram_per_byte
-    return Energy(compute=compute, sram=sram, total=sram + stored / 8.0 * m.dram_per_byte)
+    dot_products = cost.dot_products_baseline if baseline else cost.dot_products
+    moved = traffic(cost, m, baseline=baseline)
+    return Energy(
+        compute=products / BASELINE_BITS**2 * m.mac_8x8 + dot_products * (m.shift + m.accumulate),
+        sram=moved.sram_bytes * m.sram_per_byte,
+        dram=moved.dram_bytes * m.dram_per_byte,
+    )
 
 
-def energy_ratios(cost: StepCost, model: EnergyModel | None = None) -> dict[str, float]:
-    """Uniform 8 bits over ours: `energy_ratio_compute`, `_sram` (compute + SRAM) and `_total`; NaN before anything is counted."""
+def energy_ratios(cost: GemmCost, model: EnergyModel | None = None) -> dict[str, float]:
+    """The uniform 8-bit run's energy over ours; NaN where ours is zero.
+
+    Keys: `energy_ratio_compute`, `energy_ratio_sram` (compute and SRAM) and `energy_ratio_total` (with DRAM).
+    """
     ours, base = energy(cost, model), energy(cost, model, baseline=True)
-    return {f"energy_ratio_{n}": getattr(base, n) / getattr(ours, n) if getattr(ours, n) else float("nan") for n in ("compute", "sram", "total")}
+    pairs = {
+        "energy_ratio_compute": (base.compute, ours.compute),
+        "energy_ratio_sram": (base.compute_and_sram, ours.compute_and_sram),
+        "energy_ratio_total": (base.total, ours.total),
+    }
+    return {name: b / o if o else math.nan for name, (b, o) in pairs.items()}

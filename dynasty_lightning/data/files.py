@@ -4,9 +4,12 @@
 import gzip
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import tarfile
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,14 +18,22 @@ import numpy as np
 
 DATA_VARIABLE: Final = "DYNASTY_DATA"
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
-# md5 of the unpacked idx files: Debian packs them anew, so the archives' own sums differ.
+# md5 of the unpacked idx files: Debian packs them anew, so the archives' own sums differ from the published ones.
 _FASHION_MNIST_MD5: Final = {
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
-_CIFAR100_MD5: Final = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+_FASHION_MNIST_NAMES: Final = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
+_CIFAR100: Final = "cifar-100-python"
+_CIFAR100_MD5: Final = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,7 @@ class ImageData:
 
     name: str
     classes: int
+    class_names: Sequence[str]
     train_images: np.ndarray
     train_labels: np.ndarray
     test_images: np.ndarray
@@ -46,9 +58,14 @@ def digits() -> ImageData:
     images = (bunch.images / 16.0 * 255.0).round().astype(np.uint8)[:, None]
     train_x, test_x, train_y, test_y = train_test_split(images, bunch.target, test_size=360, stratify=bunch.target, random_state=0)
     return ImageData(
-        name="digits", classes=10, train_images=train_x, train_labels=train_y.astype(np.int64),
-        test_images=test_x, test_labels=test_y.astype(np.int64),
-    )  # fmt: skip
+        name="digits",
+        classes=10,
+        class_names=[str(digit) for digit in range(10)],
+        train_images=train_x,
+        train_labels=train_y.astype(np.int64),
+        test_images=test_x,
+        test_labels=test_y.astype(np.int64),
+    )
 
 
 def fashion_mnist(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
@@ -58,19 +75,24 @@ def fashion_mnist(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
         FileNotFoundError: no folder holds the files.
         ValueError: a file whose md5 is not the official one's.
     """
-    folders = [f for f in _candidates(data_dir, "fashion-mnist")] + ([] if data_dir else [_DEBIAN_FASHION_MNIST])
-    folder = next((f for f in folders if any((f / n).is_file() for n in ("train-images-idx3-ubyte.gz", "train-images-idx3-ubyte"))), None)
+    folders = _candidates(data_dir, "fashion-mnist") + ([] if data_dir else [_DEBIAN_FASHION_MNIST])
+    first = next(iter(_FASHION_MNIST_MD5))
+    folder = next((f for f in folders if (f / f"{first}.gz").is_file() or (f / first).is_file()), None)
     if folder is None:
         raise FileNotFoundError(
-            f"no Fashion-MNIST idx files in {', '.join(map(str, folders))}: install Debian's package dataset-fashion-mnist, "
+            f"no Fashion-MNIST idx files in {_listed(folders)}: install Debian's package dataset-fashion-mnist, "
             f"or name their folder by --data-dir or {DATA_VARIABLE}"
         )
     parts = {name: _idx(folder, name, md5) for name, md5 in _FASHION_MNIST_MD5.items()}
     return ImageData(
-        name="fashion-mnist", classes=10,
-        train_images=parts["train-images-idx3-ubyte"][:, None], train_labels=parts["train-labels-idx1-ubyte"].astype(np.int64),
-        test_images=parts["t10k-images-idx3-ubyte"][:, None], test_labels=parts["t10k-labels-idx1-ubyte"].astype(np.int64),
-    )  # fmt: skip
+        name="fashion-mnist",
+        classes=10,
+        class_names=_FASHION_MNIST_NAMES,
+        train_images=parts["train-images-idx3-ubyte"][:, None],
+        train_labels=parts["train-labels-idx1-ubyte"].astype(np.int64),
+        test_images=parts["t10k-images-idx3-ubyte"][:, None],
+        test_labels=parts["t10k-labels-idx1-ubyte"].astype(np.int64),
+    )
 
 
 def cifar100(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
@@ -80,28 +102,35 @@ def cifar100(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
 
     Raises:
         FileNotFoundError: no folder or archive holds the files.
-        ValueError: a file whose md5 is not the official one's.
+        ValueError: an archive that is damaged, or a file whose md5 is not the official one's.
     """
-    folders = _candidates(data_dir, "cifar-100-python")
-    folder = next((f for f in folders if (f / "train").is_file()), None)
+    places = _candidates(data_dir, _CIFAR100)
+    folder = next((f for f in places if (f / "train").is_file()), None)
     if folder is None:
-        archive = next((a for f in folders for a in sorted(f.glob("cifar-100-python.tar*"))), None)
-        if archive is None:
+        archive = next((a for f in places for a in (f, *sorted(f.glob(f"{_CIFAR100}.tar*"))) if a.is_file()), None)
+        if archive is None and (data_dir or not _is_unpacked(_cache())):
             raise FileNotFoundError(
-                f"no CIFAR-100 in {', '.join(map(str, folders)) or 'any folder'}: name the folder that holds cifar-100-python/ or "
-                f"cifar-100-python.tar.gz by --data-dir or {DATA_VARIABLE}"
+                f"no CIFAR-100 in {_listed(places)}: name the folder that holds {_CIFAR100}/ or "
+                f"{_CIFAR100}.tar.gz by --data-dir or {DATA_VARIABLE}"
             )
-        folder = _unpack(archive)
-    parts = {}
-    for split, md5 in _CIFAR100_MD5.items():
-        content = (folder / split).read_bytes()
-        _check_md5(folder / split, content, md5)
-        data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        parts[split] = (data[b"data"].reshape(-1, 3, 32, 32), np.array(data[b"fine_labels"], dtype=np.int64))
+        folder = _cache() if archive is None else _unpack(archive)
+    files = {}
+    for name, md5 in _CIFAR100_MD5.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks the file {name!r} of CIFAR-100: unpack the archive again")
+        content = (folder / name).read_bytes()
+        _check_md5(folder / name, content, md5)
+        files[name] = _unpickle(content)
+    images, labels = ([np.asarray(files[split][key]) for split in ("train", "test")] for key in (b"data", b"fine_labels"))
     return ImageData(
-        name="cifar100", classes=100, train_images=parts["train"][0], train_labels=parts["train"][1],
-        test_images=parts["test"][0], test_labels=parts["test"][1],
-    )  # fmt: skip
+        name="cifar100",
+        classes=100,
+        class_names=[name.decode().replace("_", " ") for name in files["meta"][b"fine_label_names"]],
+        train_images=images[0].reshape(-1, 3, 32, 32),
+        train_labels=labels[0].astype(np.int64),
+        test_images=images[1].reshape(-1, 3, 32, 32),
+        test_labels=labels[1].astype(np.int64),
+    )
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -120,9 +149,17 @@ class _ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _unpickle(content: bytes) -> Any:
+    return _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+
+
 def _candidates(data_dir: str | os.PathLike[str] | None, name: str) -> list[Path]:
     root = data_dir or os.environ.get(DATA_VARIABLE)
-    return [Path(root), Path(root) / name] if root else []
+    return [Path(root).expanduser(), Path(root).expanduser() / name] if root else []
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    return " or ".join(map(str, folders)) or "any known folder"
 
 
 def _idx(folder: Path, name: str, md5: str) -> np.ndarray:
@@ -132,9 +169,12 @@ def _idx(folder: Path, name: str, md5: str) -> np.ndarray:
         raise FileNotFoundError(f"{folder} lacks {name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
     _check_md5(path, content, md5)
+    # Magic number: two zero bytes, 8 for unsigned bytes, the number of axes.
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is no idx file of unsigned bytes: it starts with {content[:4].hex()}")
     axes = content[3]
     shape = np.frombuffer(content, ">i4", count=axes, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
@@ -143,20 +183,38 @@ def _idx(folder: Path, name: str, md5: str) -> np.ndarray:
 def _check_md5(path: Path, content: bytes, expected: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise ValueError(f"{path} has md5 {found}, not the official {expected}: fetch it again")
+        raise ValueError(f"{path} has md5 {found}, not the official {expected}: delete it and fetch it again")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning" / _CIFAR100
+
+
+def _is_unpacked(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in _CIFAR100_MD5)
 
 
 def _unpack(archive: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dynasty-lightning"
-    folder = cache / "cifar-100-python"
-    if not all((folder / split).is_file() for split in _CIFAR100_MD5):
-        folder.mkdir(parents=True, exist_ok=True)
+    """Unpack an archive's checked files into the cache, once."""
+    folder = _cache()
+    if _is_unpacked(folder):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         with tarfile.open(archive) as tar:
-            for split in _CIFAR100_MD5:
-                member = tar.extractfile(f"cifar-100-python/{split}")
-                if member is None:
-                    raise ValueError(f"{archive} lacks cifar-100-python/{split}")
-                temporary = folder / f".{split}.{os.getpid()}"
-                temporary.write_bytes(member.read())
-                temporary.replace(folder / split)
+            for member in tar:  # in file order: seeking back in an xz archive would unpack it again
+                name = Path(member.name).name
+                if not member.isfile() or member.name != f"{_CIFAR100}/{name}" or name not in _CIFAR100_MD5:
+                    continue
+                stream = tar.extractfile(member)
+                assert stream is not None  # a file member has a stream
+                content = stream.read()
+                _check_md5(archive / name, content, _CIFAR100_MD5[name])
+                temporary = folder / f".{name}.{os.getpid()}"
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+    except (tarfile.TarError, lzma.LZMAError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive} is damaged or no tar archive ({error}): fetch it again") from error
+    if not _is_unpacked(folder):
+        raise ValueError(f"{archive} lacks {', '.join(n for n in _CIFAR100_MD5 if not (folder / n).is_file())} in {_CIFAR100}/")
     return folder

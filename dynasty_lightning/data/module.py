@@ -8,6 +8,7 @@ from typing import Any, Final
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,6 +16,7 @@ from .files import ImageData, cifar100, digits, fashion_mnist
 
 DATASETS: Final = ("digits", "fashion-mnist", "cifar100")
 _AUGMENT_PADDING: Final = 4
+_EVALUATION_BATCH: Final = 500
 
 
 def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
@@ -31,11 +33,29 @@ def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 class TensorLoader:
     """Shuffled mini-batches of tensors in memory; epoch e shuffles by seed and e, so its state is two numbers.
 
+    Each `iter` begins a new epoch, also after one that was left early; only the first after `load_state_dict` goes on in
+    the middle. (So a checkpoint at the end of an epoch that `limit_train_batches` cut short resumes inside that epoch.)
+
     Args:
+        images, labels: tensors of the same length.
+        batch_size: the last batch of an epoch may be smaller.
+        seed: of order and augmentation.
         augment: random crop with 4 pixels of padding, and random horizontal flip.
+
+    Raises:
+        ValueError: a batch size below 1, or lengths that differ.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, *, batch_size: int, shuffle: bool, seed: int = 0, augment: bool = False) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        augment: bool = False,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if len(images) != len(labels):
@@ -44,20 +64,23 @@ class TensorLoader:
         self.batch_size, self.shuffle, self.seed, self.augment = batch_size, shuffle, seed, augment
         self._epoch = 0
         self._next_batch = 0
+        self._resumes = False
 
     def __len__(self) -> int:
         return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._epoch)
-        order = torch.randperm(len(self._labels), generator=generator) if self.shuffle else torch.arange(len(self._labels))
+        if self._next_batch and not self._resumes:
+            self._epoch, self._next_batch = self._epoch + 1, 0
+        self._resumes = False
         epoch = self._epoch
+        count = len(self._labels)
+        order = torch.randperm(count, generator=self._generator(epoch)) if self.shuffle else torch.arange(count)
         for batch in range(self._next_batch, len(self)):
-            start = batch * self.batch_size
-            index = order[start : start + self.batch_size]
+            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             images = self._images[index]
             if self.augment:
-                images = _augment(images, torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 100_003 + start))
+                images = _augment(images, self._generator(epoch, batch + 1))
             # Before the batch is handed out: a consumer that counts batches never asks for the end.
             self._epoch, self._next_batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
             yield images, self._labels[index]
@@ -67,7 +90,12 @@ class TensorLoader:
         return {"epoch": self._epoch, "next_batch": self._next_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+        self._epoch, self._next_batch, self._resumes = state["epoch"], state["next_batch"], True
+
+    def _generator(self, epoch: int, purpose: int = 0) -> torch.Generator:
+        """Random numbers of an epoch: purpose 0 for its order, batch + 1 for a batch's augmentation."""
+        words = np.random.SeedSequence([self.seed, epoch, purpose]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(words[0]) >> 1)
 
 
 class TensorDataModule(pl.LightningDataModule):
@@ -95,18 +123,19 @@ class TensorDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         available = len(data.train_labels)
-        wanted = (available - validation_images if train_images is None else train_images) + validation_images
-        if validation_images < 0 or wanted > available or wanted - validation_images < 1:
-            raise ValueError(f"{data.name} has {available} training images; {wanted - validation_images} + {validation_images} for validation were asked for")
-        order = np.random.default_rng(0).permutation(available)[:wanted]
-        held, used = order[:validation_images], order[validation_images:]
-        pixels = data.train_images.astype(np.float32) / 255.0
-        self._mean = pixels.mean((0, 2, 3), keepdims=True)
-        self._deviation = pixels.std((0, 2, 3), keepdims=True)
+        used_images = available - validation_images if train_images is None else train_images
+        if validation_images < 0 or used_images < 1 or used_images + validation_images > available:
+            raise ValueError(
+                f"{data.name} has {available} training images: train_images={train_images} and "
+                f"validation_images={validation_images} do not fit into them"
+            )
+        order = np.random.default_rng(0).permutation(available)
+        held, used = order[:validation_images], order[validation_images : validation_images + used_images]
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.augment = data.name == "cifar100" if augment is None else augment
+        self._normalised = _normalised_levels(data.train_images)
         self._train = self._tensors(data.train_images[used], data.train_labels[used])
-        self._validation = self._tensors(data.train_images[held], data.train_labels[held]) if validation_images else None
+        self._validation = self._tensors(data.train_images[held], data.train_labels[held])
         self._test = self._tensors(data.test_images, data.test_labels)
 
     @property
@@ -122,8 +151,14 @@ class TensorDataModule(pl.LightningDataModule):
         """All normalised test images."""
         return self._test[0]
 
+    @property
+    def test_labels(self) -> Tensor:
+        return self._test[1]
+
     def _tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        normalised = (images.astype(np.float32) / 255.0 - self._mean) / self._deviation
+        normalised = np.empty(images.shape, np.float32)
+        for channel, levels in enumerate(self._normalised):
+            normalised[:, channel] = levels[images[:, channel]]
         return torch.from_numpy(normalised), torch.from_numpy(labels)
 
     @override
@@ -132,21 +167,37 @@ class TensorDataModule(pl.LightningDataModule):
 
     @override
     def val_dataloader(self) -> TensorLoader | list[Any]:
-        if self._validation is None:
+        if not len(self._validation[1]):
             return []
-        return TensorLoader(*self._validation, batch_size=500, shuffle=False)
+        return TensorLoader(*self._validation, batch_size=_EVALUATION_BATCH, shuffle=False)
 
     @override
     def test_dataloader(self) -> TensorLoader:
-        return TensorLoader(*self._test, batch_size=500, shuffle=False)
+        return TensorLoader(*self._test, batch_size=_EVALUATION_BATCH, shuffle=False)
+
+
+def _normalised_levels(images: np.ndarray) -> np.ndarray:
+    """[channels, 256] float32: what each pixel value becomes for mean 0 and deviation 1 over all images, by channel."""
+    levels = np.arange(256) / 255.0
+    rows = []
+    for channel in range(images.shape[1]):
+        # Counts by value: exact sums, and no wide copy of all images.
+        parts = (images[i : i + 1000, channel] for i in range(0, len(images), 1000))
+        counts = sum((np.bincount(part.ravel(), minlength=256) for part in parts), np.zeros(256, np.int64))
+        mean = (counts @ levels) / counts.sum()
+        deviation = np.sqrt((counts @ (levels - mean) ** 2) / counts.sum())
+        rows.append((levels - mean) / max(deviation, 1e-8))
+    return np.stack(rows).astype(np.float32)
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    count, _, height, width = images.shape
+    """Random horizontal flip, then a crop at a random place of the image padded by the mean colour."""
+    count, channels, height, width = images.shape
     flip = torch.rand(count, generator=generator) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
-    padded = torch.nn.functional.pad(images, [_AUGMENT_PADDING] * 4)
+    padded = F.pad(images, [_AUGMENT_PADDING] * 4)
     top, left = (torch.randint(0, 2 * _AUGMENT_PADDING + 1, (count,), generator=generator) for _ in range(2))
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-    return padded[torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns]
+    sample = torch.arange(count)[:, None, None, None]
+    return padded[sample, torch.arange(channels)[None, :, None, None], rows, columns]

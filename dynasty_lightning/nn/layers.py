@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.blocks import BlockLayout
+from ..core.formats import BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import Gemm, Role
 from .ops import header_bits, header_occupied, layer_forward, observation_shapes, settings_of
-from .plan import LayerPlan
+from .plan import LayerPlan, Mode
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
 _DEFAULT_BITS: Final = 8
@@ -103,6 +103,14 @@ class DynamicLayer(nn.Module):
     @property
     def geometry(self) -> LayerGeometry:
         return self.plan.geometry
+
+    @property
+    def format(self) -> BlockFormat:
+        return self.plan.format
+
+    @property
+    def mode(self) -> Mode:
+        return self.plan.mode
 
     @property
     def layer_index(self) -> int:
@@ -195,7 +203,7 @@ class DynamicLayer(nn.Module):
             observation,
             self._settings,
             self.plan.key,
-            self.training or keep,
+            self.training,
             keep,
         )[0]
 
@@ -324,6 +332,6 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
 
 
 __all__ = [
-    "CONVERTED_TYPES", "BlockConv1d", "BlockConv2d", "BlockConv3d", "BlockLayout", "BlockLinear", "DynamicLayer", "LayerObservation",
+    "CONVERTED_TYPES", "BlockConv1d", "BlockConv2d", "BlockConv3d", "BlockLinear", "DynamicLayer", "LayerObservation",
     "StreamState", "dynamic_layers", "geometry_of",
 ]  # fmt: skip

@@ -162,7 +162,8 @@ def layer_forward(
     w_blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
     y = _gemm(Gemm.FORWARD, x_blocks, _unband(w_blocks, plan), plan, tuple(x.shape)).to(x.dtype)
     headers = (_pack(x_blocks, keep_codes=False)[2], _pack(w_blocks, keep_codes=False)[2])
-    if plan.format.requantizes and keep:
+    if keep and (plan.format.requantizes or not training):
+        # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
         x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.WGRAD, x_request, settings)
         w_blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.DGRAD, w_request, settings)
     return (y.contiguous(), *_pack(x_blocks, keep_codes=keep), *_pack(w_blocks, keep_codes=keep), *headers)
@@ -273,6 +274,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: a derivative of what follows would silently be zero
+        raise RuntimeError(
+            "double backward through a converted layer is not supported: quantized gradients have no derivative; "
+            "exclude the layer (DynastyPrecision(exclude=...)) or avoid create_graph=True"
+        )
     e_request, position, *rest = ctx.saved_tensors
     x_packed, w_packed, (x_header, w_header), observation = rest[:4], rest[4:8], rest[8:10], ctx.observation
     observing = bool(observation)
@@ -292,15 +298,7 @@ def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "double backward through a converted layer is not supported: quantized gradients have no derivative; "
-        "exclude the layer (DynastyPrecision(exclude=...)) or avoid create_graph=True"
-    )
-
-
 layer_forward.register_autograd(_backward, setup_context=_setup_context)
-layer_backward.register_autograd(_no_double_backward)
 
 
 @layer_forward.register_fake
@@ -320,10 +318,12 @@ def _layer_forward_fake(
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(x.shape)
 
-    def grid(role: Role, gemm: Gemm, operand: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return x.new_empty(plan.layout(role, operand, gemm, training=training).grid_shape, dtype=dtype)
+    kept = keep and (plan.format.requantizes or not training)
 
-    kept = keep and plan.format.requantizes
+    def grid(role: Role, gemm: Gemm, operand: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        by_sample = not training and not (kept and gemm is not Gemm.FORWARD)
+        return x.new_empty(plan.layout(role, operand, gemm, training=not by_sample).grid_shape, dtype=dtype)
+
     operands = (
         (Role.ACTIVATION, Gemm.WGRAD if kept else Gemm.FORWARD, shape),
         (Role.WEIGHT, Gemm.DGRAD if kept else Gemm.FORWARD, plan.weight_shape()),

@@ -344,7 +344,7 @@ def test_truncated(saved):
 
 def test_flipped_bytes(saved):
     data = saved.read_bytes()
-    flips = [(i, 0xFF) for i in range(len(data))] + [(i, 1 << (i % 8)) for i in range(len(data))]
+    flips = [(i, 0xFF) for i in range(0, len(data), 5)] + [(i, 1 << (i % 8)) for i in range(0, len(data), 3)]
     for position, mask in flips:
         damaged = bytearray(data)
         damaged[position] ^= mask
