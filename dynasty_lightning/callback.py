@@ -11,7 +11,7 @@ from typing import Any, Final
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -64,7 +64,9 @@ class DynastyCallback(Callback):
         **options: Any,
     ) -> None:
         if target_speedup is not None and noise_budget is not None:
-            raise ValueError(f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise")
+            raise ValueError(
+                f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise"
+            )
         self.target_speedup = None if target_speedup is None else check_target(target_speedup)
         if policy == "dynasty":
             if target_speedup is None and noise_budget is None:
@@ -209,7 +211,8 @@ class DynastyCallback(Callback):
         lines = [
             f"Dynamic precision over {s['steps']} steps (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
             f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
-            f"  energy          {s['energy_ratio_compute']:6.2f}x compute {s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
+            f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
+            f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
             f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time",
             "  layer                          bits X   bits W   bits E",
         ]

@@ -67,8 +67,7 @@ class DynastyPrecision(Precision):
         if seed is not None and not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
         self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
-        # Lists come from a config file.
-        self.format = BlockFormat(block_shape=tuple(block_shape), width_group=None if width_group is None else tuple(width_group))
+        self.format = BlockFormat(block_shape=block_shape, width_group=width_group)
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
 
@@ -151,7 +150,9 @@ class DynastyPrecision(Precision):
         if not state_dict:
             return
         if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(f"the checkpoint holds precision state of version {state_dict.get('version')}, this package reads {_STATE_VERSION}")
+            raise ValueError(
+                f"the checkpoint holds precision state of version {state_dict.get('version')}, this package reads {_STATE_VERSION}"
+            )
         precision_map = PrecisionMap.from_state(state_dict["map"], source="the checkpoint's map")
         self.structure.check_equal(precision_map.structure, "the checkpoint")
         self.apply_map(precision_map)
@@ -188,5 +189,6 @@ def _refuse_strategy(module: nn.Module) -> None:
     strategy = type(getattr(trainer, "strategy", None)).__name__
     if any(name in strategy for name in _REFUSED):
         raise ValueError(
-            f"DynastyPrecision does not support {strategy}: it brings its own precision handling; use strategy='auto', 'ddp' or a single device"
+            f"DynastyPrecision does not support {strategy}: it brings its own precision handling; "
+            "use strategy='auto', 'ddp' or a single device"
         )

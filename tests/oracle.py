@@ -65,9 +65,7 @@ def grid_shape_of(shape, block, axis):
     return tuple(g)
 
 
-def quantize(
-    x, role, *, block=(4, 4), axis=1, bits=None, lsb=None, least=0, most=8, group=None, scope="tensor", stream=None, nearest=None
-):
+def quantize(x, role, *, block=(4, 4), axis=1, bits=None, lsb=None, least=0, most=8, group=None, scope="tensor", stream=None, nearest=None):
     """One finite operand. role in "XWE"; bits and lsb: int, or an array that broadcasts to the grid."""
     stream = stream or {}
     shape = x.shape

@@ -46,7 +46,8 @@ class BlockLayout:
             padding[2 * (len(self.shape) - 1 - axis) + 1] = grid[axis] * self.block_shape[1] - self.shape[axis]
             padding[-1] = grid[0] * self.block_shape[0] - self.shape[0]
             x = F.pad(x, padding)
-        return x.unflatten(self.channel_axis, (-1, self.block_shape[1])).unflatten(0, (-1, self.block_shape[0]))
+        blocks: Tensor = x.unflatten(self.channel_axis, (-1, self.block_shape[1])).unflatten(0, (-1, self.block_shape[0]))
+        return blocks
 
     def join(self, blocks: Tensor) -> Tensor:
         """The inverse of `split`: drops the padding."""

@@ -2,7 +2,7 @@
 """Block formats and the quantized tensor: every fact about a format is a field here."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class BlockFormat:
     width_group: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))
+        object.__setattr__(self, "block_shape", tuple(self.block_shape))  # a config file gives lists
         if self.block_shape not in SQUARE_BLOCKS + LINE_BLOCKS:
             raise ValueError(f"block_shape must be one of {SQUARE_BLOCKS + LINE_BLOCKS} (rows x channels), not {self.block_shape}")
         if self.width_group is not None:
@@ -84,7 +84,7 @@ class BlockTensor:
 
         return dequantize(self, dtype, shift=shift)
 
-    def numpy(self) -> dict[str, np.ndarray]:
+    def numpy(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """The integer arrays that `fpga` takes: mantissas, scale_exponents, bits, signed. Raises ValueError if a scope was not finite."""
         if self.passthrough is not None:
             raise ValueError("this operand holds NaN or Inf and was not quantized: it has no integer form")

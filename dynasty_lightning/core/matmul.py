@@ -144,9 +144,7 @@ def round_once(total: Tensor, exponent: int) -> Tensor:
     return (value * 2.0**exponent).float()
 
 
-def fast_gemm(
-    gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]
-) -> Tensor:
+def fast_gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
     """The same operands on the fastest units that hold them without error; float32, within the bound of docs/numerics.md."""
     dtype = fast_dtype(left.integers.device)
     shifts = [0, 0]

@@ -70,7 +70,9 @@ def quantize(
         raise ValueError(f"scope {scope!r} needs blocks of one row, not {block_shape}: a block must not span scopes")
     if min(block_shape) < 1:
         raise ValueError(f"block_shape must be positive, not {block_shape}")
-    layout = BlockLayout(shape=tuple(x.shape), block_shape=tuple(block_shape), channel_axis=channel_axis % x.ndim if x.ndim else 0)
+    layout = BlockLayout(
+        shape=tuple(x.shape), block_shape=(block_shape[0], block_shape[1]), channel_axis=channel_axis % x.ndim if x.ndim else 0
+    )
     if width_group is not None and any(g < b or g % b for g, b in zip(width_group, block_shape, strict=True)):
         raise ValueError(f"width_group {width_group} must be a multiple of block_shape {block_shape}")
     request = bits if bits is not None else lsb_exponent
@@ -217,7 +219,7 @@ def quantize_blocks(
     if stochastic:
         # peak * 2**depth > (2**p - 1) * 2**s, as fractions of 2**(exponent + 1): both sides are exact.
         scale_exponent += fraction > 1.0 - power_of_two(-magnitude_bits)
-        if kept_by_drop is not None:
+        if kept_by_drop is not None and lsb_exponent is not None:
             scale_exponent = torch.where(kept_by_drop, torch.maximum(scale_exponent, lsb_exponent), scale_exponent)
 
     # Window.
@@ -278,7 +280,7 @@ def _scale_blocks(layout: BlockLayout, blocks: Tensor, exponents: Tensor, active
     """blocks * 2**exponents, a new tensor, and zero where not `active`. One exact factor where float32 has it, else two."""
     low, high = (int(v) for v in torch.aminmax(exponents))
     wide = blocks.dtype == torch.float64
-    if wide or (-126 <= low and high <= 127):
+    if wide or (low >= -126 and high <= 127):
         factor = power_of_two(exponents, blocks.dtype)
         if active is not None:
             factor = factor * active
@@ -319,5 +321,7 @@ def _to_grid(request: int | Tensor, layout: BlockLayout, device: torch.device, n
     except RuntimeError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} of shape {tuple(tensor.shape)} does not broadcast to the grid {layout.grid_shape} of an operand {layout.shape}")
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} does not broadcast to the grid {layout.grid_shape} of an operand {layout.shape}"
+        )
     return tensor

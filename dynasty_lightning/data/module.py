@@ -31,10 +31,11 @@ def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 
 
 class TensorLoader:
-    """Shuffled mini-batches of tensors in memory; epoch e shuffles by seed and e, so its state is two numbers.
+    """Mini-batches of tensors in memory.
 
-    Each `iter` begins a new epoch, also after one that was left early; only the first after `load_state_dict` goes on in
-    the middle. (So a checkpoint at the end of an epoch that `limit_train_batches` cut short resumes inside that epoch.)
+    A loader that shuffles is an endless stream of epochs, and each `iter` gives the next `len(loader)` batches of it: also
+    after an epoch that was left early or after `load_state_dict`, whatever Lightning counts as the epoch's rest. Epoch e is
+    shuffled by seed and e alone, so the state is two numbers. A loader that does not shuffle starts anew each time.
 
     Args:
         images, labels: tensors of the same length.
@@ -64,33 +65,37 @@ class TensorLoader:
         self.batch_size, self.shuffle, self.seed, self.augment = batch_size, shuffle, seed, augment
         self._epoch = 0
         self._next_batch = 0
-        self._resumes = False
 
     def __len__(self) -> int:
         return -(-len(self._labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._next_batch and not self._resumes:
-            self._epoch, self._next_batch = self._epoch + 1, 0
-        self._resumes = False
-        epoch = self._epoch
-        count = len(self._labels)
-        order = torch.randperm(count, generator=self._generator(epoch)) if self.shuffle else torch.arange(count)
-        for batch in range(self._next_batch, len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self._images[index]
-            if self.augment:
-                images = _augment(images, self._generator(epoch, batch + 1))
+        if not self.shuffle:
+            for batch in range(len(self)):
+                yield self._batch(torch.arange(len(self._labels)), 0, batch)
+            return
+        shuffled, order = None, torch.empty(0)
+        for _ in range(len(self)):
+            epoch, batch = self._epoch, self._next_batch
+            if epoch != shuffled:
+                shuffled, order = epoch, torch.randperm(len(self._labels), generator=self._generator(epoch))
             # Before the batch is handed out: a consumer that counts batches never asks for the end.
             self._epoch, self._next_batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
-            yield images, self._labels[index]
+            yield self._batch(order, epoch, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and next batch; Lightning saves them in mid-epoch checkpoints."""
+        """Epoch and next batch; Lightning saves them in checkpoints."""
         return {"epoch": self._epoch, "next_batch": self._next_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._epoch, self._next_batch, self._resumes = state["epoch"], state["next_batch"], True
+        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+
+    def _batch(self, order: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
+        index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        images = self._images[index]
+        if self.augment:
+            images = _augment(images, self._generator(epoch, batch + 1))
+        return images, self._labels[index]
 
     def _generator(self, epoch: int, purpose: int = 0) -> torch.Generator:
         """Random numbers of an epoch: purpose 0 for its order, batch + 1 for a batch's augmentation."""

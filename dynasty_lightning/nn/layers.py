@@ -82,7 +82,6 @@ class DynamicLayer(nn.Module):
     """What every converted layer has beside its own class. Made by `adopt`, never constructed."""
 
     weight: Tensor
-    bias: Tensor | None
     layer_name: str
     plan: LayerPlan
     stream: StreamState
@@ -221,7 +220,9 @@ class DynamicLayer(nn.Module):
         return coarse.view([-1 if a == axis else 1 for a in range(len(shape))])
 
     def _observation_buffers(self, shape: tuple[int, ...], has_dgrad: bool) -> list[Tensor]:
-        if not self._observed or (self._observed_input is not None and self._observed_input[0] != shape and shape[0] >= self._observed_input[0][0]):
+        if not self._observed or (
+            self._observed_input is not None and self._observed_input[0] != shape and shape[0] >= self._observed_input[0][0]
+        ):
             shapes = observation_shapes(self.plan, shape)
             with torch.inference_mode(False):
                 self._observed = [

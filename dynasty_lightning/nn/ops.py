@@ -110,9 +110,7 @@ def _quantize(
     )
 
 
-def _gemm(
-    gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]
-) -> Tensor:
+def _gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
     # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
     with torch.autocast(left.integers.device.type, enabled=False):
         if plan.mode == "exact":

@@ -3,8 +3,8 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
-from typing import Literal
+from functools import cache, cached_property
+from typing import Any, Literal
 
 from ..core.blocks import BandedWeight, BlockLayout
 from ..core.formats import BlockFormat
@@ -32,11 +32,11 @@ class LayerPlan:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def from_key(key: str) -> "LayerPlan":
         data = json.loads(key)
-        geometry = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
-        block_format = {k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()}
+        geometry: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
+        block_format: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()}
         return LayerPlan(
             geometry=LayerGeometry(**geometry),
             format=BlockFormat(**block_format),

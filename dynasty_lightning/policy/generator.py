@@ -135,9 +135,7 @@ class DynastyPolicy:
             self.multiplier = self._first_multiplier(sensitivities)
         else:
             self._steer(measurement)
-        entries = {
-            name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()
-        }
+        entries = {name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()}
         self.predicted_harm = sum(
             _predicted_harm(s, entries[name][role].values, role) for name, roles in sensitivities.items() for role, s in roles.items()
         )
@@ -172,7 +170,7 @@ class DynastyPolicy:
         if not logs:
             return 1.0
         mean = sum(v * w for v, w in zip(logs, weights, strict=True)) / max(sum(weights), 1e-300)
-        return 4.0 ** min(max(mean, -200.0), 200.0)
+        return float(4.0 ** min(max(mean, -200.0), 200.0))
 
     def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
@@ -225,6 +223,7 @@ def check_target(target_speedup: float) -> float:
     """Raise ValueError unless a cost target can be met with widths from 8 down to 2 bits."""
     if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
         raise ValueError(
-            f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: 1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
+            f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: "
+            f"1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
         )
     return float(target_speedup)

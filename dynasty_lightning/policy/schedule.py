@@ -37,7 +37,9 @@ class AnalysisSchedule:
         if not self.is_warm(step):
             following = self.warmup_steps
         else:
-            self._settled = self._settled or self._settling_events >= _MAX_SETTLING_EVENTS or (self._settling_events > 0 and abs(log_error) < SETTLED)
+            self._settled = (
+                self._settled or self._settling_events >= _MAX_SETTLING_EVENTS or (self._settling_events > 0 and abs(log_error) < SETTLED)
+            )
             self._settling_events += 1
             following = step + (self.interval if self._settled else max(self.interval // 10, 1))
         if step < last_step:

@@ -91,7 +91,7 @@ def oracle_operands(layer, x, e):
 
 def spread_band(values, layer):
     """A map over the band as a map over the whole block-diagonal matrix; what lies outside the band is zero anyway."""
-    rows, channels = layer.plan.format.block_shape
+    _rows, channels = layer.plan.format.block_shape
     first = layer.plan.band.first_columns.numpy() // channels
     columns = -(-layer.geometry.in_channels // channels)
     full = np.full((values.shape[0], columns, *values.shape[2:]), 4)
@@ -123,7 +123,9 @@ def test_three_gemms_equal_the_oracle(seed):
         x = x.relu()
     padded = x
     if isinstance(module, nn.modules.conv._ConvNd) and pads_explicitly(module):
-        padded = F.pad(x, module._reversed_padding_repeated_twice, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+        padded = F.pad(
+            x, module._reversed_padding_repeated_twice, mode="constant" if module.padding_mode == "zeros" else module.padding_mode
+        )
     layers = {mode: m[0] for mode, m in models.items()}
     output_shape = layers["exact"].plan.output_shape(tuple(padded.shape))
     e = torch.randn(output_shape) * 2.0 ** int(g.integers(-8, 3))
@@ -223,7 +225,11 @@ def test_splitting_k_changes_nothing(gemm, make):
     plan = LayerPlan(geometry=geometry)
     output_shape = plan.output_shape(tuple(x.shape))
     w_blocks = _blocks(module.weight.detach(), Role.WEIGHT, geometry) if geometry.groups == 1 else _unbanded(module, plan)
-    operands = {Role.ACTIVATION: _blocks(x, Role.ACTIVATION, geometry), Role.ERROR: _blocks(torch.randn(output_shape), Role.ERROR, geometry), Role.WEIGHT: w_blocks}
+    operands = {
+        Role.ACTIVATION: _blocks(x, Role.ACTIVATION, geometry),
+        Role.ERROR: _blocks(torch.randn(output_shape), Role.ERROR, geometry),
+        Role.WEIGHT: w_blocks,
+    }
     left, right = {Gemm.FORWARD: (0, 1), Gemm.DGRAD: (2, 1), Gemm.WGRAD: (2, 0)}[gemm]
     arguments = (gemm, operands[Role(left)], operands[Role(right)], geometry, tuple(x.shape), output_shape)
     whole = exact_gemm(*arguments)
@@ -249,7 +255,10 @@ def test_sums_beyond_float64_are_split_and_exact():
     module.weight.data = w
     geometry = geometry_of(module)
     blocks = [_blocks(x, Role.ACTIVATION, geometry), _blocks(w, Role.WEIGHT, geometry)]
-    want = sum(int(a) * int(b) for a, b in zip(*(b.values(torch.float64, shift=-b.finest_exponent())[0].long().tolist() for b in blocks), strict=True))
+    want = sum(
+        int(a) * int(b)
+        for a, b in zip(*(b.values(torch.float64, shift=-b.finest_exponent())[0].long().tolist() for b in blocks), strict=True)
+    )
     exponent = sum(b.finest_exponent() for b in blocks)
     from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""The plugin and the callback under a real Trainer: it learns, refuses what it must, resumes bit for bit, and leaves models as it found them."""
+"""The plugin and the callback under a real Trainer: it learns, refuses what it must, resumes bit for bit."""
 
 import copy
 import math
@@ -17,7 +17,15 @@ from dynasty_lightning.data import TensorDataModule, load_data
 from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
 
-QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+QUIET = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+}
 
 
 def dynasty(**options):
@@ -215,11 +223,15 @@ def test_checkpoints_load_with_and_without_us(tmp_path):
     plain = small_classifier(1)
     keys = set(plain.state_dict())
     assert set(torch.load(path, weights_only=True)["state_dict"]) == keys
-    L.Trainer(**QUIET, enable_checkpointing=False, max_epochs=2, limit_train_batches=2).fit(plain, digits(), ckpt_path=path, weights_only=True)
+    L.Trainer(**QUIET, enable_checkpointing=False, max_epochs=2, limit_train_batches=2).fit(
+        plain, digits(), ckpt_path=path, weights_only=True
+    )
     assert not any(isinstance(m, DynamicLayer) for m in plain.modules())
     fresh = small_classifier(1)
     plugin = DynastyPrecision()
-    result = L.Trainer(**QUIET, enable_checkpointing=False, plugins=[plugin]).test(fresh, digits(), ckpt_path=path, weights_only=True, verbose=False)
+    result = L.Trainer(**QUIET, enable_checkpointing=False, plugins=[plugin]).test(
+        fresh, digits(), ckpt_path=path, weights_only=True, verbose=False
+    )
     assert plugin.precision_map().entries
     assert result[0]["test_accuracy"] == t.test(model, digits(), verbose=False)[0]["test_accuracy"]
 
@@ -258,7 +270,7 @@ def test_callback_without_plugin():
 def test_two_precisions():
     with pytest.raises(ValueError, match="precision"):
         L.Trainer(**QUIET, plugins=[DynastyPrecision()], precision="bf16-mixed")
-    with pytest.raises(Exception, match="(?i)multiple values for Precision"):
+    with pytest.raises(Exception, match=r"(?i)multiple values for Precision"):
         L.Trainer(**QUIET, plugins=[DynastyPrecision(), DynastyPrecision()])
 
 
@@ -328,7 +340,7 @@ def test_double_backward_empty_batch_and_wide_types():
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(ValueError, match="0: an empty batch"):
         model(torch.empty(0, 4))
-    with pytest.raises(TypeError, match="not torch.float64"):
+    with pytest.raises(TypeError, match=r"not torch\.float64"):
         model(torch.randn(4, 4, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda v: model(v).sum())(torch.randn(8, 4))

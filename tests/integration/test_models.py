@@ -14,6 +14,15 @@ from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn import MultiheadAttention
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
 
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+}
+
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("masked", ["none", "causal", "padding", "both"])
@@ -159,8 +168,8 @@ def test_bf16_around_converted_layers():
     plugin = DynastyPrecision(rest="bf16")
     model = Classifier(CifarResNet(8, in_channels=1, width=8), classes=10, learning_rate=0.05)
     t = L.Trainer(
-        accelerator="cpu", plugins=[plugin], callbacks=[DynastyCallback(target_speedup=3.0, interval=5, table=False)], max_epochs=3, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        accelerator="cpu", plugins=[plugin], callbacks=[DynastyCallback(target_speedup=3.0, interval=5, table=False)], max_epochs=3,
+        **QUIET,
     )  # fmt: skip
     t.fit(model, TensorDataModule(load_data("digits"), batch_size=64))
     assert float(t.callback_metrics["train_loss"]) < 1.0
@@ -177,8 +186,8 @@ def _two_ranks(folder):
     plugin = DynastyPrecision(seed=3)
     callback = DynastyCallback(target_speedup=4.0, interval=3, warmup_steps=3, table=False)
     t = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[plugin], callbacks=[callback, _WriteHash(folder)], max_steps=14, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[plugin], callbacks=[callback, _WriteHash(folder)], max_steps=14,
+        **QUIET,
         use_distributed_sampler=False,
     )  # fmt: skip
     t.fit(model, RankData(load_data("digits"), batch_size=32))

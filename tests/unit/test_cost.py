@@ -36,9 +36,7 @@ def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
         taps, stride, padding, dilation = (
             tuple(int(v) for v in g.integers(low, high, kind)) for low, high in ((1, 4), (1, 3), (0, 3), (1, 3))
         )
-        image = tuple(
-            int(g.integers(max(1, d * (k - 1) + 1 - 2 * p), 8)) for k, p, d in zip(taps, padding, dilation, strict=True)
-        )
+        image = tuple(int(g.integers(max(1, d * (k - 1) + 1 - 2 * p), 8)) for k, p, d in zip(taps, padding, dilation, strict=True))
         geometry = LayerGeometry(
             kind="conv",
             weight_shape=(groups * out_per_group, per_group, *taps),
@@ -47,10 +45,7 @@ def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
             dilation=dilation,
             groups=groups,
         )
-        output = [
-            (h + 2 * p - d * (k - 1) - 1) // s + 1
-            for h, k, s, p, d in zip(image, taps, stride, padding, dilation, strict=True)
-        ]
+        output = [(h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in zip(image, taps, stride, padding, dilation, strict=True)]
         input_shape, output_shape = (n, groups * per_group, *image), (n, groups * out_per_group, *output)
     return case_of(g, geometry, input_shape, output_shape, block_shape)
 
@@ -91,10 +86,7 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
     geometry, (rows, channels) = case["geometry"], case["block_shape"]
     grids = {}
     for r in (X, E):
-        grids[r] = [
-            t.movedim(-1, 1).numpy() if geometry.kind == "linear" else t.numpy()
-            for t in (case["bits"][r], case["occupied"][r])
-        ]
+        grids[r] = [t.movedim(-1, 1).numpy() if geometry.kind == "linear" else t.numpy() for t in (case["bits"][r], case["occupied"][r])]
     grids[W] = [case["bits"][W].numpy(), case["occupied"][W].numpy()]
     first = [0] * len(grids[W][0]) if case["first_columns"] is None else case["first_columns"].tolist()
     result = {g: dict.fromkeys(COUNTS, 0) for g in Gemm}
@@ -126,9 +118,7 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
                 if geometry.kind == "conv":
                     read = tuple(
                         p * s + t * d - z
-                        for p, s, t, d, z in zip(
-                            position, geometry.stride, tap, geometry.dilation, geometry.padding, strict=True
-                        )
+                        for p, s, t, d, z in zip(position, geometry.stride, tap, geometry.dilation, geometry.padding, strict=True)
                     )
                 if not all(0 <= i < h for i, h in zip(read, image, strict=True)):
                     continue
@@ -167,17 +157,13 @@ def test_macs_are_those_of_a_convolution_of_ones(seed):
         y = F.linear(x, w)
     else:
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.taps) - 1]
-        y = conv(
-            x, w, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups
-        )
+        y = conv(x, w, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups)
     assert tuple(y.shape) == case["output_shape"]
     assert {c.macs for c in cost_of(case).values()} == {int(y.sum())}
 
 
 def conv_case(g, batch=8, channels=8, block_shape=(4, 4)):
-    geometry = LayerGeometry(
-        kind="conv", weight_shape=(channels, channels, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
-    )
+    geometry = LayerGeometry(kind="conv", weight_shape=(channels, channels, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
     return case_of(g, geometry, (batch, channels, 6, 6), (batch, channels, 6, 6), block_shape)
 
 

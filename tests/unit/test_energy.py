@@ -89,9 +89,7 @@ def test_constants_are_positive(name, value):
 def conv_analytics(interval: int, has_dgrad: bool = True) -> AnalyticsCost:
     geometry = LayerGeometry(kind="conv", weight_shape=(8, 4, 3), stride=(1,), padding=(1,), dilation=(1,))
     bits = {Role.ACTIVATION: torch.zeros(2, 1, 5), Role.WEIGHT: torch.zeros(2, 1, 3), Role.ERROR: torch.zeros(2, 2, 5)}
-    return analytics_cost(
-        geometry, input_shape=(8, 4, 5), output_shape=(8, 8, 5), bits=bits, has_dgrad=has_dgrad, interval=interval
-    )
+    return analytics_cost(geometry, input_shape=(8, 4, 5), output_shape=(8, 8, 5), bits=bits, has_dgrad=has_dgrad, interval=interval)
 
 
 def test_analytics_by_hand():
@@ -126,9 +124,7 @@ def test_share_of_a_step():
     geometry = LayerGeometry(kind="linear", weight_shape=(64, 64))
     cost = linear_cost(4)
     bits = dict.fromkeys(Role, torch.zeros(16, 16))
-    analytics = analytics_cost(
-        geometry, input_shape=(64, 64), output_shape=(64, 64), bits=bits, has_dgrad=True, interval=50
-    )
+    analytics = analytics_cost(geometry, input_shape=(64, 64), output_shape=(64, 64), bits=bits, has_dgrad=True, interval=50)
     share = analytics_share(analytics, cost)
     operations = 2 * analytics.squares + analytics.map_operations + analytics.width_operations
     assert share.operations == operations / (2 * 3 * 64**3)

@@ -64,10 +64,7 @@ def test_speedup_and_energy_are_those_of_the_summed_cost():
     metrics = {
         Speedup(): total.speedup_charged,
         Speedup(kind="ideal"): total.speedup_ideal,
-        **{
-            EnergyRatio(kind=k, model=model): energy_ratios(total, model)[f"energy_ratio_{k}"]
-            for k in ("compute", "sram", "total")
-        },
+        **{EnergyRatio(kind=k, model=model): energy_ratios(total, model)[f"energy_ratio_{k}"] for k in ("compute", "sram", "total")},
     }
     for metric, expected in metrics.items():
         metric.update(layers[0])

@@ -39,7 +39,7 @@ def check(x, role, **options):
 def test_every_value_of_a_fine_grid(bits, role):
     # Largest element 1 .. 2, second element on a grid eight times finer than the LSB: every tie and every neighbour of one.
     step = 2.0**-bits / 4
-    peaks = torch.arange(1.0, 2.0, 1 / 16).tolist() + [float(np.nextafter(np.float32(2), np.float32(0)))]
+    peaks = [*torch.arange(1.0, 2.0, 1 / 16).tolist(), float(np.nextafter(np.float32(2), np.float32(0)))]
     values = torch.arange(-2 + step, 2, step)
     rows = [[p if abs(v) <= p else abs(v), v] for p, v in itertools.product(peaks, values.tolist())]
     x = torch.tensor(rows)  # one block a row
@@ -49,7 +49,14 @@ def test_every_value_of_a_fine_grid(bits, role):
 def test_edges_of_float32():
     tiny = 2.0**-149
     x = torch.tensor(
-        [[0.0, -0.0], [tiny, 0.0], [3 * tiny, -tiny], [2.0**-126, 2.0**-127], [np.nextafter(np.float32(4), np.float32(0)), 1.0], [4.0, -2.0]]
+        [
+            [0.0, -0.0],
+            [tiny, 0.0],
+            [3 * tiny, -tiny],
+            [2.0**-126, 2.0**-127],
+            [np.nextafter(np.float32(4), np.float32(0)), 1.0],
+            [4.0, -2.0],
+        ]
     )
     for role, bits in itertools.product(Role, (0, 2, 5, 8)):
         check(x, role, bits=bits, block_shape=(1, 2), scope="row")

@@ -1,0 +1,123 @@
+"""Networks have the published sizes; the classifier trains with the published recipe."""
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from dynasty_lightning.data import TensorDataModule, load_data
+from dynasty_lightning.models import MODELS, CifarResNet, Classifier, build_model
+
+
+def parameters(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def resnet_parameters(depth, in_channels, classes, width=16):
+    """Counted from the description: 3x3 convolutions with BatchNorm, 1x1 shortcuts where a stage begins, one linear head."""
+
+    def conv(inputs, outputs, size):
+        return inputs * outputs * size * size + 2 * outputs
+
+    total, inputs = conv(in_channels, width, 3), width
+    for outputs in (width, 2 * width, 4 * width):
+        for _ in range((depth - 2) // 6):
+            total += conv(inputs, outputs, 3) + conv(outputs, outputs, 3)
+            total += conv(inputs, outputs, 1) if inputs != outputs else 0
+            inputs = outputs
+    return total + inputs * classes + classes
+
+
+@pytest.mark.parametrize(
+    ("depth", "in_channels", "classes", "count"), [(8, 3, 10, 78042), (20, 3, 10, 272474), (20, 3, 100, 278324), (8, 1, 10, 77754)]
+)
+def test_resnet_parameters(depth, in_channels, classes, count):
+    network = CifarResNet(depth, in_channels=in_channels, classes=classes)
+    assert parameters(network) == count == resnet_parameters(depth, in_channels, classes)
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) + 1 == depth
+
+
+def test_mlp_parameters():
+    network = build_model("mlp", in_channels=1, image_size=8, classes=10)
+    assert parameters(network) == 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("in_channels", "size", "classes"), [(1, 8, 10), (1, 28, 10), (3, 32, 100)])
+def test_models_fit_the_data(model, in_channels, size, classes):
+    network = build_model(model, in_channels=in_channels, image_size=size, classes=classes)
+    images = torch.randn(2, in_channels, size, size)
+    logits = network(images)
+    assert logits.shape == (2, classes)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(("stem_stride", "size"), [(1, 8), (2, 4)])
+def test_stem_stride(stem_stride, size):
+    network = CifarResNet(8, in_channels=1, stem_stride=stem_stride)
+    assert network.blocks(torch.relu(network.bn(network.stem(torch.randn(2, 1, 32, 32))))).shape == (2, 64, size, size)
+
+
+def test_images_of_28_pixels_go_through_a_stem_of_stride_2():
+    assert build_model("resnet8", in_channels=1, image_size=28, classes=10).stem.stride == (2, 2)
+    assert build_model("resnet8", in_channels=3, image_size=32, classes=10).stem.stride == (1, 1)
+
+
+@pytest.mark.parametrize("depth", [2, 9, 21])
+def test_depth_must_be_6n_plus_2(depth):
+    with pytest.raises(ValueError, match=rf"depth must be 6n \+ 2 .*not {depth}"):
+        CifarResNet(depth)
+
+
+def test_unknown_model_lists_the_known():
+    with pytest.raises(ValueError, match=r"'vgg'.*resnet8, resnet20, mlp"):
+        build_model("vgg", in_channels=3, image_size=32, classes=10)
+
+
+class Rates(L.Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def fit(epochs=2, **options):
+    data = TensorDataModule(load_data("digits"), batch_size=128, train_images=256, validation_images=100)
+    module = Classifier(build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10, **options)
+    rates = Rates()
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[rates],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer, module, data, rates.rates
+
+
+def test_recipe():
+    trainer, _, _, rates = fit()
+    optimizer = trainer.optimizers[0]
+    assert isinstance(optimizer, torch.optim.SGD)
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (0.1, 0.9, True, 1e-4)
+    # Cosine over the whole run, step by step: 0.1 (1 + cos(pi t / 4)) / 2.
+    assert rates == pytest.approx([0.1, 0.0853553, 0.05, 0.0146447], rel=1e-5)
+    assert group["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_warmup_rises_to_the_learning_rate():
+    *_, rates = fit(epochs=4, warmup_fraction=0.5, learning_rate=0.08)
+    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.0682843, 0.04, 0.0117157], rel=1e-5)
+
+
+def test_it_learns_and_logs():
+    trainer, module, data, _ = fit(epochs=6)
+    assert {"train_loss", "val_loss", "val_accuracy"} <= trainer.callback_metrics.keys()
+    (tested,) = trainer.test(module, data, verbose=False)
+    assert tested["test_accuracy"] > 0.8
+    with torch.no_grad():
+        logits = module.eval()(data.test_images)
+    assert tested["test_accuracy"] == pytest.approx(float((logits.argmax(1) == data.test_labels).float().mean()))
+    assert tested["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, data.test_labels)), rel=1e-5)
