@@ -84,8 +84,8 @@ class Rates(L.Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def fit(epochs=2, **options):
-    data = TensorDataModule(load_data("digits"), batch_size=128, train_images=256, validation_images=100)
+def fit(epochs=2, batch_size=128, **options):
+    data = TensorDataModule(load_data("digits"), batch_size=batch_size, train_images=256, validation_images=100)
     module = Classifier(build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10, **options)
     rates = Rates()
     trainer = L.Trainer(
@@ -109,11 +109,11 @@ def test_recipe():
 
 def test_warmup_rises_to_the_learning_rate():
     *_, rates = fit(epochs=4, warmup_fraction=0.5, learning_rate=0.08)
-    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.0682843, 0.04, 0.0117157], rel=1e-5)
+    assert rates == pytest.approx([0.02, 0.035, 0.05, 0.065, 0.08, 0.0682843, 0.04, 0.0117157], rel=1e-5)
 
 
 def test_it_learns_and_logs():
-    trainer, module, data, _ = fit(epochs=6)
+    trainer, module, data, _ = fit(epochs=6, batch_size=32)
     assert {"train_loss", "val_loss", "val_accuracy"} <= trainer.callback_metrics.keys()
     (tested,) = trainer.test(module, data, verbose=False)
     assert tested["test_accuracy"] > 0.8
