@@ -44,9 +44,8 @@ def main() -> None:
     summary["paired_to_uniform8"] = {m: paired(summary["runs"], m) for m in ("float32", "dynasty")}
     Path(a.results).write_text(json.dumps(summary, indent=1) + "\n")
     for method, p in summary["paired_to_uniform8"].items():
-        print(
-            f"{method} - uniform8: {p['mean']:+.2f} points, 95 % interval [{p['low']:+.2f}, {p['high']:+.2f}], sd {p['sd']:.2f}, n = {p['n']}"
-        )
+        low, high = p["low"], p["high"]
+        print(f"{method} - uniform8: {p['mean']:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}], sd {p['sd']:.2f}, n = {p['n']}")
     speed = min(r["speedup_charged"] for r in summary["runs"] if r["name"] == "dynasty")
     low = summary["paired_to_uniform8"]["dynasty"]["low"]
     print(f"expected: speedup_charged >= 5.0 and interval above -0.60; came: {speed:.2f} at the least and {low:+.2f}")
