@@ -239,6 +239,8 @@ class DynastyCallback(Callback):
             return
         layers, costs = self._collect(trainer, observations)
         cost = sum(costs.values(), StepCost())
+        if any(sum(o.nonfinite.values()) for o in observations.values()) and self._last_cost is not None:
+            cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
         self.run_cost.add(cost, step - self._last_event_step)
         self._last_event_step, self._last_cost = step, cost
         self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}

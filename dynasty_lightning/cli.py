@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
-from .demo import DATA_DEFAULTS, METHODS, DemoConfig, run_demo
+from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
 from .models import MODELS
 from .report import draw_report, format_table, read_summary
 
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(arguments) if arguments.command == "demo" else _report(arguments)
     except (ValueError, OSError) as error:
         command.error(" ".join(str(error).split()))
+    except WorkerDied as error:
+        print(f"{command.prog}: {error}; what was finished is in the run folder", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{command.prog}: interrupted; what was finished is in the run folder", file=sys.stderr)
         return 130

@@ -59,6 +59,10 @@ _REPORT_SECONDS: Final = 0.5
 _RUN_FILES: Final = ("map-*.safetensors", "widths-*.safetensors", "widths-*.npz", "history-*.jsonl", "checkpoint-*.ckpt", "*.png")
 
 
+class WorkerDied(RuntimeError):
+    """A worker process ended before its runs did."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """What to train.
@@ -132,6 +136,7 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
 
     Raises:
         FileNotFoundError, ValueError: data that is missing or damaged, or fewer training images than asked for; nothing is written.
+        WorkerDied: a worker process ended by itself; the summary holds what was finished.
     """
     stream = stream or sys.stdout
     data = load_data(config.data, config.data_dir)  # what is wrong with the files is said before any process starts
@@ -225,10 +230,13 @@ def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[di
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         begin = time.monotonic()
-        trainer.fit(module, data)
-        seconds = time.monotonic() - begin
-        figures = callback.summary() if callback else {}
-        tested = trainer.test(module, data, verbose=False)[0]
+        try:
+            trainer.fit(module, data)
+            seconds = time.monotonic() - begin
+            figures = callback.summary() if callback else {}
+            tested = trainer.test(module, data, verbose=False)[0]
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stop
     record = {
         "name": method,
         "seed": seed,
@@ -454,7 +462,7 @@ def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict
     """Share the jobs among worker processes and take in what they send.
 
     Raises:
-        RuntimeError: a worker died without a word, as for lack of memory.
+        WorkerDied: as for lack of memory.
     """
     # Not fork: torch's threads do not survive it.
     context = multiprocessing.get_context("spawn")
@@ -473,14 +481,14 @@ def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict
             except Empty:
                 dead = [w.exitcode for w in workers if w.exitcode]
                 if dead:
-                    raise RuntimeError(f"a worker process ended with exit code {dead[0]}; if memory ran out, use --threads 1") from None
+                    raise WorkerDied(f"a worker process ended with exit code {dead[0]}; if memory ran out, use --threads 1") from None
                 continue
             missing -= kind != "progress"
             take(kind, content)
     finally:
         for worker in workers:
             if missing:
-                worker.terminate()
+                worker.kill()  # Lightning has a handler for a gentler signal, which would take its time
             worker.join()
 
 
@@ -545,4 +553,14 @@ def _label(run: dict[str, Any]) -> str:
     return f"{run['name']:8s} seed {run['seed']}"
 
 
-__all__: Sequence[str] = ["DATA_DEFAULTS", "METHODS", "DemoConfig", "ProgressBoard", "machine", "run_demo", "train_run", "versions"]
+__all__: Sequence[str] = [
+    "DATA_DEFAULTS",
+    "METHODS",
+    "DemoConfig",
+    "ProgressBoard",
+    "WorkerDied",
+    "machine",
+    "run_demo",
+    "train_run",
+    "versions",
+]

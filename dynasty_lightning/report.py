@@ -38,7 +38,7 @@ _OTHER_COLOURS: Final = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS: Final = {"float32": "D", "uniform8": "s", "dynasty": "o"}
 _VISIBLE_BITS: Final = 0.25  # a difference that the picture can claim to show
 _NOTE_COLOUR: Final = "#444444"
-_STYLE: Final = {
+_STYLE: Final[Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -291,7 +291,7 @@ def draw_widths_over_image(widths: Mapping[str, np.ndarray], run: Mapping[str, A
     bar.outline.set_visible(False)  # type: ignore[operator]
     _headline(figure, _image_sentence(images, grids), width=30 * count)
     blocks = widths[f"X/{layer}"].shape[1]
-    note = f"{_setting(summary)}, seed {run['seed']}, after training."
+    note = f"{_setting(summary)}, seed {run['seed']}, after training; {count} test images."
     _footnote(figure, f"{note} A block: 1 sample x 4 channels at one position; channel blocks of this layer: {blocks}.")
     return figure
 

@@ -87,12 +87,15 @@ class BandedWeight:
     """W [O, I / groups, *taps] of a grouped Conv inside its block-diagonal matrix [O, I, *taps].
 
     Row block r of the matrix keeps `width` columns from `first_columns[r]` on, which is a multiple of the block's channels,
-    so exponent blocks fall where they fall in the whole matrix and ignore group borders.
+    so exponent blocks fall where they fall in the whole matrix and ignore group borders. All row blocks of a `unit` (rows x channels, multiples
+    of the block's) share their columns: width groups, and blocks that are cut along both axes, span several of them.
     """
 
-    def __init__(self, weight_shape: tuple[int, ...], groups: int, block_shape: tuple[int, int]) -> None:
+    def __init__(
+        self, weight_shape: tuple[int, ...], groups: int, block_shape: tuple[int, int], unit: tuple[int, int] | None = None
+    ) -> None:
         outputs, group_inputs = weight_shape[:2]
-        rows, channels = block_shape
+        rows, channels = unit or block_shape
         group_outputs = outputs // groups
         group = torch.arange(outputs) // group_outputs
         first_row = torch.arange(0, outputs, rows)
@@ -101,8 +104,10 @@ class BandedWeight:
         ends = (group[last_row] + 1) * group_inputs
         self.width = int((-(-(ends - self.first_columns) // channels) * channels).max())
         self.shape = (outputs, self.width, *weight_shape[2:])
+        per_output = self.first_columns[torch.arange(outputs) // rows]
+        self.first_columns = per_output[:: block_shape[0]]
         # Column of element [o, j] within its row's band.
-        offset = group * group_inputs - self.first_columns[torch.arange(outputs) // rows]
+        offset = group * group_inputs - per_output
         self._columns = offset[:, None] + torch.arange(group_inputs)
 
     def embed(self, weight: Tensor) -> Tensor:

@@ -44,8 +44,17 @@ class BlockFormat:
         if self.width_group is not None:
             object.__setattr__(self, "width_group", tuple(self.width_group))
             rows, channels = self.width_group
+            if self.block_shape in LINE_BLOCKS:
+                raise ValueError(f"width_group needs square blocks, not {self.block_shape}: those are cut anew along each GEMM's reduction")
             if rows < 1 or channels < 1 or rows % self.block_shape[0] or channels % self.block_shape[1]:
                 raise ValueError(f"width_group must be a multiple of block_shape {self.block_shape}, not {self.width_group}")
+
+    @property
+    def band_unit(self) -> tuple[int, int]:
+        """Rows x channels within which a grouped W's row blocks share their columns."""
+        if self.requantizes:
+            return (max(self.block_shape),) * 2
+        return self.width_group or self.block_shape
 
     @property
     def requantizes(self) -> bool:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import LayerGeometry
-from .quantize import QuantizedBlocks
+from .quantize import NO_EXPONENT, QuantizedBlocks
 from .roles import Gemm
+from .rounding import power_of_two
 
 FLOAT64_BITS: Final = 53
 """Sums below 2**53 LSBs are exact in float64 in any order."""
@@ -104,15 +105,16 @@ def exact_gemm(
         ValueError: if one channel or sample alone could exceed the limit, or the whole sum 2**62.
     """
     if left.passthrough is not None or right.passthrough is not None:
-        return multiply(gemm, left.values(torch.float64), right.values(torch.float64), geometry, input_shape).float()
-    lsb = (left.finest_exponent(), right.finest_exponent())
-    a = left.values(torch.float64, shift=-lsb[0])
-    b = right.values(torch.float64, shift=-lsb[1])
+        return multiply(gemm, left.with_passthrough(torch.float64), right.with_passthrough(torch.float64), geometry, input_shape).float()
+    # In eval mode each scope of X has an LSB of its own, so that a neighbour's size changes nothing; sums never cross scopes there.
+    lsb, right_lsb = left.finest_exponents(), right.finest_exponent()
+    a = left.values(torch.float64, shift=-lsb)
+    b = right.values(torch.float64, shift=-right_lsb)
     terms = reduction_length(gemm, geometry, output_shape)
     bound = sum_bound(gemm, a, b, geometry, input_shape, terms)
-    exponent = lsb[0] + lsb[1]
+    exponent = (lsb if lsb.numel() > 1 else lsb.view([])) + right_lsb
     if bound < 2.0**limit_bits:
-        return (multiply(gemm, a, b, geometry, input_shape) * 2.0**exponent).float()
+        return (multiply(gemm, a, b, geometry, input_shape) * power_of_two(exponent, torch.float64)).float()
     total: Tensor | None = None
     axis, length = _split_axis(gemm, a, geometry)
     largest = float(a.abs().max()) * float(b.abs().max())
@@ -134,32 +136,41 @@ def exact_gemm(
     return round_once(total, exponent)
 
 
-def round_once(total: Tensor, exponent: int) -> Tensor:
-    """total * 2**exponent in float32, rounded once to nearest-even; int64 with |total| < 2**62."""
+def round_once(total: Tensor, exponent: int | Tensor) -> Tensor:
+    """total * 2**exponent (a number or a tensor that broadcasts) in float32, rounded once to nearest-even; int64 with |total| < 2**62."""
     # 11 low bits become one sticky bit, so the value fits float64's 53 bits and still rounds to float32 as the whole would.
     low = total & 0x7FF
     folded = (total >> 11 << 1) | (low != 0)
     small = total.abs() < 1 << FLOAT64_BITS
     value = torch.where(small, total.double(), folded.double() * 2.0**10)
-    return (value * 2.0**exponent).float()
+    return (value * power_of_two(torch.as_tensor(exponent), torch.float64)).float()
 
 
 def fast_gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
     """The same operands on the fastest units that hold them without error; float32, within the bound of docs/numerics.md."""
+    if right.passthrough is not None or (left.passthrough is not None and left.largest_exponents.numel() == 1):
+        return multiply(gemm, left.with_passthrough(torch.float32), right.with_passthrough(torch.float32), geometry, input_shape)
+    if left.passthrough is not None:
+        # Some samples of an evaluation are not finite: theirs alone is the float32 result.
+        assert left.finite is not None
+        unquantized = multiply(gemm, left.passthrough, right.values(torch.float32), geometry, input_shape)
+        finite = replace(left, passthrough=None, finite=None)
+        return torch.where(left.finite, fast_gemm(gemm, finite, right, geometry, input_shape), unquantized)
     dtype = fast_dtype(left.integers.device)
-    shifts = [0, 0]
-    if dtype == torch.bfloat16:
-        for i, operand in enumerate((left, right)):
-            if operand.passthrough is None and not _SAFE_EXPONENTS[0] <= operand.largest_exponent <= _SAFE_EXPONENTS[1]:
-                shifts[i] = -operand.largest_exponent if abs(operand.largest_exponent) < 1 << 12 else 0
-    if left.passthrough is not None or right.passthrough is not None:
-        dtype = torch.float32  # unquantized elements do not fit bfloat16
-    result = multiply(gemm, left.values(dtype, shift=shifts[0]), right.values(dtype, shift=shifts[1]), geometry, input_shape)
-    result = result.float()
+    shifts = [_normalising_shift(operand) for operand in (left, right)]
+    result = multiply(gemm, left.values(dtype, shift=shifts[0]), right.values(dtype, shift=shifts[1]), geometry, input_shape).float()
     undo = -(shifts[0] + shifts[1])
-    if undo:
-        result = (result.double() * 2.0**undo).float()
+    if bool((undo != 0).any()):
+        result = (result.double() * power_of_two(undo if undo.numel() > 1 else undo.view([]), torch.float64)).float()
     return result
+
+
+def _normalising_shift(operand: QuantizedBlocks) -> Tensor:
+    """What brings each scope's largest exponent to 0 where it lies outside the safe range; 0 elsewhere."""
+    largest = operand.largest_exponents
+    unsafe = ((largest < _SAFE_EXPONENTS[0]) | (largest > _SAFE_EXPONENTS[1])) & (largest > NO_EXPONENT)
+    shift = torch.where(unsafe, -largest, 0)
+    return shift if shift.numel() > 1 else shift.view([])
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

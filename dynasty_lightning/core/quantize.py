@@ -16,7 +16,7 @@ from .rounding import power_of_two, round_nearest, round_stochastic
 Scope = Literal["tensor", "sample", "row"]
 Rounding = Literal["nearest", "stochastic"]
 
-_NO_EXPONENT: Final = -(1 << 14)  # below every exponent, and small enough to add to in int32
+NO_EXPONENT: Final = -(1 << 14)  # below every exponent, and small enough to add to in int32
 
 
 def quantize(
@@ -111,7 +111,10 @@ def dequantize(blocks: BlockTensor, dtype: torch.dtype = torch.float32, *, shift
 
 @dataclass(slots=True, kw_only=True)
 class QuantizedBlocks:
-    """What the quantizer leaves, before it is packed: integers still in float32, of the operand's shape."""
+    """What the quantizer leaves, before it is packed: integers still in float32, of the operand's shape.
+
+    `largest_exponents` has an entry for each scope, and so broadcasts to grid and operand; far below any exponent if all is zero.
+    """
 
     layout: BlockLayout
     integers: Tensor
@@ -119,7 +122,7 @@ class QuantizedBlocks:
     bits: Tensor
     signed: Tensor
     occupied: Tensor
-    largest_exponent: int
+    largest_exponents: Tensor
     passthrough: Tensor | None
     finite: Tensor | None
 
@@ -138,14 +141,23 @@ class QuantizedBlocks:
 
     def finest_exponent(self) -> int:
         """The smallest scale_exponent of the blocks that are not zero; 0 if all are."""
-        active = self.bits > 0
-        return int(self.scale_exponents[active].min()) if bool(active.any()) else 0
+        return int(self.finest_exponents(by_scope=False))
 
-    def values(self, dtype: torch.dtype, *, shift: int = 0) -> Tensor:
-        """The dequantized operand times 2**shift, as `BlockTensor.dequantize` gives it."""
-        if dtype == torch.float64 or self.passthrough is not None:
-            return dequantize(self.block_tensor(), dtype, shift=shift)
-        return _scale(self.layout, self.integers, self.scale_exponents + shift).to(dtype)
+    def finest_exponents(self, *, by_scope: bool = True) -> Tensor:
+        """The same for each scope, shaped as `largest_exponents`."""
+        axes = [a for a, n in enumerate(self.largest_exponents.shape) if n == 1 or not by_scope]
+        finest = torch.where(self.bits > 0, self.scale_exponents.to(torch.int32), -NO_EXPONENT).amin(axes, keepdim=by_scope)
+        return torch.where(finest < -NO_EXPONENT, finest, 0)
+
+    def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
+        """The dequantized operand times 2**shift, a number or one for each scope; unquantized scopes are zero."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return _scale(self.layout, self.integers.to(wide), self.scale_exponents + shift).to(dtype)
+
+    def with_passthrough(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized operand, its unquantized scopes as they came."""
+        values = self.values(dtype)
+        return values if self.passthrough is None else torch.where(self.finite, values, self.passthrough.to(dtype))  # type: ignore[arg-type]
 
 
 def quantize_blocks(
@@ -223,7 +235,7 @@ def quantize_blocks(
             scale_exponent = torch.where(kept_by_drop, torch.maximum(scale_exponent, lsb_exponent), scale_exponent)
 
     # Window.
-    stored = torch.where(width > 0, exponent, _NO_EXPONENT)
+    stored = torch.where(width > 0, exponent, NO_EXPONENT)
     ceiling = _over_scope(stored, layout, scope, torch.amax)
     scale_exponent = torch.maximum(scale_exponent, ceiling - (WINDOW + 7) + sign)
 
@@ -251,7 +263,7 @@ def quantize_blocks(
         bits=torch.where(active, width, 0),
         signed=signed & active,
         occupied=occupied,
-        largest_exponent=int(ceiling.max()),
+        largest_exponents=ceiling,
         passthrough=passthrough,
         finite=finite,
     )

@@ -178,8 +178,10 @@ def layer_cost(
     band = _band(geometry.groups, w_shape, first_columns, block_channels, x_blocks)
     is_stored = band < x_blocks
 
-    # First reductions, over one axis and the taps, stay below 2**24 in all but absurd layers; then float32 is exact.
-    largest = MAX_BITS * max(*x_shape, *e_shape) * math.prod(geometry.taps)
+    # First reductions, over row blocks or over channel blocks and taps, mostly stay below 2**24; then float32 is exact.
+    row_blocks = math.prod(x_shape[:-1]) if geometry.kind == "linear" else x_shape[0]
+    channel_blocks = max(x_blocks, e_shape[geometry.channel_axis], len(band))
+    largest = MAX_BITS * max(row_blocks, channel_blocks * math.prod(geometry.taps))
     dtype = torch.float32 if largest < 1 << 24 else torch.float64
     x, e = (_rows_first(_factors(bits[r], occupied[r], dtype), geometry) for r in (Role.ACTIVATION, Role.ERROR))
     w = _factors(bits[Role.WEIGHT], occupied[Role.WEIGHT], torch.float64).reshape(3, *band.shape, -1)
@@ -199,7 +201,7 @@ def layer_cost(
     reads_inside = math.prod(axis.reads_inside for axis in axes)
     samples = math.prod(input_shape[:-1]) if geometry.kind == "linear" else input_shape[0]
     macs = samples * reads_inside * geometry.out_channels * geometry.weight_shape[1]
-    pairs = x.shape[1] * reads_inside * int(is_stored.sum())
+    pairs = row_blocks * reads_inside * int(is_stored.sum())
     elements = block_rows * block_channels
     blocks = {r: bits[r].numel() for r in Role} | {Role.WEIGHT: int(is_stored.sum()) * math.prod(geometry.taps)}
     pair_macs = block_rows * elements  # a pair has block_rows**2 outputs, each a dot product over block_channels

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.blocks import BlockLayout
 from ..core.matmul import exact_gemm, fast_gemm
 from ..core.precision import OperandPrecision
-from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
+from ..core.quantize import NO_EXPONENT, QuantizedBlocks, Scope, quantize_blocks
 from ..core.random import StreamPosition
 from ..core.roles import Gemm, Role
 from .plan import LayerPlan
@@ -71,7 +71,7 @@ def _unpack(packed: Sequence[Tensor], layout: BlockLayout) -> QuantizedBlocks:
         bits=bits,
         signed=signed,
         occupied=header_occupied(headers),
-        largest_exponent=int(largest[active].max()) if bool(active.any()) else 0,
+        largest_exponents=torch.where(active, largest, NO_EXPONENT).amax().view([1] * codes.ndim),
         passthrough=None if finite is None else passthrough,
         finite=finite,
     )
@@ -134,9 +134,16 @@ class _ExtractedWeight(QuantizedBlocks):
         super().__init__(**{name: getattr(weight, name) for name in QuantizedBlocks.__slots__})
         self._plan = plan
 
-    def values(self, dtype: torch.dtype, *, shift: int = 0) -> Tensor:
+    def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
         assert self._plan.band is not None
         return self._plan.band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
+
+    def with_passthrough(self, dtype: torch.dtype) -> Tensor:
+        assert self._plan.band is not None
+        values = QuantizedBlocks.values(self, dtype)
+        if self.passthrough is not None and self.finite is not None:
+            values = torch.where(self.finite, values, self.passthrough.to(dtype))
+        return self._plan.band.extract(values)
 
 
 @torch.library.custom_op("dynasty::layer_forward", mutates_args=())

@@ -49,7 +49,7 @@ class LayerPlan:
         """The embedding of a grouped weight; None without groups."""
         if self.geometry.groups == 1:
             return None
-        return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape)
+        return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape, self.format.band_unit)
 
     def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:
         """Rows x channels of a block of `role` as `gemm` reads it."""

@@ -289,7 +289,10 @@ def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[
     # Sizes that the axes must have, None for any; a map may have 1 instead.
     expected: list[int | None]
     if role is Role.WEIGHT:
-        width = g.in_channels if g.groups == 1 else BandedWeight(g.weight_shape, g.groups, structure.block_shape).width
+        width = g.in_channels
+        if g.groups > 1:
+            unit = BlockFormat(block_shape=structure.block_shape, width_group=structure.width_group).band_unit
+            width = BandedWeight(g.weight_shape, g.groups, structure.block_shape, unit).width
         expected = [-(-g.out_channels // rows), -(-width // channels), *g.taps]
     else:
         axes = len(g.weight_shape) if g.kind == "conv" else max(len(shape), 2)

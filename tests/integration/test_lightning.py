@@ -251,12 +251,12 @@ def test_map_files_of_a_run(tmp_path):
     trainer(plugin=plugin, callback=callback, limit_train_batches=12).fit(model, digits())
     path = tmp_path / "map.safetensors"
     callback.precision_map().save(path)
-    loaded = PrecisionMap.load(path, structure=plugin.structure)
+    loaded = PrecisionMap.load(path, model=plugin.structure)
     assert loaded.hash() == plugin.precision_map().hash()
     other = DynastyPrecision()
     other.convert_module(Classifier(CifarResNet(8, in_channels=1, width=4), classes=10))
     with pytest.raises(ValueError, match=r"another model: layer 'network.stem'"):
-        PrecisionMap.load(path, structure=other.structure)
+        PrecisionMap.load(path, model=other.structure)
 
 
 # -- Refusals

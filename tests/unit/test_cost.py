@@ -244,19 +244,25 @@ def test_without_dgrad():
     assert list(cost_of(case)) == [Gemm.FORWARD, Gemm.WGRAD]
 
 
-def test_any_integer_type_and_long_axes():
-    """An axis too long for float32 sums of widths: the count stays exact."""
+@pytest.mark.parametrize(("samples", "tokens"), [((1 << 22) + 3, 1), (2049, 2049)])
+def test_any_integer_type_and_long_axes(samples, tokens):
+    """Row blocks too many for float32 sums of widths: the count stays exact."""
     geometry = LayerGeometry(kind="linear", weight_shape=(4, 4))
-    rows = (1 << 22) + 3
+    rows, grid = samples * tokens, (samples, tokens, 1)
     bits = {
-        X: torch.full((rows, 1), 7, dtype=torch.int32),
+        X: torch.full(grid, 7, dtype=torch.int32),
         W: torch.full((1, 1), 7),
-        E: torch.full((rows, 1), 8, dtype=torch.int64),
+        E: torch.full(grid, 8, dtype=torch.int64),
     }
     cost = layer_cost(
-        geometry, input_shape=(4 * rows, 4), output_shape=(4 * rows, 4), bits=bits, occupied={r: b > 0 for r, b in bits.items()},
-        block_shape=(4, 4), has_dgrad=True,
-    )  # fmt: skip
+        geometry,
+        input_shape=(4 * samples, tokens, 4),
+        output_shape=(4 * samples, tokens, 4),
+        bits=bits,
+        occupied={r: b > 0 for r, b in bits.items()},
+        block_shape=(4, 4),
+        has_dgrad=True,
+    )
     assert cost[Gemm.FORWARD].products == rows * 49 * 64
     assert cost[Gemm.WGRAD].products == rows * 56 * 64
 
