@@ -1,5 +1,6 @@
 # Everything a newcomer or a CI job runs. `make demo` and `make test` set up what they need on a bare Debian 12 with Python 3.11.
 PYTHON ?= python3
+PYTEST_ARGS ?= -n 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -87,8 +87,8 @@ class BandedWeight:
     """W [O, I / groups, *taps] of a grouped Conv inside its block-diagonal matrix [O, I, *taps].
 
     Row block r of the matrix keeps `width` columns from `first_columns[r]` on, which is a multiple of the block's channels,
-    so exponent blocks fall where they fall in the whole matrix and ignore group borders. All row blocks of a `unit` (rows x channels, multiples
-    of the block's) share their columns: width groups, and blocks that are cut along both axes, span several of them.
+    so exponent blocks fall where they fall in the whole matrix and ignore group borders. All row blocks of a `unit` (rows x channels,
+    multiples of the block's) share their columns: width groups, and blocks that are cut along both axes, span several of them.
     """
 
     def __init__(

@@ -214,6 +214,7 @@ def test_resume_equals_an_unbroken_run(tmp_path, stop, accumulate):
     assert callback.history[-1]["lambda"] == resumed_callback.history[-1]["lambda"]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_checkpoints_load_with_and_without_us(tmp_path):
     model = small_classifier()
     t = trainer(limit_train_batches=12)
@@ -253,8 +254,8 @@ def test_map_files_of_a_run(tmp_path):
     callback.precision_map().save(path)
     loaded = PrecisionMap.load(path, model=plugin.structure)
     assert loaded.hash() == plugin.precision_map().hash()
-    other = DynastyPrecision()
-    other.convert_module(Classifier(CifarResNet(8, in_channels=1, width=4), classes=10))
+    other, other_model = DynastyPrecision(), Classifier(CifarResNet(8, in_channels=1, width=4), classes=10)
+    other.convert_module(other_model)
     with pytest.raises(ValueError, match=r"another model: layer 'network.stem'"):
         PrecisionMap.load(path, model=other.structure)
 
