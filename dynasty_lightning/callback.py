@@ -153,7 +153,7 @@ class DynastyCallback(Callback):
             "policy_name": self.policy.name,
             "policy": self.policy.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "guard_best": self.guard.best,
+            "guard": (self.guard.best, self.guard.first),
             "run_cost": self.run_cost.state_dict(),
             "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
             "last_event_step": self._last_event_step,
@@ -169,7 +169,7 @@ class DynastyCallback(Callback):
             raise ValueError(f"the checkpoint was trained with policy {state_dict['policy_name']!r}, this run has {self.policy.name!r}")
         self.policy.load_state_dict(state_dict["policy"])
         self.schedule.load_state_dict(state_dict["schedule"])
-        self.guard.best = state_dict["guard_best"]
+        self.guard.best, self.guard.first = state_dict["guard"]
         self.run_cost.load_state_dict(state_dict["run_cost"])
         self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
         self._last_event_step = state_dict["last_event_step"]

@@ -9,6 +9,7 @@ from typing import Any, Final
 SETTLED: Final = 0.08
 """The loop has settled when cost is within this fraction (in log) of its target."""
 _MAX_SETTLING_EVENTS: Final = 12
+_FLOOR: Final = 0.05
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ class LossGuard:
 
     ratio: float | None = 2.0
     best: float = math.inf
+    first: float | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not self.ratio > 1:
@@ -70,7 +72,11 @@ class LossGuard:
             return None
         if not math.isfinite(loss):
             return f"the training loss is {loss}"
-        if self.best > 0 and loss > self.ratio * self.best:
+        if self.first is None:
+            self.first = abs(loss)
+        # Near zero a loss doubles by chance: it counts from a small share of the first one up.
+        reference = max(self.best, _FLOOR * self.first)
+        if self.best > 0 and loss > self.ratio * reference:
             return f"the training loss rose to {loss:.4g}, more than {self.ratio:g} times its best mean {self.best:.4g}"
         self.best = min(self.best, loss)
         return None
