@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .core.roles import Gemm, Role
+from .cost.analytics import AnalyticsCost, analytics_cost, analytics_share
 from .cost.bit_products import StepCost, layer_cost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
@@ -95,6 +96,7 @@ class DynastyCallback(Callback):
         self._raised = False
         self._clock = _StepClock()
         self._bits: dict[str, dict[Role, Tensor]] = {}
+        self._analytics = AnalyticsCost()
 
     # -- Lightning hooks
 
@@ -194,8 +196,20 @@ class DynastyCallback(Callback):
             "zero_share": last.get("zero_share", {}),
             "lambda": last.get("lambda"),
             "analytics_share": self._clock.share(),
+            "analytics_hardware": self._analytics_hardware(),
             "nonfinite": self._nonfinite,
         }
+
+    def _analytics_of(self, o: LayerObservation) -> AnalyticsCost:
+        return analytics_cost(
+            o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, has_dgrad=o.has_dgrad,
+            interval=self.schedule.interval,
+        )  # fmt: skip
+
+    def _analytics_hardware(self) -> dict[str, float]:
+        """What statistics, maps and widths would add to a step on hardware, as shares of its operations, off-chip bytes and energy."""
+        share = analytics_share(self._analytics, self._last_cost or StepCost(), self.energy_model)
+        return {"operations": share.operations, "bytes": share.bytes, "energy": share.energy}
 
     def precision_map(self) -> PrecisionMap:
         """The map in force. Raises RuntimeError before fit."""
@@ -213,7 +227,8 @@ class DynastyCallback(Callback):
             f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
-            f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time",
+            f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time here; "
+            f"on hardware {100 * s['analytics_hardware']['energy']:.2f}% of the energy (model)",
             "  layer                          bits X   bits W   bits E",
         ]
         for name, bits in (self.history[-1]["bits"] if self.history else {}).items():
@@ -243,6 +258,8 @@ class DynastyCallback(Callback):
             cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
         self.run_cost.add(cost, step - self._last_event_step)
         self._last_event_step, self._last_cost = step, cost
+        if self.policy.needs_statistics:
+            self._analytics = sum((self._analytics_of(o) for o in observations.values()), AnalyticsCost())
         self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}
         loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._loss_count, 1)).reshape(1)))
         self._loss_sum, self._loss_count = 0.0, 0

@@ -59,6 +59,7 @@ def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):
     assert summary["steps"] == t.global_step
     assert all(2 < summary["bits"][letter] < 8 for letter in "XWE")
     assert summary["nonfinite"] == 0
+    assert all(0 < share < 0.2 for share in summary["analytics_hardware"].values())
     assert "speedup" in capsys.readouterr().out
 
 
