@@ -114,7 +114,7 @@ def exact_gemm(
     bound = sum_bound(gemm, a, b, geometry, input_shape, terms)
     exponent = (lsb if lsb.numel() > 1 else lsb.view([])) + right_lsb
     if bound < 2.0**limit_bits:
-        return (multiply(gemm, a, b, geometry, input_shape) * power_of_two(exponent, torch.float64)).float()
+        return (multiply(gemm, a, b, geometry, input_shape) * power_of_two(exponent, torch.float64)).float() + 0.0  # no negative zero
     total: Tensor | None = None
     axis, length = _split_axis(gemm, a, geometry)
     largest = float(a.abs().max()) * float(b.abs().max())

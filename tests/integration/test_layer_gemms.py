@@ -274,3 +274,12 @@ def test_round_once_equals_fractions():
         got = round_once(total, exponent).numpy()
         want = np.array([oracle.to_float32(Fraction(v) * Fraction(2) ** exponent) for v in values], np.float32)
         np.testing.assert_array_equal(got, want)
+
+
+def test_an_exact_zero_is_positive():
+    layer = nn.Sequential(nn.Linear(8, 4, bias=False))
+    convert(layer, mode="exact")
+    x = -torch.rand(4, 8)
+    x[1] = 0
+    y = layer[0].multiply(x)
+    assert not torch.signbit(y[1]).any()
