@@ -252,9 +252,9 @@ class DynastyCallback(Callback):
         if not observations:  # a batch that used no converted layer
             self.schedule.advance(step, log_error=0.0, last_step=last_step)
             return
-        layers, costs = self._collect(trainer, observations)
+        layers, costs, finite = self._collect(trainer, observations)
         cost = sum(costs.values(), StepCost())
-        if any(sum(o.nonfinite.values()) for o in observations.values()) and self._last_cost is not None:
+        if not finite and self._last_cost is not None:
             cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
         self.run_cost.add(cost, step - self._last_event_step)
         self._last_event_step, self._last_cost = step, cost
@@ -268,7 +268,7 @@ class DynastyCallback(Callback):
         reason = self.guard.check(loss)
         if reason is not None:
             self._raise_widths(reason)
-        elif self.schedule.is_warm(step) and self.policy.needs_statistics:
+        elif finite and self.schedule.is_warm(step) and self.policy.needs_statistics:
             self._raised = False
             measurement = Measurement(layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target)
             self._apply(self.policy.update(measurement))
@@ -282,11 +282,13 @@ class DynastyCallback(Callback):
 
     def _collect(
         self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost]]:
-        """Statistics and costs of this step, averaged over ranks in one reduction."""
+    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost], bool]:
+        """Statistics and costs of this step, averaged over ranks in one reduction, and whether all operands of all ranks were finite."""
         block_shape = self._require_plugin().format.block_shape
         raw: list[tuple[str, LayerObservation, dict[Gemm, StepCost]]] = []
-        parts: list[Tensor] = []
+        nonfinite = sum(sum(o.nonfinite.values()) for o in observations.values())
+        self._nonfinite += nonfinite
+        parts = [torch.tensor([float(nonfinite)])]
         for name, o in observations.items():
             cost = layer_cost(
                 o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
@@ -296,9 +298,9 @@ class DynastyCallback(Callback):
             mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role])
             total = sum(cost.values(), StepCost())
             parts += [getattr(o, s).flatten() for s in _SQUARES] + [mean_bits, torch.tensor(total.to_list(), dtype=torch.float64)]
-            self._nonfinite += sum(o.nonfinite.values())
         flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
         pieces = iter(flat.split([p.numel() for p in parts]))
+        finite = not bool(next(pieces))
         layers, costs = {}, {}
         for depth, (name, o, cost) in enumerate(raw, start=1):
             squares = {s: next(pieces).view(getattr(o, s).shape).float() for s in _SQUARES}
@@ -310,7 +312,7 @@ class DynastyCallback(Callback):
                 mean_bits={r: float(mean_bits[r]) for r in Role},
                 **squares,
             )  # fmt: skip
-        return layers, costs
+        return layers, costs, finite
 
     def _record(
         self, step: int, cost: StepCost, layers: Mapping[str, LayerStatistics], observations: Mapping[str, LayerObservation], loss: float

@@ -50,8 +50,8 @@ NOISE_TO_SIGNAL: Final[Noise] = {
 scale of its own that is spread evenly over one binade."""
 
 THRESHOLD_OFFSET: Final[Mapping[Role, float]] = MappingProxyType({Role.ACTIVATION: 1.625, Role.WEIGHT: 1.5, Role.ERROR: 1.0625})
-"""o of T = round(1/2 log2(lambda p / s) + o): least mean regret against exhaustive search over T, 4x4 Gaussian blocks whose exponents
-spread by 1.5 binades, 1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and 1. X is a compromise of 1.5 (signed) and 1.875
+"""What exhaustive search finds, to hold the closed form of `ideal_lsb_exponent` against: o of T = round(1/2 log2(lambda p / s) + o)
+with least mean regret, 4x4 Gaussian blocks whose exponents spread by 1.5 binades, 1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and 1. X is a compromise of 1.5 (signed) and 1.875
 (after ReLU)."""
 
 
@@ -70,40 +70,29 @@ def noise_to_signal(role: Role, bits: int, *, signed: bool = True, block_shape: 
     return NOISE_TO_SIGNAL[block_shape][role, signed][bits - MIN_BITS]
 
 
-def threshold(lambda_: float, price: float, sensitivity: Tensor, role: Role) -> Tensor:
-    """The integer LSB exponent T of least harm + lambda * cost: round(1/2 log2(lambda p / s) + THRESHOLD_OFFSET[role]).
+def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role) -> Tensor:
+    """The real-valued LSB exponent at which one more bit stops paying; the best integer is its ceiling (docs/thresholds.md, equation 6).
+
+    Raising the LSB from 2**T to 2**(T + 1) adds 3 kappa s 4**T harm and saves lambda p, so T = 1/2 log2(lambda p / (3 kappa s)).
 
     Args:
-        lambda_: exchange rate of cost into harm.
+        multiplier: lambda, the exchange rate of cost into harm.
         price: share of the total cost that one more bit of one element costs.
-        sensitivity: harm of a unit squared error of one element; any shape.
+        harm: s, of a unit squared error of one element; any shape.
 
     Returns:
-        int16, the shape of `sensitivity`, in [-LSB_LIMIT, LSB_LIMIT]: the top where there is no harm, else the bottom where there is no
-        price.
+        float64, the shape of `harm`, in [-LSB_LIMIT, LSB_LIMIT]: the top where there is no harm, else the bottom where there is no price.
 
     Raises:
-        ValueError: lambda or price negative or not finite, or a sensitivity negative or NaN.
+        ValueError: lambda or price negative or not finite, or a harm negative or NaN.
     """
-    for name, value in (("lambda", lambda_), ("price", price)):
+    for name, value in (("lambda", multiplier), ("price", price)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} must be finite and not negative, not {value}")
-    harm = sensitivity.double()
+    harm = harm.double()
     if not bool((harm >= 0).all()):
         raise ValueError("sensitivities must not be negative or NaN: a non-finite step must not reach the map generator")
     # Logarithms one by one: neither product nor quotient can leave the range of float64.
-    gain = math.log2(lambda_) + math.log2(price) if lambda_ > 0 and price > 0 else -math.inf
-    ideal = 0.5 * (gain - torch.log2(harm)) + THRESHOLD_OFFSET[role]
-    ideal = torch.where(harm > 0, ideal, math.inf)
-    return ideal.clamp(-LSB_LIMIT, LSB_LIMIT).round().to(torch.int16)
-
-
-def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role) -> Tensor:
-    """The real-valued LSB exponent at which one more bit stops paying, in closed form.
-
-    Raising the LSB from 2**T to 2**(T + 1) adds 3 kappa s 4**T harm and saves lambda p, so the stationary point is
-    T = 1/2 log2(lambda p / (3 kappa s)), and the best integer is its ceiling: the first that no longer pays to raise.
-    """
-    kappa = NOISE_PER_LSB[role]
-    ratio = multiplier * price / (3.0 * kappa * harm.double().clamp(min=1e-300))
-    return (0.5 * torch.log2(ratio.clamp(min=1e-300, max=1e300))).clamp(-LSB_LIMIT, LSB_LIMIT)
+    gain = math.log2(multiplier) + math.log2(price) if multiplier > 0 and price > 0 else -math.inf
+    ideal = 0.5 * (gain - math.log2(3.0 * NOISE_PER_LSB[role]) - torch.log2(harm))
+    return torch.where(harm > 0, ideal, math.inf).clamp(-LSB_LIMIT, LSB_LIMIT)

@@ -18,11 +18,15 @@ from dynasty_lightning.policy.noise import (
     THRESHOLD_OFFSET,
     ideal_lsb_exponent,
     noise_to_signal,
-    threshold,
 )
 
 RESULTS = json.loads((Path(bench_noise.ROOT) / "benchmarks" / "results" / "noise.json").read_text())
 NAMES = {(Role.ACTIVATION, False): "X relu", (Role.ACTIVATION, True): "X signed", (Role.WEIGHT, True): "W", (Role.ERROR, True): "E"}
+
+
+def threshold(multiplier, price, harm, role):
+    """The best integer, as the map generator takes it."""
+    return ideal_lsb_exponent(multiplier, price, harm, role).ceil().to(torch.int16)
 
 
 def numpy_noise(x: np.ndarray, role: Role, signed: bool, bits: int, random: np.random.Generator) -> tuple[float, float]:
@@ -79,9 +83,10 @@ def test_offsets_measured_again():
 @pytest.mark.parametrize(("role", "closed"), [(Role.WEIGHT, 1.5), (Role.ERROR, 1.0)])
 def test_closed_form_agrees_with_the_measured_rule(role, closed):
     assert abs(THRESHOLD_OFFSET[role] - closed) <= 0.125
+    # The ceiling of the closed form is what rounding with that offset gives.
     sensitivity = torch.logspace(-9, 9, 37)
-    ceiling = ideal_lsb_exponent(0.3, 1e-7, sensitivity, role).ceil()
-    assert (threshold(0.3, 1e-7, sensitivity, role) - ceiling).abs().max() <= 1
+    rounded = (0.5 * torch.log2(0.3 * 1e-7 / sensitivity.double()) + closed).round()
+    assert torch.equal(threshold(0.3, 1e-7, sensitivity, role).double(), rounded)
 
 
 def test_threshold_scales():
@@ -99,14 +104,14 @@ def test_threshold_at_the_ends():
     harm = torch.tensor([0.0, 1e-45, 1.0, 3e38, math.inf])
     t = threshold(1.0, 1.0, harm, Role.WEIGHT)
     assert t[0] == LSB_LIMIT
-    assert t[1:4].tolist() == [round(74.5 + 1.5), 2, round(-63.9 + 1.5)]
+    assert t[1:4].tolist() == [76, 1, -62]
     assert t[4] == -LSB_LIMIT
     for lambda_, price in ((0.0, 1.0), (1.0, 0.0)):
         assert threshold(lambda_, price, harm, Role.ERROR).tolist() == [LSB_LIMIT, *[-LSB_LIMIT] * 4]
     # Products beyond float64.
     assert threshold(1e300, 1e300, torch.ones(1), Role.WEIGHT) == LSB_LIMIT
-    assert threshold(1e-300, 1e-300, torch.full((1,), 5e-324, dtype=torch.float64), Role.WEIGHT) == round(
-        (math.log2(1e-300) * 2 + 1074) / 2 + 1.5
+    assert threshold(1e-300, 1e-300, torch.full((1,), 5e-324, dtype=torch.float64), Role.WEIGHT) == math.ceil(
+        (math.log2(1e-300) * 2 + 1074) / 2 + 1
     )
 
 
