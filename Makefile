@@ -35,18 +35,19 @@ setup: $(STAMP)
 # pip finds a CPU build of torch where PIP_FIND_LINKS or the index offers one.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV): Python packages as constraints.txt pins them"
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "== installing python3-venv"; apt-get update -qq && apt-get install -y -qq python3-venv; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt_install,python3-venv); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Real data and the compiler that the tests use; on other systems the tests say what is missing.
+# Fashion-MNIST, for `demo --data fashion-mnist` and the study; a test that needs it says so where it is missing.
 system:
-	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || exit 0; \
-	missing=""; \
-	[ -d /usr/share/datasets/fashion-mnist ] || missing="$$missing dataset-fashion-mnist"; \
-	command -v g++ >/dev/null || missing="$$missing g++"; \
-	[ -z "$$missing" ] || { echo "== installing Debian packages:$$missing"; apt-get update -qq && apt-get install -y -qq $$missing >/dev/null; }
+	@[ -d /usr/share/datasets/fashion-mnist ] || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || { $(call apt_install,dataset-fashion-mnist); } \
+	  || echo "== dataset-fashion-mnist could not be installed"
+
+# The package lists are fetched only if the package is not found without them.
+apt_install = echo "== installing Debian package $(1)"; \
+	apt-get install -y -qq $(1) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(1) >/dev/null; }
 
 clean:  ## Remove the virtual environment and caches, not runs/
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -50,9 +50,11 @@ NOISE_TO_SIGNAL: Final[Noise] = {
 scale of its own that is spread evenly over one binade."""
 
 THRESHOLD_OFFSET: Final[Mapping[Role, float]] = MappingProxyType({Role.ACTIVATION: 1.625, Role.WEIGHT: 1.5, Role.ERROR: 1.0625})
-"""What exhaustive search finds, to hold the closed form of `ideal_lsb_exponent` against: o of T = round(1/2 log2(lambda p / s) + o)
-with least mean regret, 4x4 Gaussian blocks whose exponents spread by 1.5 binades, 1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and 1. X is a compromise of 1.5 (signed) and 1.875
-(after ReLU)."""
+"""What exhaustive search finds, to hold the closed form of `ideal_lsb_exponent` against.
+
+It is o of T = round(1/2 log2(lambda p / s) + o) with the least mean regret over 4x4 Gaussian blocks whose exponents spread by 1.5 binades,
+1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and 1. X is a compromise of 1.5 (signed) and 1.875 (after ReLU).
+"""
 
 
 def noise_to_signal(role: Role, bits: int, *, signed: bool = True, block_shape: tuple[int, int] = (4, 4)) -> float:
