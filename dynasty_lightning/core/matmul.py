@@ -143,7 +143,7 @@ def round_once(total: Tensor, exponent: int | Tensor) -> Tensor:
     folded = (total >> 11 << 1) | (low != 0)
     small = total.abs() < 1 << FLOAT64_BITS
     value = torch.where(small, total.double(), folded.double() * 2.0**10)
-    return (value * power_of_two(torch.as_tensor(exponent), torch.float64)).float()
+    return (value * power_of_two(torch.as_tensor(exponent), torch.float64)).float() + 0.0  # no negative zero
 
 
 def fast_gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
