@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `csim` device: the emitted C++, compiled with g++ and hls4ml's ap_types, called through ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy.typing as npt
+
+from .config import GemmConfig
+from .device import CoreDevice, CoreStatus
+from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
+from .registers import registers_header
+
+Array = npt.NDArray[Any]
+Sanitizer = Literal["address", "undefined"]
+
+HLS: Final = Path(__file__).parent / "hls"
+KERNEL_SOURCES: Final = ("kernel/compute.cpp", "kernel/job.cpp", "kernel/memory.cpp", "kernel/top.cpp")
+HEADERS: Final = tuple(f"include/dpgemm/{n}.h" for n in ("address", "block", "float32", "gemm", "job", "types"))
+BRIDGE_SOURCE: Final = "host/bridge.cpp"
+_COMPILE_SECONDS: Final = 300
+_STACK_BYTES: Final = 256 << 20
+_TEXT_BYTES: Final = 4096
+
+FLAGS: Final = (
+    "-std=c++14", "-O3", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unknown-pragmas", "-Wno-unused-label",  # pragmas and loop labels are for the vendor tool
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # ap_int's default constructor reads its own value
+)  # fmt: skip
+SANITIZER_FLAGS: Final = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+
+
+class CSimDevice(CoreDevice):
+    """The core in C simulation.
+
+    Args:
+        config: the core; None for the default one.
+        sanitizer: "undefined", or "address" (the Python process must then have been started with libasan preloaded).
+        cache: where compiled libraries are kept; None: DYNASTY_CACHE, or the user's cache folder.
+
+    Raises:
+        ToolMissing: no g++, or no hls4ml (whose ap_types are used).
+        CompileError: g++ failed.
+    """
+
+    name = "csim"
+
+    def __init__(self, config: GemmConfig | None = None, *, sanitizer: Sanitizer | None = None, cache: Path | str | None = None) -> None:
+        super().__init__(config or GemmConfig())
+        sanitizer = sanitizer or _sanitizer_from_environment()
+        self.library = build_library(self.config, sanitizer=sanitizer, cache=cache)
+        self._entry = _load(self.library)
+        self._stuck = False
+
+    def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
+        if self._stuck:
+            raise DeviceError("csim: an earlier run did not end and still holds the simulation; call reset()")
+        status = _Status()
+        text = ctypes.create_string_buffer(_TEXT_BYTES)
+        # The call keeps its arrays alive should it be abandoned.
+        worker = _Call(self._entry, (words, a, b, c), status, text)
+        worker.start()
+        worker.join(timeout_s)
+        if worker.is_alive():
+            self._stuck = True
+            raise DeviceTimeout(f"csim: the simulation did not end within {timeout_s:.3g} s")
+        if printed := text.value.decode(errors="replace").strip():
+            raise DeviceError(f"csim: the simulation complained: {printed}")
+        return CoreStatus(**{name: int(getattr(status, name)) for name, _ in _Status._fields_})
+
+    def reset(self) -> None:
+        """Leave a run that did not end behind (its thread goes on until it ends) and load a fresh copy of the library."""
+        if self._stuck:
+            copy = Path(tempfile.mkdtemp(prefix="dpgemm-")) / self.library.name
+            shutil.copy2(self.library, copy)
+            self._entry = _load(copy)
+            shutil.rmtree(copy.parent)  # a loaded library needs its file no more
+            self._stuck = False
+
+
+class _Status(ctypes.Structure):
+    """DpgemmStatus of host/bridge.cpp."""
+
+    _fields_ = [
+        ("cycles", ctypes.c_uint64),
+        ("version", ctypes.c_uint32),
+        ("capability", ctypes.c_uint32),
+        ("words_a", ctypes.c_uint32),
+        ("words_b", ctypes.c_uint32),
+        ("words_c", ctypes.c_uint32),
+        ("error", ctypes.c_uint32),
+    ]
+
+
+class _Call(threading.Thread):
+    """One call into the library, in a thread whose stack holds the core's memories."""
+
+    def __init__(self, entry: Any, arrays: tuple[Array, ...], status: _Status, text: Any) -> None:
+        super().__init__(daemon=True, name="dpgemm-csim")
+        self._entry, self._arrays, self._status, self._text = entry, arrays, status, text
+
+    def start(self) -> None:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            super().start()
+        finally:
+            threading.stack_size(before)
+
+    def run(self) -> None:
+        pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in self._arrays]
+        self._entry(*pointers, ctypes.byref(self._status), self._text, ctypes.c_size_t(_TEXT_BYTES))
+
+
+def _load(path: Path) -> Any:
+    entry = ctypes.CDLL(str(path)).dpgemm_run
+    entry.restype = None
+    entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.POINTER(_Status), ctypes.c_char_p, ctypes.c_size_t]
+    return entry
+
+
+def sources(config: GemmConfig) -> dict[str, bytes]:
+    """What a core is compiled from, by path: the same bytes that `emit` writes for the vendor tool."""
+    files = {name: (HLS / name).read_bytes() for name in (*KERNEL_SOURCES, *HEADERS)}
+    files["include/dpgemm/config.h"] = config.config_header().encode()
+    files["include/dpgemm/registers.h"] = registers_header().encode()
+    return dict(sorted(files.items()))
+
+
+def build_library(config: GemmConfig, *, sanitizer: Sanitizer | None = None, cache: Path | str | None = None) -> Path:
+    """The simulation library of a core, from the cache or compiled; its name is a hash of sources, headers, compiler and flags.
+
+    Raises:
+        ToolMissing, CompileError: see `CSimDevice`.
+    """
+    flags = [*FLAGS, *((*SANITIZER_FLAGS, f"-fsanitize={sanitizer}") if sanitizer else ())]
+    files = sources(config) | {BRIDGE_SOURCE: (HLS / BRIDGE_SOURCE).read_bytes()}
+    key = hashlib.sha256()
+    for part in (compiler_version(), ap_types_digest(), *flags):
+        key.update(part.encode() + b"\0")
+    for name, content in files.items():
+        key.update(name.encode() + b"\0" + content + b"\0")
+    folder = Path(cache) if cache else cache_folder()
+    path = folder / f"dpgemm-{key.hexdigest()[:32]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(prefix="dpgemm-") as work:
+            for name, content in files.items():
+                target = Path(work) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+            chosen = [*KERNEL_SOURCES, BRIDGE_SOURCE]
+            compile_cpp(Path(work), chosen, Path("dpgemm.so"), [*flags, "-shared", "-fPIC"])
+            _install(Path(work) / "dpgemm.so", path)
+    return path
+
+
+def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
+    """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError."""
+    command = [find_compiler(), *flags, "-isystem", str(ap_types()), "-Iinclude", *names, "-o", str(output)]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise CompileError(command, str(folder), f"not done after {_COMPILE_SECONDS} s") from None
+    if done.returncode:
+        raise CompileError(command, str(folder), done.stdout + done.stderr)
+
+
+def _install(built: Path, path: Path) -> None:
+    """Put a finished library in its place: whole or not at all, also when two processes build the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
+    os.close(handle)
+    try:
+        shutil.copy2(built, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def find_compiler() -> str:
+    """g++ (or what CXX names). Raises ToolMissing."""
+    name = os.environ.get("CXX", "g++")
+    found = shutil.which(name)
+    if found is None:
+        raise ToolMissing(f"C simulation needs a C++ compiler, and {name} is not on PATH: install g++ (Debian: apt-get install g++)")
+    return found
+
+
+@functools.lru_cache
+def _version_of(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+
+
+def compiler_version() -> str:
+    """First line of the compiler's own version."""
+    return _version_of(find_compiler())
+
+
+def ap_types() -> Path:
+    """The folder of ap_int.h and hls_stream.h: DYNASTY_AP_TYPES, or the installed hls4ml's. Raises ToolMissing."""
+    if given := os.environ.get("DYNASTY_AP_TYPES"):
+        folder = Path(given)
+        if not (folder / "ap_int.h").exists():
+            raise ToolMissing(f"DYNASTY_AP_TYPES names {folder}, which has no ap_int.h")
+        return folder
+    # Found, not imported: importing hls4ml takes seconds.
+    spec = importlib.util.find_spec("hls4ml")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "templates" / "vivado" / "ap_types"
+        if (folder / "ap_int.h").exists():
+            return folder
+    raise ToolMissing("C simulation needs the ap_types that come with hls4ml: pip install 'dynasty-lightning[fpga]' (or set DYNASTY_AP_TYPES)")
+
+
+def ap_types_digest() -> str:
+    """SHA-256 of the ap_types headers."""
+    return _digest_of(ap_types())
+
+
+@functools.lru_cache
+def _digest_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.h")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """DYNASTY_CACHE, or the user's cache folder."""
+    if given := os.environ.get("DYNASTY_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning"
+
+
+def _sanitizer_from_environment() -> Sanitizer | None:
+    """DPGEMM_SANITIZER, so that a whole test run can be sanitized. Raises ValueError for an unknown one."""
+    value = os.environ.get("DPGEMM_SANITIZER") or None
+    if value not in (None, "address", "undefined"):
+        raise ValueError(f"DPGEMM_SANITIZER must be 'address' or 'undefined', not {value!r}")
+    return value  # type: ignore[return-value]
+
+
+__all__ = ["CSimDevice", "ap_types", "build_library", "cache_folder", "compile_cpp", "sources"]

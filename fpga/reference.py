@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `reference` device: the sums of docs/core.md in NumPy, the registers from the cost law. Shares no code with the core."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import GemmConfig
+from .cost import core_cost
+from .device import Device, GemmResult
+from .job import GemmJob, Walk, round_once
+from .operand import OperandError
+
+Array = npt.NDArray[Any]
+
+_FLOAT64_EXACT = 1 << 53
+
+
+class ReferenceDevice(Device):
+    """Computes in float64 where sums stay below 2**53, in parts added as int64 elsewhere."""
+
+    name = "reference"
+
+    def __init__(self, config: GemmConfig | None = None) -> None:
+        super().__init__(config or GemmConfig())
+
+    def _run(self, job: GemmJob, timeout_s: float) -> GemmResult:
+        for operand in (job.a, job.b):
+            if operand.block_edge != self.config.block_edge:
+                raise OperandError(f"the core takes blocks of edge {self.config.block_edge}, not {operand.block_edge}")
+            if self.config.width_group is not None:
+                operand.check_width_group(self.config.width_group)
+        cost = core_cost(job, self.config)
+        sums = exact_sums(job)
+        exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
+        return GemmResult(
+            values=sums if job.output == "int64" else round_once(sums, exponents),
+            exponent=job.exponents,
+            cycles=cost.cycles,
+            words_a=cost.words_a,
+            words_b=cost.words_b,
+            words_c=cost.words_c,
+            parts=len(Walk(job, self.config).parts()),
+        )
+
+
+def exact_sums(job: GemmJob) -> Array:
+    """The result in units of the operands' bases, int64 [rows, positions, channels]."""
+    a, b = job.a.integers(), job.b.integers()
+    g = job.geometry
+    result = np.zeros(job.result_shape, np.int64)
+    for tap, inputs in enumerate(g.input_of_output()):
+        q = np.flatnonzero(inputs >= 0)
+        p = inputs[q]
+        if job.gemm == "forward":
+            result[:, q] += _matmul(a[:, p], b[:, tap].T, job)
+        elif job.gemm == "dgrad":
+            result[:, p] += _matmul(a[:, q], b[:, tap], job)
+        else:
+            e = a[:, q].reshape(-1, a.shape[2])
+            x = b[:, p].reshape(-1, b.shape[2])
+            result[:, tap] += _matmul(e.T, x, job)
+    return result
+
+
+def _matmul(a: Array, b: Array, job: GemmJob) -> Array:
+    """A B of integers, exactly."""
+    terms = a.shape[-1]
+    chunk = max(1, min(terms, (_FLOAT64_EXACT - 1) // max(job.largest_product, 1)))
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), np.int64)
+    for start in range(0, terms, chunk):
+        part = slice(start, start + chunk)
+        total += (a[..., part].astype(np.float64) @ b[part].astype(np.float64)).astype(np.int64)
+    return total
