@@ -57,8 +57,8 @@ class GemmConfig:
         engine: what forms a block's dot products; see `fpga.engines`.
         lanes: block products computed at a time, along m and n; each divides `tile`.
         block_edge: rows and channels of a block: 4, 8 or 16. `(4, 4)` is taken too; 1 x n blocks are refused by name.
-        width_group: rows x channels (elements) within which all non-zero blocks have one width, multiples of the edge; None if each has its own.
-            A contract on operands, which the host checks.
+        width_group: rows x channels (elements) within which all non-zero blocks have one width, multiples of the edge; None if each
+            has its own. A contract on operands, which the host checks.
         tile: blocks of an output tile's side, of a step along k, and of a stored segment.
         stream_depth: blocks that the streams between readers and lanes hold.
         burst_words: longest burst on a memory port, in words.
@@ -123,7 +123,8 @@ class GemmConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown configuration key {sorted(unknown)[0]!r}: known are {', '.join(f.name for f in fields(cls))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
     def config_header(self) -> str:
         """The text of `config.h`."""
@@ -146,7 +147,9 @@ def edge_of_shape(block_shape: tuple[int, int] | list[int]) -> int:
     """The edge of a square block shape. Raises ValueError for shapes that the core does not compute."""
     shape = tuple(block_shape)
     if shape in _LINE_SHAPES:
-        raise ValueError(f"blocks of {shape[0]} x {shape[1]} are for emulation only: each GEMM quantizes them anew; the core takes 4x4, 8x8 or 16x16")
+        raise ValueError(
+            f"blocks of {shape[0]} x {shape[1]} are for emulation only: each GEMM quantizes them anew; the core takes 4x4, 8x8 or 16x16"
+        )
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] not in EDGES:
         raise ValueError(f"block_shape must be one of 4x4, 8x8 and 16x16, not {shape}")
     return shape[0]

@@ -28,7 +28,7 @@ class CoreCost:
         cycles: the cycle register.
         words_a, words_b: 64-bit words read.
         words_c: 32-bit words written.
-        time_cycles: a model, in cycles: while a step computes, the next one's blocks come in at the given bandwidth, and results leave at it.
+        time_cycles: a model, in cycles: while a step computes, the next one's blocks come in at the given bandwidth; results leave at it.
     """
 
     cycles: int
@@ -84,10 +84,11 @@ class _Step:
 def _part_cost(walk: Walk, part: Part, *, raw: bool, bytes_per_cycle: float) -> CoreCost:
     job, config = walk.job, walk.config
     counts_m, counts_n = (_tile_counts(walk.blocks[i], config.tile) for i in (0, 1))
-    store = counts_m[:, None] * counts_n[None, :] * config.block_edge**2
-    words_c = int(np.prod(job.result_shape)) * (2 if raw else 1)
+    store = counts_m[:, None] * counts_n[None, :] * config.block_edge
+    # The writer takes a cycle an element, or what memory takes, while the next tile computes.
     # Padding is computed but not written, so what leaves is the result's own words, shared out evenly.
-    store_bytes = 4.0 * words_c / walk.output_tiles
+    words_c = int(np.prod(job.result_shape)) * (2 if raw else 1)
+    write = max(1.0, 4.0 / bytes_per_cycle) * words_c / walk.output_tiles
     cycles, time, words_a, words_b = 0, 0.0, 0, 0
     for steps in _chains(walk, part):
         chain_cycles = chain_time = np.zeros(store.shape)
@@ -103,7 +104,7 @@ def _part_cost(walk: Walk, part: Part, *, raw: bool, bytes_per_cycle: float) -> 
                 words_b += int(np.broadcast_to(step.words_b, store.shape).sum())
             before = step
         cycles += int((chain_cycles + store).sum())
-        time += float((chain_time + np.maximum(store, store_bytes / bytes_per_cycle)).sum())
+        time += float((chain_time + store).clip(min=write).sum())
     return CoreCost(cycles, words_a, words_b, words_c, time)
 
 

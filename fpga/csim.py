@@ -75,7 +75,7 @@ class CSimDevice(CoreDevice):
             raise DeviceTimeout(f"csim: the simulation did not end within {timeout_s:.3g} s")
         if printed := text.value.decode(errors="replace").strip():
             raise DeviceError(f"csim: the simulation complained: {printed}")
-        return CoreStatus(**{name: int(getattr(status, name)) for name, _ in _Status._fields_})
+        return CoreStatus(**{field[0]: int(getattr(status, field[0])) for field in _Status._fields_})
 
     def reset(self) -> None:
         """Leave a run that did not end behind (its thread goes on until it ends) and load a fresh copy of the library."""
@@ -218,7 +218,9 @@ def ap_types() -> Path:
         folder = Path(location) / "templates" / "vivado" / "ap_types"
         if (folder / "ap_int.h").exists():
             return folder
-    raise ToolMissing("C simulation needs the ap_types that come with hls4ml: pip install 'dynasty-lightning[fpga]' (or set DYNASTY_AP_TYPES)")
+    raise ToolMissing(
+        "C simulation needs the ap_types that come with hls4ml: pip install 'dynasty-lightning[fpga]' (or set DYNASTY_AP_TYPES)"
+    )
 
 
 def ap_types_digest() -> str:

@@ -76,8 +76,9 @@ class Device(ABC):
     @abstractmethod
     def _run(self, job: GemmJob, timeout_s: float) -> GemmResult: ...
 
+    @abstractmethod
     def reset(self) -> None:
-        """Make the device usable after a DeviceTimeout, if that can be done."""
+        """Make the device usable after a DeviceTimeout."""
 
     def close(self) -> None:
         """Give back what the device holds. Twice is fine."""
@@ -144,9 +145,7 @@ class CoreDevice(Device):
             parts=len(parts),
         )
 
-    def _run_part(
-        self, walk: Walk, part: Part, a: PackedOperand, b: PackedOperand, c: Array, *, raw: bool, deadline: float
-    ) -> Array:
+    def _run_part(self, walk: Walk, part: Part, a: PackedOperand, b: PackedOperand, c: Array, *, raw: bool, deadline: float) -> Array:
         tile_blocks = 2 * part.step_count * self.config.tile**2
         at_a_time = max(1, self.launch_blocks // tile_blocks)
         counts = np.zeros(4, np.int64)
@@ -170,7 +169,9 @@ class CoreDevice(Device):
 
     def _check(self, status: CoreStatus) -> None:
         if status.version != LAYOUT_VERSION:
-            raise DeviceError(f"{self.name}: the core has layout version {status.version}, this package {LAYOUT_VERSION}: emit and build it anew")
+            raise DeviceError(
+                f"{self.name}: the core has layout version {status.version}, this package {LAYOUT_VERSION}: emit and build it anew"
+            )
         if status.error:
             raise DeviceError(f"{self.name}: the core reports error {status.error}, {error_text(status.error)}")
         if status.capability != self.config.capability:

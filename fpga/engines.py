@@ -17,8 +17,13 @@ IntArray = npt.NDArray[Any]
 class Engine(Protocol):
     """A replaceable part of the core with a cost law of its own."""
 
-    name: str
-    code: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def code(self) -> int:
+        """Its number in `config.h`."""
+        ...
 
     def product_cycles(self, bits_a: IntArray, bits_b: IntArray, edge: int) -> IntArray:
         """Cycles of one block product of two non-zero blocks, element by element."""

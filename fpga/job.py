@@ -139,9 +139,13 @@ class GemmJob:
                 raise JobError(f"{name} of this {self.gemm} GEMM must be rows x positions x channels = {text}, not {operand.shape}")
         for count in (math.prod(self.x_shape), math.prod(self.e_shape), math.prod(self.w_shape)):
             if count >= MAX_ELEMENTS:
-                raise JobError(f"an operand or result of this GEMM has {count} elements; the core addresses fewer than {MAX_ELEMENTS}: split the batch")
+                raise JobError(
+                    f"an operand or result of this GEMM has {count} elements; the core addresses fewer than {MAX_ELEMENTS}: split the batch"
+                )
         if self.bound >= 1 << WHOLE_SUM_BITS:
-            raise JobError(f"sums of {self.terms} products may reach {self.bound:.3g} LSBs, 2**{WHOLE_SUM_BITS} or more: use smaller batches")
+            raise JobError(
+                f"sums of {self.terms} products may reach {self.bound:.3g} LSBs, 2**{WHOLE_SUM_BITS} or more: use smaller batches"
+            )
 
     @property
     def rows(self) -> int:

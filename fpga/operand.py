@@ -50,7 +50,9 @@ class Operand:
             raise ValueError(f"block_edge must be one of {EDGES}, not {self.block_edge}")
         mantissas = np.asarray(self.mantissas)
         if mantissas.ndim != 3 or 0 in mantissas.shape or mantissas.dtype.kind not in "iu":
-            raise OperandError(f"mantissas must be integers [rows, positions, channels], none empty, not {mantissas.dtype} {mantissas.shape}")
+            raise OperandError(
+                f"mantissas must be integers [rows, positions, channels], none empty, not {mantissas.dtype} {mantissas.shape}"
+            )
         if mantissas.min() < -(1 << MAX_BITS - 1) or mantissas.max() >= 1 << MAX_BITS:
             raise OperandError(f"mantissas must lie in [-127, 255], not {mantissas.min()} to {mantissas.max()}")
         object.__setattr__(self, "mantissas", np.ascontiguousarray(mantissas, np.int16))
@@ -132,9 +134,14 @@ class Operand:
             )
 
     def check_width_group(self, width_group: tuple[int, int]) -> None:
-        """Raise OperandError unless all non-zero blocks of each group (rows x channels, elements) have one width."""
-        planes = self.planes.astype(np.int32)
-        rows, channels = width_group[0] // self.block_edge, width_group[1] // self.block_edge
+        """Raise OperandError unless all non-zero blocks of each group have one width.
+
+        Args:
+            width_group: rows x channels, in elements; with row exponents a group has one row.
+        """
+        planes = self.bits.astype(np.int32)
+        rows = 1 if self.row_exponents else width_group[0] // self.block_edge
+        channels = width_group[1] // self.block_edge
         padded = _padded(_padded(planes, 0, rows), 2, channels)
         groups = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1], padded.shape[2] // channels, channels)
         most = groups.max(axis=(1, 4), keepdims=True)
@@ -142,8 +149,8 @@ class Operand:
         if wrong.any():
             row, _, position, channel, _ = (int(i) for i in np.argwhere(wrong)[0])
             raise OperandError(
-                f"width group {width_group[0]} x {width_group[1]} at (row group, position, channel group) {(row, position, channel)} holds blocks "
-                "of different widths: quantize with the core's width_group"
+                f"width group {width_group[0]} x {width_group[1]} at (row group, position, channel group) {(row, position, channel)} "
+                "holds blocks of different widths: quantize with the core's width_group"
             )
 
 
@@ -280,9 +287,7 @@ def unpack(packed: PackedOperand, shape: tuple[int, int, int], config: GemmConfi
     return _assemble(header_grid, elements, packed.bases, shape, edge, row_exponents)
 
 
-def _assemble(
-    headers: Array, elements: Array, bases: Array, shape: tuple[int, int, int], edge: int, row_exponents: bool
-) -> Operand:
+def _assemble(headers: Array, elements: Array, bases: Array, shape: tuple[int, int, int], edge: int, row_exponents: bool) -> Operand:
     rows, positions, channels = shape
     row_blocks, channel_blocks = -(-rows // edge), -(-channels // edge)
     grid = headers.reshape(row_blocks, positions, channel_blocks, -1)
@@ -322,7 +327,7 @@ def _check_headers(headers: Array, where: str) -> None:
 def _elements(planes: Array, headers: Array, edge: int) -> Array:
     """Mantissas of one block from its planes (uint16 quarters [planes, plane bits / 16])."""
     bits = np.unpackbits(np.ascontiguousarray(planes).view(np.uint8), axis=1, bitorder="little").astype(np.int32)
-    values = (bits << np.arange(len(planes))[:, None]).sum(axis=0)
+    values: Array = (bits << np.arange(len(planes))[:, None]).sum(axis=0)
     if len(planes):
         signed = np.repeat(headers & _SIGNED > 0, edge if headers.size > 1 else edge * edge)
         values = values - np.where(signed & (bits[-1] > 0), 1 << len(planes), 0)

@@ -44,6 +44,9 @@ class ReferenceDevice(Device):
             parts=len(Walk(job, self.config).parts()),
         )
 
+    def reset(self) -> None:
+        """Nothing to do: no state outlives a job."""
+
 
 def exact_sums(job: GemmJob) -> Array:
     """The result in units of the operands' bases, int64 [rows, positions, channels]."""

@@ -3,8 +3,8 @@
 
 A vector file holds little-endian 32-bit words:
 
-    0x31566744 ("DgV1"); numbers of job words, A's and B's 64-bit words, result words; error, words_a, words_b, words_c, cycles low, cycles high;
-    then the job words, A, B and the result.
+    0x31566744 ("DgV1"); numbers of job words, A's and B's 64-bit words, result words;
+    error, words_a, words_b, words_c, cycles low, cycles high; then the job words, A, B and the result.
 """
 
 import os
@@ -45,7 +45,9 @@ LAYERS: Final = {
     "3x3, stride 2": Layer(5, 7, 12, Geometry(input=(7, 7), output=(4, 4), taps=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))),
     "1x1, stride 2": Layer(8, 8, 16, Geometry(input=(6, 6), output=(3, 3), taps=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1))),
     "5, dilation 2": Layer(9, 5, 6, Geometry(input=(14,), output=(10,), taps=(5,), stride=(1,), padding=(2,), dilation=(2,))),
-    "3x2x3": Layer(3, 4, 5, Geometry(input=(3, 4, 5), output=(3, 2, 3), taps=(3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 0), dilation=(1, 1, 1))),
+    "3x2x3": Layer(
+        3, 4, 5, Geometry(input=(3, 4, 5), output=(3, 2, 3), taps=(3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 0), dilation=(1, 1, 1))
+    ),
 }
 
 
@@ -72,7 +74,7 @@ def random_operand(
         bits = rng.choice(widths, size=grid)
     else:
         # A group's rows and channels in entries of the grid.
-        group = (config.width_group[0] // (1 if row_exponents else edge), config.width_group[1] // edge)
+        group = (1 if row_exponents else config.width_group[0] // edge, config.width_group[1] // edge)
         groups = rng.choice(widths, size=(-(-grid[0] // group[0]), positions, -(-grid[2] // group[1])))
         bits = np.repeat(np.repeat(groups, group[0], axis=0), group[1], axis=2)[: grid[0], :, : grid[2]]
         bits = np.where(rng.random(grid) < 0.1, 0, bits)

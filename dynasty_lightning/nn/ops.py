@@ -5,7 +5,7 @@ They are opaque to torch.compile and set no Python attribute, so a compiled netw
 An operand travels between them packed: one byte an element, and for each block an int16 exponent and a header byte.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,6 +25,10 @@ _OCCUPIED_FLAG: Final = 0x20
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 """codes uint8 (the operand's shape), scale_exponents int16 (grid), headers uint8 (grid), passthrough (float32, empty if finite)."""
+
+Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
+EXECUTORS: Final[dict[str, Executor]] = {}
+"""What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) -> float32. A grouped W comes banded."""
 
 
 def settings_of(precision: OperandPrecision | None) -> list[int]:
@@ -111,6 +115,11 @@ def _quantize(
 
 
 def _gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
+    if plan.executor:
+        return EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
+    # A grouped W comes out of its band, which leaves it no block layout.
+    if plan.band is not None and gemm is not Gemm.WGRAD:
+        right = ExtractedWeight(right, plan)
     # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
     with torch.autocast(left.integers.device.type, enabled=False):
         if plan.mode == "exact":
@@ -118,14 +127,7 @@ def _gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: Layer
         return fast_gemm(gemm, left, right, plan.geometry, input_shape)
 
 
-def _unband(weight: QuantizedBlocks, plan: LayerPlan) -> QuantizedBlocks:
-    """W as the GEMM takes it: out of its band where there are groups, which has no block layout any more."""
-    if plan.band is None:
-        return weight
-    return _ExtractedWeight(weight, plan)
-
-
-class _ExtractedWeight(QuantizedBlocks):
+class ExtractedWeight(QuantizedBlocks):
     """A banded weight whose values come out as [O, I / groups, *taps]."""
 
     __slots__ = ("_plan",)
@@ -165,7 +167,7 @@ def layer_forward(
     banded = weight if plan.band is None else plan.band.embed(weight)
     x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
     w_blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
-    y = _gemm(Gemm.FORWARD, x_blocks, _unband(w_blocks, plan), plan, tuple(x.shape)).to(x.dtype)
+    y = _gemm(Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape)).to(x.dtype)
     headers = (_pack(x_blocks, keep_codes=False)[2], _pack(w_blocks, keep_codes=False)[2])
     if keep and (plan.format.requantizes or not training):
         # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
@@ -197,7 +199,7 @@ def layer_backward(
     dx = dw = e.new_empty(0, dtype=torch.float32)
     if need_dx:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
-        dx = _gemm(Gemm.DGRAD, e_blocks, _unband(w_blocks, plan), plan, shape).contiguous()
+        dx = _gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape).contiguous()
     if need_dw:
         if plan.format.requantizes:
             e_blocks = _quantize(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)

@@ -16,12 +16,16 @@ Mode = Literal["fast", "exact"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse."""
+    """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse.
+
+    `executor` names what computes the GEMMs instead of `mode` (`nn.ops.EXECUTORS`); empty for none.
+    """
 
     geometry: LayerGeometry
     format: BlockFormat = field(default_factory=BlockFormat)
     mode: Mode = "fast"
     layer_index: int = 0
+    executor: str = ""
 
     def __post_init__(self) -> None:
         if self.mode not in ("fast", "exact"):
@@ -42,6 +46,7 @@ class LayerPlan:
             format=BlockFormat(**block_format),
             mode=data["mode"],
             layer_index=data["layer_index"],
+            executor=data["executor"],
         )
 
     @cached_property

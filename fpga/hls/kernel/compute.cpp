@@ -175,13 +175,13 @@ uint32_t multiply(const Tile& tile, const Step& step, const Lane lanes[kLanes], 
   return longest;
 }
 
-// Sends a tile's sums, row by row of its blocks, and clears them; returns the cycles, one an element.
+// Sends a tile's sums, row by row of its blocks, and clears them; returns the cycles, one a row.
 uint32_t store(const Tile& tile, LaneSums sums[kLanes], hls::stream<SumRow>& rows) {
   BLOCK_ROWS: for (uint32_t i = 0; i < tile.m_count; ++i) {
 #pragma HLS LOOP_TRIPCOUNT min=1 max=kTile
     ROWS: for (int row = 0; row < kEdge; ++row) {
       BLOCK_COLUMNS: for (uint32_t j = 0; j < tile.n_count; ++j) {
-#pragma HLS PIPELINE II=kEdge
+#pragma HLS PIPELINE II=1
 #pragma HLS LOOP_TRIPCOUNT min=1 max=kTile
         SumRow& source = sums[i % kLanesM * kLanesN + j % kLanesN].rows[i / kLanesM][j / kLanesN][row];
         rows.write(source);
@@ -192,7 +192,7 @@ uint32_t store(const Tile& tile, LaneSums sums[kLanes], hls::stream<SumRow>& row
       }
     }
   }
-  return tile.m_count * tile.n_count * kPlaneBits;
+  return tile.m_count * tile.n_count * kEdge;
 }
 
 void clear(LaneSums sums[kLanes]) {

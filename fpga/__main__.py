@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m fpga` (`dynasty-fpga`): C simulation, build folders, vendor builds."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import EDGES, GemmConfig
+from .device import DEVICES, open_device
+from .emit import add_emit_arguments, run_emit
+from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
+from .registers import REGISTERS
+from .selftest import report, run_cases, write_junit
+from .vectors import SEED, write_vectors
+from .vendor import add_build_arguments, run_build
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 all well, 1 something differs or failed, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="dynasty-fpga", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    csim = commands.add_parser("csim", help="compile the core with g++ and compare it with the reference")
+    add_config_arguments(csim)
+    csim.add_argument("--values", type=int, default=0, metavar="N", help="go on until N values are compared (default: one round of jobs)")
+    csim.add_argument("--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)")
+    csim.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI")
+    csim.add_argument("--device", choices=sorted(DEVICES), default="csim", help="what to test (default: %(default)s)")
+    csim.add_argument("--bench", action="store_true", help="also compile and run the vendor's bench on recorded vectors")
+    csim.set_defaults(run=_run_csim)
+
+    emit = commands.add_parser("emit", help="write a build folder: C++, Tcl, Makefile, README")
+    add_config_arguments(emit)
+    add_emit_arguments(emit)
+    emit.set_defaults(run=run_emit)
+
+    build = commands.add_parser("build", help="run a vendor tool on a build folder and read its reports")
+    add_build_arguments(build)
+    build.set_defaults(run=run_build)
+
+    registers = commands.add_parser("registers", help="print the register map")
+    registers.set_defaults(run=_run_registers)
+
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (CompileError, DeviceError, DeviceTimeout, ToolMissing) as error:
+        print(f"dynasty-fpga: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"dynasty-fpga: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dynasty-fpga: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that make a GemmConfig."""
+    default = GemmConfig()
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a configuration as JSON (as in a build folder's manifest); options override it"
+    )
+    parser.add_argument("--edge", type=int, choices=EDGES, help=f"rows and channels of a block (default: {default.block_edge})")
+    parser.add_argument("--lanes", type=_pair, metavar="MxN", help=f"lanes along m and n (default: {default.lanes[0]}x{default.lanes[1]})")
+    parser.add_argument("--tile", type=int, metavar="T", help=f"blocks of a tile's side (default: {default.tile})")
+    parser.add_argument("--width-group", type=_pair, metavar="RxC", help="elements that share a width (default: each block has its own)")
+
+
+def config_from(options: argparse.Namespace) -> GemmConfig:
+    """The configuration that the options ask for. Raises ValueError."""
+    values = {}
+    if options.config:
+        try:
+            values = json.loads(options.config.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{options.config} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{options.config} must hold a JSON object, not a {type(values).__name__}")
+        values = values.get("config", values)
+    for name, value in (
+        ("block_edge", options.edge),
+        ("lanes", options.lanes),
+        ("tile", options.tile),
+        ("width_group", options.width_group),
+    ):
+        if value is not None:
+            values[name] = value
+    return GemmConfig.from_dict(values)
+
+
+def _pair(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(p.isdigit() for p in parts):
+        raise argparse.ArgumentTypeError(f"two numbers such as 8x4, not {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _run_csim(options: argparse.Namespace) -> int:
+    if options.junit and not options.junit.parent.is_dir():
+        raise ValueError(f"--junit {options.junit}: there is no folder {options.junit.parent}")
+    if options.values < 0:
+        raise ValueError(f"--values must not be negative, not {options.values}")
+    config = config_from(options)
+    begin = time.perf_counter()
+    print(f"core: {json.dumps(config.to_dict())}", flush=True)
+    with open_device(options.device, config) as device:
+        print(f"{device.name} ready after {time.perf_counter() - begin:.1f} s", flush=True)
+        results = report(device, run_cases(device, values=options.values, seed=options.seed), sys.stdout)
+    if options.junit:
+        write_junit(options.junit, f"dpgemm.{options.device}", results)
+        print(f"JUnit: {options.junit}")
+    failed = any(r.problem for r in results)
+    if options.bench:
+        failed |= run_bench(config) != 0
+    return int(failed)
+
+
+def run_bench(config: GemmConfig) -> int:
+    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would; its exit status."""
+    from .csim import FLAGS, HLS, KERNEL_SOURCES, compile_cpp, sources
+
+    bench = "test/test_dpgemm.cpp"
+    with tempfile.TemporaryDirectory(prefix="dpgemm-bench-") as work:
+        folder = Path(work)
+        for name, content in (sources(config) | {bench: (HLS / bench).read_bytes()}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        write_vectors(config, folder / "vectors")
+        compile_cpp(folder, [*KERNEL_SOURCES, bench], Path("test_dpgemm"), list(FLAGS))
+        done = subprocess.run(
+            [str(folder / "test_dpgemm"), "vectors"], cwd=folder, capture_output=True, text=True, timeout=600, check=False
+        )
+    complaints = "WARNING" in done.stdout
+    print(done.stdout if done.returncode or complaints else "vendor's bench: " + done.stdout.splitlines()[-1])
+    return done.returncode or int(complaints)
+
+
+def _run_registers(_: argparse.Namespace) -> int:
+    print(f"{'offset':>6s} {'bits':>4s} {'access':6s} name        description")
+    for r in REGISTERS:
+        print(f"{r.offset:#06x} {r.bits:4d} {r.access:6s} {r.name:11s} {r.description}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
