@@ -27,6 +27,7 @@ HLS: Final = Path(__file__).parent / "hls"
 KERNEL_SOURCES: Final = ("kernel/compute.cpp", "kernel/job.cpp", "kernel/memory.cpp", "kernel/top.cpp")
 HEADERS: Final = tuple(f"include/dpgemm/{n}.h" for n in ("address", "block", "float32", "gemm", "job", "types"))
 BRIDGE_SOURCE: Final = "host/bridge.cpp"
+CAPTURE_HEADER: Final = "host/capture.h"
 _COMPILE_SECONDS: Final = 300
 _STACK_BYTES: Final = 256 << 20
 _TEXT_BYTES: Final = 4096
@@ -59,32 +60,22 @@ class CSimDevice(CoreDevice):
         sanitizer = sanitizer or _sanitizer_from_environment()
         self.library = build_library(self.config, sanitizer=sanitizer, cache=cache)
         self._entry = _load(self.library)
-        self._stuck = False
 
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
-        if self._stuck:
-            raise DeviceError("csim: an earlier run did not end and still holds the simulation; call reset()")
         status = _Status()
         text = ctypes.create_string_buffer(_TEXT_BYTES)
-        # The call keeps its arrays alive should it be abandoned.
+        # The thread keeps what the call writes to, should it be abandoned.
         worker = _Call(self._entry, (words, a, b, c), status, text)
         worker.start()
         worker.join(timeout_s)
         if worker.is_alive():
-            self._stuck = True
             raise DeviceTimeout(f"csim: the simulation did not end within {timeout_s:.3g} s")
         if printed := text.value.decode(errors="replace").strip():
             raise DeviceError(f"csim: the simulation complained: {printed}")
         return CoreStatus(**{field[0]: int(getattr(status, field[0])) for field in _Status._fields_})
 
     def reset(self) -> None:
-        """Leave a run that did not end behind (its thread goes on until it ends) and load a fresh copy of the library."""
-        if self._stuck:
-            copy = Path(tempfile.mkdtemp(prefix="dpgemm-")) / self.library.name
-            shutil.copy2(self.library, copy)
-            self._entry = _load(copy)
-            shutil.rmtree(copy.parent)  # a loaded library needs its file no more
-            self._stuck = False
+        """Nothing to do: a run that did not end keeps its own memory and thread, and the next one starts afresh."""
 
 
 class _Status(ctypes.Structure):
@@ -142,7 +133,7 @@ def build_library(config: GemmConfig, *, sanitizer: Sanitizer | None = None, cac
         ToolMissing, CompileError: see `CSimDevice`.
     """
     flags = [*FLAGS, *((*SANITIZER_FLAGS, f"-fsanitize={sanitizer}") if sanitizer else ())]
-    files = sources(config) | {BRIDGE_SOURCE: (HLS / BRIDGE_SOURCE).read_bytes()}
+    files = sources(config) | {name: (HLS / name).read_bytes() for name in (BRIDGE_SOURCE, CAPTURE_HEADER)}
     key = hashlib.sha256()
     for part in (compiler_version(), ap_types_digest(), *flags):
         key.update(part.encode() + b"\0")
@@ -157,7 +148,7 @@ def build_library(config: GemmConfig, *, sanitizer: Sanitizer | None = None, cac
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
             chosen = [*KERNEL_SOURCES, BRIDGE_SOURCE]
-            compile_cpp(Path(work), chosen, Path("dpgemm.so"), [*flags, "-shared", "-fPIC"])
+            compile_cpp(Path(work), chosen, Path("dpgemm.so"), [*flags, "-shared", "-fPIC", "-include", CAPTURE_HEADER])
             _install(Path(work) / "dpgemm.so", path)
     return path
 

@@ -158,6 +158,7 @@ class CoreDevice(Device):
                 tile_count=min(at_a_time, walk.output_tiles - first),
                 words_a=a.words.size,
                 words_b=b.words.size,
+                words_c=c.size,
             )
             left = deadline - time.monotonic()
             if left <= 0:

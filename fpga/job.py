@@ -259,7 +259,7 @@ class Walk:
         return [Part(s, min(count, self.steps - s)) for s in range(0, self.steps, count)]
 
 
-def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count: int, words_a: int, words_b: int) -> Array:
+def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count: int, words_a: int, words_b: int, words_c: int) -> Array:
     """A launch's words in memory, uint32; row results' exponents follow where A has row exponents."""
     job, g = walk.job, walk.job.geometry
     values: dict[str, int] = {
@@ -276,6 +276,7 @@ def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count:
         "step_count": part.step_count,
         "words_a": words_a,
         "words_b": words_b,
+        "words_c": words_c,
     }
     for field in fields(g):
         values |= {f"{field.name}_{axis}": v for axis, v in zip("zyx", getattr(g, field.name), strict=True)}

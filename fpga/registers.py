@@ -81,13 +81,14 @@ JOB_WORDS: Final = (
     ("step_count", "steps along k"),
     ("words_a", "64-bit words of A in memory: nothing behind them is read"),
     ("words_b", "64-bit words of B in memory"),
+    ("words_c", "32-bit words of the result in memory: nothing behind them is written"),
 )  # fmt: skip
 
 ERRORS: Final = (
     (0, "none", "no error"),
     (1, "layout_version", "the job was written for another layout version than the core's"),
     (2, "gemm", "the job names no GEMM, or an unknown flag"),
-    (3, "extent", "an extent, stride or dilation of the job is zero or too large"),
+    (3, "extent", "an extent, stride or dilation of the job is zero or too large, or the result does not fit its memory"),
     (4, "range", "the job's tiles or steps lie outside the GEMM"),
     (5, "header_a", "a block of A has an illegal header: operand memory is corrupt"),
     (6, "header_b", "a block of B has an illegal header: operand memory is corrupt"),

@@ -116,16 +116,23 @@ def vector(job: GemmJob, config: GemmConfig) -> Array:
     walk = Walk(job, config)
     a, b = pack(job.a, config), pack(job.b, config)
     raw = job.output == "int64"
-    words = job_words(
-        walk, raw=raw, part=walk.whole, tile_begin=0, tile_count=walk.output_tiles, words_a=a.words.size, words_b=b.words.size
-    )
     sums = exact_sums(job)
     exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
-    result = sums if raw else round_once(sums, exponents)
+    result = np.ascontiguousarray(sums if raw else round_once(sums, exponents)).view("<u4").reshape(-1)
+    words = job_words(
+        walk,
+        raw=raw,
+        part=walk.whole,
+        tile_begin=0,
+        tile_count=walk.output_tiles,
+        words_a=a.words.size,
+        words_b=b.words.size,
+        words_c=result.size,
+    )
     cost = core_cost(job, config)
-    head = [MAGIC, words.size, a.words.size, b.words.size, result.size * (2 if raw else 1), 0, cost.words_a, cost.words_b, cost.words_c]
+    head = [MAGIC, words.size, a.words.size, b.words.size, result.size, 0, cost.words_a, cost.words_b, cost.words_c]
     head += [cost.cycles & 0xFFFFFFFF, cost.cycles >> 32]
-    parts = [np.array(head, "<u4"), words, a.words.view("<u4"), b.words.view("<u4"), np.ascontiguousarray(result).view("<u4").reshape(-1)]
+    parts = [np.array(head, "<u4"), words, a.words.view("<u4"), b.words.view("<u4"), result]
     return np.concatenate(parts)
 
 

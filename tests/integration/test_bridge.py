@@ -109,7 +109,7 @@ def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact
         assert use.host_calls == 0
     assert {g for _, g in callback.report.uses} == {Gemm.FORWARD}
     # Widths moved: the map was at work, not 8 bits everywhere.
-    widths = {r: l.get_precision(r) for l in dynamic_layers(module).values() for r in Role}
+    widths = {(layer.layer_name, r): layer.get_precision(r) for layer in dynamic_layers(module).values() for r in Role}
     assert any(w is not None for w in widths.values())
 
 

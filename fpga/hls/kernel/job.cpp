@@ -75,6 +75,7 @@ Error decode_job(const uint32_t* memory, Job& job) {
   job.step_count = words[kJobStepCount];
   job.words_a = words[kJobWordsA];
   job.words_b = words[kJobWordsB];
+  job.words_c = words[kJobWordsC];
 
   const uint64_t input_size = volume(job.input);
   const uint64_t output_size = volume(job.output);
@@ -91,6 +92,10 @@ Error decode_job(const uint32_t* memory, Job& job) {
       job.out_channels * tap_count * job.in_channels >= kMaxProduct) {
     return Error::kExtent;
   }
+  const uint64_t result = job.gemm == Gemm::kForward ? rows * output_size * job.out_channels
+                          : job.gemm == Gemm::kDgrad ? rows * input_size * job.in_channels
+                                                     : job.out_channels * tap_count * job.in_channels;
+  if (result * (job.is_raw ? 2 : 1) > job.words_c) return Error::kExtent;
   job.input_size = uint32_t(input_size);
   job.output_size = uint32_t(output_size);
   job.tap_count = uint32_t(tap_count);

@@ -31,6 +31,7 @@ struct Job {
   uint32_t step_count;
   uint32_t words_a;
   uint32_t words_b;
+  uint32_t words_c;
 
   // Derived.
   uint32_t row_blocks;

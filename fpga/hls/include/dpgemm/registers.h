@@ -45,14 +45,15 @@ enum JobWord : int {
   kJobStepCount = 28,  // steps along k
   kJobWordsA = 29,  // 64-bit words of A in memory: nothing behind them is read
   kJobWordsB = 30,  // 64-bit words of B in memory
-  kJobWords = 31,
+  kJobWordsC = 31,  // 32-bit words of the result in memory: nothing behind them is written
+  kJobWords = 32,
 };
 
 enum class Error : uint32_t {
   kNone = 0,  // no error
   kLayoutVersion = 1,  // the job was written for another layout version than the core's
   kGemm = 2,  // the job names no GEMM, or an unknown flag
-  kExtent = 3,  // an extent, stride or dilation of the job is zero or too large
+  kExtent = 3,  // an extent, stride or dilation of the job is zero or too large, or the result does not fit its memory
   kRange = 4,  // the job's tiles or steps lie outside the GEMM
   kHeaderA = 5,  // a block of A has an illegal header: operand memory is corrupt
   kHeaderB = 6,  // a block of B has an illegal header: operand memory is corrupt

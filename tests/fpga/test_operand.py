@@ -1,0 +1,146 @@
+"""Operands: what is refused, packing there and back, and corrupt memory."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpga import GemmConfig, Operand, OperandError
+from fpga.operand import PackedOperand, pack, segment_words, unpack
+from fpga.vectors import random_operand
+
+
+def same(a: Operand, b: Operand) -> bool:
+    live = a.bits > 0
+    return (
+        np.array_equal(a.mantissas, b.mantissas)
+        and np.array_equal(a.bits, b.bits)
+        and np.array_equal(a.signed & live, b.signed)
+        and np.array_equal(np.where(live, a.scale_exponents, 0), b.scale_exponents)
+    )
+
+
+def plain(**changes: object) -> Operand:
+    values = {
+        "mantissas": np.ones((4, 1, 8), np.int16),
+        "scale_exponents": np.zeros((1, 1, 2), np.int32),
+        "bits": np.full((1, 1, 2), 4),
+        "signed": np.ones((1, 1, 2), bool),
+    }
+    return Operand(**(values | changes))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 70)),
+    edge=st.sampled_from([4, 8, 16]),
+    tile=st.sampled_from([1, 2, 5, 16]),
+    row_exponents=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_unpacking_gives_back_what_was_packed(shape: tuple[int, int, int], edge: int, tile: int, row_exponents: bool, seed: int) -> None:
+    config = GemmConfig(block_edge=edge, tile=tile, lanes=(1, 1))
+    operand = random_operand(np.random.default_rng(seed), shape, config, row_exponents=row_exponents)
+    packed = pack(operand, config)
+    assert same(operand, unpack(packed, shape, config, row_exponents=row_exponents))
+    segments = segment_words(operand, config)
+    assert packed.words.size == segments.size + segments.sum()
+
+
+def test_memory_follows_the_widths() -> None:
+    config = GemmConfig()
+    sizes = []
+    for width in (0, 2, 4, 8):
+        operand = random_operand(np.random.default_rng(0), (64, 4, 64), config, widths=(width,))
+        sizes.append(pack(operand, config).words.size)
+    # 64 lines of one segment of 16 blocks: a directory word; 4 words of headers and 4 a plane.
+    assert sizes == [64, 64 * (1 + 4 + 8), 64 * (1 + 4 + 16), 64 * (1 + 4 + 32)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mantissas": np.ones((4, 8), np.int16)}, r"integers \[rows, positions, channels\]"),
+        ({"mantissas": np.ones((4, 1, 8))}, "not float64"),
+        ({"mantissas": np.ones((0, 1, 8), np.int16)}, "none empty"),
+        ({"mantissas": np.full((4, 1, 8), 8, np.int16)}, r"mantissa 8 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -7 to 7"),
+        ({"mantissas": np.full((4, 1, 8), -8, np.int16)}, "does not fit 4 signed bits"),  # the most negative code
+        ({"mantissas": np.full((4, 1, 8), 300, np.int16)}, r"\[-127, 255\]"),
+        ({"mantissas": np.full((4, 1, 8), -1, np.int16), "signed": np.zeros((1, 1, 2), bool)}, "4 unsigned bits: legal are 0 to 15"),
+        ({"bits": np.full((1, 1, 2), 1)}, r"bits must be 0 or in \[2, 8\], not 1 in block \(0, 0, 0\)"),
+        ({"bits": np.full((1, 1, 2), 9)}, "not 9"),
+        ({"bits": np.zeros((1, 1, 2), int)}, "does not fit 0"),
+        ({"bits": np.full((1, 1, 3), 4)}, r"grid's shape \(1, 1, 2\), not \(1, 1, 3\)"),
+        ({"scale_exponents": np.zeros((1, 1, 2))}, "scale_exponents must be integers"),
+    ],
+)
+def test_illegal_arrays_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(OperandError, match=message):
+        plain(**changes)
+
+
+def test_line_blocks_and_other_edges_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="1 x 32 are for emulation only"):
+        plain(block_edge=(1, 32))
+    with pytest.raises(OperandError, match="blocks of edge 8, not 4"):
+        pack(plain(), GemmConfig(block_edge=8))
+
+
+def test_a_span_of_exponents_beyond_the_header_is_refused() -> None:
+    with pytest.raises(OperandError, match="may span 31 binades, not 32"):
+        plain(scale_exponents=np.array([[[0, 32]]])).shifts()
+    assert plain(scale_exponents=np.array([[[0, 31]]])).shifts().max() == 31
+
+
+def test_a_width_group_is_held_to_its_contract() -> None:
+    config = GemmConfig(width_group=(8, 8))
+    bits = np.array([[[4, 6]]])
+    with pytest.raises(OperandError, match=r"width group 8 x 8 at .*\(0, 0, 0\) holds blocks of different widths"):
+        pack(plain(bits=bits), config)
+    zero = plain(bits=np.array([[[4, 0]]]), mantissas=np.repeat([1, 0], 4).reshape(1, 1, 8) * np.ones((4, 1, 1), np.int16))
+    pack(zero, config)  # a zero block may lie in any group
+
+
+def packed_example() -> tuple[Operand, PackedOperand, GemmConfig]:
+    config = GemmConfig()
+    operand = random_operand(np.random.default_rng(3), (5, 2, 70), config, widths=(3, 4, 8), signed=1)
+    return operand, pack(operand, config), config
+
+
+@pytest.mark.parametrize("word", range(16))
+def test_no_single_corrupt_bit_of_directory_or_headers_goes_unseen(word: int) -> None:
+    operand, packed, config = packed_example()
+    directory = 8
+    for bit in range(64):
+        words = packed.words.copy()
+        # The directory, then the first segment's headers: 16 blocks in 4 words.
+        words[word if word < directory else directory + (word - directory) % 4] ^= np.uint64(1 << bit)
+        corrupt = PackedOperand(words=words, bases=packed.bases)
+        try:
+            other = unpack(corrupt, operand.shape, config)
+        except OperandError:
+            continue
+        assert not same(operand, other), "a flipped bit was ignored"
+
+
+def test_truncated_and_overlong_memory_is_refused() -> None:
+    operand, packed, config = packed_example()
+    for words, message in (
+        (packed.words[:-1], "should begin at word"),
+        (np.append(packed.words, np.uint64(0)), "1 words follow the last segment"),
+        (packed.words[:3], "too few for a directory of 8"),
+    ):
+        with pytest.raises(OperandError, match=message):
+            unpack(replace(packed, words=words), operand.shape, config)
+
+
+def test_the_most_negative_code_is_refused_on_load() -> None:
+    config = GemmConfig()
+    operand = plain(mantissas=np.full((4, 1, 8), -7, np.int16))
+    packed = pack(operand, config)
+    # Directory, one word of headers, then two blocks of four planes of 16 bits: clearing plane 0 of the first makes -7 into -8.
+    words = packed.words.copy()
+    words[2] &= ~np.uint64(0xFFFF)
+    with pytest.raises(OperandError, match="mantissa -8 at"):
+        unpack(replace(packed, words=words), operand.shape, config)

@@ -1,0 +1,45 @@
+"""fpga runs on a board: NumPy and the standard library, Python 3.10."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fpga
+
+ROOT = Path(fpga.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+ALLOWED = set(sys.stdlib_module_names) - {"tomllib"} | {"numpy", "fpga"}
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "lightning", "dynasty_lightning", "torchmetrics", "hls4ml", "scipy"}:
+            raise ImportError(name + " is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_everything_imports_and_computes_where_torch_is_blocked() -> None:
+    modules = [p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".") for p in SOURCES if "hls" not in p.parts]
+    code = BLOCKED + "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if not m.endswith("__main__"))
+    code += "from fpga import open_device\nfrom fpga.selftest import run_cases\n"
+    code += "results = list(run_cases(open_device('reference')))\nassert results and not any(r.problem for r in results)\n"
+    code += "assert not {'torch', 'lightning'} & set(sys.modules)\nprint(len(results))\n"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 35
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(path: Path) -> None:
+    tree = ast.parse(path.read_text(), feature_version=(3, 10))
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in names:
+            assert name.partition(".")[0] in ALLOWED, f"line {node.lineno}: {name}"
