@@ -66,8 +66,8 @@ inline int ones(Word_t field) {
 
 // The sums of one block product while its planes pass, highest first (Horner): doubling is a wire, so no sum needs a shifter here.
 struct Dot {
-  Dot_t total[kEdge][kEdge];    // all pairs of the planes of A that are done
-  Dot_t partial[kEdge][kEdge];  // this plane of A with the planes of B so far
+  Dot_t total[kEdge][kEdge];        // all pairs of the planes of A that are done
+  Partial_t partial[kEdge][kEdge];  // this plane of A with the planes of B so far
 };
 
 // Adds one plane pair.
@@ -88,7 +88,7 @@ inline void add_plane_pair(const Fields& a, const Fields& b, bool is_first_a, bo
       const int count = ones(both >> (f * kEdge));
       const int before = is_first_b ? 0 : int(dot.partial[i][j]) * 2;
       const int partial = ((rows >> i) & 1) != negative_b ? before - count : before + count;
-      dot.partial[i][j] = partial;
+      dot.partial[i][j] = Partial_t(partial);
       if (is_last_b) dot.total[i][j] = (is_first_a ? 0 : int(dot.total[i][j]) * 2) + partial;
     }
   }

@@ -45,6 +45,7 @@ static_assert(kShiftBits == 5, "a header keeps the shift in bits 5 to 9");
 static_assert(kAccBits == 48, "the host bounds sums for a 48-bit accumulator");
 static_assert(kGroupRows % kEdge == 0 && kGroupChannels % kEdge == 0, "a width group is made of whole blocks");
 static_assert((1 << (kDotBits - 2 * kMaxBits - 1)) >= kEdge, "a block product's sums fit Dot_t");
+static_assert(kEdge * ((1 << kMaxBits) - 1) < (1 << 15), "a plane's sums fit Partial_t");
 static_assert(kMaxSegmentWords < (1 << 16), "a directory word keeps a segment's length in 16 bits");
 static_assert(kFieldWords * kFieldsPerWord == kPlaneBits, "one field an output");
 
@@ -54,6 +55,7 @@ using Rows_t = ap_uint<kEdge>;  // one flag a row
 using Bits_t = ap_uint<4>;
 using Shift_t = ap_uint<kShiftBits>;
 using Dot_t = ap_int<kDotBits>;
+using Partial_t = int16_t;  // kEdge mantissas of B, each times one bit of A: a plain type, because it is all that changes in every cycle
 using Acc_t = ap_int<kAccBits>;
 
 // One bit of each element of a block: bit i * kEdge + c belongs to row i, column c.
