@@ -94,8 +94,9 @@ def main() -> int:
     }  # fmt: skip
     print(f"expected: {figures['expected']}")
     print(f"compile: core {compile_seconds:.1f} s, hls4ml {hls4ml_compile:.1f} s")
+    low, high = core["quartiles"]
     print(
-        f"{size} x {size} x {size}: core {core['median']:.3f} s {core['quartiles']}, hls4ml {peer['median']:.3f} s, ratio {ratio:.2f}, {rounds} rounds"
+        f"{size}^3: core {core['median']:.3f} s ({low:.3f} to {high:.3f}), hls4ml {peer['median']:.3f} s, ratio {ratio:.2f}, {rounds} rounds"
     )
     print(f"{equal} of {size * size} values equal; {result.cycles} core cycles ({size**3 / result.cycles:.0f} MAC a cycle)")
     if a.results:

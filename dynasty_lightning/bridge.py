@@ -74,7 +74,7 @@ class OffloadReport:
         return baseline / ours if ours else math.nan
 
     @property
-    def speedup_compute(self) -> float:
+    def speedup_cycles(self) -> float:
         """The same from cycles alone, as if memory were never waited for."""
         ours = sum(u.cost.cycles for u in self.uses.values() if u.cost)
         baseline = sum(u.baseline.cycles for u in self.uses.values() if u.baseline)

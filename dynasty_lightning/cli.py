@@ -116,6 +116,11 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     threads = min(_GREATEST_THREADS, _cores())
     _add(running, "--threads", int, "N", "processor threads for all runs together; up to N runs train at once", threads)
     running.add_argument("--checkpoints", action="store_true", help="save a Lightning checkpoint at the end of each run")
+    running.add_argument(
+        "--csim",
+        action=argparse.BooleanOptionalAction,
+        help="end with the first dynamic network's layers in the C simulation of the FPGA core (default: yes; needs g++ and hls4ml)",
+    )
     running.add_argument("--out", metavar="DIR", help="run folder; an earlier demo's files in it are replaced (default: runs/demo-DATA)")
 
 

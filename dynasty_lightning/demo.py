@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
+from .core_check import check_on_core, describe
 from .core.formats import MAX_BITS, MIN_BITS
 from .data import DATASETS, TensorDataModule, load_data
 from .data.files import ImageData
@@ -55,6 +56,7 @@ DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
 """What a data set's runs get where nothing else is asked for."""
 
 _IMAGES_SHOWN: Final = 4
+_CORE_IMAGES: Final = 16  # test images that the simulated core predicts, and images of the training step that it computes
 _REPORT_SECONDS: Final = 0.5
 _RUN_FILES: Final = ("map-*.safetensors", "widths-*.safetensors", "widths-*.npz", "history-*.jsonl", "checkpoint-*.ckpt", "*.png")
 
@@ -75,6 +77,7 @@ class DemoConfig:
         seed, seeds: the first seed, and how many. A seed fixes network, order of images and rounding of all its runs.
         threads: of the processor, for all runs together.
         checkpoints: save a Lightning checkpoint at the end of each run.
+        csim: at the end, run the first dynamic network through the C simulation of the core.
 
     Raises:
         ValueError: a value out of range, or both or none of the two targets.
@@ -96,6 +99,7 @@ class DemoConfig:
     mode: Literal["fast", "exact"] = "fast"
     threads: int = 1
     checkpoints: bool = False
+    csim: bool = True
     out: str = "runs/demo-digits"
 
     def __post_init__(self) -> None:
@@ -175,6 +179,11 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
             board.update(content)
             return
         summary["runs" if kind == "done" else "errors"].append(content)
+        if "core" in content:
+            summary.update({name: content["core"].get(name) for name in ("bit_exact_values", "core_cycles", "speedup_core")})
+            if content["core"].get("unequal_values"):
+                error = f"{content['core']['unequal_values']} values of the simulated core differ from exact mode"
+                summary["errors"].append({"name": content["name"], "seed": content["seed"], "error": error})
         summary["runs"].sort(key=lambda r: (config.methods.index(r["name"]), r["seed"]))
         _write_summary(out, summary | {"seconds": time.monotonic() - begin})
         board.finish(content)
@@ -253,10 +262,18 @@ def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[di
         record |= _write_run_files(out, callback, method, seed)
         if method == "dynasty":
             record |= {"warmup_steps": callback.schedule.warmup_steps} | _write_image_widths(out, module, data, seed)
+    if config.csim and (method, seed) == ("dynasty", config.seed):
+        record["core"] = _check_core(module, data)
     if config.checkpoints:
         record["checkpoint_file"] = f"checkpoint-{method}-{seed}.ckpt"
         trainer.save_checkpoint(out / record["checkpoint_file"])
     return cast(dict[str, Any], _finite(record))
+
+
+def _check_core(module: Classifier, data: TensorDataModule) -> dict[str, Any]:
+    """The trained network on the simulated core: real test images, and a training step on real training images."""
+    images, labels = next(iter(data.train_dataloader()))
+    return check_on_core(module.network, data.test_images[:_CORE_IMAGES], (images[:_CORE_IMAGES], labels[:_CORE_IMAGES]))
 
 
 def versions() -> dict[str, str]:
@@ -528,6 +545,9 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
         print(f"\nPictures: {', '.join(map(str, pictures)) or 'none'}", file=stream)
         if "dynasty" in {r["name"] for r in summary["runs"]} and out / IMAGE_PICTURE not in pictures:
             print(f"No {IMAGE_PICTURE}: {summary['args']['model']} has no convolution.", file=stream)
+        for run in summary["runs"]:
+            if "core" in run:
+                print("\n" + describe(run["core"]), file=stream)
     alike: dict[str, list[str]] = {}
     for error in summary["errors"]:
         alike.setdefault(error["error"], []).append(f"{error['name']} seed {error['seed']}")
