@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
+from fpga.board_files import load_board
 from torch import Tensor, nn
 
 from fpga import CompileError, ToolMissing, open_device
-from fpga.board_files import load_board
 
 from .bridge import OffloadReport, config_for, offload
 from .nn.layers import dynamic_layers
@@ -82,12 +82,16 @@ def describe(figures: Mapping[str, Any]) -> str:
         return f"C simulation of the core: not run. {figures['unavailable']}"
     gemms = sum(len(layer) for part in figures["gemms"].values() for layer in part.values())
     verdict = "all equal" if not figures["unequal_values"] else f"{figures['unequal_values']} DIFFER"
-    return (
-        f"C simulation of the core: {gemms} GEMMs of the trained network ({figures['images']} test images; a training step of "
-        f"{figures['batch']} images)\n  {figures['bit_exact_values'] + figures['unequal_values']:,} values compared with exact mode: {verdict}\n"
-        f"  training step: {figures['core_cycles']:,} core cycles, {figures['core_bytes']:,} bytes moved; the same core at uniform 8 bits takes "
-        f"{figures['speedup_core']:.2f} times as long\n  (a model until RTL measures it: {figures['board']}'s memory included; "
-        f"{figures['speedup_core_cycles']:.2f} without memory)"
+    compared = figures["bit_exact_values"] + figures["unequal_values"]
+    return "\n".join(
+        [
+            f"C simulation of the core: {gemms} GEMMs of the trained network ({figures['images']} test images; a training step of "
+            f"{figures['batch']} images)",
+            f"  {compared:,} values compared with exact mode: {verdict}",
+            f"  training step: {figures['core_cycles']:,} core cycles, {figures['core_bytes']:,} bytes moved",
+            f"  the same core at uniform 8 bits takes {figures['speedup_core']:.2f} times as long, with {figures['board']}'s memory "
+            f"({figures['speedup_core_cycles']:.2f} without): a model until RTL measures it",
+        ]
     )
 
 

@@ -36,8 +36,8 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
-from .core_check import check_on_core, describe
 from .core.formats import MAX_BITS, MIN_BITS
+from .core_check import check_on_core, describe
 from .data import DATASETS, TensorDataModule, load_data
 from .data.files import ImageData
 from .models import MODELS, Classifier, build_model

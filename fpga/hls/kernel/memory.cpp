@@ -110,15 +110,16 @@ bool read_headers(const Word_t* segment, uint32_t block_index, bool has_row_expo
   return is_legal;
 }
 
-Plane read_plane(const Word_t* words, uint32_t index) {
+// Plane `index` of those that begin at word `first`.
+Plane read_plane(const Word_t* segment, uint32_t first, uint32_t index) {
 #pragma HLS INLINE
   Plane plane;
   if (kPlanesPerWord > 1) {
-    plane.words[0] = PlaneWord_t(words[index / kPlanesPerWord] >> (index % kPlanesPerWord * (64 / kPlanesPerWord)));
+    plane.words[0] = PlaneWord_t(segment[first + index / kPlanesPerWord] >> (index % kPlanesPerWord * (64 / kPlanesPerWord)));
   } else {
     WORDS: for (int w = 0; w < kPlaneWords; ++w) {
 #pragma HLS PIPELINE II=1
-      plane.words[w] = PlaneWord_t(words[index * kPlaneWords + w]);
+      plane.words[w] = PlaneWord_t(segment[first + index * kPlaneWords + w]);
     }
   }
   return plane;
@@ -159,7 +160,7 @@ void decode_segment(const Word_t* segment, uint32_t length, uint32_t blocks, boo
       read_headers(segment, b, has_row_exponents, block);
       PLANES: for (int p = 0; p < int(block.bits); ++p) {
 #pragma HLS LOOP_TRIPCOUNT min=0 max=kMaxBits
-        const Plane stored = read_plane(segment + header_words, plane++);
+        const Plane stored = read_plane(segment, header_words, plane++);
         block.planes[p] = contracts_rows ? transposed(stored) : stored;
       }
     }
@@ -172,7 +173,7 @@ void read_step(const Job& job, const Fetch& fetch, uint32_t tap_index, const Wor
                bool has_row_exponents, const SegmentErrors& errors, hls::stream<Block>& stream, ReadStatus& status) {
   const Place tap = place_of(tap_index, job.taps);
   // kInput: the GEMM's lines are positions of E or Y; kOutput: positions of dX.
-  const Extent& extent = fetch.lines == Fetch::kOutput ? job.input : job.output;
+  const Extent extent = fetch.lines == Fetch::kOutput ? job.input : job.output;
   Place place = place_of(fetch.first, extent);
 
   LINES: for (uint32_t l = 0; l < fetch.count; ++l) {
@@ -256,7 +257,7 @@ void read_operand_b(const Job& job, const Word_t* memory, hls::stream<Block>& bl
 
 void write_result(const Job& job, const uint32_t* job_words, hls::stream<SumRow>& sums, uint32_t* c, hls::stream<uint32_t>& written) {
   const bool is_wgrad = job.gemm == Gemm::kWgrad;
-  const Extent& extent = job.gemm == Gemm::kForward ? job.output : job.input;
+  const Extent extent = job.gemm == Gemm::kForward ? job.output : job.input;
   const uint32_t rows = is_wgrad ? job.out_channels : job.rows;
   const uint32_t channels = job.gemm == Gemm::kForward ? job.out_channels : job.in_channels;
   const uint32_t positions = is_wgrad ? job.tap_count : job.gemm == Gemm::kForward ? job.output_size : job.input_size;

@@ -26,7 +26,9 @@ void collect(hls::stream<ReadStatus>& status_a, hls::stream<ReadStatus>& status_
   report.error = a.error != Error::kNone ? a.error : b.error;
 }
 
-void run(const Job& job, const uint32_t* job_words, const Word_t* a, const Word_t* b, uint32_t* c, Report& report) {
+// Each process has a job of its own: in a dataflow region an array (an extent) has one reader.
+void run(const Job& job_of_a, const Job& job_of_b, const Job& job_of_lanes, const Job& job_of_c, const uint32_t* job_words, const Word_t* a,
+         const Word_t* b, uint32_t* c, Report& report) {
 #pragma HLS DATAFLOW
   hls::stream<Block> a_blocks("a_blocks");
   hls::stream<Block> b_blocks("b_blocks");
@@ -42,10 +44,10 @@ void run(const Job& job, const uint32_t* job_words, const Word_t* a, const Word_
 #pragma HLS STREAM variable=status_b depth=2
 #pragma HLS STREAM variable=cycles depth=2
 #pragma HLS STREAM variable=written depth=2
-  read_operand_a(job, a, a_blocks, status_a);
-  read_operand_b(job, b, b_blocks, status_b);
-  compute(job, a_blocks, b_blocks, sums, cycles);
-  write_result(job, job_words, sums, c, written);
+  read_operand_a(job_of_a, a, a_blocks, status_a);
+  read_operand_b(job_of_b, b, b_blocks, status_b);
+  compute(job_of_lanes, a_blocks, b_blocks, sums, cycles);
+  write_result(job_of_c, job_words, sums, c, written);
   collect(status_a, status_b, cycles, written, report);
 }
 
@@ -74,7 +76,10 @@ void dpgemm(const uint32_t* job, const dp::Word_t* a, const dp::Word_t* b, uint3
   dp::Job decoded;
   dp::Report report = {0, 0, 0, 0, dp::Error::kNone};
   report.error = dp::decode_job(job, decoded);
-  if (report.error == dp::Error::kNone) dp::run(decoded, job, a, b, c, report);
+  if (report.error == dp::Error::kNone) {
+    const dp::Job job_of_a = decoded, job_of_b = decoded, job_of_lanes = decoded, job_of_c = decoded;
+    dp::run(job_of_a, job_of_b, job_of_lanes, job_of_c, job, a, b, c, report);
+  }
 
   *version = dp::kLayoutVersion;
   *capability = dp::kDigest;
