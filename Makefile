@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check bench notebooks clean setup system
+.PHONY: help demo test check csim bench notebooks clean setup system
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -22,6 +22,9 @@ check: setup  ## Lint, format, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+csim: setup  ## Compile the core's C++ and compare it with its reference
+	$(BIN)/python -m fpga csim --bench
 
 bench: setup  ## Run the benchmarks at smoke size
 	set -e; for b in benchmarks/bench_*.py; do $(BIN)/python $$b --smoke; done
@@ -40,8 +43,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fpga]'
 	@touch $@
 
-# Fashion-MNIST, for `demo --data fashion-mnist` and the study; a test that needs it says so where it is missing.
+# g++ for the C simulation, tclsh for tests of the vendor tool's scripts, and Fashion-MNIST for `demo --data fashion-mnist` and the study;
+# a test that needs one says so where it is missing.
 system:
+	@command -v $${CXX:-g++} >/dev/null || { $(call apt_install,g++); } || echo "== g++ could not be installed: C simulation needs it"
+	@command -v tclsh >/dev/null || { $(call apt_install,tcl); } || echo "== tcl could not be installed: tests of the vendor scripts need it"
 	@[ -d /usr/share/datasets/fashion-mnist ] || ! command -v apt-get >/dev/null || [ "$$(id -u)" != 0 ] || { $(call apt_install,dataset-fashion-mnist); } \
 	  || echo "== dataset-fashion-mnist could not be installed"
 

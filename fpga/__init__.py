@@ -4,7 +4,7 @@
 from .config import GemmConfig as GemmConfig
 from .device import Device as Device
 from .device import GemmResult as GemmResult
-from .device import open_device as open_device
+from .devices import open_device as open_device
 from .errors import CompileError as CompileError
 from .errors import DeviceError as DeviceError
 from .errors import DeviceTimeout as DeviceTimeout

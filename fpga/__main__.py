@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import EDGES, GemmConfig
-from .device import DEVICES, open_device
+from .devices import DEVICES, open_device
 from .emit import add_emit_arguments, run_emit
 from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
 from .registers import REGISTERS
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     emit = commands.add_parser("emit", help="write a build folder: C++, Tcl, Makefile, README")
     add_config_arguments(emit)
     add_emit_arguments(emit)
-    emit.set_defaults(run=run_emit)
+    emit.set_defaults(run=lambda options: run_emit(options, config_from(options)))
 
     build = commands.add_parser("build", help="run a vendor tool on a build folder and read its reports")
     add_build_arguments(build)

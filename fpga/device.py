@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: one protocol, chosen by name, never guessed."""
+"""What every device is: one protocol, the same bits."""
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -180,33 +179,3 @@ class CoreDevice(Device):
                 f"{self.name}: the core's configuration is {status.capability:#010x}, the host's {self.config.capability:#010x}: "
                 "open the device with the configuration that the core was built for"
             )
-
-
-def _reference(config: GemmConfig | None, **options: Any) -> Device:
-    from .reference import ReferenceDevice
-
-    return ReferenceDevice(config, **options)
-
-
-def _csim(config: GemmConfig | None, **options: Any) -> Device:
-    from .csim import CSimDevice
-
-    return CSimDevice(config, **options)
-
-
-DEVICES: Final[dict[str, Callable[..., Device]]] = {"reference": _reference, "csim": _csim}
-
-
-def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> Device:
-    """Open a device by name: "reference" (NumPy) or "csim" (the emitted C++, compiled here).
-
-    Args:
-        config: the core; None for the default one.
-        options: the device's own.
-
-    Raises:
-        ValueError: an unknown name; the message lists the known ones.
-    """
-    if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}: known are {', '.join(DEVICES)}")
-    return DEVICES[name](config, **options)

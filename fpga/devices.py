@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices by name: chosen, never guessed, and none in another's place."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from .config import GemmConfig
+from .csim import CSimDevice
+from .device import Device
+from .reference import ReferenceDevice
+
+DEVICES: Final[dict[str, Callable[..., Device]]] = {"reference": ReferenceDevice, "csim": CSimDevice}
+
+
+def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> Device:
+    """Open a device by name: "reference" (NumPy) or "csim" (the emitted C++, compiled here).
+
+    Args:
+        config: the core; None for the default one.
+        options: the device's own.
+
+    Raises:
+        ValueError: an unknown name; the message lists the known ones.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}: known are {', '.join(DEVICES)}")
+    return DEVICES[name](config, **options)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a vendor tool on a build folder, where one is installed, and reads its synthesis report."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+from .board_files import load_board
+from .emit import check_folder
+from .errors import CompileError, DeviceTimeout, ToolMissing
+
+STEPS: Final = ("csim", "csynth", "cosim", "export")
+DEFAULT_STEPS: Final = ("csim", "csynth", "export")
+LOG: Final = "build.log"
+REPORT: Final = "hls_project/solution/syn/report/dpgemm_csynth.xml"
+REPORT_JSON: Final = "csynth.json"
+_TOOLS: Final = {
+    "vitis-run": ("--mode", "hls", "--tcl"),
+    "vitis_hls": ("-f",),
+    "vivado_hls": ("-f",),
+}
+_DEFAULT_TIMEOUT_S: Final = 4 * 3600.0
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A vendor tool on PATH: its name, path, and the version that it says."""
+
+    name: str
+    path: str
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisReport:
+    """The vendor tool's estimates, from its XML report; None where it says nothing.
+
+    Attributes:
+        clock_ns: estimated clock period; target_clock_ns: what was asked for.
+        latency_cycles: worst case of one run.
+        intervals: initiation interval of each pipelined loop, by its label path.
+        used, available: LUT, FF, DSP, BRAM_18K.
+    """
+
+    tool: str
+    clock_ns: float | None
+    target_clock_ns: float | None
+    latency_cycles: int | None
+    intervals: dict[str, int]
+    used: dict[str, int]
+    available: dict[str, int]
+
+
+def find_tool() -> Tool | None:
+    """The first of vitis-run, vitis_hls and vivado_hls that is on PATH."""
+    for name in _TOOLS:
+        if path := shutil.which(name):
+            return Tool(name, path, _version(path))
+    return None
+
+
+def _version(path: str) -> str:
+    try:
+        done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    found = re.search(r"v?(\d{4}\.\d(?:\.\d)?)", done.stdout + done.stderr)
+    return found[1] if found else "unknown"
+
+
+def build(
+    folder: Path, steps: Sequence[str] = DEFAULT_STEPS, *, timeout_s: float = _DEFAULT_TIMEOUT_S, stream: TextIO | None = None
+) -> SynthesisReport | None:
+    """Run a vendor tool's steps in a build folder, its output to `build.log`.
+
+    Returns:
+        The synthesis report, also written as `csynth.json`; None without the step csynth.
+
+    Raises:
+        FolderChanged: the folder was edited by hand.
+        ToolMissing: no vendor tool on PATH.
+        CompileError: the tool failed.
+        DeviceTimeout: it did not end in time, and was stopped.
+        ValueError: an unknown step, or a report that cannot be read.
+    """
+    stream = stream or sys.stdout
+    unknown = [s for s in steps if s not in STEPS]
+    if unknown or not steps:
+        raise ValueError(f"steps are {', '.join(STEPS)}, not {unknown[0] if unknown else 'none'}")
+    folder = Path(folder)
+    check_folder(folder)
+    tool = find_tool()
+    if tool is None:
+        raise ToolMissing(
+            f"none of {', '.join(_TOOLS)} is on PATH: install Vitis HLS and source its settings64.sh. "
+            "`python -m fpga csim` simulates the core without any of them"
+        )
+    command = [tool.path, *_TOOLS[tool.name], "csynth.tcl"]
+    print(f"{tool.name} {tool.version}: {', '.join(steps)} in {folder}; log: {folder / LOG}", file=stream, flush=True)
+    (folder / "ip").mkdir(exist_ok=True)
+    _run(command, folder, {**os.environ, "DPGEMM_STEPS": " ".join(steps)}, timeout_s, stream)
+    if "csynth" not in steps:
+        return None
+    report = read_report(folder / REPORT, f"{tool.name} {tool.version}")
+    temporary = folder / f".{REPORT_JSON}"
+    temporary.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    os.replace(temporary, folder / REPORT_JSON)
+    return report
+
+
+def _run(command: list[str], folder: Path, environment: dict[str, str], timeout_s: float, stream: TextIO) -> None:
+    """Run a command in a session of its own, so that all it started can be stopped."""
+    log = folder / LOG
+    begin = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        ended = threading.Event()
+        progress = threading.Thread(target=_tell_progress, args=(log, begin, ended, stream), daemon=True)
+        progress.start()
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DeviceTimeout(f"{command[0]} did not end within {timeout_s:g} s and was stopped; its output: {log}") from None
+        finally:
+            ended.set()
+            progress.join()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if status:
+        raise CompileError(command, str(folder), log.read_text(errors="replace"))
+
+
+def _tell_progress(log: Path, begin: float, ended: threading.Event, stream: TextIO) -> None:
+    """The log's last line, every half minute."""
+    while not ended.wait(30):
+        lines = log.read_text(errors="replace").strip().splitlines() or ["(no output yet)"]
+        print(f"  {time.monotonic() - begin:.0f} s: {lines[-1][:120]}", file=stream, flush=True)
+
+
+def read_report(path: Path, tool: str) -> SynthesisReport:
+    """Read a csynth.xml. Raises ValueError if it is missing or not one."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise ValueError(f"no synthesis report at {path}: {error}") from None
+    if root.tag != "profile":
+        raise ValueError(f"{path} is no synthesis report: its root is {root.tag!r}, not 'profile'")
+
+    def number(where: str) -> float | None:
+        text = (root.findtext(where) or "").strip()
+        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+
+    def resources(where: str) -> dict[str, int]:
+        element = root.find(where)
+        texts = {} if element is None else {e.tag: (e.text or "").strip() for e in element}
+        return {name: int(text) for name, text in texts.items() if text.isdigit()}
+
+    latency = number("PerformanceEstimates/SummaryOfOverallLatency/Worst-caseLatency")
+    loops = root.find("PerformanceEstimates/SummaryOfLoopLatency")
+    return SynthesisReport(
+        tool=tool,
+        clock_ns=number("PerformanceEstimates/SummaryOfTimingAnalysis/EstimatedClockPeriod"),
+        target_clock_ns=number("UserAssignments/TargetClockPeriod"),
+        latency_cycles=None if latency is None else int(latency),
+        intervals={} if loops is None else dict(_intervals(loops)),
+        used=resources("AreaEstimates/Resources"),
+        available=resources("AreaEstimates/AvailableResources"),
+    )
+
+
+def _intervals(element: ElementTree.Element, path: str = "") -> list[tuple[str, int]]:
+    found = []
+    for child in element:
+        if interval := child.findtext("PipelineII"):
+            found.append((path + child.tag, int(interval)))
+        if child.find("*/PipelineII") is not None or len(child):
+            found += _intervals(child, f"{path}{child.tag}/")
+    return found
+
+
+def add_build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `build`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what `emit --out` named")
+    parser.add_argument("--steps", default=",".join(DEFAULT_STEPS), metavar="S,S,..", help=f"of {', '.join(STEPS)} (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=_DEFAULT_TIMEOUT_S, metavar="S", help="seconds (default: %(default)g)")
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """The command; prints the report."""
+    steps = tuple(s.strip() for s in options.steps.split(",") if s.strip())
+    report = build(options.folder, steps, timeout_s=options.timeout)
+    if report is None:
+        print("done; no synthesis was asked for")
+        return 0
+    budget = load_board(check_folder(options.folder)["board"]).resources
+    print(f"clock: {report.clock_ns} ns estimated, {report.target_clock_ns} ns asked for; latency: {report.latency_cycles} cycles")
+    for name, count in report.used.items():
+        if name in budget:
+            print(f"  {name:8s} {count:8d} of {budget[name]:8d} ({100 * count / budget[name]:.0f} %)")
+    for loop, interval in report.intervals.items():
+        print(f"  II {interval}  {loop}")
+    over = [name for name, count in report.used.items() if count > budget.get(name, count)]
+    if over:
+        print(f"does not fit the part: too much {', '.join(over)}", file=sys.stderr)
+    return int(bool(over))
