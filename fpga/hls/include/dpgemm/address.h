@@ -49,8 +49,8 @@ inline bool input_position(const Job& job, const uint32_t output[kAxes], const u
   AXES: for (int axis = 0; axis < kAxes; ++axis) {
 #pragma HLS UNROLL
     const uint32_t padded = output[axis] * job.stride.size[axis] + tap[axis] * job.dilation.size[axis];
-    input[axis] = padded - job.padding.size[axis];
-    is_inside &= padded >= job.padding.size[axis] && input[axis] < job.input.size[axis];
+    input[axis] = padded - job.padding.size[axis];  // in front of the image it wraps to a number beyond any size
+    is_inside &= input[axis] < job.input.size[axis];
   }
   return is_inside;
 }

@@ -1,0 +1,141 @@
+"""Bends the core's C++ in one place at a time and shows that the device tests see it.   python -m tests.fpga.mutations [--only NAME]
+
+Each mutant is a copy of the sources with one text replaced, compiled and put through the fast part of test_devices.py. A text that
+does not occur exactly once, or a mutant that does not compile, is an error of this list, not a mutant caught.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+TESTS = "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or block_diagonal or (every_configuration and 8))"
+
+
+class Mutation(NamedTuple):
+    """One replacement in one file of fpga/hls."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = (
+    Mutation("no shift by B's exponent", "kernel/compute.cpp", "int(held_shift_a[held_row]) + int(held_shift_b)", "int(held_shift_a[held_row])"),
+    Mutation("A's first row lends its shift to all", "kernel/compute.cpp", "held_shift_a[row] = a.shift[row];", "held_shift_a[row] = a.shift[0];"),
+    Mutation("sign plane of A ignored", "kernel/compute.cpp", "p == 0 ? a.is_signed : Rows_t(0)", "Rows_t(0)"),
+    Mutation("sign plane of B on every plane", "kernel/compute.cpp", "q == 0 && b.is_signed[0]", "bool(b.is_signed[0])"),
+    Mutation("lowest plane of A left out", "kernel/compute.cpp", "has_pairs = !(is_last_a && is_last_b);", "has_pairs = !(is_last_a || is_last_b);"),
+    Mutation("no doubling between planes of B", "include/dpgemm/block.h", "int(dot.partial[i][j]) * 2", "int(dot.partial[i][j])"),
+    Mutation("no doubling between planes of A", "include/dpgemm/block.h", "int(dot.total[i][j]) * 2", "int(dot.total[i][j])"),
+    Mutation("popcount of 15 is 3", "include/dpgemm/block.h", "2, 3, 3, 4};", "2, 3, 3, 3};"),
+    Mutation("B read like A", "include/dpgemm/block.h", "(w * kFieldsPerWord + f) % kEdge)) <<", "(w * kFieldsPerWord + f) / kEdge)) <<"),
+    Mutation("zero block of A not skipped", "kernel/compute.cpp", "if (a.bits == 0) {", "if (a.bits == 0 && b.bits == 0) {"),
+    Mutation("zero block of B ends the row", "kernel/compute.cpp", "      next_block_of_b = true;\n    } else {", "      next_block_of_a = true;\n    } else {"),
+    Mutation("last row of a lane left out", "kernel/compute.cpp", "has_products = ++i < rows;", "has_products = ++i + 1 < rows;"),
+    Mutation("last k left out", "kernel/compute.cpp", "if (++k == depth)", "if (++k + 1 >= depth)"),
+    Mutation("product ends a cycle early", "kernel/compute.cpp", "age >= kDrainCycles", "age >= kDrainCycles - 1"),
+    Mutation("sums not cleared", "kernel/compute.cpp", "          source.sums[c] = 0;\n", "          ;\n"),
+    Mutation("fill not counted", "kernel/compute.cpp", "total += compute_cycles > fill_cycles ? compute_cycles : fill_cycles;", "total += fill_cycles > 0 ? compute_cycles : compute_cycles;"),
+    Mutation("first fill not counted", "kernel/compute.cpp", "total += fill(job, tile, step, a_blocks, b_blocks, even);", "fill(job, tile, step, a_blocks, b_blocks, even);"),
+    Mutation("tie rounds up", "include/dpgemm/float32.h", "rest == half && (kept & 1)", "rest == half"),
+    Mutation("tie rounds down", "include/dpgemm/float32.h", "rest > half || (rest == half && (kept & 1))", "rest > half"),
+    Mutation("subnormals flushed", "include/dpgemm/float32.h", "if (kept == 0) return 0;", "if (kept == 0 || normal < kFloatLeast) return 0;"),
+    Mutation("negative zero", "include/dpgemm/float32.h", "if (kept == 0) return 0;", "if (kept == 0) return uint32_t(is_negative) << 31;"),
+    Mutation("largest binade is infinite", "include/dpgemm/float32.h", "if (binade > kFloatBias)", "if (binade >= kFloatBias)"),
+    Mutation("stride forgotten", "include/dpgemm/address.h", "output[axis] * job.stride.size[axis] + tap", "output[axis] + tap"),
+    Mutation("dilation forgotten", "include/dpgemm/address.h", "const uint32_t ahead = tap[axis] * job.dilation.size[axis];", "const uint32_t ahead = tap[axis];"),
+    Mutation("padding forgotten", "include/dpgemm/address.h", "input[axis] = padded - job.padding.size[axis];", "input[axis] = padded;"),
+    Mutation("between strides is inside", "include/dpgemm/address.h", "strided % job.stride.size[axis] == 0 &&", ""),
+    Mutation("row block forgotten in X's line", "kernel/memory.cpp", "line = place.row_block * job.input_size + flat", "line = flat"),
+    Mutation("tap offset forgotten", "kernel/memory.cpp", "* job.tap_count + tap_index;", "* job.tap_count;"),
+    Mutation("planes begin a word late", "kernel/memory.cpp", "segment[first + index / kPlanesPerWord]", "segment[first + (index + 1) / kPlanesPerWord]"),
+    Mutation("no transposed read", "kernel/memory.cpp", "contracts_rows ? transposed(stored) : stored", "contracts_rows ? transposed(transposed(stored)) : stored"),
+    Mutation("headers of rows read from the first", "kernel/memory.cpp", "(has_row_exponents ? row : 0);", "0;"),
+    Mutation("row results share an exponent", "kernel/memory.cpp", "job_words[kJobWords + first_row + row]", "job_words[kJobWords + first_row]"),
+    Mutation("result rows not ragged", "kernel/memory.cpp", "first_row + row < rows && first_column", "first_row + row <= rows && first_column"),
+    Mutation("result columns cut short", "kernel/memory.cpp", "first_column + column < channels", "first_column + column + 1 < channels"),
+    Mutation("directory words not counted", "kernel/memory.cpp", "        ++status.words;\n", ""),
+    Mutation("high half of raw sums lost", "kernel/memory.cpp", "uint32_t(raw >> 32)", "uint32_t(raw >> 63)"),
+    Mutation("last partial tile dropped", "kernel/job.cpp", "tile.n_count = job.n_blocks - tile.n_begin < kTile ? job.n_blocks - tile.n_begin : kTile;", "tile.n_count = kTile;"),
+    Mutation("steps of one tap only", "kernel/job.cpp", "job.gemm == Gemm::kWgrad ? tile.tap : index / job.k_steps", "tile.tap"),
+)  # fmt: skip
+
+
+def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
+    """(caught | SURVIVED | error, what the tests said, seconds)."""
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="dpgemm-mutant-") as work:
+        folder = Path(work)
+        for name in ("fpga", "tests"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        path = folder / "fpga" / "hls" / mutation.file
+        text = path.read_text()
+        if text.count(mutation.old) != 1:
+            return "error", f"the text occurs {text.count(mutation.old)} times in {mutation.file}", 0.0
+        path.write_text(text.replace(mutation.old, mutation.new))
+        environment = {**os.environ, "PYTHONPATH": str(folder), "DYNASTY_CACHE": str(folder / "cache")}
+        compiled = subprocess.run(
+            [sys.executable, "-c", "from fpga import open_device; open_device('csim')"],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if compiled.returncode:
+            return "error", "does not compile: " + compiled.stderr.strip()[-300:], time.monotonic() - begin
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-k",
+            TESTS,
+            "tests/fpga/test_devices.py",
+        ]
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return "caught", f"tests did not end within {TIMEOUT_S} s", time.monotonic() - begin
+        seconds = time.monotonic() - begin
+        if done.returncode == 1:
+            failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+            return "caught", failed.split(" - ")[0].removeprefix("FAILED tests/fpga/test_devices.py::"), seconds
+        if done.returncode < 0 or done.returncode > 100:
+            return "caught", f"tests died with status {done.returncode}", seconds
+        if done.returncode == 0:
+            return "SURVIVED", "", seconds
+        return "error", done.stdout[-300:] + done.stderr[-300:], seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", help="mutations whose name contains NAME")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.only or options.only in m.name]
+    if not chosen:
+        parser.error(f"no mutation's name contains {options.only!r}")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        bad = 0
+        for mutation, (verdict, text, seconds) in zip(chosen, pool.map(try_mutation, chosen), strict=True):
+            bad += verdict != "caught"
+            print(f"{verdict:8s} {mutation.name:40s} {seconds:5.0f} s  {text}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} mutants caught")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
