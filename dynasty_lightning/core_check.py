@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-from fpga.board_files import load_board
 from torch import Tensor, nn
 
 from fpga import CompileError, ToolMissing, open_device
+from fpga.board_files import load_board
 
 from .bridge import OffloadReport, config_for, offload
 from .nn.layers import dynamic_layers

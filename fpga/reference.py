@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `reference` device: the sums of docs/core.md in NumPy, the registers from the cost law. Shares no code with the core."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 from .config import GemmConfig
 from .cost import core_cost
 from .device import Device, GemmResult
+from .errors import DeviceTimeout
 from .job import GemmJob, Walk, round_once
 from .operand import OperandError
 
@@ -32,7 +34,7 @@ class ReferenceDevice(Device):
             if self.config.width_group is not None:
                 operand.check_width_group(self.config.width_group)
         cost = core_cost(job, self.config)
-        sums = exact_sums(job)
+        sums = exact_sums(job, deadline=time.monotonic() + timeout_s)
         exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
         return GemmResult(
             values=sums if job.output == "int64" else round_once(sums, exponents),
@@ -48,12 +50,18 @@ class ReferenceDevice(Device):
         """Nothing to do: no state outlives a job."""
 
 
-def exact_sums(job: GemmJob) -> Array:
-    """The result in units of the operands' bases, int64 [rows, positions, channels]."""
+def exact_sums(job: GemmJob, *, deadline: float | None = None) -> Array:
+    """The result in units of the operands' bases, int64 [rows, positions, channels].
+
+    Raises:
+        DeviceTimeout: `deadline` (of time.monotonic) has passed; looked at before each tap.
+    """
     a, b = job.a.integers(), job.b.integers()
     g = job.geometry
     result = np.zeros(job.result_shape, np.int64)
     for tap, inputs in enumerate(g.input_of_output()):
+        if deadline is not None and time.monotonic() > deadline:
+            raise DeviceTimeout(f"reference: not done in time; {tap} of {g.tap_count} taps are")
         q = np.flatnonzero(inputs >= 0)
         p = inputs[q]
         if job.gemm == "forward":

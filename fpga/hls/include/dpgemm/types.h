@@ -40,6 +40,8 @@ static_assert(kEdge == 4 || kEdge == 8 || kEdge == 16, "block edges are 4, 8 or 
 static_assert(kMinBits == 2 && kMaxBits == 8, "the packed form and the engine are made for widths of 2 to 8 bits");
 static_assert(kTile >= 1 && kTile <= 64, "a tile has 1 to 64 blocks a side");
 static_assert(kTile % kLanesM == 0 && kTile % kLanesN == 0, "lanes divide the tile");
+static_assert(kStreamDepth >= 2 && kStreamDepth <= 1024, "streams hold 2 to 1024 blocks");
+static_assert(kBurstWords >= 2 && kBurstWords <= 256, "AXI bursts have 2 to 256 words");
 static_assert(kEngine == 1, "this source is the bit-plane engine");
 static_assert(kShiftBits == 5, "a header keeps the shift in bits 5 to 9");
 static_assert(kAccBits == 48, "the host bounds sums for a 48-bit accumulator");
