@@ -95,8 +95,8 @@ def main() -> int:
     print(f"expected: {figures['expected']}")
     print(f"compile: core {compile_seconds:.1f} s, hls4ml {hls4ml_compile:.1f} s")
     low, high = core["quartiles"]
-    text = f"{size}^3: core {core['median']:.3f} s ({low:.3f} to {high:.3f}), hls4ml {peer['median']:.3f} s, {rounds} rounds, ratio {ratio:.2f}"
-    print(text)
+    times_of_core = f"{core['median']:.3f} s ({low:.3f} to {high:.3f})"
+    print(f"{size}^3: core {times_of_core}, hls4ml {peer['median']:.3f} s, ratio {ratio:.2f}, {rounds} rounds")
     print(f"{equal} of {size * size} values equal; {result.cycles} core cycles ({size**3 / result.cycles:.0f} MAC a cycle)")
     if a.results:
         a.results.write_text(json.dumps(figures, indent=1) + "\n")
