@@ -84,7 +84,7 @@ def test_a_folder_is_complete_and_its_readme_names_what_is_there(folder: Path) -
 def test_make_csim_in_the_folder_runs_the_recorded_vectors(copied: Path) -> None:
     done = subprocess.run(["make", "csim", f"AP_TYPES={ap_types()}"], cwd=copied, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("35 of 35 vectors equal")
+    assert "35 of 35 vectors equal" in done.stdout
     # A bench that cannot fail proves nothing.
     vector = copied / "vectors/case03.bin"
     data = bytearray(vector.read_bytes())

@@ -234,10 +234,10 @@ def test_splitting_k_changes_nothing(gemm, make):
 
 
 def _unbanded(module, plan):
-    from dynasty_lightning.nn.ops import _unband
+    from dynasty_lightning.nn.ops import ExtractedWeight
 
     banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(module.weight.detach())
-    return _unband(_blocks(banded, Role.WEIGHT, plan.geometry), plan)
+    return ExtractedWeight(_blocks(banded, Role.WEIGHT, plan.geometry), plan)
 
 
 def test_sums_beyond_float64_are_split_and_exact():
