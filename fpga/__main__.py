@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .config import EDGES, GemmConfig
 from .devices import DEVICES, open_device
@@ -30,9 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     csim.add_argument("--values", type=int, default=0, metavar="N", help="go on until N values are compared (default: one round of jobs)")
     csim.add_argument("--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)")
     csim.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI")
-    csim.add_argument("--device", choices=sorted(DEVICES), default="csim", help="what to test (default: %(default)s)")
     csim.add_argument("--bench", action="store_true", help="also compile and run the vendor's bench on recorded vectors")
-    csim.set_defaults(run=_run_csim)
+    csim.set_defaults(run=_run_csim, device="csim")
+
+    selftest = commands.add_parser("selftest", help="run the same jobs on any device, a board too, and compare them with the reference")
+    add_config_arguments(selftest)
+    selftest.add_argument("--device", choices=sorted(DEVICES), required=True)
+    selftest.add_argument("--board", default="pynq-z2", metavar="NAME", help="which board it is (default: %(default)s)")
+    selftest.add_argument("--overlay", type=Path, metavar="FILE", help="the .bit of a real board; its .hwh lies beside it")
+    selftest.add_argument("--clock-mhz", type=float, metavar="MHZ", help="clock of the core (default: the board's)")
+    selftest.add_argument("--values", type=int, default=1_000_000, metavar="N", help="compare at least N values (default: %(default)s)")
+    selftest.add_argument("--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)")
+    selftest.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI")
+    selftest.set_defaults(run=_run_selftest)
 
     emit = commands.add_parser("emit", help="write a build folder: C++, Tcl, Makefile, README")
     add_config_arguments(emit)
@@ -102,23 +113,42 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _run_csim(options: argparse.Namespace) -> int:
+    config = config_from(options)
+    failed = _compare(options, config, {})
+    if options.bench:
+        failed |= run_bench(config) != 0
+    return int(failed)
+
+
+def _run_selftest(options: argparse.Namespace) -> int:
+    arguments: dict[str, Any] = {}
+    if options.device.startswith("pynq"):
+        arguments = {"board": options.board, "clock_mhz": options.clock_mhz}
+    if options.device == "pynq":
+        if options.overlay is None:
+            raise ValueError("--device pynq needs --overlay FILE, the .bit that `make bitstream` leaves in a build folder")
+        arguments["overlay"] = options.overlay
+    return int(_compare(options, config_from(options), arguments))
+
+
+def _compare(options: argparse.Namespace, config: GemmConfig, arguments: dict[str, Any]) -> bool:
+    """Run the jobs and report them; whether anything failed."""
     if options.junit and not options.junit.parent.is_dir():
         raise ValueError(f"--junit {options.junit}: there is no folder {options.junit.parent}")
     if options.values < 0:
         raise ValueError(f"--values must not be negative, not {options.values}")
-    config = config_from(options)
     begin = time.perf_counter()
     print(f"core: {json.dumps(config.to_dict())}", flush=True)
-    with open_device(options.device, config) as device:
+    with open_device(options.device, config, **arguments) as device:
         print(f"{device.name} ready after {time.perf_counter() - begin:.1f} s", flush=True)
         results = report(device, run_cases(device, values=options.values, seed=options.seed), sys.stdout)
+    seconds = sum(r.seconds for r in results)
+    values, moved = sum(r.values for r in results), sum(r.bytes_moved for r in results)
+    print(f"throughput: {values / seconds:.0f} values a second, {moved / seconds / 1e6:.1f} MB/s")
     if options.junit:
         write_junit(options.junit, f"dpgemm.{options.device}", results)
         print(f"JUnit: {options.junit}")
-    failed = any(r.problem for r in results)
-    if options.bench:
-        failed |= run_bench(config) != 0
-    return int(failed)
+    return any(r.problem for r in results)
 
 
 def run_bench(config: GemmConfig) -> int:

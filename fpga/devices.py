@@ -4,16 +4,22 @@
 from collections.abc import Callable
 from typing import Any, Final
 
+from .board import PynqDevice, SimulatedPynqDevice
 from .config import GemmConfig
 from .csim import CSimDevice
 from .device import Device
 from .reference import ReferenceDevice
 
-DEVICES: Final[dict[str, Callable[..., Device]]] = {"reference": ReferenceDevice, "csim": CSimDevice}
+DEVICES: Final[dict[str, Callable[..., Device]]] = {
+    "reference": ReferenceDevice,
+    "csim": CSimDevice,
+    "pynq-sim": SimulatedPynqDevice,
+    "pynq": PynqDevice,
+}
 
 
 def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> Device:
-    """Open a device by name: "reference" (NumPy) or "csim" (the emitted C++, compiled here).
+    """Open a device by name: "reference" (NumPy), "csim" (the C++, compiled here), "pynq-sim" (a simulated board), "pynq" (a board).
 
     Args:
         config: the core; None for the default one.

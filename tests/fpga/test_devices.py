@@ -342,5 +342,5 @@ def test_row_exponents_belong_to_forward_and_edges_must_agree() -> None:
 
 
 def test_an_unknown_device_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown device 'board': known are reference, csim"):
+    with pytest.raises(ValueError, match="unknown device 'board': known are reference, csim, pynq-sim, pynq"):
         open_device("board")

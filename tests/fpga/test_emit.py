@@ -243,7 +243,22 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "unknown board 'pynq-z3': known are pynq-z1, pynq-z2" in capsys.readouterr().err
     assert main(["emit", "--board", "pynq-z1", "--out", str(tmp_path / "z4"), "--lanes", "3x4"]) == 2
     assert "both divide tile" in capsys.readouterr().err
-    assert main(["csim", "--device", "reference", "--config", str(tmp_path / "z1/manifest.json"), "--junit", str(tmp_path / "j.xml")]) == 0
+    assert (
+        main(
+            [
+                "selftest",
+                "--device",
+                "reference",
+                "--values",
+                "0",
+                "--config",
+                str(tmp_path / "z1/manifest.json"),
+                "--junit",
+                str(tmp_path / "j.xml"),
+            ]
+        )
+        == 0
+    )
     assert '"block_edge": 8' in capsys.readouterr().out
     assert (tmp_path / "j.xml").exists()
     assert main(["csim", "--junit", str(tmp_path / "no/j.xml")]) == 2

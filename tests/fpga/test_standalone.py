@@ -25,7 +25,7 @@ sys.meta_path.insert(0, Block())
 
 def test_everything_imports_and_computes_where_torch_is_blocked() -> None:
     modules = [p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".") for p in SOURCES if "hls" not in p.parts]
-    code = BLOCKED + "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if not m.endswith("__main__"))
+    code = BLOCKED + "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if not m.endswith(("__main__", "simboard")))
     code += "from fpga import open_device\nfrom fpga.selftest import run_cases\n"
     code += "results = list(run_cases(open_device('reference')))\nassert results and not any(r.problem for r in results)\n"
     code += "assert not {'torch', 'lightning'} & set(sys.modules)\nprint(len(results))\n"
@@ -41,5 +41,6 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
+        allowed = ALLOWED | ({"pynq", "pynqmetadata"} if path.name in ("board.py", "simboard.py") else set())
         for name in names:
-            assert name.partition(".")[0] in ALLOWED, f"line {node.lineno}: {name}"
+            assert name.partition(".")[0] in allowed, f"line {node.lineno}: {name}"

@@ -244,7 +244,7 @@ def test_bad_requests_are_refused() -> None:
         offload(nn.Linear(3, 3), "reference")
     model = nn.Sequential(nn.Linear(3, 3))
     convert(model)
-    with pytest.raises(ValueError, match=r"unknown device 'fpga': known are reference, csim"):
+    with pytest.raises(ValueError, match=r"unknown device 'fpga': known are reference, csim, pynq-sim, pynq"):
         offload(model, "fpga")
     with pytest.raises(ValueError, match="takes no options"):
         offload(model, open_device("reference"), sanitizer="undefined")
