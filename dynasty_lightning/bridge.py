@@ -266,7 +266,7 @@ def job_of(
 ) -> GemmJob:
     """The integer job that a GEMM of a layer is; a grouped W comes banded, as the layer keeps it."""
     roles = READS[gemm]
-    operands = [_operand(blocks, role, plan) for blocks, role in zip((left, right), roles, strict=True)]
+    operands = [operand_of(blocks, role, plan) for blocks, role in zip((left, right), roles, strict=True)]
     return GemmJob(
         gemm=gemm.name.lower(),
         a=operands[0],
@@ -303,7 +303,8 @@ def _geometry(plan: LayerPlan, input_shape: tuple[int, ...], *, merged: bool) ->
     )
 
 
-def _operand(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
+def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
+    """A layer's quantized operand as the core takes it; a grouped W as its whole block-diagonal matrix."""
     layout = blocks.layout
     edge = plan.format.block_shape[0]
     row_exponents = layout.block_shape[0] == 1 and edge > 1
@@ -372,10 +373,10 @@ def _uniform8(job: GemmJob, left: QuantizedBlocks, right: QuantizedBlocks, plan:
             scale_exponents=torch.zeros_like(blocks.scale_exponents),
             signed=blocks.occupied,
         )
-        return _operand(uniform, role, plan)
+        return operand_of(uniform, role, plan)
 
     left_role, right_role = READS[gemm]
     return replace(job, a=widened(left, left_role), b=widened(right, right_role))
 
 
-__all__ = ["DeviceOffload", "GemmUse", "Offload", "OffloadReport", "config_for", "job_of", "offload"]
+__all__ = ["DeviceOffload", "GemmUse", "Offload", "OffloadReport", "config_for", "job_of", "offload", "operand_of"]

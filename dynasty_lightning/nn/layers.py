@@ -206,6 +206,11 @@ class DynamicLayer(nn.Module):
             keep,
         )[0]
 
+    def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
+        """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most bits."""
+        thresholds, least, most = self._settings[3 * Role.ACTIVATION : 3 * Role.ACTIVATION + 3]
+        return self._request(Role.ACTIVATION, shape), bool(thresholds), least, most
+
     def _request(self, role: Role, shape: tuple[int, ...]) -> Tensor:
         """The map for an operand of `shape`; one value for each channel block where the positions are not those of the map."""
         request: Tensor = getattr(self, _REQUESTS[role])
