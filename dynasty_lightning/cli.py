@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
 from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
+from .export_run import export_run
 from .models import MODELS
 from .report import draw_report, format_table, read_summary
 
@@ -53,10 +54,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Print the table of a run folder and draw its pictures again, also of a demo that was killed or still runs.",
     )
     report.add_argument("folder", type=Path, help="what `demo --out` named, e.g. runs/demo-digits")
+    export = commands.add_parser(
+        "export",
+        help="turn a checkpoint into a program for the FPGA's runtime",
+        description="Turn a checkpoint of `demo --checkpoints` into a network program (program.json, program.npz) with test images "
+        "(images.npz), run it with NumPy, and compare its classes with torch's.",
+    )
+    export.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="e.g. runs/demo-digits/checkpoint-dynasty-0.ckpt")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the program")
+    export.add_argument("--images", type=int, default=500, metavar="N", help="test images to add and to compare (default: 500)")
+    export.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default: where the run found them)")
+    export.add_argument("--device", default="reference", metavar="NAME", help="where GEMMs run for the comparison (default: reference)")
     arguments = parser.parse_args(argv)
-    command = demo if arguments.command == "demo" else report
+    command = {"demo": demo, "report": report, "export": export}[arguments.command]
     try:
-        return _demo(arguments) if arguments.command == "demo" else _report(arguments)
+        return {"demo": _demo, "report": _report, "export": _export}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         command.error(" ".join(str(error).split()))
     except WorkerDied as error:
@@ -150,6 +162,18 @@ def _report(arguments: argparse.Namespace) -> int:
         return 0
     print(format_table(summary))
     print(f"\nPictures: {', '.join(map(str, draw_report(arguments.folder))) or 'none'}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    export_run(
+        arguments.checkpoint,
+        arguments.out,
+        images=arguments.images,
+        data_dir=arguments.data_dir,
+        device=arguments.device,
+        stream=sys.stdout,
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import EDGES, GemmConfig
+from .deploy import add_deploy_arguments, run_deploy
 from .devices import DEVICES, open_device
 from .emit import add_emit_arguments, run_emit
 from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build = commands.add_parser("build", help="run a vendor tool on a build folder and read its reports")
     add_build_arguments(build)
     build.set_defaults(run=run_build)
+
+    deploy = commands.add_parser("deploy", help="write a folder for a board: driver, network, overlay or its sources, script, notebook")
+    add_deploy_arguments(deploy)
+    deploy.set_defaults(run=run_deploy)
 
     registers = commands.add_parser("registers", help="print the register map")
     registers.set_defaults(run=_run_registers)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynasty-lightning export`: a checkpoint and test images become a program that boards run, compared with torch on the way."""
+
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from fpga import open_device
+from fpga.runtime import Program, Runner
+
+from .data import TensorDataModule, load_data
+from .export import export_program
+from .models import Classifier, build_model
+from .nn.convert import convert
+from .nn.layers import dynamic_layers
+from .policy.precision_map import PrecisionMap
+from .report import read_summary
+
+IMAGES_FILE = "images.npz"
+_BATCH = 50
+
+
+def export_run(
+    checkpoint: Path, out: Path, *, images: int = 500, data_dir: str | None = None, device: str = "reference", stream: TextIO
+) -> dict[str, Any]:
+    """Export the network of a demo's checkpoint, with test images, and compare its classes with torch's own.
+
+    Args:
+        checkpoint: a file that `demo --checkpoints` left; the run folder's summary.json beside it says which network and data.
+        out: folder for program.json, program.npz and images.npz.
+        images: test images to write and to compare.
+        device: where the program's GEMMs run for the comparison.
+
+    Returns:
+        {"images", "agreement" (share of equal classes), "accuracy", "accuracy_torch", "values_equal" (share of logits equal to the bit)}.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a checkpoint of a demo with DynastyPrecision.
+        ExportError: a network that cannot be a program.
+    """
+    if images < 1:
+        raise ValueError(f"images must be at least 1, not {images}")
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist: `dynasty-lightning demo --checkpoints` leaves checkpoints in its run folder")
+    arguments = read_summary(checkpoint.parent)["args"]
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        plugin = state["DynastyPrecision"]
+    except KeyError:
+        raise ValueError(f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export") from None
+    except Exception as error:
+        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
+    precision_map = PrecisionMap.from_state(plugin["map"], source=f"the map in {checkpoint}")
+    loaded = load_data(arguments["data"], data_dir or arguments["data_dir"])
+    data = TensorDataModule(loaded, batch_size=_BATCH)
+    shape = tuple(data.test_images.shape[1:])
+    network = build_model(arguments["model"], in_channels=shape[0], image_size=shape[-1], classes=data.classes)
+    module = Classifier(network, classes=data.classes)
+    module.load_state_dict(state["state_dict"])
+    structure = precision_map.structure
+    convert(module, mode="exact", block_shape=structure.block_shape, width_group=structure.width_group)
+    for name, roles in precision_map.entries.items():
+        for role, precision in roles.items():
+            dynamic_layers(module)[name].set_precision(role, precision)
+    module.eval()
+
+    source = {"checkpoint": checkpoint.name, "model": arguments["model"], "data": arguments["data"], "step": int(state["global_step"])}
+    program = export_program(network, shape, labels=loaded.class_names, source=source)
+    program.save(out)
+    chosen, labels = data.test_images[:images], data.test_labels[:images].numpy()
+    _save_images(out / IMAGES_FILE, chosen.numpy(), labels)
+    print(
+        f"{out}: {len(program.steps)} steps, {sum(a.nbytes for a in program.arrays.values())} bytes of weights and constants", file=stream
+    )
+
+    with torch.no_grad():
+        expected = torch.cat([module(part) for part in chosen.split(_BATCH)]).numpy()
+    figures = compare(out, expected, labels, device=device)
+    percent = {name: f"{100 * figures[name]:.2f} %" for name in ("agreement", "values_equal", "accuracy", "accuracy_torch")}
+    print(
+        f"{figures['images']} test images: {percent['agreement']} get torch's class ({percent['values_equal']} of logits to the bit); "
+        f"accuracy {percent['accuracy']}, torch {percent['accuracy_torch']}",
+        file=stream,
+    )
+    return figures
+
+
+def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], *, device: str = "reference") -> dict[str, Any]:
+    """Run an exported folder's images on a device and compare with logits [N, classes]."""
+    program = Program.load(folder)
+    with np.load(folder / IMAGES_FILE, allow_pickle=False) as archive:
+        images = archive["images"]
+    with open_device(device, program.config) as opened:
+        runner = Runner(program, opened)
+        logits = np.concatenate([runner(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
+    classes = logits.argmax(axis=1)
+    return {
+        "images": len(images),
+        "device": device,
+        "agreement": float((classes == expected.argmax(axis=1)).mean()),
+        "values_equal": float((logits == expected).mean()),
+        "accuracy": float((classes == labels).mean()),
+        "accuracy_torch": float((expected.argmax(axis=1) == labels).mean()),
+    }
+
+
+def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, images=images, labels=labels)
+    os.replace(temporary, path)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a deploy folder: this package, a network program, the overlay or the steps to build it, a script and a notebook."""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from .board_files import Board, board_names, load_board
+from .emit import emit
+from .overlay_files import bit_part
+from .runtime import ARRAYS_FILE, GRAPH_FILE, Program
+
+IMAGES_FILE: Final = "images.npz"
+MARKER: Final = "deploy.json"
+SCRIPT: Final = "classify.py"
+NOTEBOOK: Final = "classify.ipynb"
+
+_TEMPLATES: Final = Path(__file__).parent / "templates"
+
+
+class DeployError(ValueError):
+    """A deploy folder that cannot be made from what was given."""
+
+
+def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = None, force: bool = False) -> Path:
+    """Write a deploy folder, whole or not at all; an earlier one is replaced.
+
+    Args:
+        program: folder that `dynasty-lightning export` wrote, with images.npz.
+        overlay: the .bit for the board, its .hwh beside it; None: a build folder to make it from is written in its place.
+        force: replace whatever is at `out`.
+
+    Raises:
+        DeployError: `out` holds something else, the overlay is for another part, or images are missing.
+        ProgramError, FileNotFoundError: no such program, or a damaged one.
+    """
+    loaded = Program.load(program)
+    if not (program / IMAGES_FILE).is_file():
+        raise DeployError(f"{program} has no {IMAGES_FILE}: `dynasty-lightning export` writes one")
+    if overlay is not None:
+        _check_overlay(overlay, board)
+    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise DeployError(f"{out} is not empty and was not written by `deploy`: choose another folder, or use --force")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        _fill(work, program, loaded, board, overlay, out.name)
+        work.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out) if out.is_dir() else out.unlink()
+        os.replace(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return out
+
+
+def _check_overlay(overlay: Path, board: Board) -> None:
+    for path in (overlay, overlay.with_suffix(".hwh")):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: an overlay is a .bit and a .hwh of one name")
+    part = bit_part(overlay)
+    if part.partition("-")[0] != board.part.partition("-")[0]:
+        raise DeployError(f"{overlay} was built for {part}, but {board.title} has {board.part}")
+
+
+def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: Path | None, name: str) -> None:
+    shutil.copytree(Path(__file__).parent, folder / "fpga", ignore=shutil.ignore_patterns("__pycache__", ".*", "*.toml"))
+    (folder / "program").mkdir()
+    for file in (GRAPH_FILE, ARRAYS_FILE, IMAGES_FILE):
+        shutil.copyfile(source / file, folder / "program" / file)
+    if overlay is None:
+        emit(program.config, board, folder / "build")
+        row = "`build/` | the core's sources and scripts, to make the overlay from"
+        step = "Make the overlay with the vendor's tools as `build/README.md` says, and move `build/overlay/` here as `overlay/`."
+    else:
+        (folder / "overlay").mkdir()
+        shutil.copyfile(overlay, folder / "overlay" / "dpgemm.bit")
+        shutil.copyfile(overlay.with_suffix(".hwh"), folder / "overlay" / "dpgemm.hwh")
+        row = "`overlay/` | the bitstream and its handoff"
+        step = "The overlay is in `overlay/`."
+    script = _filled("classify.py", title=board.title, device="pynq-sim", board=board.name)
+    (folder / SCRIPT).write_text(script)
+    (folder / NOTEBOOK).write_text(json.dumps(_notebook(script), indent=1) + "\n")
+    readme = _filled(
+        "README.md",
+        title=board.title,
+        steps=len(program.steps),
+        images=_image_count(folder / "program" / IMAGES_FILE),
+        overlay_row=row,
+        overlay_step=step,
+        folder=name,
+    )
+    (folder / "README.md").write_text(readme)
+    (folder / MARKER).write_text(json.dumps({"format": 1, "board": board.name, "config": program.config.to_dict()}, indent=1) + "\n")
+
+
+def _filled(name: str, **values: object) -> str:
+    return Template((_TEMPLATES / name).read_text()).substitute(values)
+
+
+def _image_count(path: Path) -> int:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as archive:
+        return len(archive["labels"])
+
+
+def _notebook(script: str) -> dict[str, Any]:
+    """A script in cells (`# %%`) as a notebook."""
+    cells = []
+    for index, text in enumerate(script.split("# %%")[1:]):
+        is_text = text.startswith(" [markdown]")
+        lines = text.removeprefix(" [markdown]").strip().splitlines()
+        if is_text:
+            lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
+        cell: dict[str, Any] = {
+            "cell_type": "markdown" if is_text else "code",
+            "id": f"cell{index}",
+            "metadata": {},
+            "source": "\n".join(lines).splitlines(keepends=True),
+        }
+        cells.append(cell if is_text else cell | {"execution_count": None, "outputs": []})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def add_deploy_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `deploy`."""
+    parser.add_argument("--program", type=Path, required=True, metavar="DIR", help="what `dynasty-lightning export --out` named")
+    parser.add_argument("--board", required=True, metavar="NAME", help=f"one of {', '.join(board_names())}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the deploy folder; an earlier one is replaced")
+    parser.add_argument(
+        "--overlay", type=Path, metavar="FILE", help="the .bit for the board, its .hwh beside it (default: a build folder instead)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the folder whatever is in it")
+
+
+def run_deploy(options: argparse.Namespace) -> int:
+    """The command; prints what to do next."""
+    board = load_board(options.board)
+    out = deploy(options.program, board, options.out, overlay=options.overlay, force=options.force)
+    print(f"{out}: for {board.title}. Try it here: python3 {out / SCRIPT} pynq-sim. On the board: {out / 'README.md'}")
+    return 0
