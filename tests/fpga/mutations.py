@@ -38,7 +38,7 @@ MUTATIONS = (
     Mutation("no doubling between planes of B", "include/dpgemm/block.h", "int(dot.partial[i][j]) * 2", "int(dot.partial[i][j])"),
     Mutation("no doubling between planes of A", "include/dpgemm/block.h", "int(dot.total[i][j]) * 2", "int(dot.total[i][j])"),
     Mutation("popcount of 15 is 3", "include/dpgemm/block.h", "2, 3, 3, 4};", "2, 3, 3, 3};"),
-    Mutation("B read like A", "include/dpgemm/block.h", "(w * kFieldsPerWord + f) % kEdge)) <<", "(w * kFieldsPerWord + f) / kEdge)) <<"),
+    Mutation("B read like A", "include/dpgemm/block.h", "output / kEdge : output % kEdge", "output / kEdge : output / kEdge"),
     Mutation("zero block of A not skipped", "kernel/compute.cpp", "if (a.bits == 0) {", "if (a.bits == 0 && b.bits == 0) {"),
     Mutation("zero block of B ends the row", "kernel/compute.cpp", "      next_block_of_b = true;\n    } else {", "      next_block_of_a = true;\n    } else {"),
     Mutation("last row of a lane left out", "kernel/compute.cpp", "has_products = ++i < rows;", "has_products = ++i + 1 < rows;"),

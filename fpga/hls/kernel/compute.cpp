@@ -123,8 +123,8 @@ uint32_t run_lane(const Lane& lane, uint32_t rows, uint32_t columns, uint32_t de
       if (has_pairs) {
         const bool is_last_a = p == int(a.bits) - 1;
         const bool is_last_b = q == int(b.bits) - 1;
-        if (q == 0) a_fields = fields_of_a(a.planes[int(a.bits) - 1 - p]);
-        const Fields b_fields = fields_of_b(b.planes[int(b.bits) - 1 - q]);
+        if (q == 0) a_fields = fields_of<Operand::kA>(a.planes[int(a.bits) - 1 - p]);
+        const Fields b_fields = fields_of<Operand::kB>(b.planes[int(b.bits) - 1 - q]);
         const Rows_t negative_a = p == 0 ? a.is_signed : Rows_t(0);
         const bool negative_b = q == 0 && b.is_signed[0];
         add_plane_pair(a_fields, b_fields, p == 0, q == 0, is_last_b, negative_a, negative_b, dot);

@@ -229,27 +229,19 @@ void read_step(const Job& job, const Fetch& fetch, uint32_t tap_index, const Wor
 
 }  // namespace
 
-void read_operand_a(const Job& job, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status) {
+void read_operand(const Job& job, Operand operand, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status) {
+#pragma HLS FUNCTION_INSTANTIATE variable=operand
+  const bool is_a = operand == Operand::kA;
   ReadStatus done = {0, Error::kNone};
-  const SegmentErrors errors = {Error::kHeaderA, Error::kSegmentA};
+  SegmentErrors errors;
+  errors.header = is_a ? Error::kHeaderA : Error::kHeaderB;
+  errors.length = is_a ? Error::kSegmentA : Error::kSegmentB;
   TILES: for (uint32_t t = 0; t < job.tile_count; ++t) {
     const Tile tile = tile_at(job, job.tile_begin + t);
     STEPS: for (uint32_t s = 0; s < job.step_count; ++s) {
       const Step step = step_at(job, tile, job.step_begin + s);
-      read_step(job, fetch_a(job, tile, step), step.tap, memory, job.words_a, job.has_row_exponents, errors, blocks, done);
-    }
-  }
-  status.write(done);
-}
-
-void read_operand_b(const Job& job, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status) {
-  ReadStatus done = {0, Error::kNone};
-  const SegmentErrors errors = {Error::kHeaderB, Error::kSegmentB};
-  TILES: for (uint32_t t = 0; t < job.tile_count; ++t) {
-    const Tile tile = tile_at(job, job.tile_begin + t);
-    STEPS: for (uint32_t s = 0; s < job.step_count; ++s) {
-      const Step step = step_at(job, tile, job.step_begin + s);
-      read_step(job, fetch_b(job, tile, step), step.tap, memory, job.words_b, false, errors, blocks, done);
+      read_step(job, is_a ? fetch_a(job, tile, step) : fetch_b(job, tile, step), step.tap, memory, is_a ? job.words_a : job.words_b,
+                is_a && job.has_row_exponents, errors, blocks, done);
     }
   }
   status.write(done);

@@ -44,8 +44,8 @@ void run(const Job& job_of_a, const Job& job_of_b, const Job& job_of_lanes, cons
 #pragma HLS STREAM variable=status_b depth=2
 #pragma HLS STREAM variable=cycles depth=2
 #pragma HLS STREAM variable=written depth=2
-  read_operand_a(job_of_a, a, a_blocks, status_a);
-  read_operand_b(job_of_b, b, b_blocks, status_b);
+  read_operand(job_of_a, Operand::kA, a, a_blocks, status_a);
+  read_operand(job_of_b, Operand::kB, b, b_blocks, status_b);
   compute(job_of_lanes, a_blocks, b_blocks, sums, cycles);
   write_result(job_of_c, job_words, sums, c, written);
   collect(status_a, status_b, cycles, written, report);

@@ -24,7 +24,8 @@ struct Fields {
   Word_t words[kFieldWords];
 };
 
-inline Fields fields_of_a(const Plane& plane) {
+template <Operand kOperand>
+inline Fields fields_of(const Plane& plane) {
 #pragma HLS INLINE
   Fields fields;
   WORDS: for (int w = 0; w < kFieldWords; ++w) {
@@ -32,22 +33,9 @@ inline Fields fields_of_a(const Plane& plane) {
     Word_t word = 0;
     FIELDS: for (int f = 0; f < kFieldsPerWord; ++f) {
 #pragma HLS UNROLL
-      word |= Word_t(plane_row(plane, (w * kFieldsPerWord + f) / kEdge)) << (f * kEdge);
-    }
-    fields.words[w] = word;
-  }
-  return fields;
-}
-
-inline Fields fields_of_b(const Plane& plane) {
-#pragma HLS INLINE
-  Fields fields;
-  WORDS: for (int w = 0; w < kFieldWords; ++w) {
-#pragma HLS UNROLL
-    Word_t word = 0;
-    FIELDS: for (int f = 0; f < kFieldsPerWord; ++f) {
-#pragma HLS UNROLL
-      word |= Word_t(plane_row(plane, (w * kFieldsPerWord + f) % kEdge)) << (f * kEdge);
+      const int output = w * kFieldsPerWord + f;
+      const int row = kOperand == Operand::kA ? output / kEdge : output % kEdge;
+      word |= Word_t(plane_row(plane, row)) << (f * kEdge);
     }
     fields.words[w] = word;
   }

@@ -6,12 +6,8 @@
 
 namespace dp {
 
-// Which operand a reader reads.
-enum class Side { kA, kB };
-
 // Reads the blocks of one operand, step by step, in the order of its lines in memory. Corrupt memory gives zero blocks and an error.
-void read_operand_a(const Job& job, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status);
-void read_operand_b(const Job& job, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status);
+void read_operand(const Job& job, Operand operand, const Word_t* memory, hls::stream<Block>& blocks, hls::stream<ReadStatus>& status);
 
 // Block products and their sums; the rows of each output tile, block by block, and the cycles of each.
 void compute(const Job& job, hls::stream<Block>& a_blocks, hls::stream<Block>& b_blocks, hls::stream<SumRow>& sums,

@@ -60,6 +60,9 @@ using Dot_t = ap_int<kDotBits>;
 using Partial_t = int16_t;  // kEdge mantissas of B, each times one bit of A: a plain type, because it is all that changes in every cycle
 using Acc_t = ap_int<kAccBits>;
 
+// The sides of a product.
+enum class Operand { kA, kB };
+
 // One bit of each element of a block: bit i * kEdge + c belongs to row i, column c.
 struct Plane {
   PlaneWord_t words[kPlaneWords];
