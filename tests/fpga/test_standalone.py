@@ -24,7 +24,8 @@ sys.meta_path.insert(0, Block())
 
 
 def test_everything_imports_and_computes_where_torch_is_blocked() -> None:
-    modules = [p.relative_to(ROOT.parent).with_suffix("").as_posix().replace("/", ".") for p in SOURCES if "hls" not in p.parts]
+    paths = [p.relative_to(ROOT.parent).with_suffix("") for p in SOURCES if p.parent.name != "templates"]
+    modules = [path.as_posix().replace("/", ".") for path in paths]
     code = BLOCKED + "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if not m.endswith(("__main__", "simboard")))
     code += "from fpga import open_device\nfrom fpga.selftest import run_cases\n"
     code += "results = list(run_cases(open_device('reference')))\nassert results and not any(r.problem for r in results)\n"
@@ -42,5 +43,6 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
         allowed = ALLOWED | ({"pynq", "pynqmetadata"} if path.name in ("board.py", "simboard.py") else set())
+        allowed |= {"matplotlib"} if path.parent.name == "templates" else set()  # pictures in the notebook made of it
         for name in names:
             assert name.partition(".")[0] in allowed, f"line {node.lineno}: {name}"
