@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from fpga.runtime import Program
+
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
 from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
-from .export_run import export_run
+from .export_run import export_run, load_images
+from .hls4ml_export import BACKENDS, export_hls4ml
 from .models import MODELS
 from .report import draw_report, format_table, read_summary
 
@@ -65,11 +68,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("--images", type=int, default=500, metavar="N", help="test images to add and to compare (default: 500)")
     export.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default: where the run found them)")
     export.add_argument("--device", default="reference", metavar="NAME", help="where GEMMs run for the comparison (default: reference)")
+    hls4ml = commands.add_parser(
+        "export-hls4ml",
+        help="turn a program into projects of hls4ml",
+        description="Write projects of hls4ml (fixed point, one type a tensor) from a program that `export` left: types from the blocks of "
+        "its weights and of the activations on its first images. Each project's C simulation is compiled and run on the images, and its "
+        "accuracy and values are compared with ours, layer by layer (also in report.json).",
+    )
+    hls4ml.add_argument("--program", type=Path, required=True, metavar="DIR", help="what `export --out` named")
+    hls4ml.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the projects and the report")
+    hls4ml.add_argument("--images", type=int, metavar="N", help="images of the program to compare (default: all)")
+    hls4ml.add_argument(
+        "--percentile",
+        type=float,
+        default=100.0,
+        metavar="P",
+        help="a type's last place is as fine as that of P %% of the non-zero blocks (default: 100)",
+    )
+    hls4ml.add_argument("--backend", choices=[*BACKENDS, "all"], default="all", help="vivado-accelerator is for the PYNQ-Z2 (default: all)")
+    hls4ml.add_argument(
+        "--core", metavar="STEP,STEP,..", help="steps that run on the dynamic-precision core inside hls4ml; all: each conv and linear"
+    )
     arguments = parser.parse_args(argv)
-    command = {"demo": demo, "report": report, "export": export}[arguments.command]
+    command = {"demo": demo, "report": report, "export": export, "export-hls4ml": hls4ml}[arguments.command]
     try:
-        return {"demo": _demo, "report": _report, "export": _export}[arguments.command](arguments)
-    except (ValueError, OSError) as error:
+        return {"demo": _demo, "report": _report, "export": _export, "export-hls4ml": _export_hls4ml}[arguments.command](arguments)
+    except (ValueError, OSError, ImportError) as error:
         command.error(" ".join(str(error).split()))
     except WorkerDied as error:
         print(f"{command.prog}: {error}; what was finished is in the run folder", file=sys.stderr)
@@ -172,6 +196,25 @@ def _export(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         data_dir=arguments.data_dir,
         device=arguments.device,
+        stream=sys.stdout,
+    )
+    return 0
+
+
+def _export_hls4ml(arguments: argparse.Namespace) -> int:
+    program = Program.load(arguments.program)
+    images, labels = load_images(arguments.program)
+    count = len(images) if arguments.images is None else arguments.images
+    if count < 1:
+        raise ValueError(f"--images must be at least 1, not {count}")
+    export_hls4ml(
+        program,
+        images[:count],
+        labels[:count],
+        arguments.out,
+        percentile=arguments.percentile,
+        backends=tuple(BACKENDS) if arguments.backend == "all" else (arguments.backend,),
+        core=tuple(name for name in (arguments.core or "").split(",") if name),
         stream=sys.stdout,
     )
     return 0

@@ -91,8 +91,7 @@ def export_run(
 def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], *, device: str = "reference") -> dict[str, Any]:
     """Run an exported folder's images on a device and compare with logits [N, classes]."""
     program = Program.load(folder)
-    with np.load(folder / IMAGES_FILE, allow_pickle=False) as archive:
-        images = archive["images"]
+    images, _ = load_images(folder)
     with open_device(device, program.config) as opened:
         runner = Runner(program, opened)
         logits = np.concatenate([runner(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
@@ -105,6 +104,15 @@ def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any
         "accuracy": float((classes == labels).mean()),
         "accuracy_torch": float((expected.argmax(axis=1) == labels).mean()),
     }
+
+
+def load_images(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Images, float32 [N, ...], and labels [N] of an exported folder; raises FileNotFoundError without them."""
+    path = folder / IMAGES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: name a folder that `dynasty-lightning export` wrote")
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["images"], archive["labels"]
 
 
 def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:

@@ -115,6 +115,11 @@ class Operand:
         result: Array = self.mantissas.astype(np.int64) << shifts
         return result
 
+    def values(self) -> Array:
+        """The numbers themselves, float64."""
+        bases = self.bases()
+        return np.ldexp(self.integers().astype(np.float64), bases[:, None, None] if self.row_exponents else bases)  # type: ignore[no-any-return]
+
     def _check_widths(self, bits: Array) -> None:
         legal = (bits == 0) | ((bits >= MIN_BITS) & (bits <= MAX_BITS))
         if not legal.all():

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -143,7 +143,7 @@ class Runner:
             raise ProgramError(f"the program is packed for the core {program.config}, the device has {device.config}")
         self.program, self.device, self.timeout_s = program, device, timeout_s
         self.report: dict[str, StepReport] = {}
-        self._layers = {step["name"]: _load_layer(step, program) for step in program.steps if step["op"] in ("conv", "linear")}
+        self.layers = {step["name"]: _load_layer(step, program) for step in program.steps if step["op"] in ("conv", "linear")}
 
     def __call__(self, images: Array) -> Array:
         """Outputs of the last step, float32, for images [N, *input_shape].
@@ -151,6 +151,13 @@ class Runner:
         Raises:
             ProgramError: images of another shape or type, or activations that are not finite.
         """
+        return self._run(images, keep=False)[self.program.steps[-1]["name"]]
+
+    def trace(self, images: Array) -> dict[str, Array]:
+        """Outputs of all steps by name, and "input"; raises as a call does."""
+        return self._run(images, keep=True)
+
+    def _run(self, images: Array, *, keep: bool) -> dict[str, Array]:
         images = np.asarray(images)
         if images.dtype != np.float32 or images.shape[1:] != self.program.input_shape or not len(images):
             raise ProgramError(
@@ -165,9 +172,9 @@ class Runner:
             except (ValueError, IndexError) as error:
                 raise ProgramError(f"step {step['name']!r} ({step['op']}): {error}") from error
             for name in step["inputs"]:
-                if last_use[name] == index:
+                if last_use[name] == index and not keep:
                     values.pop(name, None)
-        return values[self.program.steps[-1]["name"]]
+        return values
 
     def classify(self, images: Array, *, batch: int = 16, progress: Callable[[int, int], None] | None = None) -> Array:
         """Class of each image, int64, in batches; `progress` gets images done and in all."""
@@ -180,10 +187,9 @@ class Runner:
 
     def _gemm(self, step: dict[str, Any], x: Array, scope: Any, geometry: Geometry) -> Array:
         """Y of X [rows, positions, channels] on the device, with bias."""
-        layer = self._layers[step["name"]]
-        operand = quantize_activations(
-            x, layer.request, edge=self.program.config.block_edge, scope=scope, width_group=self.program.config.width_group
-        )
+        layer = self.layers[step["name"]]
+        config = self.program.config
+        operand = quantize_activations(x, layer.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
         result = self.device.run(GemmJob(a=operand, b=layer.weight, geometry=geometry), timeout_s=self.timeout_s)
         report = self.report.setdefault(step["name"], StepReport())
         report.calls += 1
@@ -193,13 +199,15 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class GemmLayer:
+    """What a "conv" or "linear" step computes with: quantized W, float32 bias, widths of X."""
+
     weight: Operand
     bias: Array | None
     request: ActivationRequest
 
 
-def _load_layer(step: dict[str, Any], program: Program) -> _Layer:
+def _load_layer(step: dict[str, Any], program: Program) -> GemmLayer:
     arrays = {kind: program.arrays[name] for kind, name in step["arrays"].items()}
     packed = PackedOperand(words=arrays["weight"], bases=arrays["weight_base"])
     try:
@@ -209,16 +217,18 @@ def _load_layer(step: dict[str, Any], program: Program) -> _Layer:
         )
     except ValueError as error:
         raise ProgramError(f"step {step['name']!r}: {error}") from error
-    return _Layer(weight, arrays.get("bias"), request)
+    return GemmLayer(weight, arrays.get("bias"), request)
+
+
+def geometry_of(step: Mapping[str, Any], spatial: Sequence[int]) -> Geometry:
+    """Of a "conv" step whose input has the positions `spatial`."""
+    return Geometry(input=spatial, **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")})
 
 
 def _conv(runner: Runner, step: dict[str, Any], x: Array) -> Array:
     n, channels, *spatial = x.shape
-    geometry = Geometry(
-        input=spatial, output=step["output"], taps=step["taps"], stride=step["stride"], padding=step["padding"], dilation=step["dilation"]
-    )
     rows = np.ascontiguousarray(np.moveaxis(x, 1, -1)).reshape(n, -1, channels)
-    y = runner._gemm(step, rows, "sample", geometry)
+    y = runner._gemm(step, rows, "sample", geometry_of(step, spatial))
     return np.ascontiguousarray(np.moveaxis(y.reshape(n, *step["output"], -1), -1, 1))
 
 
@@ -292,4 +302,4 @@ OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
     "flatten": _flatten,
 }
 
-__all__ = ["OPERATIONS", "Program", "ProgramError", "Runner", "StepReport"]
+__all__ = ["OPERATIONS", "GemmLayer", "Program", "ProgramError", "Runner", "StepReport", "geometry_of"]

@@ -6,15 +6,6 @@ namespace dp {
 
 namespace {
 
-// What a run leaves in the registers.
-struct Report {
-  uint64_t cycles;
-  uint32_t words_a;
-  uint32_t words_b;
-  uint32_t words_c;
-  Error error;
-};
-
 void collect(hls::stream<ReadStatus>& status_a, hls::stream<ReadStatus>& status_b, hls::stream<uint64_t>& cycles,
              hls::stream<uint32_t>& written, Report& report) {
   const ReadStatus a = status_a.read();
@@ -53,6 +44,16 @@ void run(const Job& job_of_a, const Job& job_of_b, const Job& job_of_lanes, cons
 
 }  // namespace
 
+void execute(const uint32_t* job_words, const Word_t* a, const Word_t* b, uint32_t* c, Report& report) {
+  Job decoded;
+  report = {0, 0, 0, 0, Error::kNone};
+  report.error = decode_job(job_words, decoded);
+  if (report.error == Error::kNone) {
+    const Job job_of_a = decoded, job_of_b = decoded, job_of_lanes = decoded, job_of_c = decoded;
+    run(job_of_a, job_of_b, job_of_lanes, job_of_c, job_words, a, b, c, report);
+  }
+}
+
 }  // namespace dp
 
 void dpgemm(const uint32_t* job, const dp::Word_t* a, const dp::Word_t* b, uint32_t* c, uint32_t* version, uint32_t* capability,
@@ -73,13 +74,8 @@ void dpgemm(const uint32_t* job, const dp::Word_t* a, const dp::Word_t* b, uint3
 #pragma HLS INTERFACE s_axilite port=words_c bundle=control
 #pragma HLS INTERFACE s_axilite port=error bundle=control
 #pragma HLS INTERFACE s_axilite port=return bundle=control
-  dp::Job decoded;
-  dp::Report report = {0, 0, 0, 0, dp::Error::kNone};
-  report.error = dp::decode_job(job, decoded);
-  if (report.error == dp::Error::kNone) {
-    const dp::Job job_of_a = decoded, job_of_b = decoded, job_of_lanes = decoded, job_of_c = decoded;
-    dp::run(job_of_a, job_of_b, job_of_lanes, job_of_c, job, a, b, c, report);
-  }
+  dp::Report report;
+  dp::execute(job, a, b, c, report);
 
   *version = dp::kLayoutVersion;
   *capability = dp::kDigest;

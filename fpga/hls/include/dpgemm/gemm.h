@@ -16,6 +16,18 @@ void compute(const Job& job, hls::stream<Block>& a_blocks, hls::stream<Block>& b
 // Rounds sums (or not) and writes them where they belong.
 void write_result(const Job& job, const uint32_t* job_words, hls::stream<SumRow>& sums, uint32_t* c, hls::stream<uint32_t>& written);
 
+// What a run leaves in the registers.
+struct Report {
+  uint64_t cycles;
+  uint32_t words_a;
+  uint32_t words_b;
+  uint32_t words_c;
+  Error error;
+};
+
+// Checks and runs the job at `job_words`; if that is illegal, nothing but `error` is set.
+void execute(const uint32_t* job_words, const Word_t* a, const Word_t* b, uint32_t* c, Report& report);
+
 }  // namespace dp
 
 // The core. Registers and job words: docs/core.md and registers.h.
