@@ -1,7 +1,9 @@
-"""Bends the core's C++ in one place at a time and shows that the device tests see it.   python -m tests.fpga.mutations [--only NAME]
+"""Bends the core's C++, or its driver, in one place at a time and shows that the tests see it.   python -m tests.fpga.mutations [--only NAME]
 
 Each mutant is a copy of the sources with one text replaced, compiled and put through the fast part of test_devices.py. A text that
-does not occur exactly once, or a mutant that does not compile, is an error of this list, not a mutant caught.
+does not occur exactly once, or a mutant that does not compile, is an error of this list, not a mutant caught. What only hls4ml's layer
+has (the row quantizer in C++) goes through that layer's tests instead, and each fault that the driver handles is injected by
+test_board.py with that handling gone.
 """
 
 import argparse
@@ -17,16 +19,33 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
-TESTS = "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or block_diagonal or (every_configuration and 8))"
+DRIVER_TESTS = ("tests/fpga/test_board.py", "not million and not selftest")
+LAYER_TESTS = ("tests/integration/test_hls4ml.py", "a_layer_of_hls4ml")
+DEVICE_TESTS = (
+    "tests/fpga/test_devices.py",
+    "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or block_diagonal or (every_configuration and 8))",
+)
 
 
 class Mutation(NamedTuple):
-    """One replacement in one file of fpga/hls."""
+    """One replacement in one file of fpga/hls, or in a Python file of fpga."""
 
     name: str
     file: str
     old: str
     new: str
+
+    @property
+    def tests(self) -> tuple[str, str]:
+        """File and selection of the tests that must see it."""
+        if self.file.endswith(".py"):
+            return DRIVER_TESTS
+        return LAYER_TESTS if self.file.startswith("hls4ml/") else DEVICE_TESTS
+
+    @property
+    def path(self) -> Path:
+        """Within fpga/."""
+        return Path(self.file) if self.file.endswith(".py") else Path("hls") / self.file
 
 
 MUTATIONS = (
@@ -68,6 +87,34 @@ MUTATIONS = (
     Mutation("high half of raw sums lost", "kernel/memory.cpp", "uint32_t(raw >> 32)", "uint32_t(raw >> 63)"),
     Mutation("last partial tile dropped", "kernel/job.cpp", "tile.n_count = job.n_blocks - tile.n_begin < kTile ? job.n_blocks - tile.n_begin : kTile;", "tile.n_count = kTile;"),
     Mutation("steps of one tap only", "kernel/job.cpp", "job.gemm == Gemm::kWgrad ? tile.tap : index / job.k_steps", "tile.tap"),
+    Mutation("layer: halves rounded up", "hls4ml/quantize.h", "(rest == half && (kept & 1))", "rest == half"),
+    Mutation("layer: window one binade wider", "hls4ml/quantize.h", "ceiling - (kWindow + 7) + sign", "ceiling - (kWindow + 8) + sign"),
+    Mutation("layer: sign takes no bit", "hls4ml/quantize.h", "int(group.width) - sign;", "int(group.width);"),
+    Mutation("layer: no limit on mantissas", "hls4ml/quantize.h", "magnitude > limit ? limit : magnitude", "magnitude"),
+    Mutation("layer: request of the first position", "hls4ml/quantize.h", "(C::request_positions > 1 ? p : 0)", "0"),
+    Mutation("layer: width groups ignored", "hls4ml/quantize.h", "if (C::group_blocks > 0) share", "if (false) share"),
+    Mutation("layer: no shifts", "hls4ml/quantize.h", "uint32_t(group.scale - base) << 5", "0u << 5"),
+    Mutation("layer: header of another block", "hls4ml/quantize.h", "const int quarter = n * kEdge;", "const int quarter = n;"),
+    Mutation("layer: bias left out", "hls4ml/nnet_dynamic_gemm.h", "float_of(c[n]) + float_of(", "float_of(c[n]) + 0 * float_of("),
+    Mutation("layer: weight's exponent ignored", "hls4ml/nnet_dynamic_gemm.h", "base + CONFIG_T::weight_exponent", "base"),
+    Mutation("driver: inputs not flushed", "board.py", '            buffers[name].flush()\n', ''),
+    Mutation("driver: result buffer not flushed", "board.py", '        buffers["c"].flush()\n', ''),
+    Mutation("driver: result not invalidated", "board.py", '        buffers["c"].invalidate()\n', ''),
+    Mutation("driver: part of the bitstream not checked", "board.py", 'if part.partition("-")[0] != chip:', 'if False:'),
+    Mutation("driver: handoff of another chip taken", "board.py", 'if described == "xc" or not chip.startswith(described):', 'if False:'),
+    Mutation("driver: missing files not named", "board.py", '        if not path.is_file():', '        if False:'),
+    Mutation("driver: missing core not named", "board.py", '        if len(cores) != 1:', '        if False:'),
+    Mutation("driver: time limit is twenty times as long", "board.py", 'deadline = time.monotonic() + timeout_s', 'deadline = time.monotonic() + 20 * timeout_s'),
+    Mutation("driver: no memory left is not handled", "board.py", 'except (RuntimeError, OSError, MemoryError) as error:', 'except ZeroDivisionError as error:'),
+    Mutation("driver: unaligned buffers taken", "board.py", 'if address % ALIGNMENT:', 'if False:'),
+    Mutation("driver: addresses beyond the bus taken", "board.py", 'if address + buffer.nbytes > 1 << self.board.address_bits:', 'if False:'),
+    Mutation("driver: clock not read back", "board.py", 'if abs(read - self.clock_mhz) > _CLOCK_TOLERANCE * self.clock_mhz:', 'if False:'),
+    Mutation("driver: started again after an interrupt", "board.py", '        if self._busy:', '        if False:'),
+    Mutation("driver: no lock between processes", "board.py", 'fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass'),
+    Mutation("driver: all ones taken for an answer", "board.py", 'if control == _ALL_ONES:', 'if False:'),
+    Mutation("driver: layout version not checked", "device.py", 'if status.version != LAYOUT_VERSION:', 'if False:'),
+    Mutation("driver: error register not looked at", "device.py", '        if status.error:', '        if False:'),
+    Mutation("driver: configuration not checked", "device.py", 'if status.capability != self.config.capability:', 'if False:'),
 )  # fmt: skip
 
 
@@ -79,7 +126,7 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
         for name in ("fpga", "tests"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
         shutil.copy(ROOT / "pyproject.toml", folder)
-        path = folder / "fpga" / "hls" / mutation.file
+        path = folder / "fpga" / mutation.path
         text = path.read_text()
         if text.count(mutation.old) != 1:
             return "error", f"the text occurs {text.count(mutation.old)} times in {mutation.file}", 0.0
@@ -91,6 +138,7 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
         )  # fmt: skip
         if compiled.returncode:
             return "error", "does not compile: " + compiled.stderr.strip()[-300:], time.monotonic() - begin
+        file, selection = mutation.tests
         command = [
             sys.executable,
             "-m",
@@ -102,8 +150,8 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
             "-p",
             "no:xdist",
             "-k",
-            TESTS,
-            "tests/fpga/test_devices.py",
+            selection,
+            file,
         ]
         try:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -112,7 +160,7 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
         seconds = time.monotonic() - begin
         if done.returncode == 1:
             failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
-            return "caught", failed.split(" - ")[0].removeprefix("FAILED tests/fpga/test_devices.py::"), seconds
+            return "caught", failed.split(" - ")[0].removeprefix(f"FAILED {file}::"), seconds
         if done.returncode < 0 or done.returncode > 100:
             return "caught", f"tests died with status {done.returncode}", seconds
         if done.returncode == 0:
