@@ -9,6 +9,7 @@ import json
 import math
 import operator
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def export_hls4ml(
 
     Raises:
         ImportError: no hls4ml.
-        Hls4mlExportError: a step that hls4ml has no layer for, no such step or backend, or a compilation that failed.
+        Hls4mlExportError: no g++, a step that hls4ml has no layer for, no such step or backend, or a compilation that failed.
     """
     try:
         import hls4ml
@@ -275,6 +276,8 @@ def export_hls4ml(
         raise ImportError(f"export to hls4ml needs it: pip install 'dynasty-lightning[fpga]' ({error})") from None
     from .hls4ml_layer import register
 
+    if shutil.which("g++") is None:
+        raise Hls4mlExportError("hls4ml compiles its C simulation with g++, which is not on PATH: install it (Debian: apt-get install g++)")
     if wrong := [b for b in backends if b not in BACKENDS]:
         raise Hls4mlExportError(f"no backend {wrong[0]!r}: {', '.join(BACKENDS)}")
     gemms = [step["name"] for step in program.steps if step["op"] in ("conv", "linear")]
@@ -370,7 +373,7 @@ def _convert(
         )
         model.compile()
     except Exception as error:
-        raise Hls4mlExportError(f"hls4ml cannot build {folder} for {backend}: {error}") from error
+        raise Hls4mlExportError(f"hls4ml cannot build {folder} for {backend}: {error} (what it said: {folder}.log)") from error
     return model
 
 

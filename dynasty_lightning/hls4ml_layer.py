@@ -2,6 +2,12 @@
 """The core as a layer of hls4ml, through its Extension API: PyTorch module, converter, model node, templates, C++ source.
 
 Importing this module imports hls4ml.
+
+    register(config)  # once, before hls4ml converts: the layer, and the source of the core of `config`
+    network.head = DynamicGemm(weight=weight, request=request, bias=bias, geometry=None, config=config)
+    model = hls4ml.converters.convert_from_pytorch_model(network, backend="Vitis", ...)
+
+`hls4ml_export.plain_network` makes such layers from the steps of a network program.
 """
 
 import os

@@ -332,6 +332,14 @@ def test_steps_without_a_layer_in_hls4ml_are_named(network: nn.Module, shape: tu
         export_hls4ml(program, images, np.zeros(4, np.int64), tmp_path / "out", stream=stream)
 
 
+def test_without_a_compiler_the_way_out_is_named(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Program.load(exported)
+    images = np.zeros((1, *program.input_shape), np.float32)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with (tmp_path / "t").open("w") as stream, pytest.raises(Hls4mlExportError, match=r"apt-get install g\+\+"):
+        export_hls4ml(program, images, np.zeros(1, np.int64), tmp_path / "out", stream=stream)
+
+
 def test_wrong_arguments_name_the_way_out(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["export-hls4ml", "--program", str(exported), "--out", str(tmp_path / "o")]
     for wrong, message in (
