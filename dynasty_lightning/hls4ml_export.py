@@ -21,7 +21,6 @@ import torch
 from torch import fx, nn
 
 from fpga import Operand, open_device
-from fpga.quantizer import quantize_activations
 from fpga.runtime import Program, Runner, geometry_of
 
 BACKENDS: Final = {"vitis": "Vitis", "vivado-accelerator": "VivadoAccelerator"}
@@ -131,16 +130,11 @@ def last_place_of(operand: Operand, percentile: float) -> int:
 
 def _needed_last_places(runner: Runner, values: Mapping[str, Array], percentile: float) -> dict[str, int | None]:
     """Exponent of the last place that each tensor's readers need; None where only the network's caller reads."""
-    config = runner.program.config
     needed: dict[str, int | None] = dict.fromkeys(["input", *(step["name"] for step in runner.program.steps)])
     for step in reversed(runner.program.steps):
         own = needed[step["name"]]
         if step["name"] in runner.layers:
-            x = values[step["inputs"][0]]
-            rows = np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:2], -1), 1, -1))
-            scope: Any = "sample" if step["op"] == "conv" else "row"
-            request = runner.layers[step["name"]].request
-            operand = quantize_activations(rows, request, edge=config.block_edge, scope=scope, width_group=config.width_group)
+            operand = runner.layers[step["name"]].operand(values[step["inputs"][0]], runner.program.config)
             wanted: int | None = last_place_of(operand, percentile)
         elif own is None or step["op"] in _SMOOTH:
             wanted = own
@@ -195,7 +189,7 @@ def _core_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -
     if step["op"] == "linear" and len(shape) != 2:
         raise Hls4mlExportError(f"step {step['name']!r} is a linear layer over {len(shape) - 1} axes; hls4ml's layer takes one")
     geometry = geometry_of(step, shape[2:]) if step["op"] == "conv" else None
-    return DynamicGemm(weight=layer.weight, request=layer.request, bias=layer.bias, geometry=geometry, config=runner.program.config)
+    return DynamicGemm(layer, geometry=geometry, config=runner.program.config)
 
 
 def _plain_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -> nn.Module:

@@ -4,7 +4,7 @@
 Importing this module imports hls4ml.
 
     register(config)  # once, before hls4ml converts: the layer, and the source of the core of `config`
-    network.head = DynamicGemm(weight=weight, request=request, bias=bias, geometry=None, config=config)
+    network.head = DynamicGemm(runner.layers["head"], geometry=None, config=config)  # runner: fpga.runtime.Runner
     model = hls4ml.converters.convert_from_pytorch_model(network, backend="Vitis", ...)
 
 `hls4ml_export.plain_network` makes such layers from the steps of a network program.
@@ -30,7 +30,8 @@ from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
 from fpga.csim import cache_folder
 from fpga.job import SUM_BITS, Walk, job_words
 from fpga.operand import pack
-from fpga.quantizer import WINDOW, ActivationRequest, quantize_activations
+from fpga.quantizer import WINDOW
+from fpga.runtime import GemmLayer
 from fpga.single_header import LAYER_HEADER, single_header
 
 BACKENDS: Final = ("Vivado", "Vitis", "VivadoAccelerator")
@@ -45,55 +46,43 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
     """A convolution or linear layer in dynamic precision, for a network that hls4ml converts.
 
     Args:
-        weight: quantized W, [out, taps, in].
-        request: widths of the activations.
-        bias: float32 [out], or none.
+        layer: of kind "conv" or "linear", as a program's `Runner` has it.
         geometry: of a convolution; None for a linear layer.
-        config: the core.
+        config: the core, which `register` must have been given.
 
     Input is [N, in, *positions] (or [N, in] for a linear layer), output [N, out, *positions]; `forward` computes what the core does.
 
     Raises:
-        ValueError: sums that the accumulator of the core might not hold in one pass.
+        ValueError: a geometry where none belongs or none where one does, sums that the accumulator of the core might not hold in one pass.
     """
 
-    def __init__(
-        self,
-        *,
-        weight: Operand,
-        request: ActivationRequest,
-        bias: np.ndarray[Any, Any] | None,
-        geometry: Geometry | None,
-        config: GemmConfig,
-    ) -> None:
+    def __init__(self, layer: GemmLayer, *, geometry: Geometry | None, config: GemmConfig) -> None:
         super().__init__()
-        self.weight_operand, self.request, self.config = weight, request, config
-        self.is_linear = geometry is None
+        if (layer.kind == "linear") != (geometry is None):
+            raise ValueError(f"a {layer.kind} layer {'needs a' if geometry is None else 'takes no'} geometry")
+        weight = layer.weight
+        self.layer, self.config = layer, config
         self.geometry = geometry or Geometry()
-        self.bias_values = np.zeros(weight.shape[0], np.float32) if bias is None else bias.astype(np.float32)
+        self.bias_values = np.zeros(weight.shape[0], np.float32) if layer.bias is None else layer.bias.astype(np.float32)
         bound = self.geometry.tap_count * weight.shape[2] * _GREATEST_ACTIVATION * int(np.abs(weight.integers()).max())
         if bound >= 1 << SUM_BITS:
             raise ValueError(f"sums of this layer may reach {bound:.3g} LSBs, 2**{SUM_BITS} or more: it cannot be a layer of hls4ml")
 
     def forward(self, x: Tensor) -> Tensor:
         """On the NumPy reference of the core."""
-        n, channels = x.shape[:2]
-        rows = np.ascontiguousarray(x.detach().reshape(n, channels, -1).movedim(1, -1).numpy())
-        operand = quantize_activations(
-            rows,
-            self.request,
-            edge=self.config.block_edge,
-            scope="row" if self.is_linear else "sample",
-            width_group=self.config.width_group,
-        )
+        operand = self.layer.operand(x.detach().numpy(), self.config)
         with open_device("reference", self.config) as device:
-            result = device.run(GemmJob(a=operand, b=self.weight_operand, geometry=self.geometry), timeout_s=600)
+            result = device.run(GemmJob(a=operand, b=self.layer.weight, geometry=self.geometry), timeout_s=600)
         y = torch.from_numpy(result.values + self.bias_values).movedim(-1, 1)
-        return y.reshape(n, -1) if self.is_linear else y.reshape(n, -1, *self.geometry.output[3 - (x.ndim - 2) :])
+        return y.reshape(len(x), -1, *self.spatial(x.ndim - 2))
+
+    def spatial(self, axes: int) -> list[int]:
+        """Positions of the result along the input's `axes` spatial axes."""
+        return list(self.geometry.output[len(self.geometry.output) - axes :]) if axes else []
 
     def job(self) -> np.ndarray[Any, Any]:
         """Words of the job for one sample; the words of A in memory and the rows' exponents follow at run time."""
-        shape = (1, self.geometry.input_size, self.weight_operand.shape[2])
+        shape = (1, self.geometry.input_size, self.layer.weight.shape[2])
         grid = (1, shape[1], -(-shape[2] // self.config.block_edge))
         empty = Operand(
             mantissas=np.zeros(shape, np.int16),
@@ -103,9 +92,9 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
             block_edge=self.config.block_edge,
             row_exponents=True,
         )
-        walk = Walk(GemmJob(a=empty, b=self.weight_operand, geometry=self.geometry), self.config)
-        words_b = len(pack(self.weight_operand, self.config).words)
-        words_c = self.geometry.output_size * self.weight_operand.shape[0]
+        walk = Walk(GemmJob(a=empty, b=self.layer.weight, geometry=self.geometry), self.config)
+        words_b = len(pack(self.layer.weight, self.config).words)
+        words_c = self.geometry.output_size * self.layer.weight.shape[0]
         words = job_words(
             walk, raw=False, part=walk.whole, tile_begin=0, tile_count=walk.output_tiles, words_a=0, words_b=words_b, words_c=words_c
         )
@@ -184,12 +173,17 @@ def _parse(
     config: Any,
 ) -> tuple[dict[str, Any], list[Any]]:
     """hls4ml's handler: attributes of the node, and its output shape."""
-    packed = pack(module.weight_operand, module.config)
-    values, edge = module.request.values, module.config.block_edge
+    if module.config != _registered.get(_NAME):
+        raise ValueError(
+            f"layer {layer_name!r} is packed for the core {module.config}, hls4ml was given the source of {_registered.get(_NAME)}: "
+            "call register(config) with the one configuration of all layers"
+        )
+    packed = pack(module.layer.weight, module.config)
+    values, edge = module.layer.request.values, module.config.block_edge
     if values.shape[0] != 1 or values.min() < -(1 << 15) or values.max() >= 1 << 15:
         raise ValueError(f"layer {layer_name!r}: the widths must be those of one row and fit 16 bits")
-    out, _, channels = module.weight_operand.shape
-    spatial = [] if module.is_linear else list(module.geometry.output[3 - (len(input_shapes[0]) - 2) :])
+    out, _, channels = module.layer.weight.shape
+    spatial = module.spatial(len(input_shapes[0]) - 2)
     layer = {
         "name": layer_name,
         "class_name": _NAME,
@@ -203,9 +197,9 @@ def _parse(
         "weight_exponent": int(packed.bases),
         "request_positions": values.shape[1],
         "request_blocks": values.shape[2],
-        "is_threshold": int(module.request.is_threshold),
-        "least_bits": module.request.least_bits,
-        "most_bits": module.request.most_bits,
+        "is_threshold": int(module.layer.request.is_threshold),
+        "least_bits": module.layer.request.least_bits,
+        "most_bits": module.layer.request.most_bits,
         "group_blocks": module.config.width_group[1] // edge if module.config.width_group else 0,
         # numbers that float64 holds, since hls4ml prints weights as such
         "job_data": module.job().astype(np.float64),
@@ -216,7 +210,7 @@ def _parse(
     return layer, [input_shapes[0][0], out, *spatial]
 
 
-_registered: dict[str, bool] = {}
+_registered: dict[str, GemmConfig] = {}
 
 
 def register(config: GemmConfig) -> None:
@@ -230,7 +224,7 @@ def register(config: GemmConfig) -> None:
         for name in BACKENDS:
             for template in (_Config, _Call):
                 get_backend(name).register_template(template)
-        _registered[_NAME] = True
+    _registered[_NAME] = config
     source = _write_source(config)
     for name in BACKENDS:
         get_backend(name).register_source(source)

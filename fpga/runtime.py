@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from .config import GemmConfig
 from .device import Device
 from .job import GemmJob, Geometry
 from .operand import Operand, PackedOperand, unpack
-from .quantizer import ActivationRequest, quantize_activations
+from .quantizer import ActivationRequest, Scope, quantize_activations
 
 Array = npt.NDArray[Any]
 
@@ -185,11 +185,10 @@ class Runner:
                 progress(min(first + batch, len(images)), len(images))
         return np.concatenate(classes)
 
-    def _gemm(self, step: dict[str, Any], x: Array, scope: Any, geometry: Geometry) -> Array:
-        """Y of X [rows, positions, channels] on the device, with bias."""
+    def _gemm(self, step: dict[str, Any], x: Array, geometry: Geometry) -> Array:
+        """Y [rows, positions, channels] of X on the device, with bias."""
         layer = self.layers[step["name"]]
-        config = self.program.config
-        operand = quantize_activations(x, layer.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
+        operand = layer.operand(x, self.program.config)
         result = self.device.run(GemmJob(a=operand, b=layer.weight, geometry=geometry), timeout_s=self.timeout_s)
         report = self.report.setdefault(step["name"], StepReport())
         report.calls += 1
@@ -202,9 +201,20 @@ class Runner:
 class GemmLayer:
     """What a "conv" or "linear" step computes with: quantized W, float32 bias, widths of X."""
 
+    kind: Literal["conv", "linear"]
     weight: Operand
     bias: Array | None
     request: ActivationRequest
+
+    def operand(self, x: Array, config: GemmConfig) -> Operand:
+        """X quantized, [rows, positions, channels], from float32 [N, C, *positions] (conv) or [N, .., features] (linear)."""
+        if self.kind == "conv":
+            rows = np.ascontiguousarray(np.moveaxis(x, 1, -1)).reshape(len(x), -1, x.shape[1])
+        else:
+            # Each row, at each token, has a window of its own: tokens become rows.
+            rows = np.ascontiguousarray(x).reshape(-1, 1, x.shape[-1])
+        scope: Scope = "sample" if self.kind == "conv" else "row"
+        return quantize_activations(rows, self.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
 
 
 def _load_layer(step: dict[str, Any], program: Program) -> GemmLayer:
@@ -217,7 +227,7 @@ def _load_layer(step: dict[str, Any], program: Program) -> GemmLayer:
         )
     except ValueError as error:
         raise ProgramError(f"step {step['name']!r}: {error}") from error
-    return GemmLayer(weight, arrays.get("bias"), request)
+    return GemmLayer(step["op"], weight, arrays.get("bias"), request)
 
 
 def geometry_of(step: Mapping[str, Any], spatial: Sequence[int]) -> Geometry:
@@ -226,16 +236,12 @@ def geometry_of(step: Mapping[str, Any], spatial: Sequence[int]) -> Geometry:
 
 
 def _conv(runner: Runner, step: dict[str, Any], x: Array) -> Array:
-    n, channels, *spatial = x.shape
-    rows = np.ascontiguousarray(np.moveaxis(x, 1, -1)).reshape(n, -1, channels)
-    y = runner._gemm(step, rows, "sample", geometry_of(step, spatial))
-    return np.ascontiguousarray(np.moveaxis(y.reshape(n, *step["output"], -1), -1, 1))
+    y = runner._gemm(step, x, geometry_of(step, x.shape[2:]))
+    return np.ascontiguousarray(np.moveaxis(y.reshape(len(x), *step["output"], -1), -1, 1))
 
 
 def _linear(runner: Runner, step: dict[str, Any], x: Array) -> Array:
-    # Each row, at each token, has a window of its own: tokens become rows.
-    rows = np.ascontiguousarray(x).reshape(-1, 1, x.shape[-1])
-    return runner._gemm(step, rows, "row", Geometry()).reshape(*x.shape[:-1], -1)
+    return runner._gemm(step, x, Geometry()).reshape(*x.shape[:-1], -1)
 
 
 def _affine(runner: Runner, step: dict[str, Any], x: Array) -> Array:

@@ -1,6 +1,7 @@
 """hls4ml both ways: the core as its layer, equal to the bit to the C simulation, and networks as its projects."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from dynasty_lightning.hls4ml_export import FixedPoint, Hls4mlExportError, expor
 from dynasty_lightning.hls4ml_layer import DynamicGemm, register
 from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
-from fpga.quantizer import ActivationRequest, quantize_activations
-from fpga.runtime import Program, Runner
+from fpga.quantizer import ActivationRequest
+from fpga.runtime import GemmLayer, Program, Runner
 
 # hls4ml leaves its list of boards open.
 pytestmark = pytest.mark.filterwarnings("ignore:.*supported_boards.json:pytest.PytestUnraisableExceptionWarning")
@@ -81,12 +82,9 @@ def simulate(network: nn.Module, shape: tuple[int, ...], folder: Path, types: di
 
 def by_csim(layer: DynamicGemm, x: Array) -> Array:
     """float32 [N, positions, out] of [N, in, *positions], on the C simulation."""
-    rows = np.ascontiguousarray(np.moveaxis(x.reshape(*x.shape[:2], -1), 1, -1))
-    scope: Any = "row" if layer.is_linear else "sample"
-    config = layer.config
-    operand = quantize_activations(rows, layer.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
-    with open_device("csim", config) as device:
-        result = device.run(GemmJob(a=operand, b=layer.weight_operand, geometry=layer.geometry), timeout_s=120)
+    operand = layer.layer.operand(x, layer.config)
+    with open_device("csim", layer.config) as device:
+        result = device.run(GemmJob(a=operand, b=layer.layer.weight, geometry=layer.geometry), timeout_s=120)
     return result.values + layer.bias_values
 
 
@@ -113,13 +111,10 @@ def test_a_layer_of_hls4ml_equals_the_c_simulation_to_the_bit(name: str, tmp_pat
     is_conv = name.startswith("conv")
     geometry = Geometry(input=(7, 6), output=(4, 3), taps=(3, 3), stride=(2, 2), padding=(1, 1)) if is_conv else None
     positions, blocks = (42, -(-channels // config.block_edge)) if is_conv else (1, -(-channels // config.block_edge))
-    layer = DynamicGemm(
-        weight=random_weight(rng, (out, 9 if is_conv else 1, channels), config.block_edge, one_width=config.width_group is not None),
-        request=random_request(rng, kind, positions, blocks),
-        bias=rng.normal(size=out).astype(np.float32),
-        geometry=geometry,
-        config=config,
-    )
+    weight = random_weight(rng, (out, 9 if is_conv else 1, channels), config.block_edge, one_width=config.width_group is not None)
+    request = random_request(rng, kind, positions, blocks)
+    bias = rng.normal(size=out).astype(np.float32)
+    layer = DynamicGemm(GemmLayer("conv" if is_conv else "linear", weight, bias, request), geometry=geometry, config=config)
     shape = (channels, 7, 6) if is_conv else (channels,)
     given = FixedPoint(20, 7, True)
     x = random_inputs(rng, (60, *shape), given)
@@ -155,11 +150,11 @@ def test_a_network_with_both_kinds_of_layers(tmp_path: Path) -> None:
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first = DynamicGemm(weight=random_weight(rng, (12, 9, 3), 4), request=request, bias=None, geometry=geometry, config=config)
+            self.first = DynamicGemm(GemmLayer("conv", random_weight(rng, (12, 9, 3), 4), None, request), geometry=geometry, config=config)
             self.rectify = nn.ReLU()
             self.pool = nn.AvgPool2d(6)
             self.flat = nn.Flatten()
-            self.second = DynamicGemm(weight=random_weight(rng, (9, 1, 12), 4), request=request, bias=None, geometry=None, config=config)
+            self.second = DynamicGemm(GemmLayer("linear", random_weight(rng, (9, 1, 12), 4), None, request), geometry=None, config=config)
             self.last = nn.Linear(9, 5)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -202,17 +197,22 @@ def test_what_no_layer_can_be_is_refused(tmp_path: Path) -> None:
         block_edge=4,
     )
     with pytest.raises(ValueError, match=r"2\*\*47 or more: it cannot be a layer of hls4ml"):
-        DynamicGemm(weight=wide, request=request, bias=None, geometry=None, config=GemmConfig())
+        DynamicGemm(GemmLayer("linear", wide, None, request), geometry=None, config=GemmConfig())
 
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.core = DynamicGemm(weight=weight, request=request, bias=None, geometry=None, config=GemmConfig())
+            self.core = DynamicGemm(GemmLayer("linear", weight, None, request), geometry=None, config=GemmConfig())
 
         def forward(self, x: Tensor) -> Tensor:
             result: Tensor = self.core(x)
             return result
 
+    with pytest.raises(ValueError, match="a linear layer takes no geometry"):
+        DynamicGemm(GemmLayer("linear", weight, None, request), geometry=Geometry(), config=GemmConfig())
+    register(GemmConfig(tile=8))
+    with pytest.raises(ValueError, match="call register"):
+        simulate(Network(), (8,), tmp_path / "p", {"x": "fixed<20,8>", "core": "fixed<40,20>"}, io_type="io_parallel", backend="Vitis")
     register(GemmConfig())
     with pytest.raises(ValueError, match="takes fixed-point activations of up to 24 bits"):
         simulate(Network(), (8,), tmp_path / "p", {"x": "fixed<30,8>", "core": "fixed<40,20>"}, io_type="io_parallel", backend="Vitis")
@@ -271,7 +271,7 @@ def test_the_plain_network_computes_with_our_weights(exported: Path) -> None:
         # a program whose activations have 8 bits everywhere is close to the plain network, which does not quantize them
         for name, layer in runner.layers.items():
             request = ActivationRequest(values=np.full((1, 1, 1), 8), is_threshold=False)
-            runner.layers[name] = type(layer)(layer.weight, layer.bias, request)
+            runner.layers[name] = replace(layer, request=request)
         network, _ = plain_network(program, runner)
         ours = runner(images)
     with torch.no_grad():

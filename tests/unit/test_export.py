@@ -348,7 +348,7 @@ def test_five_hundred_real_images_get_the_same_classes_on_the_simulated_board(tm
     try:
         load_data("fashion-mnist")
     except FileNotFoundError:
-        pytest.skip("needs Fashion-MNIST")
+        pytest.skip("needs Fashion-MNIST: apt-get install dataset-fashion-mnist, or its files in DYNASTY_DATA")
     run = tmp_path / "run"
     arguments = [
         "--data",
