@@ -23,7 +23,7 @@ from .core.blocks import BandedWeight
 from .core.formats import MAX_BITS, BlockFormat
 from .core.geometry import LayerGeometry
 from .core.matmul import exact_gemm
-from .core.quantize import QuantizedBlocks
+from .core.quantize import QuantizedBlocks, make_headers
 from .core.roles import READS, Gemm, Role
 from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.ops import EXECUTORS, ExtractedWeight
@@ -154,7 +154,7 @@ class Offload:
             baseline = core_cost(_uniform8(job, left, right, plan, gemm), self.device.config, bytes_per_cycle=self.bytes_per_cycle)
             use.cost = cost if use.cost is None else use.cost + cost
             use.baseline = baseline if use.baseline is None else use.baseline + baseline
-        values = _to_torch(result.values, gemm, plan, input_shape).to(left.integers.device)
+        values = _to_torch(result.values, gemm, plan, input_shape).to(left.codes.device)
         use.values += values.numel()
         if self.verify:
             expected = _on_host(gemm, left, right, plan, input_shape)
@@ -279,7 +279,7 @@ def job_of(
 def _on_host(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
     if plan.band is not None and gemm is not Gemm.WGRAD:
         right = ExtractedWeight(right, plan)
-    with torch.autocast(left.integers.device.type, enabled=False):
+    with torch.autocast(left.codes.device.type, enabled=False):
         return exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
 
 
@@ -311,7 +311,7 @@ def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
     merged = _merges_tokens(blocks, role, plan)
     arrays = [
         _rows_positions_channels(values, layout.channel_axis, merged=merged)
-        for values in (blocks.integers.to(torch.int16), blocks.scale_exponents.to(torch.int32), blocks.bits.to(torch.uint8), blocks.signed)
+        for values in (blocks.integers.to(torch.int16), blocks.scale_exponents.to(torch.int32), blocks.bits, blocks.signed)
     ]
     if role is Role.WEIGHT and plan.band is not None:
         arrays = list(_out_of_band(arrays, plan.band, plan.geometry.in_channels, edge))
@@ -368,10 +368,10 @@ def _uniform8(job: GemmJob, left: QuantizedBlocks, right: QuantizedBlocks, plan:
     def widened(blocks: QuantizedBlocks, role: Role) -> Operand:
         uniform = replace(
             blocks,
-            integers=torch.zeros_like(blocks.integers),
-            bits=blocks.occupied.to(torch.uint8) * MAX_BITS,
-            scale_exponents=torch.zeros_like(blocks.scale_exponents),
-            signed=blocks.occupied,
+            codes=torch.zeros_like(blocks.codes),
+            headers=make_headers(blocks.occupied * MAX_BITS, blocks.occupied, blocks.occupied),
+            relative_exponents=torch.zeros_like(blocks.relative_exponents),
+            largest_exponents=torch.zeros_like(blocks.largest_exponents),
         )
         return operand_of(uniform, role, plan)
 

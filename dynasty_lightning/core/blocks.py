@@ -2,7 +2,6 @@
 """Tensor <-> blocks: padding, axes, and the banded weight of grouped convolutions. Nothing else."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ class BlockLayout:
         if not 1 <= self.channel_axis < len(self.shape):
             raise ValueError(f"channel_axis must be in [1, {len(self.shape) - 1}] for shape {tuple(self.shape)}, not {self.channel_axis}")
 
-    @cached_property
+    @property
     def grid_shape(self) -> tuple[int, ...]:
         """The tensor's axes with the number of blocks in place of rows and channels."""
         grid = list(self.shape)
@@ -34,7 +33,7 @@ class BlockLayout:
         grid[self.channel_axis] = -(-self.shape[self.channel_axis] // self.block_shape[1])
         return tuple(grid)
 
-    @cached_property
+    @property
     def is_ragged(self) -> bool:
         return bool(self.shape[0] % self.block_shape[0] or self.shape[self.channel_axis] % self.block_shape[1])
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native
 from .geometry import LayerGeometry
 from .quantize import NO_EXPONENT, QuantizedBlocks
-from .roles import Gemm
+from .roles import READS, Gemm
 from .rounding import power_of_two
 
 FLOAT64_BITS: Final = 53
@@ -36,14 +37,16 @@ def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, i
         if gemm is Gemm.DGRAD:
             return (left.reshape(-1, left.shape[-1]) @ right).reshape(input_shape)
         return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+    # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are told of one.
+    dilation = tuple(1 if taps == 1 else d for taps, d in zip(geometry.taps, geometry.dilation, strict=True))
     if gemm is Gemm.FORWARD:
         conv = _CONV[len(geometry.taps)]
-        return conv(left, right, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        return conv(left, right, None, geometry.stride, geometry.padding, dilation, geometry.groups)
     is_dgrad = gemm is Gemm.DGRAD
     x = left.new_empty(1).expand(input_shape) if is_dgrad else right
     weight = right if is_dgrad else left.new_empty(1).expand(geometry.weight_shape)
     grads = torch.ops.aten.convolution_backward(
-        left, x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, [0] * len(geometry.taps),
+        left, x, weight, None, geometry.stride, geometry.padding, dilation, False, [0] * len(geometry.taps),
         geometry.groups, [is_dgrad, not is_dgrad, False],
     )  # fmt: skip
     return grads[0] if is_dgrad else grads[1]  # type: ignore[no-any-return]
@@ -147,7 +150,11 @@ def round_once(total: Tensor, exponent: int | Tensor) -> Tensor:
 
 
 def fast_gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
-    """The same operands on the fastest units that hold them without error; float32, within the bound of docs/numerics.md."""
+    """The same operands on the fastest units that hold them without error; within the bound of docs/numerics.md.
+
+    Returns:
+        float32, or bfloat16 as bf16 units leave it, in whatever memory order they do; `finish` brings it into the layer's.
+    """
     if right.passthrough is not None or (left.passthrough is not None and left.largest_exponents.numel() == 1):
         return multiply(gemm, left.with_passthrough(torch.float32), right.with_passthrough(torch.float32), geometry, input_shape)
     if left.passthrough is not None:
@@ -155,14 +162,48 @@ def fast_gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, geometr
         assert left.finite is not None
         unquantized = multiply(gemm, left.passthrough, right.values(torch.float32), geometry, input_shape)
         finite = replace(left, passthrough=None, finite=None)
-        return torch.where(left.finite, fast_gemm(gemm, finite, right, geometry, input_shape), unquantized)
-    dtype = fast_dtype(left.integers.device)
+        return torch.where(left.finite, fast_gemm(gemm, finite, right, geometry, input_shape).float(), unquantized)
+    dtype = fast_dtype(left.codes.device)
+    if is_safe(left) and is_safe(right):
+        left_role, right_role = READS[gemm]
+        return multiply(
+            gemm, left.fast_values(left_role.letter).to(dtype), right.fast_values(right_role.letter).to(dtype), geometry, input_shape
+        )  # fmt: skip
     shifts = [_normalising_shift(operand) for operand in (left, right)]
     result = multiply(gemm, left.values(dtype, shift=shifts[0]), right.values(dtype, shift=shifts[1]), geometry, input_shape).float()
     undo = -(shifts[0] + shifts[1])
-    if bool((undo != 0).any()):
-        result = (result.double() * power_of_two(undo if undo.numel() > 1 else undo.view([]), torch.float64)).float()
-    return result
+    return (result.double() * power_of_two(undo if undo.numel() > 1 else undo.view([]), torch.float64)).float()
+
+
+def finish(result: Tensor, channel_axis: int, *, dtype: torch.dtype, channels_last: bool, bias: Tensor | None) -> Tensor:
+    """A GEMM's result plus a float32 bias for each channel, in `dtype`, contiguous or channels_last.
+
+    The sum is made in float32 and rounded to `dtype` after it.
+    """
+    if (
+        result.dtype is torch.bfloat16
+        and result.device.type == "cpu"
+        and native.available()
+        and (dtype is not torch.bfloat16 or bias is not None)
+    ):
+        return native.widen(result, channel_axis, channels_last=channels_last, bias=bias).to(dtype)
+    if bias is not None:
+        axis = channel_axis % result.ndim
+        result = result.float() + bias.view([-1 if a == axis else 1 for a in range(result.ndim)])
+    last = torch.channels_last if result.ndim == 4 else torch.channels_last_3d
+    return result.to(dtype).contiguous(memory_format=last if channels_last else torch.contiguous_format)
+
+
+def is_safe(operand: QuantizedBlocks) -> bool:
+    """Whether products of the operand stay far from both ends of float32 and of the units' normal numbers, scope by scope."""
+    largest = operand.largest_exponents
+    if largest.numel() == 1:
+        low = high = int(largest)
+        if low == NO_EXPONENT:  # all zero
+            return True
+    else:
+        low, high = (int(v) for v in torch.aminmax(largest))
+    return low >= _SAFE_EXPONENTS[0] and high <= _SAFE_EXPONENTS[1]
 
 
 def _normalising_shift(operand: QuantizedBlocks) -> Tensor:

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block quantization of one operand: width, scale, window, rounding, zero. `docs/numerics.md` is the specification."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
+from . import native, triton_quantizer
 from .blocks import BlockLayout
 from .formats import MAX_BITS, MAX_DROP_DEPTH, MIN_BITS, WINDOW, BlockTensor, check_bits
 from .random import StreamPosition, drop_code, stream_numbers
 from .roles import Role
 from .rounding import power_of_two, round_nearest, round_stochastic
 
-Scope = Literal["tensor", "sample", "row"]
+Scope = native.Scope
 Rounding = Literal["nearest", "stochastic"]
 
+_BITS_MASK: Final = 0x0F
+_SIGNED_FLAG: Final = 0x10
+_OCCUPIED_FLAG: Final = 0x20
+_LEAST_NORMAL: Final = -100  # of a largest exponent whose whole window is normal numbers
 NO_EXPONENT: Final = -(1 << 14)  # below every exponent, and small enough to add to in int32
 
 
@@ -81,7 +87,7 @@ def quantize(
     assert request is not None
     grid_request = _to_grid(request, layout, x.device, "bits" if bits is not None else "lsb_exponent")
     quantized = quantize_blocks(
-        x.detach().float(),
+        x.detach() if x.dtype is torch.bfloat16 else x.detach().float(),
         layout,
         bits=grid_request if bits is not None else None,
         lsb_exponent=grid_request if bits is None else None,
@@ -111,26 +117,59 @@ def dequantize(blocks: BlockTensor, dtype: torch.dtype = torch.float32, *, shift
 
 @dataclass(slots=True, kw_only=True)
 class QuantizedBlocks:
-    """What the quantizer leaves, before it is packed: integers still in float32, of the operand's shape.
+    """What the quantizer leaves, and what layers save for backward: one byte an element and two a block.
 
-    `largest_exponents` has an entry for each scope, and so broadcasts to grid and operand; far below any exponent if all is zero.
+    Attributes:
+        layout: how the operand is cut.
+        codes: uint8, the operand's shape, channels innermost in memory; a mantissa's low byte.
+        relative_exponents: int8, grid; scale_exponent less the scope's largest exponent, in [-15, 17] by the window and what drops leave; 0 where bits = 0.
+        headers: uint8, grid; bits | signed << 4 | occupied << 5.
+        largest_exponents: int32, an entry for each scope, and so broadcastable to grid and operand; far below any exponent if all is zero.
+        passthrough, finite: see `BlockTensor`.
+        bfloat16: the dequantized operand, where the quantizer wrote it along; good until the next operand is quantized.
     """
 
     layout: BlockLayout
-    integers: Tensor
-    scale_exponents: Tensor
-    bits: Tensor
-    signed: Tensor
-    occupied: Tensor
+    codes: Tensor
+    relative_exponents: Tensor
+    headers: Tensor
     largest_exponents: Tensor
-    passthrough: Tensor | None
-    finite: Tensor | None
+    passthrough: Tensor | None = None
+    finite: Tensor | None = None
+    bfloat16: Tensor | None = None
+
+    @property
+    def bits(self) -> Tensor:
+        """uint8, grid."""
+        return header_bits(self.headers)
+
+    @property
+    def scale_exponents(self) -> Tensor:
+        """int16, grid; 0 where bits = 0."""
+        return torch.where(self.bits > 0, self.relative_exponents + self.largest_exponents.to(torch.int16), 0)
+
+    @property
+    def signed(self) -> Tensor:
+        """bool, grid."""
+        return (self.headers & _SIGNED_FLAG) > 0
+
+    @property
+    def occupied(self) -> Tensor:
+        """bool, grid."""
+        return header_occupied(self.headers)
+
+    @property
+    def integers(self) -> Tensor:
+        """Mantissas in float32."""
+        signed = self.layout.spread(self.signed)
+        split = self.layout.split(self.codes)
+        return self.layout.join(torch.where(signed, split.view(torch.int8).to(torch.float32), split.to(torch.float32)))
 
     def block_tensor(self) -> BlockTensor:
         return BlockTensor(
-            mantissas=self.integers.to(torch.int16),
-            scale_exponents=self.scale_exponents.to(torch.int16),
-            bits=self.bits.to(torch.uint8),
+            mantissas=self.integers.to(torch.int16).contiguous(),
+            scale_exponents=self.scale_exponents,
+            bits=self.bits,
             signed=self.signed,
             occupied=self.occupied,
             block_shape=self.layout.block_shape,
@@ -152,12 +191,46 @@ class QuantizedBlocks:
     def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
         """The dequantized operand times 2**shift, a number or one for each scope; unquantized scopes are zero."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return _scale(self.layout, self.integers.to(wide), self.scale_exponents + shift).to(dtype)
+        return _scale(self.layout, self.integers.to(wide), self.scale_exponents.to(torch.int32) + shift).to(dtype)
 
     def with_passthrough(self, dtype: torch.dtype) -> Tensor:
         """The dequantized operand, its unquantized scopes as they came."""
         values = self.values(dtype)
         return values if self.passthrough is None else torch.where(self.finite, values, self.passthrough.to(dtype))  # type: ignore[arg-type]
+
+    def fast_values(self, slot: str) -> Tensor:
+        """The dequantized operand in bfloat16, as cheaply as there is a way; exponents must be those of normal numbers.
+
+        Args:
+            slot: the workspace it may be written to: it is good until the slot is used again on this thread.
+        """
+        if self.bfloat16 is not None:
+            return self.bfloat16
+        if self.largest_exponents.numel() == 1 and self.codes.device.type == "cpu" and native.supports(self.layout) and native.available():
+            largest = max(int(self.largest_exponents), _LEAST_NORMAL)  # all zero: any exponent will do
+            return native.dequantize(
+                self.codes, self.relative_exponents, self.headers, largest, self.layout, native.workspace_values(slot, self.layout)
+            )
+        if self.codes.is_cuda and self.largest_exponents.numel() == 1 and triton_quantizer.available():
+            return triton_quantizer.dequantize_cuda(
+                self.codes, self.relative_exponents, self.headers, self.largest_exponents, self.layout, torch.bfloat16
+            )
+        return self.values(torch.bfloat16)
+
+
+def header_bits(headers: Tensor) -> Tensor:
+    """Widths of block headers, uint8."""
+    return headers & _BITS_MASK
+
+
+def header_occupied(headers: Tensor) -> Tensor:
+    """Whether the input block was not all zero, bool."""
+    return (headers & _OCCUPIED_FLAG) > 0
+
+
+def make_headers(bits: Tensor, signed: Tensor, occupied: Tensor) -> Tensor:
+    """uint8 headers of blocks."""
+    return (bits.to(torch.uint8) + signed.to(torch.uint8) * _SIGNED_FLAG + occupied.to(torch.uint8) * _OCCUPIED_FLAG).contiguous()
 
 
 def quantize_blocks(
@@ -174,8 +247,86 @@ def quantize_blocks(
     force_signed: bool,
     stream: StreamPosition,
     scope: Scope,
+    values_slot: str | None = None,
 ) -> QuantizedBlocks:
-    """`quantize` after its checks: float32 operand, int32 requests that broadcast to the grid."""
+    """`quantize` after its checks: a float32 or bfloat16 operand, integer requests that broadcast to the grid.
+
+    Args:
+        values_slot: also leave the dequantized operand in bfloat16, in this slot of the workspace.
+    """
+    request = bits if bits is not None else lsb_exponent
+    assert request is not None
+    kernel = _kernel(x, layout)
+    if kernel is not None:
+        arrays = kernel(
+            x, layout, request, is_threshold=bits is None, role=role, least_bits=least_bits, most_bits=most_bits, width_group=width_group,
+            stochastic=stochastic, force_signed=force_signed, stream=stream, scope=scope, values_slot=values_slot,
+        )  # fmt: skip
+        if arrays is not None:  # None: something is not finite, which is rare enough for the slower way
+            return QuantizedBlocks(layout=layout, **arrays)
+    return quantize_in_torch(
+        x.float(),
+        layout,
+        bits=None if bits is None else bits.to(torch.int32),
+        lsb_exponent=None if lsb_exponent is None else lsb_exponent.to(torch.int32),
+        role=role,
+        least_bits=least_bits,
+        most_bits=most_bits,
+        width_group=width_group,
+        stochastic=stochastic,
+        force_signed=force_signed,
+        stream=stream,
+        scope=scope,
+    )
+
+
+def _kernel(x: Tensor, layout: BlockLayout) -> Callable[..., dict[str, Any] | None] | None:
+    """The compiled quantizer for an operand's device; None where there is none."""
+    if not native.supports(layout):
+        return None
+    if x.device.type == "cpu":
+        return _on_cpu if native.available() else None
+    return _on_cuda if x.device.type == "cuda" and triton_quantizer.available() else None
+
+
+def _on_cpu(x: Tensor, layout: BlockLayout, request: Tensor, *, values_slot: str | None, **options: Any) -> dict[str, Any] | None:
+    values = None if values_slot is None else native.workspace_values(values_slot, layout)
+    arrays = native.quantize(x, layout, request, values=values, **options)
+    if arrays is None:
+        return None
+    return {
+        "codes": arrays.codes,
+        "relative_exponents": arrays.relative_exponents,
+        "headers": arrays.headers,
+        "largest_exponents": arrays.largest_exponents,
+        "bfloat16": arrays.values,
+    }
+
+
+def _on_cuda(x: Tensor, layout: BlockLayout, request: Tensor, *, values_slot: str | None, **options: Any) -> dict[str, Any] | None:
+    results = triton_quantizer.quantize_cuda(x, layout, request, want_values=values_slot is not None, **options)
+    if results is None:
+        return None
+    fields = dict(zip(("codes", "relative_exponents", "headers", "largest_exponents", "bfloat16"), results, strict=True))
+    return fields if values_slot is not None else fields | {"bfloat16": None}
+
+
+def quantize_in_torch(
+    x: Tensor,
+    layout: BlockLayout,
+    *,
+    bits: Tensor | None,
+    lsb_exponent: Tensor | None,
+    role: Role,
+    least_bits: int,
+    most_bits: int,
+    width_group: tuple[int, int] | None,
+    stochastic: bool,
+    force_signed: bool,
+    stream: StreamPosition,
+    scope: Scope,
+) -> QuantizedBlocks:
+    """The same in vectorised PyTorch, on any device: what the kernels are compared with, and what runs without them. float32, int32."""
     blocks = layout.split(x)
     largest, smallest = layout.amax(blocks), layout.amin(blocks)
     peak = torch.maximum(largest, -smallest)
@@ -256,13 +407,14 @@ def quantize_blocks(
 
     # Zero.
     active = active & nonzero
+    codes = native.empty_channels_innermost(layout, torch.uint8, x.device)
+    # int16 first: a negative float has no defined uint8, a negative int16 wraps to its two's complement.
+    codes.copy_(layout.join(integers).to(torch.int16))
     return QuantizedBlocks(
         layout=layout,
-        integers=layout.join(integers),
-        scale_exponents=torch.where(active, scale_exponent, 0),
-        bits=torch.where(active, width, 0),
-        signed=signed & active,
-        occupied=occupied,
+        codes=codes,
+        relative_exponents=torch.where(active, scale_exponent - ceiling, 0).to(torch.int8),
+        headers=make_headers(torch.where(active, width, 0), signed & active, occupied),
         largest_exponents=ceiling,
         passthrough=passthrough,
         finite=finite,

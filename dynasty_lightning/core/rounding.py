@@ -11,17 +11,15 @@ def round_nearest(y: Tensor, limit: Tensor) -> Tensor:
 
 
 def round_stochastic(y: Tensor, numbers: Tensor) -> Tensor:
-    """floor(y + (r + 0.5) * 2**-16), exactly, for |y| <= 127 in float32.
+    """floor(y + (r + 0.5) * 2**-16), exactly, for |y| < 2**13 in float32.
 
     Args:
         y: float32, any shape; not kept.
         numbers: r, int32 in [0, 65536), the same shape.
     """
-    low = y.floor()
-    # y + u would round in float32, so compare instead: floor(y + u) = low + (y >= low + 1 - u), and
-    # low + 1 - u has 7 integer and 17 fraction bits, which float32 holds exactly.
-    edge = numbers.to(torch.float32).mul_(-(2.0**-16)).add_(1.0 - 2.0**-17).add_(low)
-    return low.add_(y >= edge)
+    # y + u would round in float32. In units of 2**-17 everything that matters is an integer: floor((floor(y * 2**17) + 2 r + 1) / 2**17).
+    units = y.mul_(2.0**17).floor_().to(torch.int32)
+    return units.add_(numbers, alpha=2).add_(1).bitwise_right_shift_(17).to(torch.float32)
 
 
 def power_of_two(exponents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

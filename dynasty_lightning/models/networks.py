@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CIFAR residual networks and a multilayer perceptron."""
+"""CIFAR residual networks, multilayer perceptrons, and networks by name."""
 
 from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MODELS: Final = ("resnet8", "resnet20", "mlp")
+from .vit import VisionTransformer
+
+MODELS: Final = ("resnet8", "resnet20", "mlp", "resnet18", "vit", "mlp1024")
 
 
 class _Block(nn.Module):
@@ -50,13 +52,44 @@ class CifarResNet(nn.Module):
                 inputs = width << stage
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.blocks(F.relu(self.bn(self.stem(x))))
         return self.head(y.mean((2, 3)))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 (He et al., 2016, table 1) for images of 32 x 32: a 3x3 stem of stride 1 without pooling, then four stages of two blocks.
+
+    Args:
+        width: channels of the first stage; each further stage has twice as many.
+    """
+
+    def __init__(self, *, in_channels: int = 3, classes: int = 10, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        blocks, inputs = [], width
+        for stage in range(4):
+            outputs = width << stage
+            blocks += [_Block(inputs, outputs, 2 if stage else 1), _Block(outputs, outputs, 1)]
+            inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.head(y.mean((2, 3)))
+
+
+def multilayer_perceptron(*, features: int, classes: int, width: int, hidden: int) -> nn.Sequential:
+    """`hidden` layers of `width` with ReLU, and a linear head."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i in range(hidden):
+        layers += [nn.Linear(width if i else features, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
 def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
@@ -64,9 +97,17 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
     if name in ("resnet8", "resnet20"):
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
         return CifarResNet(int(name[6:]), in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
-    if name == "mlp":
-        features = in_channels * image_size**2
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, classes)
-        )  # fmt: skip
+    if name == "resnet18":
+        return ResNet18(in_channels=in_channels, classes=classes)
+    if name == "vit":
+        return VisionTransformer(image_size=image_size, in_channels=in_channels, classes=classes)
+    if name in ("mlp", "mlp1024"):
+        width, hidden = (256, 2) if name == "mlp" else (1024, 3)
+        return multilayer_perceptron(features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden)
     raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+
+
+def _initialize(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

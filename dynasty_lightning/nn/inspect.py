@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.quantize import header_bits
 from ..core.roles import Gemm, Role
 from .layers import DynamicLayer, dynamic_layers
-from .ops import header_bits, layer_forward
+from .ops import layer_forward
 
 
 @torch.no_grad()
@@ -21,11 +22,11 @@ def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
         x = inputs[0]
         request = layer._request(Role.ACTIVATION, tuple(x.shape))
         outputs = layer_forward(
-            x, layer.weight, request, layer.dynasty_w_request, layer.dynasty_e_request, layer.stream.counters, [], layer._settings,
-            layer.plan.key, False, False,
+            x, layer.weight, None, request, layer.dynasty_w_request, layer.dynasty_e_request, layer.stream.counters, layer._settings,
+            layer.plan.key, "", False, False, False, torch.float32,
         )  # fmt: skip
         grid = layer.plan.layout(Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False).grid_shape
-        found[layer.layer_name] = header_bits(outputs[9]).view(grid)
+        found[layer.layer_name] = header_bits(outputs[11]).view(grid)
 
     was_training = model.training
     model.eval()

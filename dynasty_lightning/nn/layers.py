@@ -16,7 +16,8 @@ from ..core.formats import BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import Gemm, Role
-from .ops import header_bits, header_occupied, layer_forward, observation_shapes, settings_of
+from ..core.quantize import header_bits, header_occupied
+from .ops import ObservationSlot, layer_forward, settings_of
 from .plan import LayerPlan, Mode
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
@@ -34,14 +35,16 @@ class StreamState:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
         self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64)
         self.calls = torch.zeros(layers, dtype=torch.int64)
+        self.weight_epoch = torch.zeros(1, dtype=torch.int64)
+        self.counts_optimizer_steps = False
 
     @property
     def backward_count(self) -> int:
         return int(self.counters[2])
 
     def position(self, layer_index: int) -> Tensor:
-        """int64 [seed, rank, backward_count, call_index] of a layer's next call, which it counts."""
-        position = torch.cat([self.counters, self.calls[layer_index : layer_index + 1]])
+        """int64 [seed, rank, backward_count, call_index, weight_epoch] of a layer's next call, which it counts."""
+        position = torch.cat([self.counters, self.calls[layer_index : layer_index + 1], self.weight_epoch])
         self.calls[layer_index] += 1
         return position
 
@@ -49,6 +52,13 @@ class StreamState:
         """Count a backward pass."""
         self.counters[2] += 1
         self.calls.zero_()
+        if not self.counts_optimizer_steps:
+            self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Weights that were quantized before may be out of date: the precision plugin says so after each optimizer step, and then
+        `advance` does not (set `counts_optimizer_steps`); without it each backward pass counts as one."""
+        self.weight_epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and counts; the rank belongs to the process, not to the checkpoint."""
@@ -90,9 +100,9 @@ class DynamicLayer(nn.Module):
     def adopt(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
         """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
         self.layer_name, self.plan, self.stream = name, plan, stream
+        _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
         self.observing = False
-        self._observed: list[Tensor] = []
-        self._observed_input: tuple[tuple[int, ...], bool] | None = None
+        self._slot = ObservationSlot()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
             default = torch.tensor(_DEFAULT_BITS, dtype=torch.uint8, device=self.weight.device)
@@ -154,30 +164,28 @@ class DynamicLayer(nn.Module):
 
     def observation(self) -> LayerObservation | None:
         """The last training step recorded while `observing` was true; None if there was none since `clear_observation`."""
-        if not self._observed or self._observed_input is None or not bool(self._observed[-1][0]):
+        record = self._slot.latest
+        if record is None:
             return None
-        shape, has_dgrad = self._observed_input
-        x, w, e, *squares, counts = self._observed
-        headers = dict(zip(Role, (x, w, e), strict=True))
+        headers = dict(zip(Role, record.headers, strict=True))
         return LayerObservation(
             geometry=self.geometry,
-            input_shape=shape,
-            output_shape=self.plan.output_shape(shape),
-            has_dgrad=has_dgrad,
+            input_shape=record.input_shape,
+            output_shape=self.plan.output_shape(record.input_shape),
+            has_dgrad=record.has_dgrad,
             bits={r: header_bits(h) for r, h in headers.items()},
             occupied={r: header_occupied(h) for r, h in headers.items()},
-            nonfinite=dict(zip(Role, (int(c) for c in counts[1:]), strict=True)),
-            **dict(zip(("x_square", "e_square", "dx_square", "w_square", "dw_square"), squares, strict=True)),
+            nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
+            **record.squares,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
 
     def clear_observation(self) -> None:
-        """Forget the last observation, not its buffers."""
-        if self._observed:
-            self._observed[-1].zero_()
+        """Forget the last observation."""
+        self._slot.latest = None
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """X Wt of a batch that is padded as far as it must be; bias is the caller's."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wt + bias of a batch that is padded as far as it must be, in x's type, or autocast's where that is on."""
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(f"{self.layer_name}: torch.func transforms of converted layers are not supported; exclude the layer")
         if x.numel() == 0:
@@ -187,23 +195,24 @@ class DynamicLayer(nn.Module):
         channels = x.shape[self.geometry.channel_axis]
         if channels != self.geometry.in_channels:
             raise ValueError(f"{self.layer_name} reads {self.geometry.in_channels} channels, not {channels} (input {tuple(x.shape)})")
-        keep = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, self.weight, bias)]
         shape = tuple(x.shape)
-        observation: list[Tensor] = []
-        if keep and self.observing:
-            observation = self._observation_buffers(shape, x.requires_grad)
+        observing = any(needs) and self.observing
         return layer_forward(  # type: ignore[no-any-return]
             x,
             self.weight,
+            bias,
             self._request(Role.ACTIVATION, shape),
             self.dynasty_w_request,
             self._request(Role.ERROR, self.plan.output_shape(shape)),
-            self.stream.position(self.layer_index) if keep else self.stream.counters,
-            observation,
+            self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
             self._settings,
             self.plan.key,
+            self._slot.key if observing else "",
             self.training,
-            keep,
+            needs[1] or observing,  # WGRAD reads X
+            needs[0] or observing,  # DGRAD reads W
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype,
         )[0]
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
@@ -223,20 +232,6 @@ class DynamicLayer(nn.Module):
         coarse = channel_first.amin(1) if self._settings[3 * role] else channel_first.amax(1)
         axis = self.geometry.channel_axis % len(shape)
         return coarse.view([-1 if a == axis else 1 for a in range(len(shape))])
-
-    def _observation_buffers(self, shape: tuple[int, ...], has_dgrad: bool) -> list[Tensor]:
-        if not self._observed or (
-            self._observed_input is not None and self._observed_input[0] != shape and shape[0] >= self._observed_input[0][0]
-        ):
-            shapes = observation_shapes(self.plan, shape)
-            with torch.inference_mode(False):
-                self._observed = [
-                    torch.zeros(s, dtype=torch.uint8 if n.endswith("header") else torch.float32, device=self.weight.device)
-                    for n, s in shapes.items()
-                ]
-        if self._observed_input is None or shape[0] >= self._observed_input[0][0]:
-            self._observed_input = (shape, has_dgrad)
-        return self._observed
 
     def _channel_blocks(self, role: Role) -> int:
         channels = self.geometry.in_channels if role is Role.ACTIVATION else self.geometry.out_channels
@@ -260,9 +255,7 @@ class BlockLinear(DynamicLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         batch = input.unsqueeze(0) if input.ndim == 1 else input
-        output = self.multiply(batch)
-        if self.bias is not None:
-            output = output + self.bias
+        output = self.multiply(batch, self.bias)
         return output.squeeze(0) if input.ndim == 1 else output
 
 
@@ -275,9 +268,7 @@ class _BlockConv(DynamicLayer, nn.modules.conv._ConvNd):
         if pads_explicitly(self):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batch = F.pad(batch, self._reversed_padding_repeated_twice, mode=mode)
-        output = self.multiply(batch)
-        if self.bias is not None:
-            output = output + self.bias.view(-1, *[1] * spatial)
+        output = self.multiply(batch, self.bias)
         return output.squeeze(0) if input.ndim == spatial + 1 else output
 
 

@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused operators of a converted layer: one for FORWARD, one for DGRAD and WGRAD, one that records an observation.
+"""The fused operators of a converted layer: one for FORWARD, one for DGRAD and WGRAD, which records what a step showed.
 
 They are opaque to torch.compile and set no Python attribute, so a compiled network runs the same code.
 An operand travels between them packed: one byte an element, and for each block an int16 exponent and a header byte.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.blocks import BlockLayout
-from ..core.matmul import exact_gemm, fast_gemm
+from ..core.blocks import BandedWeight, BlockLayout
+from ..core.matmul import exact_gemm, fast_gemm, finish, is_safe
+from ..core.native import empty_channels_innermost
 from ..core.precision import OperandPrecision
-from ..core.quantize import NO_EXPONENT, QuantizedBlocks, Scope, quantize_blocks
+from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
 from ..core.random import StreamPosition
 from ..core.roles import Gemm, Role
+from ..core.stats import mean_squares
 from .plan import LayerPlan
 
-_BITS_MASK: Final = 0x0F
-_SIGNED_FLAG: Final = 0x10
-_OCCUPIED_FLAG: Final = 0x20
-
-Packed = tuple[Tensor, Tensor, Tensor, Tensor]
-"""codes uint8 (the operand's shape), scale_exponents int16 (grid), headers uint8 (grid), passthrough (float32, empty if finite)."""
+Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand itself where it was not finite, else empty."""
+_PACKED: Final = 5
 
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
 EXECUTORS: Final[dict[str, Executor]] = {}
@@ -38,46 +41,22 @@ def settings_of(precision: OperandPrecision | None) -> list[int]:
     return [int(precision.bits is None), precision.least_bits, precision.most_bits]
 
 
-def header_bits(headers: Tensor) -> Tensor:
-    """Widths of packed blocks, uint8."""
-    return headers & _BITS_MASK
-
-
-def header_occupied(headers: Tensor) -> Tensor:
-    """Whether the input block was not all zero, bool."""
-    return (headers & _OCCUPIED_FLAG) > 0
-
-
-def _pack(blocks: QuantizedBlocks, *, keep_codes: bool) -> Packed:
-    headers = blocks.bits + blocks.signed * _SIGNED_FLAG + blocks.occupied * _OCCUPIED_FLAG
-    empty = blocks.integers.new_empty(0)
-    if not keep_codes:
-        return empty.to(torch.uint8), blocks.scale_exponents.to(torch.int16), headers.to(torch.uint8), empty
-    passthrough = empty if blocks.passthrough is None else blocks.passthrough.clone()
-    # int16 first: a negative float has no defined uint8, a negative int16 wraps to its two's complement.
-    codes = blocks.integers.to(torch.int16).to(torch.uint8)
-    return codes, blocks.scale_exponents.to(torch.int16), headers.to(torch.uint8), passthrough
+def _pack(blocks: QuantizedBlocks) -> Packed:
+    passthrough = blocks.codes.new_empty(0, dtype=torch.float32) if blocks.passthrough is None else blocks.passthrough.clone()
+    return blocks.codes, blocks.relative_exponents, blocks.headers, blocks.largest_exponents, passthrough
 
 
 def _unpack(packed: Sequence[Tensor], layout: BlockLayout) -> QuantizedBlocks:
-    codes, scale_exponents, headers, passthrough = packed
-    bits, signed = header_bits(headers).to(torch.int32), (headers & _SIGNED_FLAG) > 0
-    split = layout.split(codes)
-    integers = torch.where(layout.spread(signed), split.view(torch.int8).to(torch.float32), split.to(torch.float32))
-    scale_exponents = scale_exponents.to(torch.int32)
-    largest = scale_exponents + bits - signed.to(torch.int32)
-    active = bits > 0
-    finite = None if passthrough.numel() == 0 else torch.zeros([1] * codes.ndim, dtype=torch.bool, device=codes.device)
+    codes, relative_exponents, headers, largest, passthrough = packed
+    is_finite = passthrough.numel() == 0
     return QuantizedBlocks(
         layout=layout,
-        integers=layout.join(integers),
-        scale_exponents=scale_exponents,
-        bits=bits,
-        signed=signed,
-        occupied=header_occupied(headers),
-        largest_exponents=torch.where(active, largest, NO_EXPONENT).amax().view([1] * codes.ndim),
-        passthrough=None if finite is None else passthrough,
-        finite=finite,
+        codes=codes,
+        relative_exponents=relative_exponents,
+        headers=headers,
+        largest_exponents=largest,
+        passthrough=None if is_finite else passthrough,
+        finite=None if is_finite else torch.zeros([1] * codes.ndim, dtype=torch.bool, device=codes.device),
     )
 
 
@@ -97,9 +76,9 @@ def _quantize(
     if not training and role is not Role.WEIGHT:
         scope = "row" if plan.geometry.kind == "linear" else "sample"
     thresholds, least, most = settings[3 * role : 3 * role + 3]
-    request = request.to(torch.int32)
+    operand = operand.detach()
     return quantize_blocks(
-        operand.detach().float(),
+        operand if operand.dtype is torch.bfloat16 else operand.float(),
         layout,
         bits=None if thresholds else request,
         lsb_exponent=request if thresholds else None,
@@ -111,20 +90,36 @@ def _quantize(
         force_signed=False,
         stream=position or StreamPosition(),
         scope=scope,
+        values_slot=role.letter if plan.mode == "fast" and not plan.executor else None,
     )
 
 
-def _gemm(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
+def _gemm(
+    gemm: Gemm,
+    left: QuantizedBlocks,
+    right: QuantizedBlocks,
+    plan: LayerPlan,
+    input_shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """One GEMM in `dtype`, contiguous or channels_last, plus a bias."""
     if plan.executor:
-        return EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
-    # A grouped W comes out of its band, which leaves it no block layout.
-    if plan.band is not None and gemm is not Gemm.WGRAD:
-        right = ExtractedWeight(right, plan)
-    # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
-    with torch.autocast(left.integers.device.type, enabled=False):
-        if plan.mode == "exact":
-            return exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
-        return fast_gemm(gemm, left, right, plan.geometry, input_shape)
+        result = EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
+    else:
+        # A grouped W comes out of its band, which leaves it no block layout.
+        if plan.band is not None and gemm is not Gemm.WGRAD:
+            right = ExtractedWeight(right, plan)
+        # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
+        with torch.autocast(left.codes.device.type, enabled=False):
+            if plan.mode == "exact":
+                result = exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
+            else:
+                result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
+    axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
+    return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
 
 
 class ExtractedWeight(QuantizedBlocks):
@@ -137,43 +132,112 @@ class ExtractedWeight(QuantizedBlocks):
         self._plan = plan
 
     def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
-        assert self._plan.band is not None
-        return self._plan.band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
+        return self._band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
+
+    def fast_values(self, slot: str) -> Tensor:
+        return self._band.extract(QuantizedBlocks.fast_values(self, slot))
 
     def with_passthrough(self, dtype: torch.dtype) -> Tensor:
-        assert self._plan.band is not None
         values = QuantizedBlocks.values(self, dtype)
         if self.passthrough is not None and self.finite is not None:
             values = torch.where(self.finite, values, self.passthrough.to(dtype))
-        return self._plan.band.extract(values)
+        return self._band.extract(values)
+
+    @property
+    def _band(self) -> BandedWeight:
+        assert self._plan.band is not None
+        return self._plan.band
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether results for an operand belong in channels_last memory, as PyTorch's own convolutions decide."""
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
+@dataclass(slots=True)
+class _CachedWeight:
+    """A quantized weight and what it was made from."""
+
+    state: tuple[Any, ...]
+    packed: Packed
+
+
+# A weight -> its quantized forms by plan, so that micro-batches between two optimizer steps quantize it once.
+_WEIGHTS: Final = WeakIdKeyDictionary()
+
+
+def _weight_blocks(weight: Tensor, plan: LayerPlan, request: Tensor, settings: Sequence[int], epoch: int | None) -> QuantizedBlocks:
+    """W as FORWARD reads it. `epoch` counts optimizer steps; None: whatever is kept may be out of date and nothing is kept."""
+    layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
+    kept: dict[str, _CachedWeight] = _WEIGHTS.setdefault(weight, {}) if epoch is not None else {}
+    # The version notices every in-place change but those through .data; those belong to optimizers, whose steps are counted.
+    state = (epoch, weight._version, weight.data_ptr(), request, request._version, tuple(settings[3 * Role.WEIGHT : 3 * Role.WEIGHT + 3]))
+    found = kept.get(plan.key)
+    if found is not None and all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(found.state, state, strict=True)):
+        return _unpack(found.packed, layout)
+    banded = weight if plan.band is None else plan.band.embed(weight.detach())
+    blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.FORWARD, request, settings)
+    if epoch is not None:
+        kept[plan.key] = _CachedWeight(state, _pack(blocks))
+    return blocks
 
 
 @torch.library.custom_op("dynasty::layer_forward", mutates_args=())
 def layer_forward(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     x_request: Tensor,
     w_request: Tensor,
     e_request: Tensor,
     position: Tensor,
-    observation: Sequence[Tensor],
     settings: Sequence[int],
     plan_key: str,
+    slot_key: str,
     training: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Y = X Wt of quantized X and W; then X packed, W packed, and the headers of X and W as FORWARD read them."""
+    keep_x: bool,
+    keep_w: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Y = X Wt + bias of quantized X and W, in `dtype`; then X packed if `keep_x` and W packed if `keep_w`, as the backward GEMMs
+    read them (empty if not), and the headers of X and W as FORWARD read them, where those are not the packed ones (empty where they are)."""
     plan = LayerPlan.from_key(plan_key)
-    banded = weight if plan.band is None else plan.band.embed(weight)
     x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
-    w_blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
-    y = _gemm(Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape)).to(x.dtype)
-    headers = (_pack(x_blocks, keep_codes=False)[2], _pack(w_blocks, keep_codes=False)[2])
-    if keep and (plan.format.requantizes or not training):
-        # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
-        x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.WGRAD, x_request, settings)
-        w_blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.DGRAD, w_request, settings)
-    return (y.contiguous(), *_pack(x_blocks, keep_codes=keep), *_pack(w_blocks, keep_codes=keep), *headers)
+    w_blocks = _weight_blocks(weight, plan, w_request, settings, int(position[_EPOCH]) if training and position.numel() > _EPOCH else None)
+    y = _gemm(
+        Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape), dtype=dtype, channels_last=is_channels_last(x),
+        bias=None if bias is None else bias.detach(),
+    )  # fmt: skip
+    packed: list[Tensor] = []
+    headers: list[Tensor] = []
+    own = has_own_blocks(plan, training=training)
+    for role, gemm, keep, blocks, operand in (
+        (Role.ACTIVATION, Gemm.WGRAD, keep_x, x_blocks, x),
+        (Role.WEIGHT, Gemm.DGRAD, keep_w, w_blocks, weight),
+    ):
+        headers.append(blocks.headers.new_empty(0) if keep and not own else blocks.headers)
+        if not keep:
+            packed += [torch.empty(0, dtype=t, device=x.device) for t in _PACKED_TYPES]
+            continue
+        if own:
+            # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
+            if role is Role.WEIGHT and plan.band is not None:
+                operand = plan.band.embed(weight.detach())
+            blocks = _quantize(operand, plan, role, gemm, x_request if role is Role.ACTIVATION else w_request, settings)
+        packed += _pack(blocks)
+    return (y, *packed, *headers)  # type: ignore[return-value]
+
+
+_HEADERS: Final = 2  # in `Packed`
+_EPOCH: Final = 4  # in `position`: optimizer steps so far
+_PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch.float32)
+
+
+def has_own_blocks(plan: LayerPlan, *, training: bool) -> bool:
+    """Whether the backward GEMMs read other blocks than FORWARD does."""
+    return plan.format.requantizes or not training
 
 
 @torch.library.custom_op("dynasty::layer_backward", mutates_args=())
@@ -186,97 +250,147 @@ def layer_backward(
     settings: Sequence[int],
     plan_key: str,
     input_shape: Sequence[int],
+    input_dtype: torch.dtype,
+    channels_last: bool,
     need_dx: bool,
     need_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = E W and dW = Et X of quantized operands, empty where not needed, and E's headers as DGRAD reads them."""
+    slot_key: str,
+    forward_headers: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """dX = E W and dW = Et X of quantized operands, empty where not needed.
+
+    What a step showed is recorded here, where all of it is at hand, if the layer asked for that: inside an operator, so that compiled
+    networks do it too.
+
+    Args:
+        slot_key: of the `ObservationSlot` to record to; empty for none. Then both gradients are computed, needed or not.
+        forward_headers: of X and W, as FORWARD read them.
+    """
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(input_shape)
-    seed, rank, backward_count, call_index = position.tolist()
+    seed, rank, backward_count, call_index = position.tolist()[:_EPOCH]
     stream = StreamPosition(seed=seed, rank=rank, backward_count=backward_count, call_index=call_index, layer=plan.layer_index)
     e_blocks = _quantize(e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream)
-    headers = _pack(e_blocks, keep_codes=False)[2]
-    dx = dw = e.new_empty(0, dtype=torch.float32)
-    if need_dx:
+    headers = (*forward_headers, e_blocks.headers)
+    nothing = e.new_empty(0, dtype=torch.float32)
+    dx, dw = nothing, nothing.clone()
+    if need_dx or slot_key:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
-        dx = _gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape).contiguous()
-    if need_dw:
+        dx = _gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape, dtype=input_dtype, channels_last=channels_last)
+    if need_dw or slot_key:
         if plan.format.requantizes:
             e_blocks = _quantize(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)
         x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
-        dw = _gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape).contiguous()
-    return dx, dw, headers
+        dw = _gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
+    if slot := _SLOTS.get(slot_key):
+        slot.record(_observation(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx))
+    return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 
 
-OBSERVED: Final = ("x_header", "w_header", "e_header", "x_square", "e_square", "dx_square", "w_square", "dw_square", "counts")
-"""Order of the buffers that `observe` writes; counts = [observations, non-finite X, W, E]."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one training step of a layer showed: headers, mean squares, and how many operands were not finite (of X, W, E)."""
+
+    input_shape: tuple[int, ...]
+    has_dgrad: bool
+    headers: tuple[Tensor, Tensor, Tensor]
+    squares: Mapping[str, Tensor]
+    nonfinite: tuple[int, int, int]
 
 
-def observation_shapes(plan: LayerPlan, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the `OBSERVED` buffers for an input shape."""
-    x_grid = plan.layout(Role.ACTIVATION, input_shape, Gemm.FORWARD).grid_shape
-    e_grid = plan.layout(Role.ERROR, plan.output_shape(input_shape), Gemm.DGRAD).grid_shape
-    w_grid = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD).grid_shape
-    x_map, e_map = (1, *x_grid[1:]), (1, *e_grid[1:])
-    return dict(zip(OBSERVED, (x_grid, w_grid, e_grid, x_map, e_map, x_map, w_grid, w_grid, (4,)), strict=True))
+class ObservationSlot:
+    """Where the backward operator leaves the records of one layer. A copy of the layer gets a slot of its own."""
+
+    def __init__(self) -> None:
+        self.key = str(next(_slot_numbers))
+        self.latest: StepRecord | None = None
+        self._most_rows = 0
+        _SLOTS[self.key] = self
+
+    def record(self, record: StepRecord) -> None:
+        """Keep a record, but not of a smaller batch than there has been: the last of an epoch says less, and its cost is not a step's.
+
+        Counts of non-finite operands add up until the record is forgotten.
+        """
+        if record.input_shape[0] < self._most_rows:
+            return
+        self._most_rows = record.input_shape[0]
+        if self.latest is not None:
+            counts = tuple(a + b for a, b in zip(record.nonfinite, self.latest.nonfinite, strict=True))
+            record = replace(record, nonfinite=(counts[0], counts[1], counts[2]))
+        self.latest = record
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ObservationSlot":
+        return ObservationSlot()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ObservationSlot, ())
 
 
-@torch.library.custom_op("dynasty::observe", mutates_args=("observation",))
-def observe(
-    observation: Sequence[Tensor],
-    x_header: Tensor,
-    w_header: Tensor,
-    e_header: Tensor,
-    x_packed: Sequence[Tensor],
-    w_packed: Sequence[Tensor],
+_slot_numbers: Final = itertools.count(1)
+_SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
+
+
+def _observation(
+    plan: LayerPlan,
+    shape: tuple[int, ...],
+    headers: Sequence[Tensor],
+    x_blocks: QuantizedBlocks,
+    w_blocks: QuantizedBlocks,
     e: Tensor,
     dx: Tensor,
     dw: Tensor,
-    plan_key: str,
-    input_shape: Sequence[int],
-) -> None:
-    """Write headers and mean squares of one training step into the layer's buffers, if they still have this input's shape."""
-    plan = LayerPlan.from_key(plan_key)
-    shape = tuple(input_shape)
-    if tuple(observation[0].shape) != tuple(x_header.shape) or tuple(observation[2].shape) != tuple(e_header.shape):
-        return  # a smaller last batch: the earlier observation stays
-    x = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD)).values(torch.float32)
-    w = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD)).values(torch.float32)
+    *,
+    has_dgrad: bool,
+) -> StepRecord:
     channels = plan.format.block_shape[1]
     axis = plan.geometry.channel_axis
 
     def by_position(t: Tensor) -> Tensor:
-        square = t.float().square().mean(0, keepdim=True)
-        return BlockLayout(shape=tuple(square.shape), block_shape=(1, channels), channel_axis=axis % t.ndim).mean(square)
+        return mean_squares(t, BlockLayout(shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim))
 
     def by_weight_block(t: Tensor) -> Tensor:
-        square = t.float().square()
         layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
         if plan.band is None:
-            return layout.mean(square)
+            return mean_squares(t, layout)
         # Elements between the groups are zero and not weights: the mean is over those that are.
-        total, real = (layout.mean(plan.band.embed(v)) for v in (square, torch.ones_like(square)))
+        total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
         return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
 
+    w = _dequantized(w_blocks, "W")
+    e_square = by_position(e)
     if plan.band is not None:
         w = plan.band.extract(w)
-    results = (x_header, w_header, e_header, by_position(x), by_position(e), by_position(dx), by_weight_block(w), by_weight_block(dw))
-    for buffer, value in zip(observation, results, strict=False):
-        buffer.copy_(value)
-    counts = observation[-1]
-    counts[0] += 1
-    counts[1] += int(x_packed[3].numel() > 0)
-    counts[2] += int(w_packed[3].numel() > 0)
-    counts[3] += int(not bool(e.isfinite().all()))
+    return StepRecord(
+        input_shape=shape,
+        has_dgrad=has_dgrad,
+        headers=(headers[0], headers[1], headers[2]),
+        squares={
+            "x_square": by_position(_dequantized(x_blocks, "X")),
+            "e_square": e_square,
+            "dx_square": by_position(dx),
+            "w_square": by_weight_block(w),
+            "dw_square": by_weight_block(dw),
+        },
+        nonfinite=(
+            int(x_blocks.passthrough is not None),
+            int(w_blocks.passthrough is not None),
+            # Squares overflow sooner than elements.
+            int(not bool(e_square.isfinite().all()) and not bool(e.isfinite().all())),
+        ),
+    )
+
+
+def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:
+    """The operand as the GEMMs read it; what was not quantized counts as zero."""
+    return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, e_request, position, observation, settings, plan_key, _, _ = inputs
+    x, weight, bias, _, _, e_request, position, settings, plan_key, slot_key, *_ = inputs
     ctx.save_for_backward(e_request, position, *output[1:])
-    # Not saved tensors: a layer that is called twice in a step writes them in between, which autograd would refuse.
-    ctx.observation = list(observation)
-    ctx.settings, ctx.plan_key = list(settings), plan_key
-    ctx.input_shape, ctx.dtypes = list(x.shape), (x.dtype, weight.dtype)
+    ctx.settings, ctx.plan_key, ctx.slot_key = list(settings), plan_key, slot_key
+    ctx.input_shape, ctx.dtypes, ctx.channels_last = list(x.shape), (x.dtype, weight.dtype), is_channels_last(x)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -287,22 +401,20 @@ def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
             "exclude the layer (DynastyPrecision(exclude=...)) or avoid create_graph=True"
         )
     e_request, position, *rest = ctx.saved_tensors
-    x_packed, w_packed, (x_header, w_header), observation = rest[:4], rest[4:8], rest[8:10], ctx.observation
-    observing = bool(observation)
-    need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    dx, dw, e_header = layer_backward(
-        e, x_packed, w_packed, e_request, position, ctx.settings, ctx.plan_key, ctx.input_shape,
-        need_dx or observing, need_dw or observing,
+    x_packed, w_packed, own_headers = rest[:_PACKED], rest[_PACKED : 2 * _PACKED], rest[2 * _PACKED :]
+    headers = [own if own.numel() else packed[_HEADERS] for own, packed in zip(own_headers, (x_packed, w_packed), strict=True)]
+    need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
+    dx, dw = layer_backward(
+        e, x_packed, w_packed, e_request, position, ctx.settings, ctx.plan_key, ctx.input_shape, ctx.dtypes[0], ctx.channels_last,
+        need_dx, need_dw, ctx.slot_key, headers,
     )  # fmt: skip
-    if observing:
-        observe(observation, x_header, w_header, e_header, x_packed, w_packed, e, dx, dw, ctx.plan_key, ctx.input_shape)
+    axis = LayerPlan.from_key(ctx.plan_key).geometry.channel_axis % e.ndim
     return (
-        dx.to(ctx.dtypes[0]) if need_dx else None,
+        dx if need_dx else None,
         dw.to(ctx.dtypes[1]) if need_dw else None,
-        *[None] * 4,
-        [None] * len(observation),
-        *[None] * 4,
-    )  # fmt: skip
+        e.sum([a for a in range(e.ndim) if a != axis], dtype=torch.float32) if need_db else None,
+        *[None] * 11,
+    )
 
 
 layer_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -312,39 +424,47 @@ layer_forward.register_autograd(_backward, setup_context=_setup_context)
 def _layer_forward_fake(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     x_request: Tensor,
     w_request: Tensor,
     e_request: Tensor,
     position: Tensor,
-    observation: Sequence[Tensor],
     settings: Sequence[int],
     plan_key: str,
+    slot_key: str,
     training: bool,
-    keep: bool,
+    keep_x: bool,
+    keep_w: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(x.shape)
-
-    kept = keep and (plan.format.requantizes or not training)
-
-    def grid(role: Role, gemm: Gemm, operand: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        by_sample = not training and not (kept and gemm is not Gemm.FORWARD)
-        return x.new_empty(plan.layout(role, operand, gemm, training=not by_sample).grid_shape, dtype=dtype)
-
-    operands = (
-        (Role.ACTIVATION, Gemm.WGRAD if kept else Gemm.FORWARD, shape),
-        (Role.WEIGHT, Gemm.DGRAD if kept else Gemm.FORWARD, plan.weight_shape()),
-    )
+    own = has_own_blocks(plan, training=training)
+    operands = ((Role.ACTIVATION, Gemm.WGRAD, keep_x, shape), (Role.WEIGHT, Gemm.DGRAD, keep_w, plan.weight_shape()))
     packed: list[Tensor] = []
-    for role, gemm, operand in operands:
-        packed += [
-            x.new_empty(operand if keep else (0,), dtype=torch.uint8),
-            grid(role, gemm, operand, torch.int16),
-            grid(role, gemm, operand, torch.uint8),
-            x.new_empty(0, dtype=torch.float32),
-        ]
-    headers = [grid(role, Gemm.FORWARD, operand, torch.uint8) for role, _, operand in operands]
-    return (x.new_empty(plan.output_shape(shape)), *packed, *headers)
+    headers: list[Tensor] = []
+    for role, backward_gemm, keep, operand in operands:
+        layout = plan.layout(role, operand, backward_gemm if own else Gemm.FORWARD)
+        if keep:
+            packed += [
+                empty_channels_innermost(layout, torch.uint8, x.device),
+                x.new_empty(layout.grid_shape, dtype=torch.int8),
+                x.new_empty(layout.grid_shape, dtype=torch.uint8),
+                x.new_empty([1] * len(operand), dtype=torch.int32),
+                x.new_empty(0, dtype=torch.float32),
+            ]
+        else:
+            packed += [x.new_empty(0, dtype=t) for t in _PACKED_TYPES]
+        forward = plan.layout(role, operand, Gemm.FORWARD, training=training)
+        headers.append(x.new_empty(0 if keep and not own else forward.grid_shape, dtype=torch.uint8))
+    return (_empty_result(x, plan.output_shape(shape), dtype, channels_last=is_channels_last(x)), *packed, *headers)
+
+
+def _empty_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+    memory_format = torch.contiguous_format
+    if channels_last:
+        memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=memory_format)
 
 
 @layer_backward.register_fake
@@ -357,12 +477,15 @@ def _layer_backward_fake(
     settings: Sequence[int],
     plan_key: str,
     input_shape: Sequence[int],
+    input_dtype: torch.dtype,
+    channels_last: bool,
     need_dx: bool,
     need_dw: bool,
+    slot_key: str,
+    forward_headers: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     plan = LayerPlan.from_key(plan_key)
     empty = e.new_empty(0, dtype=torch.float32)
-    dx = e.new_empty(input_shape, dtype=torch.float32) if need_dx else empty
+    dx = _empty_result(e, input_shape, input_dtype, channels_last=channels_last) if need_dx else empty
     dw = e.new_empty(plan.geometry.weight_shape, dtype=torch.float32) if need_dw else empty.clone()
-    e_grid = plan.layout(Role.ERROR, tuple(e.shape), Gemm.DGRAD).grid_shape
-    return dx, dw, e.new_empty(e_grid, dtype=torch.uint8)
+    return dx, dw

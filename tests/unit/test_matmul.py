@@ -157,7 +157,7 @@ def test_fast_sums_stay_within_the_stated_bound(name, powers):
     for gemm in Gemm:
         scale = dict(zip(READS[gemm], powers, strict=True))
         left, right, *rest = operands(name, gemm, lambda shape, role: wide(shape, role) * 2.0 ** scale[role])  # noqa: B023
-        got = fast_gemm(gemm, left, right, rest[0], rest[1]).numpy().astype(float)
+        got = fast_gemm(gemm, left, right, rest[0], rest[1]).float().numpy().astype(float)
         exact = exact_fractions(gemm, left, right, *rest).astype(float)
         size = exact_fractions(gemm, left, right, *rest, magnitudes=True).astype(float)
         accumulated = reduction_length(gemm, rest[0], rest[2]) * 2.0**-23 * size

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from dynasty_lightning import convert
 from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import MODELS, CifarResNet, Classifier, build_model
+from dynasty_lightning.models import MODELS, CifarResNet, Classifier, ResNet18, VisionTransformer, build_model
 
 
 def parameters(network):
@@ -41,6 +42,61 @@ def test_resnet_parameters(depth, in_channels, classes, count):
 def test_mlp_parameters():
     network = build_model("mlp", in_channels=1, image_size=8, classes=10)
     assert parameters(network) == 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+
+
+def test_mlp1024_has_three_hidden_layers():
+    network = build_model("mlp1024", in_channels=3, image_size=32, classes=10)
+    assert [(m.in_features, m.out_features) for m in network if isinstance(m, nn.Linear)] == [
+        (3072, 1024), (1024, 1024), (1024, 1024), (1024, 10),
+    ]  # fmt: skip
+    assert parameters(network) == 3072 * 1024 + 1024 + 2 * (1024 * 1024 + 1024) + 10240 + 10
+
+
+@pytest.mark.parametrize(("classes", "count"), [(10, 11_173_962), (100, 11_220_132)])
+def test_resnet18_parameters(classes, count):
+    network = ResNet18(classes=classes)
+    assert parameters(network) == count
+    assert len([m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]) + 1 == 18
+
+
+def test_resnet18_halves_the_image_three_times():
+    network = ResNet18(width=4)
+    assert network.blocks(network.stem(torch.randn(2, 3, 32, 32))).shape == (2, 32, 4, 4)
+
+
+def test_vit_parameters():
+    # DeiT-Tiny (Touvron et al., 2021) has 5,717,416, of which a class token and its position take 192 each.
+    assert parameters(VisionTransformer(image_size=224, patch_size=16, classes=1000, depth=12)) == 5_717_416 - 2 * 192
+    block = 4 * (192 * 192 + 192) + 2 * 192 * 768 + 768 + 192 + 4 * 192
+    patches, head = 3 * 16 * 192 + 192 + 64 * 192, 2 * 192 + 192 * 10 + 10
+    assert parameters(VisionTransformer()) == patches + 6 * block + head == 2_693_194
+
+
+def test_vit_attention_equals_torch():
+    ours = VisionTransformer(width=24, depth=1).blocks[0].attention
+    theirs = nn.MultiheadAttention(24, 3, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.projection.weight, "out_proj.bias": ours.projection.bias,
+        }
+    )  # fmt: skip
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"image_size": 30}, {"width": 190}])
+def test_vit_checks_its_sizes(options):
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        VisionTransformer(**options)
+
+
+@pytest.mark.parametrize(("model", "layers"), [("resnet18", 21), ("vit", 26), ("mlp1024", 4)])
+def test_every_gemm_with_a_weight_converts(model, layers):
+    network = build_model(model, in_channels=3, image_size=32, classes=10)
+    report = convert(network)
+    assert (len(report.converted), report.skipped) == (layers, ())
+    assert sum(isinstance(m, nn.Linear | nn.Conv2d) for m in network.modules()) == layers
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Second moments for the sensitivity analysis. Every sum has one order whatever the memory order and the number of threads.
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "lanes.h"
+#include "operand.h"
+#include "processor.h"
+
+namespace dynasty {
+namespace {
+
+template <typename T> void MeansByPosition(const MeanSquaresArgs& a, int64_t groups, int64_t channel_blocks) {
+  const T* x = static_cast<const T*>(a.x);
+#pragma omp for collapse(2) schedule(static)
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t block = 0; block < channel_blocks; ++block) {
+      const int64_t first_row = group * a.group_rows, last_row = std::min(a.rows, first_row + a.group_rows);
+      const int64_t first = block * a.block_channels, last = std::min(a.channels, first + a.block_channels);
+      const Float count = Floats(float((last_row - first_row) * (last - first)));
+      for (int64_t p = 0; p < a.positions; p += kLanes) {
+        const Mask lanes = FirstLanes(a.positions - p);
+        Float total = Floats(0.0f);
+        for (int64_t c = first; c < last; ++c) {
+          Float sum = Floats(0.0f);
+          for (int64_t r = first_row; r < last_row; ++r) {
+            const Float value = Load(x + r * a.stride_row + c * a.stride_channel + p, lanes);
+            sum = sum + value * value;
+          }
+          total = c == first ? sum : total + sum;
+        }
+        const int64_t step = a.grid_channels_last ? channel_blocks : 1;
+        float* out = a.out + group * channel_blocks * a.positions + (a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p);
+        float means[kLanes];
+        Store(means, total / count);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, a.positions - p); ++i) out[i * step] = means[i];
+      }
+    }
+  }
+}
+
+template <typename T> void MeansByChannel(const MeanSquaresArgs& a, int64_t groups, int64_t channel_blocks) {
+  const T* x = static_cast<const T*>(a.x);
+  // Several vectors side by side, so that one addition does not wait for the last.
+  constexpr int64_t kVectors = 4;
+  const int64_t chunk = std::max<int64_t>(kVectors * kLanes, a.block_channels);
+#pragma omp for collapse(2) schedule(static)
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t p = 0; p < a.positions; ++p) {
+      const int64_t first_row = group * a.group_rows, last_row = std::min(a.rows, first_row + a.group_rows);
+      for (int64_t start = 0; start < a.channels; start += chunk) {
+        const int64_t here = std::min(chunk, a.channels - start);
+        float sums[kVectors * kLanes];
+        Float sum[kVectors];
+        for (auto& s : sum) s = Floats(0.0f);
+        for (int64_t r = first_row; r < last_row; ++r) {
+          const T* from = x + r * a.stride_row + p * a.stride_position + start;
+          for (int64_t v = 0; v * kLanes < here; ++v) {
+            const Float value = Load(from + v * kLanes, FirstLanes(here - v * kLanes));
+            sum[v] = sum[v] + value * value;
+          }
+        }
+        for (int64_t v = 0; v < kVectors; ++v) Store(sums + v * kLanes, sum[v]);
+        for (int64_t c = 0; c < here; c += a.block_channels) {
+          const int64_t end = std::min(here, c + a.block_channels), block = (start + c) / a.block_channels;
+          float total = sums[c];
+          for (int64_t i = c + 1; i < end; ++i) total = total + sums[i];
+          const int64_t at = a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p;
+          a.out[group * channel_blocks * a.positions + at] = total / float((last_row - first_row) * (end - c));
+        }
+      }
+    }
+  }
+}
+
+template <typename T> void Means(const MeanSquaresArgs& a) {
+  const int64_t groups = (a.rows + a.group_rows - 1) / a.group_rows, channel_blocks = (a.channels + a.block_channels - 1) / a.block_channels;
+#pragma omp parallel num_threads(int(a.threads))
+  {
+    const DefaultRounding rounding;
+    if (a.stride_position == 1 && a.stride_channel != 1) {
+      MeansByPosition<T>(a, groups, channel_blocks);
+    } else {
+      MeansByChannel<T>(a, groups, channel_blocks);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int dynasty_mean_squares(const MeanSquaresArgs* args) {
+  if (!args || !args->x || !args->out || args->rows < 1 || args->positions < 1 || args->channels < 1 || args->group_rows < 1 ||
+      args->block_channels < 1 || args->block_channels > kMaxBlockChannels || args->threads < 1 ||
+      (args->stride_position != 1 && args->stride_channel != 1)) {
+    return kBadArguments;
+  }
+  args->x_is_bfloat16 ? Means<Bf16_t>(*args) : Means<float>(*args);
+  return kDone;
+}
+
+}  // namespace dynasty

@@ -1,0 +1,488 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels of the CPU (`core/cpp`): built on first use, called through ctypes. Without a compiler the pure-torch paths do the same work.
+
+The library lands in DYNASTY_CACHE, or the user's cache folder, under a hash of sources, compiler, flags and processor features.
+DYNASTY_NATIVE=0 turns the kernels off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from .blocks import BlockLayout
+from .random import StreamPosition
+from .roles import Role
+
+Sanitizer = Literal["address", "undefined"]
+Scope = Literal["tensor", "sample", "row"]
+
+SOURCES: Final = Path(__file__).parent / "cpp"
+FLAGS: Final = (
+    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fopenmp",
+    "-ffp-contract=off", "-fno-math-errno",  # no fused multiply-add but where the source has one; never -ffast-math
+    "-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # g++ 12's own AVX-512 headers read undefined vectors
+)  # fmt: skip
+SANITIZER_FLAGS: Final = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+CHANNEL_EDGES: Final = (1, 2, 4, 8, 16, 32)
+"""Channels of a block that the kernels vectorise over."""
+
+_COMPILE_SECONDS: Final = 300
+_NONFINITE, _VALUES_NOT_WRITTEN, _BAD_ARGUMENTS = 1, 2, 4
+_SCOPES: Final = {"tensor": 0, "sample": 1, "row": 2}
+_ELEMENTS_PER_THREAD: Final = 1 << 15  # below, starting a thread costs more than it saves
+_DROP_SLACK: Final = 256
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled; the message holds the command and the compiler's last lines."""
+
+
+def _structure(name: str, fields: Sequence[tuple[str, str]]) -> type[ctypes.Structure]:
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64}
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, kinds[k]) for n, k in fields]})
+
+
+def _fields(text: str) -> list[tuple[str, str]]:
+    return [(word.rstrip("*"), "p" if word.endswith("*") else "i") for word in text.split()]
+
+
+# Mirrors of cpp/operand.h, in its order; * marks pointers.
+_QuantizeArgs = _structure(
+    "_QuantizeArgs",
+    _fields(
+        "x* x_is_bfloat16 rows positions channels stride_row stride_position stride_channel block_rows block_channels group_rows "
+        "group_channels grid_channels_last request* request_row request_position request_channel is_threshold least_bits most_bits role "
+        "stochastic force_signed scope seed rank backward_count call_index layer logical_channels_last peaks* plans* drops* "
+        "largest_exponents* codes* values* relative_exponents* headers* threads"
+    ),
+)
+_DequantizeArgs = _structure(
+    "_DequantizeArgs",
+    _fields(
+        "codes* relative_exponents* headers* largest_exponent rows positions channels block_rows block_channels grid_channels_last values* threads"
+    ),
+)
+_MeanSquaresArgs = _structure(
+    "_MeanSquaresArgs",
+    _fields(
+        "x* x_is_bfloat16 rows positions channels stride_row stride_position stride_channel group_rows block_channels "
+        "grid_channels_last out* threads"
+    ),
+)
+_WidenArgs = _structure("_WidenArgs", _fields("values* bias* rows positions channels channels_last out* threads"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedArrays:
+    """What a quantizer kernel writes; see `quantize.QuantizedBlocks`. `values` is None where none were asked for or could be written."""
+
+    codes: Tensor
+    relative_exponents: Tensor
+    headers: Tensor
+    largest_exponents: Tensor
+    values: Tensor | None
+
+
+# -- the library
+
+
+def available() -> bool:
+    """Whether the kernels can be used; the first call compiles them, and warns if that fails."""
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> Any:
+    if os.environ.get("DYNASTY_NATIVE", "1") == "0":
+        return None
+    try:
+        return load(build())
+    except (BuildError, OSError) as error:
+        warnings.warn(
+            f"the compiled quantizer is not available, so training runs on the pure-torch one, several times slower: {error}\n"
+            "Install g++ (Debian: apt-get install g++), or set DYNASTY_NATIVE=0 to do without and not be told.",
+            stacklevel=4,
+        )
+        return None
+
+
+def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cache: Path | str | None = None) -> Path:
+    """The kernels' library, from the cache or compiled.
+
+    Args:
+        sanitizer: compile with it; the process must run with its runtime preloaded.
+        plain_lanes: the portable loops instead of AVX-512, as other processors get them.
+        cache: folder; None: DYNASTY_CACHE, or the user's cache folder.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise BuildError(f"no C++ compiler {os.environ.get('CXX', 'g++')!r} on PATH")
+    flags = [
+        *FLAGS,
+        *((f"-fsanitize={sanitizer}", *SANITIZER_FLAGS) if sanitizer else ()),
+        *(["-DDYNASTY_PLAIN_LANES"] if plain_lanes else []),
+    ]
+    files = sorted(SOURCES.glob("*.cpp"))
+    key = hashlib.sha256()
+    for part in (_version(compiler), _processor(), *flags):
+        key.update(part.encode() + b"\0")
+    for file in (*files, *sorted(SOURCES.glob("*.h"))):
+        key.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    folder = Path(cache) if cache is not None else _cache_folder()
+    target = folder / f"dynasty-kernels-{key.hexdigest()[:24]}.so"
+    if target.exists():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Compiled beside its place and renamed: another process sees the whole library or none.
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written") from error
+    os.close(handle)
+    command = [compiler, *flags, "-o", temporary, *map(str, files)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
+        if done.returncode:
+            raise BuildError(f"{' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-15:]))
+        os.replace(temporary, target)
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"{' '.join(command)}: no end after {_COMPILE_SECONDS} s") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def load(path: Path) -> Any:
+    """A built library with its functions typed."""
+    library = ctypes.CDLL(str(path))
+    structures = {"quantize": _QuantizeArgs, "dequantize": _DequantizeArgs, "widen": _WidenArgs, "mean_squares": _MeanSquaresArgs}
+    for name, structure in structures.items():
+        function = getattr(library, f"dynasty_{name}")
+        function.argtypes, function.restype = [ctypes.POINTER(structure)], ctypes.c_int
+    library.dynasty_stream_numbers.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+    library.dynasty_stream_numbers.restype = None
+    return library
+
+
+def _cache_folder() -> Path:
+    named = os.environ.get("DYNASTY_CACHE")
+    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning"
+    return base / "kernels"
+
+
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
+    return done.stdout.splitlines()[0] if done.stdout else compiler
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache on a shared disk serves several kinds of machine."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = {line.partition(":")[0].strip(): line for line in reversed(lines)}
+    return " ".join([platform.machine(), *(wanted.get(k, "") for k in ("flags", "Features", "model", "cpu family"))])
+
+
+# -- buffers that live from step to step
+
+
+class _Workspace(threading.local):
+    """Memory for what an operator needs while it runs, one for each thread: fresh pages each step would cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, slot: str, size: int) -> Tensor:
+        """`size` bytes, uint8, good until the slot is taken again on this thread."""
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = torch.empty(size + size // 8, dtype=torch.uint8)
+            self._buffers[slot] = buffer
+        return buffer[:size]
+
+
+_workspace = _Workspace()
+
+
+def workspace_values(slot: str, layout: BlockLayout) -> Tensor:
+    """A bfloat16 tensor of the layout's shape, channels innermost, good until the slot is taken again on this thread."""
+    count = 1
+    for n in layout.shape:
+        count *= n
+    return _channels_innermost(_workspace.take(slot, 2 * count).view(torch.bfloat16), layout)
+
+
+def empty_channels_innermost(layout: BlockLayout, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """A tensor of the layout's shape whose channel axis has stride 1: contiguous for a Linear, channels_last for a Conv."""
+    axis = layout.channel_axis
+    order = [n for a, n in enumerate(layout.shape) if a != axis] + [layout.shape[axis]]
+    return torch.empty(order, dtype=dtype, device=device).movedim(-1, axis)
+
+
+def _channels_innermost(flat: Tensor, layout: BlockLayout) -> Tensor:
+    axis = layout.channel_axis
+    order = [n for a, n in enumerate(layout.shape) if a != axis] + [layout.shape[axis]]
+    return flat.view(order).movedim(-1, axis)
+
+
+# -- kernels
+
+
+def supports(layout: BlockLayout) -> bool:
+    """Whether the kernels take operands of a layout: channels on axis 1 or the last, block channels a power of two up to 32."""
+    return layout.block_shape[1] in CHANNEL_EDGES and layout.channel_axis in (1, len(layout.shape) - 1)
+
+
+def quantize(
+    x: Tensor,
+    layout: BlockLayout,
+    request: Tensor,
+    *,
+    is_threshold: bool,
+    role: Role,
+    least_bits: int,
+    most_bits: int,
+    width_group: tuple[int, int] | None,
+    stochastic: bool,
+    force_signed: bool,
+    stream: StreamPosition,
+    scope: Scope,
+    values: Tensor | None = None,
+    codes: Tensor | None = None,
+    library: Any = None,
+) -> QuantizedArrays | None:
+    """`quantize.quantize_blocks` in C++; None if some element is NaN or Inf.
+
+    Args:
+        x: float32 or bfloat16 CPU tensor of the layout's shape, any strides.
+        request: integers that broadcast to the grid.
+        values, codes: where to write bfloat16 values (None: nowhere) and codes (None: a new tensor), channels innermost.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel must not be given.
+    """
+    library = library or _library()
+    if not supports(layout):
+        raise ValueError(f"the kernel takes block channels in {CHANNEL_EDGES} on axis 1 or the last, not {layout}")
+    if tuple(x.shape) != layout.shape or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"the kernel takes a float32 or bfloat16 CPU tensor of shape {layout.shape}, not {x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+    x, (rows, positions, channels), strides, grid_channels_last = _operand(x, layout)
+    grid = layout.grid_shape
+    request, request_strides = _request(request, layout)
+    blocks = 1
+    for n in grid:
+        blocks *= n
+    scopes = {
+        "tensor": [1] * len(grid),
+        "sample": [grid[0], *[1] * (len(grid) - 1)],
+        "row": [1 if a == layout.channel_axis else n for a, n in enumerate(grid)],
+    }[scope]
+    if codes is None:
+        codes = empty_channels_innermost(layout, torch.uint8)
+    for name, tensor, dtype in (("codes", codes, torch.uint8), ("values", values, torch.bfloat16)):
+        if tensor is not None and (
+            tuple(tensor.shape) != layout.shape or tensor.dtype != dtype or not tensor.movedim(layout.channel_axis, -1).is_contiguous()
+        ):
+            raise ValueError(
+                f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    relative_exponents = torch.empty(grid, dtype=torch.int8)
+    headers = torch.empty(grid, dtype=torch.uint8)
+    largest = torch.empty(scopes, dtype=torch.int32)
+    drops = is_threshold and stochastic and role is Role.ERROR and not least_bits
+    group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
+    scratch = _workspace.take("plan", 8 * blocks + (2 * blocks + 2 * _DROP_SLACK if drops else 0)).data_ptr()
+    args = _QuantizeArgs(
+        x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, *layout.block_shape, *group, grid_channels_last,
+        request.data_ptr(), *request_strides, is_threshold, least_bits, most_bits, int(role), stochastic, force_signed, _SCOPES[scope],
+        stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, grid_channels_last,
+        scratch, scratch + 4 * blocks, scratch + 8 * blocks if drops else None, largest.data_ptr(),
+        codes.data_ptr(), None if values is None else values.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), _threads(x.numel()),
+    )  # fmt: skip
+    status = library.dynasty_quantize(ctypes.byref(args))
+    if status & _BAD_ARGUMENTS:
+        raise ValueError(
+            f"the kernel refused its arguments: {layout}, request {tuple(request.shape)}, scope {scope!r}, widths {least_bits} to {most_bits}"
+        )
+    if status & _NONFINITE:
+        return None
+    return QuantizedArrays(
+        codes=codes,
+        relative_exponents=relative_exponents,
+        headers=headers,
+        largest_exponents=largest,
+        values=None if status & _VALUES_NOT_WRITTEN else values,
+    )
+
+
+def dequantize(
+    codes: Tensor,
+    relative_exponents: Tensor,
+    headers: Tensor,
+    largest_exponent: int,
+    layout: BlockLayout,
+    values: Tensor,
+    *,
+    library: Any = None,
+) -> Tensor:
+    """`values` filled with the bfloat16 values of channels-innermost codes of one scope, all of them normal numbers.
+
+    Raises:
+        ValueError: shapes, types or strides that the kernel must not be given.
+    """
+    for name, tensor, dtype in (("codes", codes, torch.uint8), ("values", values, torch.bfloat16)):
+        if tuple(tensor.shape) != layout.shape or tensor.dtype != dtype or not tensor.movedim(layout.channel_axis, -1).is_contiguous():
+            raise ValueError(
+                f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    for name, tensor, dtype in (("relative_exponents", relative_exponents, torch.int8), ("headers", headers, torch.uint8)):
+        if tuple(tensor.shape) != layout.grid_shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} of the grid {layout.grid_shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+    rows, positions, channels = _extents(layout)
+    args = _DequantizeArgs(
+        codes.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), largest_exponent, rows, positions, channels, *layout.block_shape,
+        _grid_channels_last(layout), values.data_ptr(), _threads(codes.numel()),
+    )  # fmt: skip
+    if (library or _library()).dynasty_dequantize(ctypes.byref(args)):
+        raise ValueError(f"the kernel refused its arguments: {layout}")
+    return values
+
+
+def widen(values: Tensor, channel_axis: int, *, channels_last: bool, bias: Tensor | None = None, library: Any = None) -> Tensor:
+    """A bfloat16 tensor in float32, plus `bias` for each channel: contiguous, or channels innermost where `channels_last`.
+
+    Args:
+        values: channels innermost or contiguous; a copy is made of what is neither.
+
+    Raises:
+        ValueError: not bfloat16 on the CPU, or a bias that is not float32 with an element a channel.
+    """
+    axis = channel_axis % values.ndim
+    if values.dtype != torch.bfloat16 or values.device.type != "cpu" or values.ndim < 2:
+        raise ValueError(
+            f"widen takes bfloat16 CPU tensors of two axes or more, not {values.dtype} {tuple(values.shape)} on {values.device}"
+        )
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (values.shape[axis],)):
+        raise ValueError(f"the bias must be float32 with {values.shape[axis]} elements, not {bias.dtype} {tuple(bias.shape)}")
+    layout = BlockLayout(shape=tuple(values.shape), block_shape=(1, 1), channel_axis=axis)
+    innermost = values.movedim(axis, -1)
+    if not innermost.is_contiguous():
+        if values.is_contiguous() and not channels_last and bias is None:
+            # Nothing to transpose: one run of elements.
+            out = torch.empty(values.shape, dtype=torch.float32)
+            args = _WidenArgs(values.data_ptr(), None, 1, 1, values.numel(), 1, out.data_ptr(), _threads(values.numel()))
+            (library or _library()).dynasty_widen(ctypes.byref(args))
+            return out
+        innermost = innermost.contiguous()
+    rows, positions, channels = _extents(layout)
+    to_innermost = channels_last or axis == values.ndim - 1
+    out = empty_channels_innermost(layout, torch.float32) if to_innermost else torch.empty(values.shape, dtype=torch.float32)
+    bias = None if bias is None else bias.contiguous()
+    args = _WidenArgs(
+        innermost.data_ptr(), None if bias is None else bias.data_ptr(), rows, positions, channels, to_innermost, out.data_ptr(),
+        _threads(values.numel()),
+    )  # fmt: skip
+    if (library or _library()).dynasty_widen(ctypes.byref(args)):
+        raise ValueError(f"the kernel refused its arguments: {tuple(values.shape)}")
+    return out
+
+
+def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tensor:
+    """`stats.mean_squares` in C++; float32 or bfloat16 on the CPU.
+
+    Raises:
+        ValueError: shapes or types that the kernel must not be given.
+    """
+    if tuple(x.shape) != layout.shape or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not supports(layout):
+        raise ValueError(f"the kernel takes a float32 or bfloat16 CPU tensor of {layout}, not {x.dtype} {tuple(x.shape)} on {x.device}")
+    x, extents, strides, grid_channels_last = _operand(x, layout)
+    out = torch.empty(layout.grid_shape, dtype=torch.float32)
+    args = _MeanSquaresArgs(
+        x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, grid_channels_last, out.data_ptr(), _threads(x.numel()),
+    )  # fmt: skip
+    if (library or _library()).dynasty_mean_squares(ctypes.byref(args)):
+        raise ValueError(f"the kernel refused its arguments: {layout}")
+    return out
+
+
+def stream_numbers(position: StreamPosition, code: int, count: int, *, library: Any = None) -> Tensor:
+    """`random.stream_numbers` from the kernel, int32; for its tests."""
+    words = (ctypes.c_int64 * 6)(position.seed, position.rank, position.backward_count, position.call_index, position.layer, code)
+    out = torch.empty(count, dtype=torch.int16)
+    (library or _library()).dynasty_stream_numbers(words, count, out.data_ptr())
+    return out.to(torch.int32) & 0xFFFF
+
+
+# -- shapes
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
+
+
+def _grid_channels_last(layout: BlockLayout) -> bool:
+    return layout.channel_axis == len(layout.shape) - 1
+
+
+def _extents(layout: BlockLayout) -> tuple[int, int, int]:
+    """Rows, positions, channels."""
+    positions = 1
+    for axis, n in enumerate(layout.shape):
+        if axis not in (0, layout.channel_axis):
+            positions *= n
+    return layout.shape[0], positions, layout.shape[layout.channel_axis]
+
+
+def _operand(x: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, int], bool]:
+    """x in an order that the kernel reads (copied if it is in none), its extents and strides as [rows, positions, channels]."""
+    extents = _extents(layout)
+    rows, positions, channels = extents
+    grid_channels_last = _grid_channels_last(layout)
+    # Positions first: a single channel is contiguous both ways, and lanes are better filled along positions.
+    if not grid_channels_last and x[0].is_contiguous():
+        return x, extents, (x.stride(0), 1, positions), grid_channels_last
+    if x.movedim(layout.channel_axis, -1)[0].is_contiguous():
+        return x, extents, (x.stride(0), channels, 1), grid_channels_last
+    x = x.contiguous()
+    return (
+        x,
+        extents,
+        (channels * positions, channels, 1) if grid_channels_last else (channels * positions, 1, positions),
+        grid_channels_last,
+    )
+
+
+def _request(request: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int]]:
+    """The request as int16 and its strides along the grid's rows, positions and channels."""
+    if request.dtype != torch.int16:
+        # Far beyond float32's exponents every threshold asks for the same.
+        request = request.clamp(-8192, 8191).to(torch.int16) if request.dtype != torch.uint8 else request.to(torch.int16)
+    if request.numel() == 1:
+        return request, (0, 0, 0)
+    grid = layout.grid_shape
+    # Positions as one axis: a view unless only some of them broadcast.
+    full = request.expand(grid).movedim(layout.channel_axis, -1).reshape(grid[0], -1, grid[layout.channel_axis])
+    strides = tuple(0 if n == 1 else s for n, s in zip(full.shape, full.stride(), strict=True))
+    return full, (strides[0], strides[1], strides[2])

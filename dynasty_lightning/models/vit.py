@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small Vision Transformer whose matrix products with weights are all nn.Linear or nn.Conv2d, so that they convert."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Attention(nn.Module):
+    """Self-attention with one Linear layer for queries, keys and values: their common input is quantized once."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm transformer over image patches (Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021), its tokens averaged.
+
+    There is no class token, so a 32 x 32 image in patches of 4 has 64 tokens. Defaults: the width and heads of DeiT-Tiny at half its depth.
+
+    Raises:
+        ValueError: an image that patches do not tile, or a width that heads do not divide.
+    """
+
+    def __init__(
+        self, *, image_size: int = 32, patch_size: int = 4, in_channels: int = 3, classes: int = 10, width: int = 192, depth: int = 6,
+        heads: int = 3, mlp_ratio: int = 4,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of heads {heads}")
+        self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.position = nn.Parameter(torch.empty(1, (image_size // patch_size) ** 2, width))
+        self.blocks = nn.Sequential(*[_Block(width, heads, mlp_ratio) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.position, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.blocks(tokens)).mean(1))

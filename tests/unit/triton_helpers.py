@@ -1,0 +1,108 @@
+"""What tests of the CUDA quantizer run in a process of their own: triton is imported with its interpreter on or off, once and for all."""
+
+import os
+import pickle
+import sys
+from typing import Any
+
+import torch
+
+
+def start(interpret: bool, cache: str) -> None:
+    """First call in the process."""
+    assert "triton" not in sys.modules, "TRITON_INTERPRET is read when triton is imported"
+    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+    os.environ["TRITON_CACHE_DIR"] = cache  # kernels are compiled, not found
+    torch.set_num_threads(1)
+
+
+def call(pickled: bytes) -> bytes:
+    """`name(*args, **options)` of this module, as bytes: a process pool would send tensors through shared memory."""
+    name, args, options = pickle.loads(pickled)
+    return pickle.dumps(globals()[name](*args, **options))
+
+
+def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=None, wide=False, **options) -> dict[str, Any] | None:
+    """quantize_cuda's results by name, and what dequantize_cuda makes of them in the type `dequantized`."""
+    from dynasty_lightning.core import triton_quantizer
+
+    kept = triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets
+    try:
+        triton_quantizer._TILE_ELEMENTS = tile_elements or kept[0]
+        triton_quantizer._needs_wide_offsets = (lambda _: True) if wide else kept[1]
+        results = triton_quantizer.quantize_cuda(x, layout, request, **options)
+        if results is None:
+            return None
+        codes, relative_exponents, headers, largest_exponents, values = results
+        fields = {
+            "codes": codes, "relative_exponents": relative_exponents, "headers": headers, "largest_exponents": largest_exponents,
+            "values": values,
+        }  # fmt: skip
+        if largest_exponents.numel() == 1:
+            fields["dequantized"] = triton_quantizer.dequantize_cuda(
+                codes, relative_exponents, headers, largest_exponents, layout, dequantized
+            )
+        return fields
+    finally:
+        triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets = kept
+
+
+def numbers(stream, code: int, count: int, *, share: int, wide: bool, device: str = "cpu") -> torch.Tensor:
+    """The first `count` numbers of the stream, `share` to a counter."""
+    from dynasty_lightning.core.triton_quantizer import _stream_words
+
+    from . import triton_stream
+
+    groups = 1 << (-(-count // share) - 1).bit_length()
+    out = torch.empty(groups * share, dtype=torch.int32, device=device)
+    triton_stream.numbers_kernel[(1,)](out, **_stream_words(stream, code), GROUPS=groups, SHARE=share, WIDE=wide)
+    return out[:count].cpu()
+
+
+def philox(counter, key, *, device: str = "cpu") -> list[int]:
+    from . import triton_stream
+
+    words = torch.tensor([*counter, *key], dtype=torch.int64, device=device)
+    out = torch.empty(4, dtype=torch.int64, device=device)
+    triton_stream.philox_kernel[(1,)](words, out)
+    return out.tolist()
+
+
+def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
+    """PTX of each kernel that the call would launch, compiled without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dynasty_lightning.core import triton_quantizer
+
+    pointers = {torch.int32: "*i32", torch.uint8: "*u8", torch.int16: "*i16", torch.float16: "*fp16"}
+    texts: dict[str, str] = {}
+
+    def launch(kernel, programs, warps, **arguments):
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            value = arguments[parameter.name]
+            varies = parameter.do_not_specialize
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = pointers[value.dtype]
+            elif parameter.is_constexpr or (value == 1 and not varies):
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+            else:
+                signature[parameter.name] = "i32"
+            if isinstance(value, torch.Tensor) or (signature[parameter.name] == "i32" and value % 16 == 0 and not varies):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        texts[kernel.fn.__name__] = binary.asm["ptx"]
+
+    kept = triton_quantizer._launch
+    try:
+        triton_quantizer._launch = launch
+        triton_quantizer.quantize_cuda(x, layout, request, **options)
+        codes, grid = torch.zeros(layout.shape, dtype=torch.uint8), layout.grid_shape
+        headers, scales = torch.zeros(grid, dtype=torch.uint8), torch.zeros(grid, dtype=torch.int8)
+        triton_quantizer.dequantize_cuda(codes, scales, headers, torch.zeros(1, dtype=torch.int32), layout, torch.bfloat16)
+    finally:
+        triton_quantizer._launch = kept
+    return texts

@@ -1,0 +1,27 @@
+"""Kernels around the random stream of `triton_kernels`, so that its numbers can be seen. Imports triton: only for `triton_helpers`."""
+
+import triton
+import triton.language as tl
+
+from dynasty_lightning.core.triton_kernels import _VARYING, _numbers, philox
+
+
+@triton.jit(do_not_specialize=[name for name in _VARYING if name in ("seed", "rank", "backward_count", "call_index", "stream_word")])
+def numbers_kernel(out, seed, rank, backward_count, call_index, stream_word, GROUPS: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr):
+    index = tl.arange(0, GROUPS) * SHARE
+    if WIDE:
+        index = index.to(tl.int64)
+    numbers = _numbers(index, seed, rank, backward_count, call_index, stream_word, SHARE, WIDE)
+    tl.store(out + tl.arange(0, GROUPS * SHARE), numbers)
+
+
+@triton.jit
+def philox_kernel(words, out):
+    c0, c1 = tl.load(words).to(tl.uint32), tl.load(words + 1).to(tl.uint32)
+    c2, c3 = tl.load(words + 2).to(tl.uint32), tl.load(words + 3).to(tl.uint32)
+    k0, k1 = tl.load(words + 4).to(tl.uint32), tl.load(words + 5).to(tl.uint32)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+    tl.store(out, w0.to(tl.int64))
+    tl.store(out + 1, w1.to(tl.int64))
+    tl.store(out + 2, w2.to(tl.int64))
+    tl.store(out + 3, w3.to(tl.int64))
