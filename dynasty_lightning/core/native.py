@@ -239,6 +239,16 @@ def empty_channels_innermost(layout: BlockLayout, dtype: torch.dtype, device: to
     return torch.empty(order, dtype=dtype, device=device).movedim(-1, axis)
 
 
+def empty_grid(x: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
+    """A tensor of the layout's grid, in the memory order in which an operand's blocks are walked: as the operand itself lies."""
+    innermost = x.device.type == "cpu" and not _positions_innermost(x, layout)
+    axis = layout.channel_axis
+    if not innermost or axis == len(layout.shape) - 1:
+        return torch.empty(layout.grid_shape, dtype=dtype, device=x.device)
+    grid = layout.grid_shape
+    return torch.empty([n for a, n in enumerate(grid) if a != axis] + [grid[axis]], dtype=dtype, device=x.device).movedim(-1, axis)
+
+
 def _channels_innermost(flat: Tensor, layout: BlockLayout) -> Tensor:
     axis = layout.channel_axis
     order = [n for a, n in enumerate(layout.shape) if a != axis] + [layout.shape[axis]]
@@ -288,9 +298,11 @@ def quantize(
         raise ValueError(
             f"the kernel takes a float32 or bfloat16 CPU tensor of shape {layout.shape}, not {x.dtype} {tuple(x.shape)} on {x.device}"
         )
-    x, (rows, positions, channels), strides, grid_channels_last = _operand(x, layout)
+    relative_exponents, headers = empty_grid(x, layout, torch.int8), empty_grid(x, layout, torch.uint8)
+    x, (rows, positions, channels), strides = _operand(x, layout)
+    channels_innermost = strides[2] == 1
     grid = layout.grid_shape
-    request, request_strides = _request(request, layout)
+    request, request_strides = _request(request, layout, channels_innermost=channels_innermost)
     blocks = 1
     for n in grid:
         blocks *= n
@@ -308,16 +320,14 @@ def quantize(
             raise ValueError(
                 f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
             )
-    relative_exponents = torch.empty(grid, dtype=torch.int8)
-    headers = torch.empty(grid, dtype=torch.uint8)
     largest = torch.empty(scopes, dtype=torch.int32)
     drops = is_threshold and stochastic and role is Role.ERROR and not least_bits
     group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
     scratch = _workspace.take("plan", 8 * blocks + (2 * blocks + 2 * _DROP_SLACK if drops else 0)).data_ptr()
     args = _QuantizeArgs(
-        x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, *layout.block_shape, *group, grid_channels_last,
+        x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, *layout.block_shape, *group, channels_innermost,
         request.data_ptr(), *request_strides, is_threshold, least_bits, most_bits, int(role), stochastic, force_signed, _SCOPES[scope],
-        stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, grid_channels_last,
+        stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, _last(layout),
         scratch, scratch + 4 * blocks, scratch + 8 * blocks if drops else None, largest.data_ptr(),
         codes.data_ptr(), None if values is None else values.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), _threads(x.numel()),
     )  # fmt: skip
@@ -358,12 +368,15 @@ def dequantize(
                 f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
             )
     for name, tensor, dtype in (("relative_exponents", relative_exponents, torch.int8), ("headers", headers, torch.uint8)):
-        if tuple(tensor.shape) != layout.grid_shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous {dtype} of the grid {layout.grid_shape}, not {tensor.dtype} {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != layout.grid_shape or tensor.dtype != dtype or tensor.stride() != headers.stride():
+            raise ValueError(f"{name} must be {dtype} of the grid {layout.grid_shape} in one order, not {tensor.dtype} {tuple(tensor.shape)}")
+    channels_innermost = headers.movedim(layout.channel_axis, -1).is_contiguous()
+    if not channels_innermost and not headers.is_contiguous():
+        raise ValueError(f"headers must be contiguous or channels innermost, not of strides {headers.stride()}")
     rows, positions, channels = _extents(layout)
     args = _DequantizeArgs(
         codes.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), largest_exponent, rows, positions, channels, *layout.block_shape,
-        _grid_channels_last(layout), values.data_ptr(), _threads(codes.numel()),
+        channels_innermost, values.data_ptr(), _threads(codes.numel()),
     )  # fmt: skip
     if (library or _library()).dynasty_dequantize(ctypes.byref(args)):
         raise ValueError(f"the kernel refused its arguments: {layout}")
@@ -417,10 +430,10 @@ def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tens
     """
     if tuple(x.shape) != layout.shape or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not supports(layout):
         raise ValueError(f"the kernel takes a float32 or bfloat16 CPU tensor of {layout}, not {x.dtype} {tuple(x.shape)} on {x.device}")
-    x, extents, strides, grid_channels_last = _operand(x, layout)
+    x, extents, strides = _operand(x, layout)
     out = torch.empty(layout.grid_shape, dtype=torch.float32)
     args = _MeanSquaresArgs(
-        x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, grid_channels_last, out.data_ptr(), _threads(x.numel()),
+        x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, _last(layout), out.data_ptr(), _threads(x.numel()),
     )  # fmt: skip
     if (library or _library()).dynasty_mean_squares(ctypes.byref(args)):
         raise ValueError(f"the kernel refused its arguments: {layout}")
@@ -442,7 +455,8 @@ def _threads(elements: int) -> int:
     return max(1, min(torch.get_num_threads(), elements // _ELEMENTS_PER_THREAD))
 
 
-def _grid_channels_last(layout: BlockLayout) -> bool:
+def _last(layout: BlockLayout) -> bool:
+    """Whether channels are the last axis."""
     return layout.channel_axis == len(layout.shape) - 1
 
 
@@ -455,26 +469,26 @@ def _extents(layout: BlockLayout) -> tuple[int, int, int]:
     return layout.shape[0], positions, layout.shape[layout.channel_axis]
 
 
-def _operand(x: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, int], bool]:
+def _positions_innermost(x: Tensor, layout: BlockLayout) -> bool:
+    """Whether x is read along its positions: channels on axis 1, contiguous or in no order that can be read as it is."""
+    # A single channel is contiguous both ways, and lanes are better filled along positions.
+    if _last(layout) or _extents(layout)[1] == 1:
+        return False
+    return bool(x[0].is_contiguous() or not x.movedim(layout.channel_axis, -1)[0].is_contiguous())
+
+
+def _operand(x: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, int]]:
     """x in an order that the kernel reads (copied if it is in none), its extents and strides as [rows, positions, channels]."""
     extents = _extents(layout)
-    rows, positions, channels = extents
-    grid_channels_last = _grid_channels_last(layout)
-    # Positions first: a single channel is contiguous both ways, and lanes are better filled along positions.
-    if not grid_channels_last and x[0].is_contiguous():
-        return x, extents, (x.stride(0), 1, positions), grid_channels_last
-    if x.movedim(layout.channel_axis, -1)[0].is_contiguous():
-        return x, extents, (x.stride(0), channels, 1), grid_channels_last
-    x = x.contiguous()
-    return (
-        x,
-        extents,
-        (channels * positions, channels, 1) if grid_channels_last else (channels * positions, 1, positions),
-        grid_channels_last,
-    )
+    _, positions, channels = extents
+    if _positions_innermost(x, layout):
+        x = x if x[0].is_contiguous() else x.contiguous()
+        return x, extents, (x.stride(0), 1, positions)
+    x = x if x.movedim(layout.channel_axis, -1)[0].is_contiguous() else x.contiguous()
+    return x, extents, (x.stride(0), channels, 1)
 
 
-def _request(request: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int]]:
+def _request(request: Tensor, layout: BlockLayout, *, channels_innermost: bool) -> tuple[Tensor, tuple[int, int, int]]:
     """The request as int16 and its strides along the grid's rows, positions and channels."""
     if request.dtype != torch.int16:
         # Far beyond float32's exponents every threshold asks for the same.
@@ -484,5 +498,8 @@ def _request(request: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, i
     grid = layout.grid_shape
     # Positions as one axis: a view unless only some of them broadcast.
     full = request.expand(grid).movedim(layout.channel_axis, -1).reshape(grid[0], -1, grid[layout.channel_axis])
+    if channels_innermost and full.stride(2) not in (0, 1):
+        # In the order in which blocks are walked; the rows of a map are one, so this is small.
+        full = (full[:1] if full.stride(0) == 0 else full).contiguous()
     strides = tuple(0 if n == 1 else s for n, s in zip(full.shape, full.stride(), strict=True))
     return full, (strides[0], strides[1], strides[2])

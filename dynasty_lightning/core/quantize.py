@@ -413,8 +413,8 @@ def quantize_in_torch(
     return QuantizedBlocks(
         layout=layout,
         codes=codes,
-        relative_exponents=torch.where(active, scale_exponent - ceiling, 0).to(torch.int8),
-        headers=make_headers(torch.where(active, width, 0), signed & active, occupied),
+        relative_exponents=native.empty_grid(x, layout, torch.int8).copy_(torch.where(active, scale_exponent - ceiling, 0)),
+        headers=native.empty_grid(x, layout, torch.uint8).copy_(make_headers(torch.where(active, width, 0), signed & active, occupied)),
         largest_exponents=ceiling,
         passthrough=passthrough,
         finite=finite,

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.blocks import BandedWeight, BlockLayout
 from ..core.matmul import exact_gemm, fast_gemm, finish, is_safe
-from ..core.native import empty_channels_innermost
+from ..core.native import empty_channels_innermost, empty_grid
 from ..core.precision import OperandPrecision
 from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
 from ..core.random import StreamPosition
@@ -440,23 +440,25 @@ def _layer_forward_fake(
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(x.shape)
     own = has_own_blocks(plan, training=training)
-    operands = ((Role.ACTIVATION, Gemm.WGRAD, keep_x, shape), (Role.WEIGHT, Gemm.DGRAD, keep_w, plan.weight_shape()))
+    banded = weight if plan.band is None else weight.new_empty(plan.weight_shape())
+    operands = ((Role.ACTIVATION, Gemm.WGRAD, keep_x, x), (Role.WEIGHT, Gemm.DGRAD, keep_w, banded))
     packed: list[Tensor] = []
     headers: list[Tensor] = []
-    for role, backward_gemm, keep, operand in operands:
+    for role, backward_gemm, keep, tensor in operands:
+        operand = tuple(tensor.shape)
         layout = plan.layout(role, operand, backward_gemm if own else Gemm.FORWARD)
         if keep:
             packed += [
                 empty_channels_innermost(layout, torch.uint8, x.device),
-                x.new_empty(layout.grid_shape, dtype=torch.int8),
-                x.new_empty(layout.grid_shape, dtype=torch.uint8),
+                empty_grid(tensor, layout, torch.int8),
+                empty_grid(tensor, layout, torch.uint8),
                 x.new_empty([1] * len(operand), dtype=torch.int32),
                 x.new_empty(0, dtype=torch.float32),
             ]
         else:
             packed += [x.new_empty(0, dtype=t) for t in _PACKED_TYPES]
         forward = plan.layout(role, operand, Gemm.FORWARD, training=training)
-        headers.append(x.new_empty(0 if keep and not own else forward.grid_shape, dtype=torch.uint8))
+        headers.append(x.new_empty(0, dtype=torch.uint8) if keep and not own else empty_grid(tensor, forward, torch.uint8))
     return (_empty_result(x, plan.output_shape(shape), dtype, channels_last=is_channels_last(x)), *packed, *headers)
 
 

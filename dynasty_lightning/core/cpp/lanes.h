@@ -35,32 +35,32 @@ inline Float Floats(float x) { return {_mm512_set1_ps(x)}; }
 inline Int Ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Int LaneIndex() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 
+// Loads and stores of the first lanes. Whole vectors take the plain instruction: masked ones, stores above all, are slow on some processors.
+constexpr Mask kAllLanes = 0xFFFF;
+
 inline Float Load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Float Load(const float* p, Mask m) { return {_mm512_maskz_loadu_ps(m, p)}; }
-inline Float Load(const Bf16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
-}
-inline Float Load(const Bf16_t* p, Mask m) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16))};
-}
+inline Float Load(const float* p, Mask m) { return m == kAllLanes ? Load(p) : Float{_mm512_maskz_loadu_ps(m, p)}; }
+inline Float WidenHalves(__m256i halves) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))}; }
+inline Float Load(const Bf16_t* p) { return WidenHalves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline Float Load(const Bf16_t* p, Mask m) { return m == kAllLanes ? Load(p) : WidenHalves(_mm256_maskz_loadu_epi16(m, p)); }
 inline Int Load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Int Load(const int32_t* p, Mask m) { return {_mm512_maskz_loadu_epi32(m, p)}; }
+inline Int Load(const int32_t* p, Mask m) { return m == kAllLanes ? Load(p) : Int{_mm512_maskz_loadu_epi32(m, p)}; }
 inline Int Load(const uint16_t* p) { return {_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline Int Load(const int16_t* p, Mask m) { return {_mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(m, p))}; }
 inline Int Load(const uint16_t* p, Mask m) { return {_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p))}; }
-inline Int Load(const uint8_t* p, Mask m) { return {_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p))}; }
+inline Int Load(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Int Load(const uint8_t* p, Mask m) { return m == kAllLanes ? Load(p) : Int{_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p))}; }
 
 inline void Store(float* p, Float x) { _mm512_storeu_ps(p, x.v); }
-inline void Store(float* p, Float x, Mask m) { _mm512_mask_storeu_ps(p, m, x.v); }
+inline void Store(float* p, Float x, Mask m) { m == kAllLanes ? Store(p, x) : _mm512_mask_storeu_ps(p, m, x.v); }
 inline void Store(int32_t* p, Int x) { _mm512_storeu_si512(p, x.v); }
-inline void Store(int32_t* p, Int x, Mask m) { _mm512_mask_storeu_epi32(p, m, x.v); }
-// The low byte and the high half of each lane. Converted in a register: masked narrowing stores are slow on some processors.
+inline void Store(int32_t* p, Int x, Mask m) { m == kAllLanes ? Store(p, x) : _mm512_mask_storeu_epi32(p, m, x.v); }
+// The low byte and the high half of each lane, narrowed in a register.
 inline void StoreBytes(uint8_t* p, Int x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
-inline void StoreBytes(uint8_t* p, Int x, Mask m) { _mm_mask_storeu_epi8(p, m, _mm512_cvtepi32_epi8(x.v)); }
-inline void StoreHighHalves(Bf16_t* p, Int x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(x.v, 16)));
-}
-inline void StoreHighHalves(Bf16_t* p, Int x, Mask m) { _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(x.v, 16))); }
+inline void StoreBytes(uint8_t* p, Int x, Mask m) { m == kAllLanes ? StoreBytes(p, x) : _mm_mask_storeu_epi8(p, m, _mm512_cvtepi32_epi8(x.v)); }
+inline __m256i HighHalves(Int x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(x.v, 16)); }
+inline void StoreHighHalves(Bf16_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), HighHalves(x)); }
+inline void StoreHighHalves(Bf16_t* p, Int x, Mask m) { m == kAllLanes ? StoreHighHalves(p, x) : _mm256_mask_storeu_epi16(p, m, HighHalves(x)); }
 
 inline Int BitsOf(Float x) { return {_mm512_castps_si512(x.v)}; }
 inline Float FloatOf(Int x) { return {_mm512_castsi512_ps(x.v)}; }
@@ -84,6 +84,7 @@ inline Int Least(Int a, Int b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline Int Greatest(Int a, Int b) { return {_mm512_max_epi32(a.v, b.v)}; }
 template <int kBy> inline Int ShiftLeft(Int a) { return {_mm512_slli_epi32(a.v, kBy)}; }
 template <int kBy> inline Int ShiftRight(Int a) { return {_mm512_srai_epi32(a.v, kBy)}; }
+template <int kBy> inline Int ShiftRightLogical(Int a) { return {_mm512_srli_epi32(a.v, kBy)}; }
 inline Int ShiftLeft(Int a, Int by) { return {_mm512_sllv_epi32(a.v, by.v)}; }
 inline Int ShiftRight(Int a, Int by) { return {_mm512_srav_epi32(a.v, by.v)}; }
 inline Mask operator>(Int a, Int b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
@@ -126,6 +127,80 @@ inline void Transpose(Int (&w)[16]) {
     w[i + 8].v = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
     w[i + 4].v = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88);
     w[i + 12].v = _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd);
+  }
+}
+
+// Lane by lane, the low bytes of four vectors in one.
+inline Int PackBytes(Int x0, Int x1, Int x2, Int x3) {
+  const __m512i low = _mm512_set1_epi32(0xFF);
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i a = _mm512_packus_epi32(_mm512_and_si512(x0.v, low), _mm512_and_si512(x1.v, low));
+  const __m512i b = _mm512_packus_epi32(_mm512_and_si512(x2.v, low), _mm512_and_si512(x3.v, low));
+  return {_mm512_shuffle_epi8(_mm512_packus_epi16(a, b), order)};
+}
+// Lane by lane, the high halves of two vectors in one.
+inline Int PackHighHalves(Int x0, Int x1) { return {_mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(x0.v, 16), x1.v)}; }
+
+// Of four vectors each lane: sixteen bytes to out + lane * pitch.
+inline void StoreTransposed(uint8_t* out, int64_t pitch, const Int (&q)[4]) {
+  const __m512i a[4] = {_mm512_unpacklo_epi32(q[0].v, q[1].v), _mm512_unpackhi_epi32(q[0].v, q[1].v), _mm512_unpacklo_epi32(q[2].v, q[3].v),
+                        _mm512_unpackhi_epi32(q[2].v, q[3].v)};
+  const __m512i lanes[4] = {_mm512_unpacklo_epi64(a[0], a[2]), _mm512_unpackhi_epi64(a[0], a[2]), _mm512_unpacklo_epi64(a[1], a[3]),
+                            _mm512_unpackhi_epi64(a[1], a[3])};
+  for (int j = 0; j < 4; ++j) {  // quarter i of lanes[j] is lane 4 * i + j
+    uint8_t* at = out + j * pitch;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_castsi512_si128(lanes[j]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 4 * pitch), _mm512_extracti32x4_epi32(lanes[j], 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 8 * pitch), _mm512_extracti32x4_epi32(lanes[j], 2));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + 12 * pitch), _mm512_extracti32x4_epi32(lanes[j], 3));
+  }
+}
+// Of eight vectors each lane: sixteen halves to out + lane * pitch.
+inline void StoreTransposed(Bf16_t* out, int64_t pitch, const Int (&q)[8]) {
+  __m512i a[8];
+  for (int g = 0; g < 8; g += 2) {
+    a[g] = _mm512_unpacklo_epi32(q[g].v, q[g + 1].v);
+    a[g + 1] = _mm512_unpackhi_epi32(q[g].v, q[g + 1].v);
+  }
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int j = 0; j < 4; ++j) {  // lanes 4 * i + j
+    const __m512i low = j % 2 ? _mm512_unpackhi_epi64(a[j / 2], a[j / 2 + 2]) : _mm512_unpacklo_epi64(a[j / 2], a[j / 2 + 2]);
+    const __m512i high = j % 2 ? _mm512_unpackhi_epi64(a[j / 2 + 4], a[j / 2 + 6]) : _mm512_unpacklo_epi64(a[j / 2 + 4], a[j / 2 + 6]);
+    const __m512i first = _mm512_permutex2var_epi64(low, front, high), second = _mm512_permutex2var_epi64(low, back, high);
+    Bf16_t* at = out + j * pitch;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(first));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 4 * pitch), _mm512_extracti64x4_epi64(first, 1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 8 * pitch), _mm512_castsi512_si256(second));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 12 * pitch), _mm512_extracti64x4_epi64(second, 1));
+  }
+}
+
+// Sixteen rows of sixteen halves, `pitch` halves apart -> sixteen vectors, vector c with half c of each row as a float.
+inline void LoadTransposed(const Bf16_t* in, int64_t pitch, Float (&out)[16]) {
+  __m512i r[8], a[8], b[8];
+  for (int i = 0; i < 8; ++i) {  // rows i and i + 8
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i * pitch));
+    r[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + (i + 8) * pitch)), 1);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  // Quarters of b[j] and b[j + 4]: pairs of halves j and j + 4 of rows 0-3 | 8-11 and 4-7 | 12-15.
+  const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), back = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  for (int j = 0; j < 4; ++j) {
+    const __m512i pair = _mm512_permutex2var_epi64(b[j], front, b[j + 4]), other = _mm512_permutex2var_epi64(b[j], back, b[j + 4]);
+    const __m512i high = _mm512_set1_epi32(int(0xFFFF0000));
+    out[2 * j].v = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    out[2 * j + 1].v = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+    out[2 * j + 8].v = _mm512_castsi512_ps(_mm512_slli_epi32(other, 16));
+    out[2 * j + 9].v = _mm512_castsi512_ps(_mm512_and_si512(other, high));
   }
 }
 
@@ -269,6 +344,7 @@ DYNASTY_BINARY(Int, ShiftLeft, uint32_t(b.v[i]) > 31 ? 0 : int32_t(uint32_t(a.v[
 DYNASTY_BINARY(Int, ShiftRight, a.v[i] >> (uint32_t(b.v[i]) > 31 ? 31 : b.v[i]))
 template <int kBy> DYNASTY_UNARY(Int, Int, ShiftLeft, int32_t(uint32_t(a.v[i]) << kBy))
 template <int kBy> DYNASTY_UNARY(Int, Int, ShiftRight, a.v[i] >> kBy)
+template <int kBy> DYNASTY_UNARY(Int, Int, ShiftRightLogical, int32_t(uint32_t(a.v[i]) >> kBy))
 #undef DYNASTY_UNARY
 #undef DYNASTY_BINARY
 
@@ -320,6 +396,27 @@ inline void Transpose(Int (&w)[16]) {
       w[i].v[j] = w[j].v[i];
       w[j].v[i] = t;
     }
+  }
+}
+inline Int PackBytes(Int x0, Int x1, Int x2, Int x3) {
+  Int r;
+  DYNASTY_EACH r.v[i] = int32_t((x0.v[i] & 0xFFu) | (x1.v[i] & 0xFFu) << 8 | (x2.v[i] & 0xFFu) << 16 | (x3.v[i] & 0xFFu) << 24);
+  return r;
+}
+inline Int PackHighHalves(Int x0, Int x1) {
+  Int r;
+  DYNASTY_EACH r.v[i] = int32_t(uint32_t(x0.v[i]) >> 16 | (uint32_t(x1.v[i]) & 0xFFFF0000u));
+  return r;
+}
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a lane's first byte or half is its lowest");
+template <typename T, int kVectors> inline void StoreTransposed(T* out, int64_t pitch, const Int (&q)[kVectors]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < kVectors; ++i) std::memcpy(reinterpret_cast<char*>(out + lane * pitch) + 4 * i, &q[i].v[lane], 4);
+  }
+}
+inline void LoadTransposed(const Bf16_t* in, int64_t pitch, Float (&out)[16]) {
+  for (int i = 0; i < 16; ++i) {
+    for (int row = 0; row < kLanes; ++row) out[i].v[row] = Widen(in[row * pitch + i]);
   }
 }
 template <typename Reduce> inline Int ReduceQuads(const Int (&v)[4], Reduce reduce) {

@@ -103,15 +103,17 @@ void Widen(const WidenArgs& a) {
       const int64_t p = tile * kLanes, count = std::min<int64_t>(kLanes, a.positions - p);
       for (int64_t c = 0; c < a.channels; c += kLanes) {
         const int64_t channels = std::min<int64_t>(kLanes, a.channels - c);
-        Int words[kLanes];
-        for (int64_t i = 0; i < count; ++i) {
-          words[i] = BitsOf(Load(values + (row * a.positions + p + i) * a.channels + c, FirstLanes(channels)));
+        const Bf16_t* from = values + (row * a.positions + p) * a.channels + c;
+        Float columns[kLanes];
+        if (count == kLanes && channels == kLanes) {
+          LoadTransposed(from, a.channels, columns);
+        } else {
+          Bf16_t square[kLanes][kLanes] = {};
+          for (int64_t i = 0; i < count; ++i) std::copy(from + i * a.channels, from + i * a.channels + channels, square[i]);
+          LoadTransposed(square[0], kLanes, columns);
         }
-        for (int64_t i = count; i < kLanes; ++i) words[i] = Ints(0);
-        Transpose(words);
         for (int64_t i = 0; i < channels; ++i) {
-          Float value = FloatOf(words[i]);
-          if (a.bias) value = value + Floats(a.bias[c + i]);
+          const Float value = a.bias ? columns[i] + Floats(a.bias[c + i]) : columns[i];
           Store(a.out + (row * a.channels + c + i) * a.positions + p, value, FirstLanes(count));
         }
       }

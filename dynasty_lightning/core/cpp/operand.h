@@ -34,7 +34,7 @@ struct QuantizeArgs {
   int64_t is_threshold, least_bits, most_bits;
   int64_t role, stochastic, force_signed, scope;
   int64_t seed, rank, backward_count, call_index, layer;
-  int64_t logical_channels_last;  // the stream counts elements as [rows, positions, channels], else as [rows, channels, positions]
+  int64_t logical_channels_last;  // the stream counts elements and blocks as [rows, positions, channels], else as [rows, channels, positions]
   int32_t* peaks;                 // scratch, one a block
   int32_t* plans;                 // scratch, one a block
   uint16_t* drops;                // scratch, one a block and 256; may be null where nothing is dropped

@@ -32,14 +32,16 @@ struct Shape {
         positions_innermost(a.stride_position == 1 && a.stride_channel != 1),
         position_step(a.grid_channels_last ? channel_blocks : 1),
         channel_step(a.grid_channels_last ? 1 : a.positions),
+        logical_position_step(a.logical_channels_last ? channel_blocks : 1),
+        logical_channel_step(a.logical_channels_last ? 1 : a.positions),
         logical_is_memory(a.logical_channels_last || a.positions == 1),
-        // Positions and channels in one run, where neither blocks nor columns of random numbers end inside a position's channels.
-        flat(!positions_innermost && a.stride_position == a.channels && a.channels % a.block_channels == 0 && a.scope != kRow &&
-             (!a.stochastic || logical_is_memory || a.channels % kCountersPerCall == 0)) {}
+        // Positions and channels in one run, where blocks do not end inside a position's channels.
+        flat(!positions_innermost && a.stride_position == a.channels && a.channels % a.block_channels == 0 && a.scope != kRow) {}
 
   int64_t row_blocks, channel_blocks;
   bool positions_innermost;
-  int64_t position_step, channel_step;  // of the grid, in blocks
+  int64_t position_step, channel_step;                  // of the grid in memory, in blocks
+  int64_t logical_position_step, logical_channel_step;  // of the grid as the stream counts it
   bool logical_is_memory, flat;
 
   // Blocks of one block row, in the order in which they are planned: [channels, positions] or [positions, channels].
@@ -314,20 +316,20 @@ void DropNumbers(const QuantizeArgs& a, const Shape& s) {
 // Walks all blocks, sixteen lanes at a time: visit(index in plan order, run, first, count, request, drop numbers).
 template <typename Visit> void EachLanes(const QuantizeArgs& a, const Shape& s, bool drops, Visit visit) {
   const int64_t length = s.RunLength(a), runs = s.BlocksOfRow(a) / length;
-  const LaneSteps request(a, s, a.request_position, a.request_channel), grid(a, s, s.position_step, s.channel_step);
+  const LaneSteps request(a, s, a.request_position, a.request_channel), logical(a, s, s.logical_position_step, s.logical_channel_step);
 #pragma omp for collapse(2) schedule(static)
   for (int64_t row_block = 0; row_block < s.row_blocks; ++row_block) {
     for (int64_t run = 0; run < runs; ++run) {
       const int16_t* base = a.request + row_block * a.request_row + request.RunOffset(run, s);
-      const int64_t grid_base = row_block * s.BlocksOfRow(a) + grid.RunOffset(run, s);
+      const int64_t base_of_drops = row_block * s.BlocksOfRow(a) + logical.RunOffset(run, s);
       for (int64_t first = 0; first < length; first += kLanes) {
         const int64_t count = std::min<int64_t>(kLanes, length - first);
         Int numbers = Ints(0);
-        if (drops && grid.linear && grid.step == 1) {
-          numbers = Load(a.drops + grid_base + first, FirstLanes(count));
+        if (drops && logical.linear && logical.step == 1) {
+          numbers = Load(a.drops + base_of_drops + first, FirstLanes(count));
         } else if (drops) {
           int32_t lanes[kLanes] = {};
-          grid.Each(first, count, [&](int64_t i, int64_t at) { lanes[i] = a.drops[grid_base + at]; });
+          logical.Each(first, count, [&](int64_t i, int64_t at) { lanes[i] = a.drops[base_of_drops + at]; });
           numbers = Load(lanes);
         }
         const int64_t index = row_block * s.BlocksOfRow(a) + run * length + first;
@@ -410,7 +412,7 @@ struct Factors {
 
   // Header and exponent once it is known which blocks kept an element.
   void Finish(Int any, Int& header, Int& exponent) const {
-    const Mask kept = Mask(active & ((any & Ints(0xFF)) > Ints(0)));
+    const Mask kept = Mask(active & ~(any == Ints(0)));
     header = Select(kept, plan & Ints(kBitsMask | kSignedFlag), Ints(0)) | (plan & Ints(kOccupiedFlag));
     exponent = Select(kept, scale_exponent - largest, Ints(0));
   }
@@ -420,33 +422,50 @@ struct Factors {
   Float factor, second, unit, limit;
 };
 
-// Sixteen elements -> their bfloat16 values in the high halves and their codes in the low bytes.
-template <bool kStochastic, bool kExtreme> inline Int Quantized(Float x, Float factor, Float second, Float unit, Float limit, Int numbers) {
+// Sixteen elements: the bits of their dequantized values, whose low halves are zero, and their mantissas, of which the low bytes count.
+struct Elements {
+  Int value, mantissa;
+};
+
+template <bool kStochastic, bool kExtreme> inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit, Int numbers) {
   if (kStochastic) {
     if (kExtreme) x = x * factor, factor = second;
     const Int q = FloorOfSum(x, factor, numbers);
-    return BitsOf(ToFloat(q) * unit) | (q & Ints(0xFF));
+    return {BitsOf(ToFloat(q) * unit), q};
   }
   Float y = x * factor;
   if (kExtreme) y = y * second;
   y = Clip(y, limit);
   // Adding 1.5 * 2**23 leaves the integer, rounded to nearest-even, in the low bits.
   const Float magic = Floats(0x1.8p23f), t = y + magic;
-  return BitsOf((t - magic) * unit) | (BitsOf(t) & Ints(0xFF));
+  return {BitsOf((t - magic) * unit), BitsOf(t)};
 }
 
 Stream ElementStream(const QuantizeArgs& a) {
   return Stream(uint32_t(a.seed), uint32_t(a.rank), uint32_t(a.backward_count), uint32_t(a.call_index), uint32_t(a.layer), uint32_t(a.role));
 }
 
-void StoreWords(const QuantizeArgs& a, int64_t at, Int words, int64_t count) {
-  Bf16_t* values = reinterpret_cast<Bf16_t*>(a.values);
-  if (count >= kLanes) {
-    StoreBytes(a.codes + at, words);
-    if (values) StoreHighHalves(values + at, words);
-  } else {
-    StoreBytes(a.codes + at, words, FirstLanes(count));
-    if (values) StoreHighHalves(values + at, words, FirstLanes(count));
+void StoreElements(const QuantizeArgs& a, int64_t at, const Elements& e, int64_t count) {
+  const Mask lanes = FirstLanes(count);
+  StoreBytes(a.codes + at, e.mantissa, lanes);
+  if (a.values) StoreHighHalves(reinterpret_cast<Bf16_t*>(a.values) + at, e.value, lanes);
+}
+
+// Sixteen channels of up to sixteen positions: four channels of a position in a lane of `mantissas`, two in one of `values`.
+void StoreTile(const QuantizeArgs& a, int64_t at, const Int (&values)[8], const Int (&mantissas)[4], int64_t count, int64_t channels) {
+  Bf16_t* out = reinterpret_cast<Bf16_t*>(a.values);
+  if (count == kLanes && channels == kLanes) {
+    StoreTransposed(a.codes + at, a.channels, mantissas);
+    if (out) StoreTransposed(out + at, a.channels, values);
+    return;
+  }
+  uint8_t codes[kLanes][kLanes];
+  Bf16_t halves[kLanes][kLanes];
+  StoreTransposed(codes[0], kLanes, mantissas);
+  if (out) StoreTransposed(halves[0], kLanes, values);
+  for (int64_t i = 0; i < count; ++i, at += a.channels) {
+    std::copy(codes[i], codes[i] + channels, a.codes + at);
+    if (out) std::copy(halves[i], halves[i] + channels, out + at);
   }
 }
 
@@ -469,22 +488,57 @@ void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, in
 // One row's tile of sixteen channels and up to sixteen positions; factors and any are those of the span's blocks.
 template <typename T, bool kStochastic, bool kExtreme>
 void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t count, int64_t channels, int64_t first_channel, int block_shift,
-                    const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch) {
+                    const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch, bool prefetch) {
   const Mask lanes = FirstLanes(count);
-  Int words[kLanes];
-  for (int64_t c = 0; c < channels; ++c, run += a.stride_channel) {
-    const int64_t b = (first_channel + c) >> block_shift;
-    const Factors& f = factors[b];
+  const auto quantized = [&](int64_t c) {
+    const Factors& f = factors[(first_channel + c) >> block_shift];
+    const T* from = run + c * a.stride_channel;
     // Into the second cache, for the next chunk: prefetchers do not follow as many runs, and planes of 4 KiB share a set of the first.
-    __builtin_prefetch(run + kApplyChunk, 0, 2);
-    const Float value = count == kLanes ? Load(run) : Load(run, lanes);
+    if (prefetch) __builtin_prefetch(from + kApplyChunk, 0, 2);
     const Int r16 = kStochastic ? Load(numbers + c * pitch) : Ints(0);
-    words[c] = Quantized<kStochastic, kExtreme>(value, f.factor, f.second, f.unit, f.limit, r16);
-    any[b] = any[b] | words[c];
+    return Quantized<kStochastic, kExtreme>(Load(from, lanes), f.factor, f.second, f.unit, f.limit, r16);
+  };
+  // Packed as they come, so that all of the tile stays in registers.
+  Int values[8], mantissas[4];
+  if (channels == kLanes && block_shift >= 2) {
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < 4; ++g) {
+      const Elements e0 = quantized(4 * g), e1 = quantized(4 * g + 1), e2 = quantized(4 * g + 2), e3 = quantized(4 * g + 3);
+      values[2 * g] = PackHighHalves(e0.value, e1.value);
+      values[2 * g + 1] = PackHighHalves(e2.value, e3.value);
+      mantissas[g] = PackBytes(e0.mantissa, e1.mantissa, e2.mantissa, e3.mantissa);
+      any[(first_channel + 4 * g) >> block_shift] = any[(first_channel + 4 * g) >> block_shift] | mantissas[g];
+    }
+  } else {
+    Elements e[kLanes];
+    for (int64_t c = 0; c < kLanes; ++c) {
+      e[c] = c < channels ? quantized(c) : Elements{Ints(0), Ints(0)};
+      if (c < channels) any[(first_channel + c) >> block_shift] = any[(first_channel + c) >> block_shift] | (e[c].mantissa & Ints(0xFF));
+    }
+    for (int g = 0; g < 4; ++g) {
+      values[2 * g] = PackHighHalves(e[4 * g].value, e[4 * g + 1].value);
+      values[2 * g + 1] = PackHighHalves(e[4 * g + 2].value, e[4 * g + 3].value);
+      mantissas[g] = PackBytes(e[4 * g].mantissa, e[4 * g + 1].mantissa, e[4 * g + 2].mantissa, e[4 * g + 3].mantissa);
+    }
   }
-  for (int64_t c = channels; c < kLanes; ++c) words[c] = Ints(0);
-  Transpose(words);
-  for (int64_t i = 0; i < count; ++i, at += a.channels) StoreWords(a, at, words[i], channels);
+  StoreTile(a, at, values, mantissas, count, channels);
+}
+
+// Numbers of `runs` runs of `count` indices that begin `step` indices apart, each from out + run * pitch on.
+void NumbersByPosition(const Stream& stream, uint64_t first, int64_t step, int64_t runs, int64_t count, uint16_t* out, int64_t pitch) {
+  int64_t run = 0;
+  if (first % kNumbersPerCounter == 0 && step % kNumbersPerCounter == 0 && count <= kNumbersPerCall) {
+    for (; run + 4 <= runs; run += 4) {
+      uint64_t counters[4];
+      uint16_t* outs[4];
+      for (int u = 0; u < 4; ++u) counters[u] = (first + (run + u) * step) / kNumbersPerCounter, outs[u] = out + (run + u) * pitch;
+      stream.Runs<4>(counters, outs);
+    }
+  }
+  for (; run < runs; ++run) {
+    const int64_t offset = stream.Numbers(first + run * step, count, out + run * pitch);
+    if (offset) std::memmove(out + run * pitch, out + run * pitch + offset, count * sizeof(uint16_t));
+  }
 }
 
 template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeArgs& a, const Shape& s, const T* x, bool* extreme) {
@@ -501,14 +555,10 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
       const int64_t chunk_end = std::min(a.positions, chunk + kApplyChunk);
       for (int64_t channel = 0; channel < a.channels; channel += span) {
         if (kStochastic) {
+          const int64_t runs = std::min(span, a.channels - channel);
           for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t c = 0; c < std::min(span, a.channels - channel); ++c) {
-              // In memory order of the chunk, so that the tile below finds number p - chunk of each row at the same place.
-              uint16_t* out = numbers.data() + (r * span + c) * pitch;
-              const uint64_t first = uint64_t(((row + r) * a.channels + channel + c) * a.positions + chunk);
-              const int64_t offset = stream.Numbers(first, chunk_end - chunk, out);
-              if (offset) std::memmove(out, out + offset, (chunk_end - chunk) * sizeof(uint16_t));
-            }
+            NumbersByPosition(stream, uint64_t(((row + r) * a.channels + channel) * a.positions + chunk), a.positions, runs, chunk_end - chunk,
+                              numbers.data() + r * span * pitch, pitch);
           }
         }
         const int64_t first_block = channel / a.block_channels, here = std::min(blocks, s.channel_blocks - first_block);
@@ -540,9 +590,9 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
               const int64_t count = std::min<int64_t>(kLanes, chunk_end - p), at = ((row + r) * a.positions + p) * a.channels + channel + c;
               const uint16_t* tile = kStochastic ? numbers.data() + (r * span + c) * pitch + (p - chunk) : nullptr;
               if (beyond) {
-                TileByPosition<T, kStochastic, true>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch);
+                TileByPosition<T, kStochastic, true>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch, chunk_end < a.positions);
               } else {
-                TileByPosition<T, kStochastic, false>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch);
+                TileByPosition<T, kStochastic, false>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch, chunk_end < a.positions);
               }
             }
           }
@@ -560,59 +610,73 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
   }
 }
 
-// Sixteen blocks of a run: `length` elements are left in it from here on.
-template <typename T, bool kStochastic, bool kExtreme>
+// How the numbers of a chunk lie where channels are innermost.
+enum class Order {
+  kElements,  // as the elements, 16 bits each
+  kPairs,     // [positions / 2][channels], two positions in 32 bits
+};
+
+// Sixteen blocks of a run: `length` elements are left in it from here on, the first of which is element `first` of the chunk.
+template <typename T, bool kStochastic, bool kExtreme, Order kOrder>
 Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, int64_t length, const Factors& f, const Int* spread,
-                   const uint16_t* numbers, int64_t pitch) {
+                   const uint16_t* numbers, int64_t pitch, int64_t first) {
   Int any[kMaxBlockChannels];
+  const bool pairs = kStochastic && kOrder == Order::kPairs;
+  int64_t p = pairs ? first / a.channels : 0, c = pairs ? first % a.channels : 0;
   for (int64_t v = 0; v < a.block_channels; ++v) {
     any[v] = Ints(0);
     const int64_t left = length - v * kLanes;
     if (left <= 0) continue;
     const Mask lanes = FirstLanes(left);
-    const Float factor = Permute(f.factor, spread[v]), unit = Permute(f.unit, spread[v]), limit = Permute(f.limit, spread[v]);
+    const Float factor = Permute(f.factor, spread[v]), unit = Permute(f.unit, spread[v]);
+    const Float limit = kStochastic ? unit : Permute(f.limit, spread[v]);
     const Float second = kExtreme ? Permute(f.second, spread[v]) : factor;
+    const uint16_t* from_numbers = numbers + (pairs ? 2 * (p / 2 * a.channels + c) : first + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
-      const T* from = x + r * a.stride_row + v * kLanes;
-      const Float value = left >= kLanes ? Load(from) : Load(from, lanes);
-      const Int r16 = kStochastic ? Load(numbers + r * pitch + v * kLanes) : Ints(0);
-      const Int words = Quantized<kStochastic, kExtreme>(value, factor, second, unit, limit, r16);
-      any[v] = any[v] | words;
-      StoreWords(a, at + r * a.positions * a.channels + v * kLanes, words, left);
+      Int r16 = Ints(0);
+      if (pairs) {
+        const Int words = Load(reinterpret_cast<const int32_t*>(from_numbers + r * pitch));
+        r16 = p % 2 ? ShiftRightLogical<16>(words) : words & Ints(0xFFFF);
+      } else if (kStochastic) {
+        r16 = Load(from_numbers + r * pitch);
+      }
+      const Elements e = Quantized<kStochastic, kExtreme>(Load(x + r * a.stride_row + v * kLanes, lanes), factor, second, unit, limit, r16);
+      any[v] = any[v] | (e.mantissa & Ints(0xFF));
+      StoreElements(a, at + r * a.positions * a.channels + v * kLanes, e, left);
     }
+    if (pairs && (c += kLanes) == a.channels) c = 0, ++p;
   }
   return ReduceBlocks(any, a.block_channels, AnyBit());
 }
 
-// Random numbers of one row for positions first .. first + positions - 1 as [positions][channels padded to 8] where the stream counts positions innermost.
-void NumbersByChannel(const QuantizeArgs& a, const Stream& stream, int64_t row, int64_t first, int64_t positions, uint16_t* out,
-                      int64_t channel_pitch, uint16_t* scratch) {
-  const bool aligned = a.positions % kNumbersPerCounter == 0 && first % kNumbersPerCounter == 0 && positions % kNumbersPerCounter == 0;
-  for (int64_t c = 0; aligned && c < a.channels; c += kCountersPerCall) {
-    for (int64_t p = 0; p < positions; p += kNumbersPerCounter) {
-      const uint64_t counter = uint64_t((row * a.channels + c) * a.positions + first + p) / kNumbersPerCounter;
-      stream.Columns(counter, uint64_t(a.positions / kNumbersPerCounter), out + p * channel_pitch + c, channel_pitch);
+// Random numbers of one row for positions first .. first + positions - 1 where the stream counts positions innermost but memory does not.
+void NumbersByChannel(const QuantizeArgs& a, const Stream& stream, int64_t row, int64_t first, int64_t positions, Order order, uint16_t* out,
+                      uint16_t* scratch) {
+  if (order == Order::kPairs) {
+    for (int64_t c = 0; c < a.channels; c += kLanes) {
+      for (int64_t p = 0; p < positions; p += kNumbersPerCounter) {
+        const uint64_t counter = uint64_t((row * a.channels + c) * a.positions + first + p) / kNumbersPerCounter;
+        stream.Columns(counter, uint64_t(a.positions / kNumbersPerCounter), reinterpret_cast<uint32_t*>(out) + p / 2 * a.channels + c, a.channels);
+      }
     }
+    return;
   }
-  for (int64_t c = 0; !aligned && c < a.channels; ++c) {
+  for (int64_t c = 0; c < a.channels; ++c) {
     const int64_t offset = stream.Numbers(uint64_t((row * a.channels + c) * a.positions + first), positions, scratch);
-    for (int64_t p = 0; p < positions; ++p) out[p * channel_pitch + c] = scratch[offset + p];
+    for (int64_t p = 0; p < positions; ++p) out[p * a.channels + c] = scratch[offset + p];
   }
 }
 
-template <typename T, bool kStochastic> void ElementsByChannel(const QuantizeArgs& a, const Shape& s, const T* x, bool* extreme) {
+template <typename T, bool kStochastic, Order kOrder> void ElementsByChannel(const QuantizeArgs& a, const Shape& s, const T* x, bool* extreme) {
   const Stream stream = ElementStream(a);
   const int64_t block = a.block_channels, unit = kLanes * block;
   // A chunk is a number of positions, or of elements where positions do not matter.
-  const bool columns = kStochastic && !s.logical_is_memory;
-  const int64_t channel_pitch = columns ? (a.channels + kCountersPerCall - 1) / kCountersPerCall * kCountersPerCall : a.channels;
-  const bool by_elements = s.flat && !columns;
+  const bool transposed = kStochastic && !s.logical_is_memory, by_elements = s.flat && !transposed;
   const int64_t total = by_elements ? a.positions * a.channels : a.positions;
   int64_t chunk = by_elements ? std::max(unit, kChannelChunk / unit * unit) : std::max<int64_t>(1, kChannelChunk / a.channels);
   if (!by_elements) chunk = (chunk + kNumbersPerCounter - 1) / kNumbersPerCounter * kNumbersPerCounter;
-  const int64_t row_numbers = (by_elements ? chunk : chunk * channel_pitch) + kNumbersSlack + kLanes * kMaxBlockChannels;
-  std::vector<uint16_t> numbers(kStochastic ? a.block_rows * row_numbers : 0), scratch(columns ? chunk + kNumbersSlack : 0);
-  std::vector<int64_t> offsets(a.block_rows);
+  const int64_t row_numbers = (by_elements ? chunk : chunk * a.channels) + kNumbersSlack + kLanes * kMaxBlockChannels;
+  std::vector<uint16_t> numbers(kStochastic ? a.block_rows * row_numbers : 0), scratch(transposed ? chunk + kNumbersSlack : 0);
   const LaneSteps grid(a, s, s.position_step, s.channel_step);
   Int spread[kMaxBlockChannels];
   for (int64_t v = 0; v < block; ++v) {
@@ -629,13 +693,11 @@ template <typename T, bool kStochastic> void ElementsByChannel(const QuantizeArg
       const int64_t pieces = s.flat ? 1 : here;
       const int64_t length = by_elements ? here : s.flat ? here * a.channels : a.channels;
       const int64_t element = by_elements ? start : start * a.channels;  // of the row, channels innermost
-      if (columns) {
-        for (int64_t r = 0; r < rows; ++r) {
-          NumbersByChannel(a, stream, row + r, start, here, numbers.data() + r * row_numbers, channel_pitch, scratch.data());
-        }
-      } else if (kStochastic) {
-        for (int64_t r = 0; r < rows; ++r) {
-          uint16_t* out = numbers.data() + r * row_numbers;
+      for (int64_t r = 0; kStochastic && r < rows; ++r) {
+        uint16_t* out = numbers.data() + r * row_numbers;
+        if (transposed) {
+          NumbersByChannel(a, stream, row + r, start, here, kOrder, out, scratch.data());
+        } else {
           const int64_t offset = stream.Numbers(uint64_t((row + r) * a.positions * a.channels + element), pieces * length, out);
           if (offset) std::memmove(out, out + offset, pieces * length * sizeof(uint16_t));
         }
@@ -650,16 +712,15 @@ template <typename T, bool kStochastic> void ElementsByChannel(const QuantizeArg
         const int64_t scope = a.scope == kTensor ? 0 : a.scope == kSample ? row_block : row_block * a.positions + run;
         const Int largest = Ints(a.largest_exponents[scope]);
         for (int64_t b = 0; b < blocks; b += kLanes) {
-          const int64_t count = std::min<int64_t>(kLanes, blocks - b);
+          const int64_t count = std::min<int64_t>(kLanes, blocks - b), left = length - b * block, first = piece * a.channels + b * block;
           Factors factors(Load(a.plans + plan + first_block + b, FirstLanes(count)), largest);
-          const uint16_t* tile = numbers.data() + piece * channel_pitch + b * block;
           Int any;
           if (factors.extreme) {
             *extreme = true;
             factors.Split();
-            any = LanesByChannel<T, kStochastic, true>(a, from + b * block, at + b * block, rows, length - b * block, factors, spread, tile, row_numbers);
+            any = LanesByChannel<T, kStochastic, true, kOrder>(a, from + b * block, at + b * block, rows, left, factors, spread, numbers.data(), row_numbers, first);
           } else {
-            any = LanesByChannel<T, kStochastic, false>(a, from + b * block, at + b * block, rows, length - b * block, factors, spread, tile, row_numbers);
+            any = LanesByChannel<T, kStochastic, false, kOrder>(a, from + b * block, at + b * block, rows, left, factors, spread, numbers.data(), row_numbers, first);
           }
           Int header, exponent;
           factors.Finish(any, header, exponent);
@@ -698,7 +759,13 @@ template <typename T> int Quantize(const QuantizeArgs& a) {
     if (s.positions_innermost) {
       a.stochastic ? ElementsByPosition<T, true>(a, s, x, &extreme) : ElementsByPosition<T, false>(a, s, x, &extreme);
     } else {
-      a.stochastic ? ElementsByChannel<T, true>(a, s, x, &extreme) : ElementsByChannel<T, false>(a, s, x, &extreme);
+      if (!a.stochastic) {
+        ElementsByChannel<T, false, Order::kElements>(a, s, x, &extreme);
+      } else if (!s.logical_is_memory && a.channels % kLanes == 0 && a.positions % kNumbersPerCounter == 0) {
+        ElementsByChannel<T, true, Order::kPairs>(a, s, x, &extreme);
+      } else {
+        ElementsByChannel<T, true, Order::kElements>(a, s, x, &extreme);
+      }
     }
   }
   return extreme ? kValuesNotWritten : kDone;

@@ -27,28 +27,56 @@ class Stream {
 
   // Numbers of index first .. first + count - 1, from out[return value] on. `out` needs room for count + kNumbersSlack.
   int64_t Numbers(uint64_t first, int64_t count, uint16_t* out) const {
-    const uint64_t begin = first / kNumbersPerCounter, end = (first + count + kNumbersPerCounter - 1) / kNumbersPerCounter;
-    for (uint64_t g = begin; g < end; g += kCountersPerCall, out += kNumbersPerCall) Consecutive(g, out);
+    uint64_t g = first / kNumbersPerCounter;
+    const uint64_t end = (first + count + kNumbersPerCounter - 1) / kNumbersPerCounter;
+    for (; g + 3 * kCountersPerCall < end; g += 4 * kCountersPerCall, out += 4 * kNumbersPerCall) {
+      const uint64_t counters[4] = {g, g + kCountersPerCall, g + 2 * kCountersPerCall, g + 3 * kCountersPerCall};
+      uint16_t* const outs[4] = {out, out + kNumbersPerCall, out + 2 * kNumbersPerCall, out + 3 * kNumbersPerCall};
+      Runs(counters, outs);
+    }
+    for (; g < end; g += kCountersPerCall, out += kNumbersPerCall) Runs<1>({g}, {out});
     return int64_t(first % kNumbersPerCounter);
   }
 
-  // Numbers of eight consecutive indices from each of `count` <= 8 counters that lie `step` apart: out[k * pitch + j] is number k of counter j.
-  // All eight columns are written.
-  void Columns(uint64_t first_counter, uint64_t step, uint16_t* out, int64_t pitch) const {
-    uint64_t g[kCountersPerCall];
-    for (int j = 0; j < kCountersPerCall; ++j) g[j] = first_counter + j * step;
+  // Eight consecutive counters from each of kRuns on, kNumbersPerCall numbers each: side by side, since each round waits for the last.
+  template <int kRuns> void Runs(const uint64_t (&first_counters)[kRuns], uint16_t* const (&outs)[kRuns]) const {
 #ifdef DYNASTY_AVX512
-    __m512i words[4];
-    Rounds(_mm512_loadu_si512(g), words);
-    for (int k = 0; k < 4; ++k) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 2 * k * pitch), _mm512_cvtepi64_epi16(words[k]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (2 * k + 1) * pitch), _mm512_cvtepi64_epi16(_mm512_srli_epi64(words[k], 16)));
+    // Lanes in this order make the two unpacks below leave counters 0 to 3 and 4 to 7 in theirs.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    __m512i c[kRuns][4];
+    for (int u = 0; u < kRuns; ++u) c[u][0] = _mm512_add_epi64(_mm512_set1_epi64(int64_t(first_counters[u])), order);
+    Rounds(c);
+    for (int u = 0; u < kRuns; ++u) {
+      const __m512i a = _mm512_mask_shuffle_epi32(c[u][0], 0xAAAA, c[u][1], kLowToHigh);
+      const __m512i b = _mm512_mask_shuffle_epi32(c[u][2], 0xAAAA, c[u][3], kLowToHigh);
+      _mm512_storeu_si512(outs[u], _mm512_unpacklo_epi64(a, b));
+      _mm512_storeu_si512(outs[u] + kNumbersPerCall / 2, _mm512_unpackhi_epi64(a, b));
     }
 #else
-    for (int j = 0; j < kCountersPerCall; ++j) {
+    for (int u = 0; u < kRuns; ++u) {
+      for (int j = 0; j < kCountersPerCall; ++j) {
+        uint32_t words[4];
+        Rounds(first_counters[u] + j, words);
+        for (int k = 0; k < 8; ++k) outs[u][8 * j + k] = uint16_t(words[k / 2] >> (k % 2 * 16));
+      }
+    }
+#endif
+  }
+
+  // Words of sixteen counters that lie `step` apart: out[k * pitch + j] holds numbers 2 k (low half) and 2 k + 1 of counter j, k = 0 .. 3.
+  void Columns(uint64_t first_counter, uint64_t step, uint32_t* out, int64_t pitch) const {
+#ifdef DYNASTY_AVX512
+    __m512i c[2][4];
+    const __m512i steps = _mm512_mullo_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(int64_t(step)));
+    for (int u = 0; u < 2; ++u) c[u][0] = _mm512_add_epi64(steps, _mm512_set1_epi64(int64_t(first_counter + u * kCountersPerCall * step)));
+    Rounds(c);
+    const __m512i low_words = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    for (int k = 0; k < 4; ++k) _mm512_storeu_si512(out + k * pitch, _mm512_permutex2var_epi32(c[0][k], low_words, c[1][k]));
+#else
+    for (int j = 0; j < 2 * kCountersPerCall; ++j) {
       uint32_t words[4];
-      Rounds(g[j], words);
-      for (int k = 0; k < 8; ++k) out[k * pitch + j] = uint16_t(words[k / 2] >> (k % 2 * 16));
+      Rounds(first_counter + j * step, words);
+      for (int k = 0; k < 4; ++k) out[k * pitch + j] = words[k];
     }
 #endif
   }
@@ -58,42 +86,30 @@ class Stream {
   static constexpr uint32_t kMultipliers[2] = {0xD2511F53u, 0xCD9E8D57u};
 
 #ifdef DYNASTY_AVX512
-  void Consecutive(uint64_t g, uint16_t* out) const {
-    // Lanes in this order make the two unpacks below leave counters 0 to 3 and 4 to 7 in theirs.
-    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-    __m512i w[4];
-    Rounds(_mm512_add_epi64(_mm512_set1_epi64(int64_t(g)), order), w);
-    const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
-    const __m512i a = _mm512_or_si512(_mm512_and_si512(w[0], low), _mm512_slli_epi64(w[1], 32));
-    const __m512i b = _mm512_or_si512(_mm512_and_si512(w[2], low), _mm512_slli_epi64(w[3], 32));
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(a, b));
-    _mm512_storeu_si512(out + kNumbersPerCall / 2, _mm512_unpackhi_epi64(a, b));
-  }
+  static constexpr _MM_PERM_ENUM kLowToHigh = _MM_PERM_ENUM(0xA0), kHighToLow = _MM_PERM_ENUM(0xF5);  // of the words of 64-bit lanes
 
-  // Words of eight counters in the low halves of 64-bit lanes; the high halves hold rubbish, which no multiplication reads.
-  void Rounds(__m512i g, __m512i (&c)[4]) const {
+  // From counters in c[u][0]: four words each in the low halves of 64-bit lanes; the high halves hold rubbish, which no multiplication reads.
+  template <int kRuns> void Rounds(__m512i (&c)[kRuns][4]) const {
     const __m512i m0 = _mm512_set1_epi64(kMultipliers[0]), m1 = _mm512_set1_epi64(kMultipliers[1]);
-    c[0] = g;
-    c[1] = _mm512_set1_epi64(backward_count_);
-    c[2] = _mm512_set1_epi64(call_index_);
-    c[3] = _mm512_or_si512(_mm512_set1_epi64(tail_), _mm512_srli_epi64(g, 32));
+#pragma GCC unroll 4
+    for (int u = 0; u < kRuns; ++u) {
+      c[u][1] = _mm512_set1_epi64(backward_count_);
+      c[u][2] = _mm512_set1_epi64(call_index_);
+      c[u][3] = _mm512_or_si512(_mm512_set1_epi64(tail_), _mm512_srli_epi64(c[u][0], 32));
+    }
     for (int i = 0; i < kRounds; ++i) {
-      const __m512i p0 = _mm512_mul_epu32(c[0], m0), p1 = _mm512_mul_epu32(c[2], m1);
-      c[0] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c[1], _mm512_set1_epi64(keys_[i][0]), 0x96);
-      c[1] = p1;
-      c[2] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c[3], _mm512_set1_epi64(keys_[i][1]), 0x96);
-      c[3] = p0;
+      const __m512i k0 = _mm512_set1_epi64(keys_[i][0]), k1 = _mm512_set1_epi64(keys_[i][1]);
+#pragma GCC unroll 4
+      for (int u = 0; u < kRuns; ++u) {
+        const __m512i p0 = _mm512_mul_epu32(c[u][0], m0), p1 = _mm512_mul_epu32(c[u][2], m1);
+        c[u][0] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p1, kHighToLow), c[u][1], k0, 0x96);
+        c[u][1] = p1;
+        c[u][2] = _mm512_ternarylogic_epi64(_mm512_shuffle_epi32(p0, kHighToLow), c[u][3], k1, 0x96);
+        c[u][3] = p0;
+      }
     }
   }
 #else
-  void Consecutive(uint64_t g, uint16_t* out) const {
-    for (int j = 0; j < kCountersPerCall; ++j) {
-      uint32_t words[4];
-      Rounds(g + j, words);
-      for (int k = 0; k < 8; ++k) out[8 * j + k] = uint16_t(words[k / 2] >> (k % 2 * 16));
-    }
-  }
-
   void Rounds(uint64_t g, uint32_t (&c)[4]) const {
     c[0] = uint32_t(g);
     c[1] = backward_count_;
