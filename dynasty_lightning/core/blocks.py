@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor <-> blocks: padding, axes, and the banded weight of grouped convolutions. Nothing else."""
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ class BlockLayout:
         if not 1 <= self.channel_axis < len(self.shape):
             raise ValueError(f"channel_axis must be in [1, {len(self.shape) - 1}] for shape {tuple(self.shape)}, not {self.channel_axis}")
 
-    @property
+    @cached_property
     def grid_shape(self) -> tuple[int, ...]:
         """The tensor's axes with the number of blocks in place of rows and channels."""
         grid = list(self.shape)
@@ -33,9 +35,25 @@ class BlockLayout:
         grid[self.channel_axis] = -(-self.shape[self.channel_axis] // self.block_shape[1])
         return tuple(grid)
 
-    @property
+    @cached_property
     def is_ragged(self) -> bool:
         return bool(self.shape[0] % self.block_shape[0] or self.shape[self.channel_axis] % self.block_shape[1])
+
+    @cached_property
+    def extents(self) -> tuple[int, int, int]:
+        """Rows, positions, channels."""
+        rows, channels = self.shape[0], self.shape[self.channel_axis]
+        return rows, math.prod(self.shape) // (rows * channels), channels
+
+    @cached_property
+    def channels_innermost(self) -> tuple[int, ...]:
+        """Strides of a tensor of the layout's shape whose channel axis has stride 1: contiguous for a Linear, channels_last for a Conv."""
+        return _channels_innermost(self.shape, self.channel_axis)
+
+    @cached_property
+    def grid_channels_innermost(self) -> tuple[int, ...]:
+        """The same for the grid."""
+        return _channels_innermost(self.grid_shape, self.channel_axis)
 
     def split(self, x: Tensor) -> Tensor:
         """[N, .., C, ..] -> [N / rows, rows, .., C / channels, channels, ..], zero padded where ragged; else a view."""
@@ -80,6 +98,16 @@ class BlockLayout:
             count[-1] = self.shape[axis] - (self.grid_shape[axis] - 1) * edge
             axes.append(count.view([-1 if a == axis else 1 for a in range(len(self.shape))]))
         return axes[0] * axes[1]
+
+
+def _channels_innermost(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    strides, step = [0] * len(shape), shape[axis]
+    for a in reversed(range(len(shape))):
+        if a != axis:
+            strides[a] = step
+            step *= shape[a]
+    strides[axis] = 1
+    return tuple(strides)
 
 
 class BandedWeight:

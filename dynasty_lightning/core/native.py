@@ -8,6 +8,7 @@ DYNASTY_NATIVE=0 turns the kernels off.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -44,7 +45,6 @@ _COMPILE_SECONDS: Final = 300
 _NONFINITE, _VALUES_NOT_WRITTEN, _BAD_ARGUMENTS = 1, 2, 4
 _SCOPES: Final = {"tensor": 0, "sample": 1, "row": 2}
 _ELEMENTS_PER_THREAD: Final = 1 << 15  # below, starting a thread costs more than it saves
-_DROP_SLACK: Final = 256
 
 
 class BuildError(RuntimeError):
@@ -66,7 +66,7 @@ _QuantizeArgs = _structure(
     _fields(
         "x* x_is_bfloat16 rows positions channels stride_row stride_position stride_channel block_rows block_channels group_rows "
         "group_channels grid_channels_last request* request_row request_position request_channel is_threshold least_bits most_bits role "
-        "stochastic force_signed scope seed rank backward_count call_index layer logical_channels_last peaks* plans* drops* "
+        "stochastic force_signed scope seed rank backward_count call_index layer logical_channels_last peaks* plans* "
         "largest_exponents* codes* values* relative_exponents* headers* threads"
     ),
 )
@@ -226,33 +226,21 @@ _workspace = _Workspace()
 
 def workspace_values(slot: str, layout: BlockLayout) -> Tensor:
     """A bfloat16 tensor of the layout's shape, channels innermost, good until the slot is taken again on this thread."""
-    count = 1
-    for n in layout.shape:
-        count *= n
-    return _channels_innermost(_workspace.take(slot, 2 * count).view(torch.bfloat16), layout)
+    rows, positions, channels = layout.extents
+    flat = _workspace.take(slot, 2 * rows * positions * channels).view(torch.bfloat16)
+    return flat.as_strided(layout.shape, layout.channels_innermost)
 
 
 def empty_channels_innermost(layout: BlockLayout, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """A tensor of the layout's shape whose channel axis has stride 1: contiguous for a Linear, channels_last for a Conv."""
-    axis = layout.channel_axis
-    order = [n for a, n in enumerate(layout.shape) if a != axis] + [layout.shape[axis]]
-    return torch.empty(order, dtype=dtype, device=device).movedim(-1, axis)
+    """A tensor of the layout's shape whose channel axis has stride 1."""
+    return torch.empty_strided(layout.shape, layout.channels_innermost, dtype=dtype, device=device)
 
 
 def empty_grid(x: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
     """A tensor of the layout's grid, in the memory order in which an operand's blocks are walked: as the operand itself lies."""
-    innermost = x.device.type == "cpu" and not _positions_innermost(x, layout)
-    axis = layout.channel_axis
-    if not innermost or axis == len(layout.shape) - 1:
+    if x.device.type != "cpu" or _positions_innermost(x, layout):
         return torch.empty(layout.grid_shape, dtype=dtype, device=x.device)
-    grid = layout.grid_shape
-    return torch.empty([n for a, n in enumerate(grid) if a != axis] + [grid[axis]], dtype=dtype, device=x.device).movedim(-1, axis)
-
-
-def _channels_innermost(flat: Tensor, layout: BlockLayout) -> Tensor:
-    axis = layout.channel_axis
-    order = [n for a, n in enumerate(layout.shape) if a != axis] + [layout.shape[axis]]
-    return flat.view(order).movedim(-1, axis)
+    return torch.empty_strided(layout.grid_shape, layout.grid_channels_innermost, dtype=dtype)
 
 
 # -- kernels
@@ -303,9 +291,7 @@ def quantize(
     channels_innermost = strides[2] == 1
     grid = layout.grid_shape
     request, request_strides = _request(request, layout, channels_innermost=channels_innermost)
-    blocks = 1
-    for n in grid:
-        blocks *= n
+    blocks = math.prod(grid)
     scopes = {
         "tensor": [1] * len(grid),
         "sample": [grid[0], *[1] * (len(grid) - 1)],
@@ -321,14 +307,13 @@ def quantize(
                 f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
             )
     largest = torch.empty(scopes, dtype=torch.int32)
-    drops = is_threshold and stochastic and role is Role.ERROR and not least_bits
     group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
-    scratch = _workspace.take("plan", 8 * blocks + (2 * blocks + 2 * _DROP_SLACK if drops else 0)).data_ptr()
+    scratch = _workspace.take("plan", 8 * blocks).data_ptr()
     args = _QuantizeArgs(
         x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, *layout.block_shape, *group, channels_innermost,
         request.data_ptr(), *request_strides, is_threshold, least_bits, most_bits, int(role), stochastic, force_signed, _SCOPES[scope],
         stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, _last(layout),
-        scratch, scratch + 4 * blocks, scratch + 8 * blocks if drops else None, largest.data_ptr(),
+        scratch, scratch + 4 * blocks, largest.data_ptr(),
         codes.data_ptr(), None if values is None else values.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), _threads(x.numel()),
     )  # fmt: skip
     status = library.dynasty_quantize(ctypes.byref(args))
@@ -373,7 +358,7 @@ def dequantize(
     channels_innermost = headers.movedim(layout.channel_axis, -1).is_contiguous()
     if not channels_innermost and not headers.is_contiguous():
         raise ValueError(f"headers must be contiguous or channels innermost, not of strides {headers.stride()}")
-    rows, positions, channels = _extents(layout)
+    rows, positions, channels = layout.extents
     args = _DequantizeArgs(
         codes.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), largest_exponent, rows, positions, channels, *layout.block_shape,
         channels_innermost, values.data_ptr(), _threads(codes.numel()),
@@ -409,7 +394,7 @@ def widen(values: Tensor, channel_axis: int, *, channels_last: bool, bias: Tenso
             (library or _library()).dynasty_widen(ctypes.byref(args))
             return out
         innermost = innermost.contiguous()
-    rows, positions, channels = _extents(layout)
+    rows, positions, channels = layout.extents
     to_innermost = channels_last or axis == values.ndim - 1
     out = empty_channels_innermost(layout, torch.float32) if to_innermost else torch.empty(values.shape, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
@@ -460,26 +445,28 @@ def _last(layout: BlockLayout) -> bool:
     return layout.channel_axis == len(layout.shape) - 1
 
 
-def _extents(layout: BlockLayout) -> tuple[int, int, int]:
-    """Rows, positions, channels."""
-    positions = 1
-    for axis, n in enumerate(layout.shape):
-        if axis not in (0, layout.channel_axis):
-            positions *= n
-    return layout.shape[0], positions, layout.shape[layout.channel_axis]
+def _check_innermost(name: str, tensor: Tensor, dtype: torch.dtype, layout: BlockLayout) -> None:
+    if tensor.shape != layout.shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be {dtype} of shape {layout.shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        )
+    if tensor.stride() != layout.channels_innermost and not tensor.movedim(layout.channel_axis, -1).is_contiguous():
+        raise ValueError(f"{name} must lie channels innermost, with strides {layout.channels_innermost}, not {tensor.stride()}")
 
 
 def _positions_innermost(x: Tensor, layout: BlockLayout) -> bool:
     """Whether x is read along its positions: channels on axis 1, contiguous or in no order that can be read as it is."""
-    # A single channel is contiguous both ways, and lanes are better filled along positions.
-    if _last(layout) or _extents(layout)[1] == 1:
+    _, positions, channels = layout.extents
+    if _last(layout) or positions == 1:
         return False
+    if channels < layout.block_shape[1]:  # an image's three: along channels most lanes would idle, and a copy costs less than that
+        return True
     return bool(x[0].is_contiguous() or not x.movedim(layout.channel_axis, -1)[0].is_contiguous())
 
 
 def _operand(x: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, int], tuple[int, int, int]]:
     """x in an order that the kernel reads (copied if it is in none), its extents and strides as [rows, positions, channels]."""
-    extents = _extents(layout)
+    extents = layout.extents
     _, positions, channels = extents
     if _positions_innermost(x, layout):
         x = x if x[0].is_contiguous() else x.contiguous()

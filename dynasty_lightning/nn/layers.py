@@ -17,7 +17,7 @@ from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import Gemm, Role
 from ..core.quantize import header_bits, header_occupied
-from .ops import ObservationSlot, layer_forward, settings_of
+from .ops import ObservationSlot, apply_layer, settings_of
 from .plan import LayerPlan, Mode
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
@@ -198,7 +198,7 @@ class DynamicLayer(nn.Module):
         needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, self.weight, bias)]
         shape = tuple(x.shape)
         observing = any(needs) and self.observing
-        return layer_forward(  # type: ignore[no-any-return]
+        return apply_layer(
             x,
             self.weight,
             bias,
@@ -213,7 +213,7 @@ class DynamicLayer(nn.Module):
             needs[1] or observing,  # WGRAD reads X
             needs[0] or observing,  # DGRAD reads W
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype,
-        )[0]
+        )
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
         """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most bits."""

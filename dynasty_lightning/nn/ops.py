@@ -7,6 +7,7 @@ An operand travels between them packed: one byte an element, and for each block 
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 from weakref import WeakValueDictionary
@@ -113,7 +114,8 @@ def _gemm(
         if plan.band is not None and gemm is not Gemm.WGRAD:
             right = ExtractedWeight(right, plan)
         # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
-        with torch.autocast(left.codes.device.type, enabled=False):
+        kind = left.codes.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             if plan.mode == "exact":
                 result = exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
             else:
@@ -184,8 +186,7 @@ def _weight_blocks(weight: Tensor, plan: LayerPlan, request: Tensor, settings: S
     return blocks
 
 
-@torch.library.custom_op("dynasty::layer_forward", mutates_args=())
-def layer_forward(
+def _layer_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -201,8 +202,12 @@ def layer_forward(
     keep_w: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Y = X Wt + bias of quantized X and W, in `dtype`; then X packed if `keep_x` and W packed if `keep_w`, as the backward GEMMs
-    read them (empty if not), and the headers of X and W as FORWARD read them, where those are not the packed ones (empty where they are)."""
+    """Y = X Wt + bias of quantized X and W, in `dtype`, and what is saved for backward.
+
+    Returns:
+        Y; X packed if `keep_x` and W packed if `keep_w`, as the backward GEMMs read them, else empty; and the headers of X and W as
+        FORWARD read them, empty where they are the packed ones.
+    """
     plan = LayerPlan.from_key(plan_key)
     x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
     w_blocks = _weight_blocks(weight, plan, w_request, settings, int(position[_EPOCH]) if training and position.numel() > _EPOCH else None)
@@ -240,8 +245,7 @@ def has_own_blocks(plan: LayerPlan, *, training: bool) -> bool:
     return plan.format.requantizes or not training
 
 
-@torch.library.custom_op("dynasty::layer_backward", mutates_args=())
-def layer_backward(
+def _layer_backward(
     e: Tensor,
     x_packed: Sequence[Tensor],
     w_packed: Sequence[Tensor],
@@ -386,15 +390,19 @@ def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:
     return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
 
 
+layer_forward = torch.library.custom_op("dynasty::layer_forward", _layer_forward, mutates_args=())
+layer_backward = torch.library.custom_op("dynasty::layer_backward", _layer_backward, mutates_args=())
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _, e_request, position, settings, plan_key, slot_key, *_ = inputs
+    x, weight, _, _, _, e_request, position, settings, plan_key, slot_key, *_ = inputs
     ctx.save_for_backward(e_request, position, *output[1:])
     ctx.settings, ctx.plan_key, ctx.slot_key = list(settings), plan_key, slot_key
     ctx.input_shape, ctx.dtypes, ctx.channels_last = list(x.shape), (x.dtype, weight.dtype), is_channels_last(x)
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
+def _gradients(ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph=True: a derivative of what follows would silently be zero
         raise RuntimeError(
             "double backward through a converted layer is not supported: quantized gradients have no derivative; "
@@ -404,7 +412,7 @@ def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
     x_packed, w_packed, own_headers = rest[:_PACKED], rest[_PACKED : 2 * _PACKED], rest[2 * _PACKED :]
     headers = [own if own.numel() else packed[_HEADERS] for own, packed in zip(own_headers, (x_packed, w_packed), strict=True)]
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
-    dx, dw = layer_backward(
+    dx, dw = backward(
         e, x_packed, w_packed, e_request, position, ctx.settings, ctx.plan_key, ctx.input_shape, ctx.dtypes[0], ctx.channels_last,
         need_dx, need_dw, ctx.slot_key, headers,
     )  # fmt: skip
@@ -417,7 +425,28 @@ def _backward(ctx: Any, e: Tensor, *_: Any) -> tuple[Any, ...]:
     )
 
 
-layer_forward.register_autograd(_backward, setup_context=_setup_context)
+class LayerFunction(torch.autograd.Function):
+    """`layer_forward` and `layer_backward` without the dispatcher, whose way in and out costs more than small layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = _layer_forward(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, e: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _gradients(ctx, e, _layer_backward)
+
+
+def apply_layer(x: Tensor, *inputs: Any) -> Tensor:
+    """Y, differentiable; arguments as `layer_forward` takes them."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:  # what traces needs the operator
+        return layer_forward(x, *inputs)[0]  # type: ignore[no-any-return]
+    return LayerFunction.apply(x, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+layer_forward.register_autograd(lambda ctx, e, *_: _gradients(ctx, e, layer_backward), setup_context=_setup_context)
 
 
 @layer_forward.register_fake

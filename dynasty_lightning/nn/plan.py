@@ -4,7 +4,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from ..core.blocks import BandedWeight, BlockLayout
 from ..core.formats import BlockFormat
@@ -12,6 +12,7 @@ from ..core.geometry import LayerGeometry
 from ..core.roles import Gemm, Role
 
 Mode = Literal["fast", "exact"]
+_LAYOUTS_KEPT: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,20 @@ class LayerPlan:
 
     def layout(self, role: Role, shape: tuple[int, ...], gemm: Gemm, *, training: bool = True) -> BlockLayout:
         """How an operand of `shape` (banded for a grouped W) is cut for `gemm`."""
-        axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
-        return BlockLayout(shape=shape, block_shape=self.block_shape(role, gemm, training=training), channel_axis=axis)
+        key = (role, shape, gemm, training)
+        found = self._layouts.get(key)
+        if found is None:
+            axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
+            found = BlockLayout(shape=shape, block_shape=self.block_shape(role, gemm, training=training), channel_axis=axis)
+            if len(self._layouts) >= _LAYOUTS_KEPT:  # inputs of ever new sizes
+                self._layouts.clear()
+            self._layouts[key] = found
+        return found
+
+    @cached_property
+    def _layouts(self) -> dict[Any, BlockLayout]:
+        """Layouts met so far: a layer asks for the same few at every step."""
+        return {}
 
     def weight_shape(self) -> tuple[int, ...]:
         """W's shape as it is cut into blocks."""

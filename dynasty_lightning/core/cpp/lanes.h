@@ -92,6 +92,7 @@ inline Mask operator==(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a.v, b.v);
 inline Int Select(Mask m, Int a, Int b) { return {_mm512_mask_blend_epi32(m, b.v, a.v)}; }
 inline Float Select(Mask m, Float a, Float b) { return {_mm512_mask_blend_ps(m, b.v, a.v)}; }
 inline int32_t GreatestLane(Int a) { return _mm512_reduce_max_epi32(a.v); }
+inline int32_t LeastLane(Int a) { return _mm512_reduce_min_epi32(a.v); }
 
 // Lane i takes lane index[i].
 inline Float Permute(Float a, Int index) { return {_mm512_permutexvar_ps(index.v, a.v)}; }
@@ -371,6 +372,11 @@ template <typename T> inline T Select(Mask m, T a, T b) {
 inline int32_t GreatestLane(Int a) {
   int32_t r = a.v[0];
   DYNASTY_EACH r = a.v[i] > r ? a.v[i] : r;
+  return r;
+}
+inline int32_t LeastLane(Int a) {
+  int32_t r = a.v[0];
+  DYNASTY_EACH r = a.v[i] < r ? a.v[i] : r;
   return r;
 }
 template <typename T> inline T Permute(T a, Int index) {

@@ -37,7 +37,6 @@ struct QuantizeArgs {
   int64_t logical_channels_last;  // the stream counts elements and blocks as [rows, positions, channels], else as [rows, channels, positions]
   int32_t* peaks;                 // scratch, one a block
   int32_t* plans;                 // scratch, one a block
-  uint16_t* drops;                // scratch, one a block and 256; may be null where nothing is dropped
   int32_t* largest_exponents;     // one a scope
   uint8_t* codes;
   uint16_t* values;  // bfloat16; null for none
