@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CPU quantizer, its way back and the widening of results, in ns an element beside memcpy of the same float32 tensor in the same run.
 
-Operands of ResNet-20, an MLP and a ViT, in both memory orders, one block of 4 x 4 an exponent: X (nearest, unsigned where it can be), W
-(nearest), E at fixed widths (stochastic) and E from thresholds with drops; each call writes codes, headers, exponents and bfloat16 values, as
-a layer's does, Python's part of the call included. `dequantize` is what backward reads saved operands with, `widen` brings a bf16 result to
-float32. Large operands come from beyond the second cache, as in training.
+Operands of ResNet-20, an MLP and a ViT, in both memory orders, 4 x 4 blocks: X (nearest, unsigned where it can be), W (nearest), E at
+fixed widths (stochastic) and E from thresholds with drops; each call writes codes, headers, exponents and bfloat16 values, as a layer's
+does, Python's part of the call included. `dequantize` is what backward reads saved operands with, `widen` brings a bf16 result to float32.
+Calls take turns, so operands come from where the others left them: from beyond the second cache, as in training.
 
 Expected: nearest at most 2, stochastic at most 3 times memcpy. `--torch` times the pure-torch quantizer too.
 """

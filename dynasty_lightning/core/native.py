@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels of the CPU (`core/cpp`): built on first use, called through ctypes. Without a compiler the pure-torch paths do the same work.
+"""The C++ kernels of the CPU (`core/cpp`): built on first use, called through ctypes.
+
+Without a compiler the pure-torch paths do the same work.
 
 The library lands in DYNASTY_CACHE, or the user's cache folder, under a hash of sources, compiler, flags and processor features.
 DYNASTY_NATIVE=0 turns the kernels off.
@@ -73,7 +75,8 @@ _QuantizeArgs = _structure(
 _DequantizeArgs = _structure(
     "_DequantizeArgs",
     _fields(
-        "codes* relative_exponents* headers* largest_exponent rows positions channels block_rows block_channels grid_channels_last values* threads"
+        "codes* relative_exponents* headers* largest_exponent rows positions channels block_rows block_channels grid_channels_last "
+        "values* threads"
     ),
 )
 _MeanSquaresArgs = _structure(
@@ -88,7 +91,7 @@ _WidenArgs = _structure("_WidenArgs", _fields("values* bias* rows positions chan
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedArrays:
-    """What a quantizer kernel writes; see `quantize.QuantizedBlocks`. `values` is None where none were asked for or could be written."""
+    """What a quantizer kernel writes; see `quantize.QuantizedBlocks`. `values`: None where none were asked for or could be written."""
 
     codes: Tensor
     relative_exponents: Tensor
@@ -314,7 +317,8 @@ def quantize(
         request.data_ptr(), *request_strides, is_threshold, least_bits, most_bits, int(role), stochastic, force_signed, _SCOPES[scope],
         stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, _last(layout),
         scratch, scratch + 4 * blocks, largest.data_ptr(),
-        codes.data_ptr(), None if values is None else values.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), _threads(x.numel()),
+        codes.data_ptr(), None if values is None else values.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(),
+        _threads(x.numel()),
     )  # fmt: skip
     status = library.dynasty_quantize(ctypes.byref(args))
     if status & _BAD_ARGUMENTS:
@@ -354,14 +358,16 @@ def dequantize(
             )
     for name, tensor, dtype in (("relative_exponents", relative_exponents, torch.int8), ("headers", headers, torch.uint8)):
         if tuple(tensor.shape) != layout.grid_shape or tensor.dtype != dtype or tensor.stride() != headers.stride():
-            raise ValueError(f"{name} must be {dtype} of the grid {layout.grid_shape} in one order, not {tensor.dtype} {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be {dtype} of the grid {layout.grid_shape} in one order, not {tensor.dtype} {tuple(tensor.shape)}"
+            )
     channels_innermost = headers.movedim(layout.channel_axis, -1).is_contiguous()
     if not channels_innermost and not headers.is_contiguous():
         raise ValueError(f"headers must be contiguous or channels innermost, not of strides {headers.stride()}")
     rows, positions, channels = layout.extents
     args = _DequantizeArgs(
-        codes.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), largest_exponent, rows, positions, channels, *layout.block_shape,
-        channels_innermost, values.data_ptr(), _threads(codes.numel()),
+        codes.data_ptr(), relative_exponents.data_ptr(), headers.data_ptr(), largest_exponent, rows, positions, channels,
+        *layout.block_shape, channels_innermost, values.data_ptr(), _threads(codes.numel()),
     )  # fmt: skip
     if (library or _library()).dynasty_dequantize(ctypes.byref(args)):
         raise ValueError(f"the kernel refused its arguments: {layout}")
@@ -418,7 +424,8 @@ def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tens
     x, extents, strides = _operand(x, layout)
     out = torch.empty(layout.grid_shape, dtype=torch.float32)
     args = _MeanSquaresArgs(
-        x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, _last(layout), out.data_ptr(), _threads(x.numel()),
+        x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, _last(layout), out.data_ptr(),
+        _threads(x.numel()),
     )  # fmt: skip
     if (library or _library()).dynasty_mean_squares(ctypes.byref(args)):
         raise ValueError(f"the kernel refused its arguments: {layout}")

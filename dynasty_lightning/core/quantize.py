@@ -122,7 +122,8 @@ class QuantizedBlocks:
     Attributes:
         layout: how the operand is cut.
         codes: uint8, the operand's shape, channels innermost in memory; a mantissa's low byte.
-        relative_exponents: int8, grid; scale_exponent less the scope's largest exponent, in [-15, 17] by the window and what drops leave; 0 where bits = 0.
+        relative_exponents: int8, grid; scale_exponent less the scope's largest exponent, in [-15, 17] by the window
+            and what drops leave; 0 where bits = 0.
         headers: uint8, grid; bits | signed << 4 | occupied << 5.
         largest_exponents: int32, an entry for each scope, and so broadcastable to grid and operand; far below any exponent if all is zero.
         passthrough, finite: see `BlockTensor`.

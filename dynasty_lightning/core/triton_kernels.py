@@ -346,7 +346,8 @@ def apply_kernel(
     LEVELS: tl.constexpr, ORDER: tl.constexpr, SCOPE: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
     STOCHASTIC: tl.constexpr, DROPS: tl.constexpr, SHARE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Scale, window, mantissas and headers from the plan. codes and values lie [N, positions, C], scales (less the ceiling) and headers as the grid."""
+    """Scale, window, mantissas and headers from the plan. codes and values lie [N, positions, C]; scales, less the
+    ceiling, and headers lie as the grid."""
     row, position, channel = _tile(P, C, RB, PT, CB, BC, WIDE)
     r, p, c, exists = _blocks(row, position, channel, grid_rows, P, grid_channels, RB, PT, CB)
     own = (r * P + p) * grid_channels + c

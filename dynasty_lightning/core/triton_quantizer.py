@@ -143,7 +143,7 @@ def dequantize_cuda(
         if tuple(tensor.shape) != shape or tensor.dtype != kind:
             raise ValueError(f"{name} must be {kind} of shape {shape}, not {tensor.dtype} of {tuple(tensor.shape)}")
     if largest_exponents.numel() != 1 or largest_exponents.dtype != torch.int32:
-        raise ValueError(f"largest_exponents must be one int32, of one scope, not {largest_exponents.dtype} of {tuple(largest_exponents.shape)}")
+        raise ValueError(f"largest_exponents is one int32, of one scope, not {largest_exponents.dtype} of {tuple(largest_exponents.shape)}")
     # Those of `quantize_cuda` are in this order already, and nothing is copied.
     codes = codes.movedim(layout.channel_axis, -1).contiguous().movedim(-1, layout.channel_axis)
     values = _empty(layout, dtype, codes.device)
@@ -151,7 +151,8 @@ def dequantize_cuda(
     with torch.cuda.device_of(codes):
         _launch(
             kernels.dequantize_kernel, tile.programs, tile.warps, codes=codes, scales=relative_exponents.contiguous(),
-            headers=headers.contiguous(), largest=largest_exponents, values=values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32),
+            headers=headers.contiguous(), largest=largest_exponents,
+            values=values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32),
             ORDER=_order(layout), WIDE=_needs_wide_offsets(codes), BFLOAT16=dtype == torch.bfloat16, **_sizes(layout), **tile.arguments,
         )  # fmt: skip
     return values

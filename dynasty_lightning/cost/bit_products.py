@@ -192,7 +192,7 @@ def layer_cost(
     e_rows = e if block_rows == block_channels else e.index_select(2, e_block)
     axes = _tap_axes(geometry, input_shape, output_shape)
     grams = {
-        Gemm.FORWARD: _forward_gram(x_total, w, band, axes),
+        Gemm.FORWARD: _forward_gram(x_total, w, None if geometry.groups == 1 else band, axes),
         Gemm.WGRAD: _wgrad_gram(e_rows, x, None if geometry.groups == 1 else band, axes),
     }
     if has_dgrad:
@@ -374,9 +374,11 @@ def _gram(left: Tensor, right: Tensor) -> Tensor:
     return left.flatten(1).double() @ right.flatten(1).double().T
 
 
-def _forward_gram(x_total: Tensor, w: Tensor, band: Tensor, axes: Sequence[_TapAxis]) -> Tensor:
+def _forward_gram(x_total: Tensor, w: Tensor, band: Tensor | None, axes: Sequence[_TapAxis]) -> Tensor:
     """Sum over channel blocks and taps of (sum of X over samples and positions) times (sum of W over row blocks)."""
     left = _per_tap(x_total, (axis.reached for axis in axes))  # [3, channel blocks, taps]
+    if band is None:  # every row block reads every channel, one column for each
+        return _gram(left, w.sum(1))
     right = w.new_zeros(3, x_total.shape[1] + 1, w.shape[3])  # one more, for columns that are not stored
     right.index_add_(1, band.flatten(), w.flatten(1, 2))
     return _gram(left, right[:, :-1])

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..core.formats import BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
-from ..core.roles import Gemm, Role
 from ..core.quantize import header_bits, header_occupied
+from ..core.roles import Gemm, Role
 from .ops import ObservationSlot, apply_layer, settings_of
 from .plan import LayerPlan, Mode
 

@@ -27,7 +27,7 @@ from ..core.stats import mean_squares
 from .plan import LayerPlan
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand itself where it was not finite, else empty."""
+"""codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand where it was not finite."""
 _PACKED: Final = 5
 
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]

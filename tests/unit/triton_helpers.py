@@ -76,7 +76,7 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
 
     from dynasty_lightning.core import triton_quantizer
 
-    pointers = {torch.int32: "*i32", torch.uint8: "*u8", torch.int16: "*i16", torch.float16: "*fp16"}
+    pointers = {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.float16: "*fp16"}
     texts: dict[str, str] = {}
 
     def launch(kernel, programs, warps, **arguments):
