@@ -206,7 +206,7 @@ def _layer_forward(
 
     Returns:
         Y; X packed if `keep_x` and W packed if `keep_w`, as the backward GEMMs read them, else empty; and the headers of X and W as
-        FORWARD read them, empty where they are the packed ones.
+        FORWARD read them, empty where they are the packed ones or nobody wants them.
     """
     plan = LayerPlan.from_key(plan_key)
     x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
@@ -218,11 +218,12 @@ def _layer_forward(
     packed: list[Tensor] = []
     headers: list[Tensor] = []
     own = has_own_blocks(plan, training=training)
+    wanted = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w)
     for role, gemm, keep, blocks, operand in (
         (Role.ACTIVATION, Gemm.WGRAD, keep_x, x_blocks, x),
         (Role.WEIGHT, Gemm.DGRAD, keep_w, w_blocks, weight),
     ):
-        headers.append(blocks.headers.new_empty(0) if keep and not own else blocks.headers)
+        headers.append(blocks.headers if wanted and (own or not keep) else blocks.headers.new_empty(0))
         if not keep:
             packed += [torch.empty(0, dtype=t, device=x.device) for t in _PACKED_TYPES]
             continue
@@ -238,6 +239,11 @@ def _layer_forward(
 _HEADERS: Final = 2  # in `Packed`
 _EPOCH: Final = 4  # in `position`: optimizer steps so far
 _PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch.float32)
+
+
+def wants_headers(slot_key: str, *, keep_x: bool, keep_w: bool) -> bool:
+    """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a prediction; not to be saved for nothing."""
+    return bool(slot_key) or not (keep_x or keep_w)
 
 
 def has_own_blocks(plan: LayerPlan, *, training: bool) -> bool:
@@ -487,7 +493,8 @@ def _layer_forward_fake(
         else:
             packed += [x.new_empty(0, dtype=t) for t in _PACKED_TYPES]
         forward = plan.layout(role, operand, Gemm.FORWARD, training=training)
-        headers.append(x.new_empty(0, dtype=torch.uint8) if keep and not own else empty_grid(tensor, forward, torch.uint8))
+        shown = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w) and (own or not keep)
+        headers.append(empty_grid(tensor, forward, torch.uint8) if shown else x.new_empty(0, dtype=torch.uint8))
     return (_empty_result(x, plan.output_shape(shape), dtype, channels_last=is_channels_last(x)), *packed, *headers)
 
 

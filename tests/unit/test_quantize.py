@@ -1,11 +1,13 @@
-"""The quantizer against the oracle: exhaustively on small blocks, at random over everything else."""
+"""The quantizer against the oracle: exhaustively on small blocks, at random over everything else; the kernels and pure torch alike."""
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from dynasty_lightning.core import native
 from dynasty_lightning.core.formats import BlockFormat
 from dynasty_lightning.core.quantize import quantize
 from dynasty_lightning.core.random import StreamPosition
@@ -13,8 +15,17 @@ from dynasty_lightning.core.roles import Role
 from tests import oracle
 
 
+@pytest.fixture(scope="module", autouse=True)
+def libraries():
+    """None is pure torch."""
+    LIBRARIES.update(torch=None, vectors=native.load(native.build()), plain=native.load(native.build(plain_lanes=True)))
+
+
+LIBRARIES = {}
+
+
 def check(x, role, **options):
-    """Package and oracle agree on every field."""
+    """Package and oracle agree on every field, whatever computes it."""
     stream = options.pop("stream", {})
     expected = oracle.quantize(
         x.numpy(), role.letter, block=options.get("block_shape", (4, 4)), axis=options.get("channel_axis", 1), bits=options.get("bits"),
@@ -23,9 +34,12 @@ def check(x, role, **options):
         nearest=None if options.get("rounding") is None else options["rounding"] == "nearest",
     )  # fmt: skip
     options = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    got = quantize(x, role=role, stream=StreamPosition(**stream), **options)
-    for field in ("occupied", "bits", "scale_exponents", "signed", "mantissas"):
-        np.testing.assert_array_equal(getattr(got, field).numpy(), getattr(expected, field), err_msg=field)
+    for name, library in LIBRARIES.items():
+        with mock.patch.object(native, "_library", lambda library=library: library):
+            assert native.available() == (name != "torch")
+            got = quantize(x, role=role, stream=StreamPosition(**stream), **options)
+        for field in ("occupied", "bits", "scale_exponents", "signed", "mantissas"):
+            np.testing.assert_array_equal(getattr(got, field).numpy(), getattr(expected, field), err_msg=f"{field} of {name}")
     finite = np.vectorize(lambda v: abs(v) < 2**128)(expected.values)
     np.testing.assert_array_equal(got.dequantize().numpy()[finite], expected.values.astype(float)[finite].astype(np.float32))
     # bfloat16 keeps 8 bits down to 2**-126 only; `shift` is there for what lies below.

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E501
+"""Bends the C++ kernels in one place at a time and shows that the tests see it.   python -m tests.unit.native_mutations [--only NAME]
+
+Each mutant is a copy of core/cpp with one text replaced, built by `native.build` and put through the random operands of test_native.py, and
+a few sums of squares and widened results, in a process of its own. A text that does not occur exactly once in all of the sources, or a
+mutant that does not compile, is an error of this list, not a mutant caught. The sources as they are must pass.
+"""
+
+import argparse
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from dynasty_lightning.core import native
+from dynasty_lightning.core.blocks import BlockLayout
+from dynasty_lightning.core.random import StreamPosition, stream_numbers
+from dynasty_lightning.core.roles import Role
+from dynasty_lightning.core.stats import mean_squares_in_torch
+
+from . import native_cases
+
+SEEDS = 250
+TIMEOUT_S = 120
+
+
+class Mutation(NamedTuple):
+    """One replacement; `plain`: in the portable loops."""
+
+    name: str
+    old: str
+    new: str
+    plain: bool = False
+
+
+MUTATIONS = (
+    Mutation("window one binade wider", "kWindow = 8;", "kWindow = 9;"),
+    Mutation("window ignores the sign", "largest - Ints(kWindow + 7) + sign)", "largest - Ints(kWindow + 7))"),
+    Mutation("ties away from even", "Floats(0x1.8p23f), t = y + magic", "Floats(0x1.8p23f), t = (y + Floats(0x1p-12f)) + magic"),
+    Mutation("no clip of mantissas", "y = Clip(y, limit);", ";"),
+    Mutation("no over bit", "above + Ints(2) + over", "above + Ints(2)"),
+    Mutation("over bit from the wrong width", "peak.Exceeds(above + Ints(1))", "peak.Exceeds(above + Ints(2))"),
+    Mutation("E saturates", "if (a.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));", ";"),
+    Mutation("sign flag lost", "plan & Ints(kBitsMask | kSignedFlag)", "plan & Ints(kBitsMask)"),
+    Mutation("X always signed", "args.role == kActivation && !args.force_signed)", "false)"),
+    Mutation("forced sign ignored", "args.role == kActivation && !args.force_signed)", "args.role == kActivation)"),
+    Mutation("drops keep twice as often", "ShiftRight(Ints(1 << 16), depth)", "ShiftRight(Ints(1 << 17), depth)"),
+    Mutation("drop probability one number off", "ShiftRight(Ints(1 << 16), depth) > numbers", "ShiftRight(Ints(1 << 16), depth) > numbers - Ints(600)"),
+    Mutation("drops are a binade deeper", "kMaxDropDepth = 3;", "kMaxDropDepth = 2;"),
+    Mutation("drops draw the elements' numbers", "kDropCode = 8;", "kDropCode = 0;"),
+    Mutation("kept LSB finer than the threshold", "Greatest(scale, request), scale)", "scale, scale)"),
+    Mutation("kept exponent not raised", "const Int exponent = peak.exponent + depth,", "const Int exponent = peak.exponent,"),
+    Mutation("kept elements not enlarged", "Select(active, depth - scale_exponent, Ints(0))", "Select(active, Ints(0) - scale_exponent, Ints(0))"),
+    Mutation("least width ignored", "std::max<int32_t>(int32_t(a.least_bits), kMinBits)", "kMinBits"),
+    Mutation("least width of small blocks ignored", "Int low = Ints(int32_t(a.least_bits));", "Int low = Ints(0);"),
+    Mutation("most width ignored", "Ints(int32_t(a.most_bits)))", "Ints(8))"),
+    Mutation("zero rule forgotten", "const Mask kept = Mask(active & ~(any == Ints(0)));", "const Mask kept = active;"),
+    Mutation("occupied flag lost", "(plan & Ints(kOccupiedFlag))", "Ints(0)"),
+    Mutation("groups share the first width", "widest = std::max(widest, plan & kBitsMask)", "widest = widest ? widest : plan & kBitsMask"),
+    Mutation("groups fill blocks of no bits", "plan = plan & kBitsMask ? (plan & ~kBitsMask) | widest : plan;", "plan = (plan & ~kBitsMask) | widest;"),
+    Mutation("last group of channels cut short", "std::min(s.channel_blocks, first + a.group_channels)", "std::min(s.channel_blocks - 1, first + a.group_channels)"),
+    Mutation("subnormal exponent one off", "Ints(127 + 149)", "Ints(127 + 148)"),
+    Mutation("largest float is not finite", "Ints(0x7F7FFFFF)", "Ints(0x7F7FFFFE)"),
+    Mutation("rows share their random numbers", "uint64_t(((row + r) * a.channels + channel) * a.positions + chunk)", "uint64_t((row * a.channels + channel) * a.positions + chunk)"),
+    Mutation("rows share numbers, channels innermost", "uint64_t((row + r) * a.positions * a.channels + element)", "uint64_t(row * a.positions * a.channels + element)"),
+    Mutation("numbers one channel off", "uint64_t((row * a.channels + c) * a.positions + first), positions, scratch", "uint64_t((row * a.channels + c) * a.positions + first + 1), positions, scratch"),
+    Mutation("odd positions take the low half", "p % 2 ? ShiftRightLogical<16>(words)", "false ? ShiftRightLogical<16>(words)"),
+    Mutation("drops of the first row", "first_ = unit.begin * s.BlocksOfRow(a);", "first_ = 0;"),
+    Mutation("sample scope reads the first sample's", "if (a.scope == kSample) return row_block;", "if (a.scope == kSample) return 0;"),
+    Mutation("row scope reads its neighbour's", "s.positions_innermost ? first : run", "s.positions_innermost ? 0 : run"),
+    Mutation("window of the largest met so far", "if (finest[u] < largest - (kWindow + 7))", "if (false)"),
+    Mutation("exponents not rebased", "a.relative_exponents[i] + from - to : 0", "a.relative_exponents[i] : 0"),
+    Mutation("tail mask a lane too long", "Mask((1u << count) - 1); }\n\ninline Float Floats(float x) { return {_mm512_set1", "Mask((2u << count) - 1); }\n\ninline Float Floats(float x) { return {_mm512_set1"),
+    Mutation("blocks of 8: last element unread", "for (int64_t e = 1; e < block_channels; ++e) {", "for (int64_t e = 1; e + 1 < block_channels; ++e) {"),
+    Mutation("one Philox round less", "kRounds = 10;", "kRounds = 9;"),
+    Mutation("half a step of rounding lost", "_mm512_set1_ps(0x1p-17f)", "_mm512_set1_ps(0.0f)"),
+    Mutation("plain: half a step of rounding lost", "(low + 2 * r.v[i] + 1) >> 17", "(low + 2 * r.v[i]) >> 17", plain=True),
+    Mutation("plain: floor of negatives", "low -= float(low) > y;", ";", plain=True),
+    Mutation("plain: lower clip", "a.v[i] < -b.v[i] ? -b.v[i] : a.v[i]", "a.v[i]", plain=True),
+    Mutation("plain: third byte of a lane", "(x2.v[i] & 0xFFu) << 16", "(x1.v[i] & 0xFFu) << 16", plain=True),
+    Mutation("dequantize: no sign", "ShiftLeft<1>(low & Ints(0x80))", "(low & Ints(0))"),
+    Mutation("mean over padding", "float((last_row - first_row) * (end - c))", "float((last_row - first_row) * a.block_channels)"),
+    Mutation("squares summed the other way round", "total = c == first ? sum : total + sum;", "total = c == first ? sum : sum + total * Floats(1.0000001f);"),
+    Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
+)  # fmt: skip
+
+
+class Checks:
+    """The expected results, worked out once; `run` compares a library's with them."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        cases = [native_cases.random_case(seed) for seed in range(SEEDS)]
+        x = torch.randn(20, 40, 30) * torch.exp2(3 * torch.randn(20, 40, 30))
+        for role in Role:
+            for operand in (
+                x,
+                x.movedim(1, -1).contiguous().movedim(-1, 1),
+                x[:, :, :16].movedim(1, -1)[:, :, :32].contiguous().movedim(-1, 1),
+            ):
+                cases.append(native_cases.case(operand, (4, 4), 1, role, lsb=1))
+                cases.append(native_cases.case(operand, (1, 8), 1, role, lsb=1, scope="sample"))
+        largest = x.clone()
+        largest[3, 3, 3] = torch.finfo(torch.float32).max
+        cases.append(native_cases.case(largest, (4, 4), 1, Role.WEIGHT, bits=8))
+        growing = x * torch.exp2(torch.arange(20.0)).view(-1, 1, 1)  # the window of early rows is known only at the end
+        cases += [native_cases.case(growing, (4, 4), 1, role, bits=7) for role in Role]
+        cases += [native_cases.edge_case((8, 32, 5), below=below)[0] for below in (False, True)]
+        self.cases = [(case, case.in_torch()) for case in cases]
+        layouts = [BlockLayout(shape=(20, 40, 30), block_shape=(20, 16), channel_axis=axis) for axis in (1, 2)]
+        self.squares = [(x, layout, mean_squares_in_torch(x, layout)) for layout in layouts]
+        self.product, self.bias = x.bfloat16(), torch.randn(40)
+        self.position = StreamPosition(seed=3, layer=4)
+        self.numbers = stream_numbers(self.position, 2, 100)
+
+    def run(self, library: Any) -> str:
+        """What differs first; empty if nothing does."""
+        if not torch.equal(native.stream_numbers(self.position, 2, 100, library=library), self.numbers):
+            return "random stream"
+        for number, (case, expected) in enumerate(self.cases):
+            if wrong := native_cases.differences(case, library, expected):
+                return f"case {number}: {', '.join(wrong)}"
+        for x, layout, expected in self.squares:
+            if not torch.equal(native.mean_squares(x, layout, library=library), expected):
+                return "mean squares"
+        want = self.product.float() + self.bias.view(-1, 1)
+        innermost = self.product.movedim(1, -1).contiguous().movedim(-1, 1)
+        if any(
+            not torch.equal(native.widen(y, 1, channels_last=False, bias=self.bias, library=library), want)
+            for y in (self.product, innermost)
+        ):
+            return "widen"
+        return ""
+
+
+def _run(path: Path, checks: Checks, answers: Any) -> None:
+    torch.set_num_threads(1)
+    answers.put(checks.run(native.load(path)))
+
+
+def examine(path: Path, checks: Checks) -> str:
+    """`Checks.run` of a library in a process of its own: a mutant may crash or never end."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_run, args=(path, checks, answers))
+    process.start()
+    process.join(TIMEOUT_S)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"no end after {TIMEOUT_S} s"
+    if process.exitcode:
+        return f"died with status {process.exitcode}"
+    return str(answers.get())
+
+
+def try_mutation(mutation: Mutation, checks: Checks) -> tuple[str, str]:
+    """(caught | SURVIVED | error, what was seen)."""
+    with tempfile.TemporaryDirectory(prefix="native-mutant-") as work:
+        folder = Path(work) / "cpp"
+        shutil.copytree(native.SOURCES, folder)
+        texts = {path: path.read_text() for path in folder.iterdir()}
+        count = sum(text.count(mutation.old) for text in texts.values())
+        if count != 1:
+            return "error", f"the text occurs {count} times"
+        path = next(path for path, text in texts.items() if mutation.old in text)
+        path.write_text(texts[path].replace(mutation.old, mutation.new))
+        try:
+            library = _build(folder, Path(work) / "cache", plain=mutation.plain)
+        except native.BuildError as error:
+            return "error", f"does not compile: {str(error)[-300:]}"
+        seen = examine(library, checks)
+        return ("caught", seen) if seen else ("SURVIVED", "")
+
+
+def _build(sources: Path, cache: Path, *, plain: bool) -> Path:
+    kept = native.SOURCES
+    native.SOURCES = sources  # type: ignore[misc]
+    try:
+        return native.build(plain_lanes=plain, cache=cache)
+    finally:
+        native.SOURCES = kept  # type: ignore[misc]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", metavar="NAME", help="mutations whose name contains NAME")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.only or options.only in m.name]
+    if not chosen:
+        parser.error(f"no mutation's name contains {options.only!r}")
+    checks = Checks()
+    for plain in (False, True):
+        if seen := examine(native.build(plain_lanes=plain), checks):
+            print(f"the sources as they are do not pass: {seen}")
+            return 1
+    bad = 0
+    for mutation in chosen:
+        begin = time.monotonic()
+        verdict, text = try_mutation(mutation, checks)
+        bad += verdict != "caught"
+        print(f"{verdict:8s} {mutation.name:42s} {time.monotonic() - begin:5.0f} s  {text}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} mutants caught")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
