@@ -4,7 +4,8 @@
 Operands of ResNet-20, an MLP and a ViT, in both memory orders, 4 x 4 blocks: X (nearest, unsigned where it can be), W (nearest), E at
 fixed widths (stochastic) and E from thresholds with drops; each call writes codes, headers, exponents and bfloat16 values, as a layer's
 does, Python's part of the call included. `dequantize` is what backward reads saved operands with, `widen` brings a bf16 result to float32.
-Calls take turns, so operands come from where the others left them: from beyond the second cache, as in training.
+Calls take turns, so operands come from where the others left them: from beyond the second cache, as in training. With `--repeat` each call
+is made several times in a row, memcpy's too, so that small operands stay in the cache: the arithmetic's share.
 
 Expected: nearest at most 2, stochastic at most 3 times memcpy. `--torch` times the pure-torch quantizer too.
 """
@@ -51,7 +52,7 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
     target, layout = torch.empty_like(x), BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=axis)
     values = native.empty_channels_innermost(layout, torch.bfloat16)
     codes = native.empty_channels_innermost(layout, torch.uint8)
-    made = [Competitor(name="memcpy", step=lambda: target.copy_(x))]
+    made = [Competitor(name="memcpy", step=repeated(lambda: target.copy_(x), a.repeat))]
 
     def call(options: dict[str, Any]) -> Callable[[], Any]:
         request = torch.tensor(-2 if options["is_threshold"] else 8)
@@ -60,20 +61,30 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
             values=values, codes=codes, **options,
         )  # fmt: skip
 
-    made += [Competitor(name=kind, step=call(options)) for kind, options in KINDS.items()]
+    made += [Competitor(name=kind, step=repeated(call(options), a.repeat)) for kind, options in KINDS.items()]
     saved = call(KINDS["X nearest"])()
     largest = int(saved.largest_exponents)
     kept, back = saved.codes.clone(), values.clone()
     made.append(
         Competitor(
             name="dequantize",
-            step=lambda: native.dequantize(kept, saved.relative_exponents, saved.headers, largest, layout, values),
+            step=repeated(lambda: native.dequantize(kept, saved.relative_exponents, saved.headers, largest, layout, values), a.repeat),
         )
     )
-    made.append(Competitor(name="widen", step=lambda: native.widen(back, axis, channels_last=channels_last)))
+    made.append(Competitor(name="widen", step=repeated(lambda: native.widen(back, axis, channels_last=channels_last), a.repeat)))
     if a.torch:
-        made += [Competitor(name=f"{kind}, pure torch", step=in_torch(x, layout, options)) for kind, options in KINDS.items()]
+        made += [
+            Competitor(name=f"{kind}, pure torch", step=repeated(in_torch(x, layout, options), a.repeat)) for kind, options in KINDS.items()
+        ]
     return made
+
+
+def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
+    def step() -> None:
+        for _ in range(times):
+            call()
+
+    return step
 
 
 def in_torch(x: Tensor, layout: BlockLayout, options: dict[str, Any]) -> Callable[[], Any]:
@@ -89,6 +100,7 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--rounds", type=int, default=41)
+    arguments.add_argument("--repeat", type=int, default=1, help="calls in a row, so that operands that fit stay in the cache")
     arguments.add_argument("--torch", action="store_true", help="the pure-torch quantizer too")
     a = arguments.parse_args()
     set_allocator(a.default_malloc)
@@ -98,7 +110,7 @@ def main() -> int:
     if not native.available():
         print("not measured: the kernels could not be built here")
         return 1
-    record = provenance(a) | {"threads": a.threads, "rows": []}
+    record = provenance(a) | {"threads": a.threads, "repeat": a.repeat, "rows": []}
     print(describe(record))
     print(f"expected: at most {EXPECTED['W nearest']} times memcpy for nearest, {EXPECTED['E stochastic']} for stochastic rounding")
     for name in OPERANDS:
@@ -106,11 +118,11 @@ def main() -> int:
         elements = 1
         for n in OPERANDS[name][0]:
             elements *= n
-        elements //= 8 if a.smoke else 1
+        elements = elements // (8 if a.smoke else 1) * a.repeat
         for competitor in timed:
             warm_up(competitor)
         interleave(timed, 3 if a.smoke else a.rounds, name)
-        print(f"\n{name}: {elements} elements\n  {'':<26}{'ns an element':>14}   times memcpy (quartiles)")
+        print(f"\n{name}: {elements // a.repeat} elements\n  {'':<26}{'ns an element':>14}   times memcpy (quartiles)")
         for competitor in timed:
             seconds, ratio = competitor.seconds, competitor.ratio(timed[0])
             assert seconds is not None

@@ -323,7 +323,8 @@ def quantize(
     status = library.dynasty_quantize(ctypes.byref(args))
     if status & _BAD_ARGUMENTS:
         raise ValueError(
-            f"the kernel refused its arguments: {layout}, request {tuple(request.shape)}, scope {scope!r}, widths {least_bits} to {most_bits}"
+            f"the kernel refused its arguments: {layout}, request {tuple(request.shape)}, scope {scope!r}, "
+            f"widths {least_bits} to {most_bits}"
         )
     if status & _NONFINITE:
         return None
