@@ -113,7 +113,12 @@ def _library() -> Any:
     if os.environ.get("DYNASTY_NATIVE", "1") == "0":
         return None
     try:
-        return load(build())
+        path = build()
+        try:
+            return load(path)
+        except OSError:  # cut off by a full disk, or of another system
+            path.unlink()
+            return load(build())
     except (BuildError, OSError) as error:
         warnings.warn(
             f"the compiled quantizer is not available, so training runs on the pure-torch one, several times slower: {error}\n"
@@ -313,7 +318,8 @@ def quantize(
     group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
     scratch = _workspace.take("plan", 8 * blocks).data_ptr()
     args = _QuantizeArgs(
-        x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, *layout.block_shape, *group, channels_innermost,
+        x.data_ptr(), x.dtype == torch.bfloat16, rows, positions, channels, *strides, min(layout.block_shape[0], rows),
+        layout.block_shape[1], *group, channels_innermost,
         request.data_ptr(), *request_strides, is_threshold, least_bits, most_bits, int(role), stochastic, force_signed, _SCOPES[scope],
         stream.seed, stream.rank, stream.backward_count, stream.call_index, stream.layer, _last(layout),
         scratch, scratch + 4 * blocks, largest.data_ptr(),
@@ -358,9 +364,11 @@ def dequantize(
                 f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
             )
     for name, tensor, dtype in (("relative_exponents", relative_exponents, torch.int8), ("headers", headers, torch.uint8)):
-        if tuple(tensor.shape) != layout.grid_shape or tensor.dtype != dtype or tensor.stride() != headers.stride():
+        is_grid = tuple(tensor.shape) == layout.grid_shape and tensor.stride() == headers.stride()
+        if not is_grid or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} must be {dtype} of the grid {layout.grid_shape} in one order, not {tensor.dtype} {tuple(tensor.shape)}"
+                f"{name} must be {dtype} of the grid {layout.grid_shape} on the CPU, in the headers' order, "
+                f"not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
     channels_innermost = headers.movedim(layout.channel_axis, -1).is_contiguous()
     if not channels_innermost and not headers.is_contiguous():
@@ -389,8 +397,10 @@ def widen(values: Tensor, channel_axis: int, *, channels_last: bool, bias: Tenso
         raise ValueError(
             f"widen takes bfloat16 CPU tensors of two axes or more, not {values.dtype} {tuple(values.shape)} on {values.device}"
         )
-    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (values.shape[axis],)):
-        raise ValueError(f"the bias must be float32 with {values.shape[axis]} elements, not {bias.dtype} {tuple(bias.shape)}")
+    if bias is not None and (bias.dtype != torch.float32 or bias.device.type != "cpu" or tuple(bias.shape) != (values.shape[axis],)):
+        raise ValueError(
+            f"the bias must be float32 with {values.shape[axis]} elements, not {bias.dtype} {tuple(bias.shape)} on {bias.device}"
+        )
     layout = BlockLayout(shape=tuple(values.shape), block_shape=(1, 1), channel_axis=axis)
     innermost = values.movedim(axis, -1)
     if not innermost.is_contiguous():
@@ -485,9 +495,11 @@ def _operand(x: Tensor, layout: BlockLayout) -> tuple[Tensor, tuple[int, int, in
 
 def _request(request: Tensor, layout: BlockLayout, *, channels_innermost: bool) -> tuple[Tensor, tuple[int, int, int]]:
     """The request as int16 and its strides along the grid's rows, positions and channels."""
+    if request.device.type != "cpu" or request.is_floating_point() or request.dtype is torch.bool:
+        raise ValueError(f"a request must be an integer CPU tensor, not {request.dtype} on {request.device}")
     if request.dtype != torch.int16:
         # Far beyond float32's exponents every threshold asks for the same.
-        request = request.clamp(-8192, 8191).to(torch.int16) if request.dtype != torch.uint8 else request.to(torch.int16)
+        request = request.to(torch.int16) if request.dtype in (torch.uint8, torch.int8) else request.clamp(-8192, 8191).to(torch.int16)
     if request.numel() == 1:
         return request, (0, 0, 0)
     grid = layout.grid_shape

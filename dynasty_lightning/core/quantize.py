@@ -21,6 +21,8 @@ Rounding = Literal["nearest", "stochastic"]
 _BITS_MASK: Final = 0x0F
 _SIGNED_FLAG: Final = 0x10
 _OCCUPIED_FLAG: Final = 0x20
+_FAR_THRESHOLDS: Final = (-300, 200)
+"""Beyond these a threshold asks the same of every float32, and exponents stay within reach of the arithmetic."""
 _LEAST_NORMAL: Final = -100  # of a largest exponent whose whole window is normal numbers
 NO_EXPONENT: Final = -(1 << 14)  # below every exponent, and small enough to add to in int32
 
@@ -269,7 +271,7 @@ def quantize_blocks(
         x.float(),
         layout,
         bits=None if bits is None else bits.to(torch.int32),
-        lsb_exponent=None if lsb_exponent is None else lsb_exponent.to(torch.int32),
+        lsb_exponent=None if lsb_exponent is None else lsb_exponent.clamp(*_FAR_THRESHOLDS).to(torch.int32),
         role=role,
         least_bits=least_bits,
         most_bits=most_bits,
@@ -305,6 +307,8 @@ def _on_cpu(x: Tensor, layout: BlockLayout, request: Tensor, *, values_slot: str
 
 
 def _on_cuda(x: Tensor, layout: BlockLayout, request: Tensor, *, values_slot: str | None, **options: Any) -> dict[str, Any] | None:
+    if options["is_threshold"]:
+        request = request.clamp(*_FAR_THRESHOLDS)
     results = triton_quantizer.quantize_cuda(x, layout, request, want_values=values_slot is not None, **options)
     if results is None:
         return None
@@ -328,6 +332,8 @@ def quantize_in_torch(
     scope: Scope,
 ) -> QuantizedBlocks:
     """The same in vectorised PyTorch, on any device: what the kernels are compared with, and what runs without them. float32, int32."""
+    if lsb_exponent is not None:
+        lsb_exponent = lsb_exponent.clamp(*_FAR_THRESHOLDS)
     blocks = layout.split(x)
     largest, smallest = layout.amax(blocks), layout.amin(blocks)
     peak = torch.maximum(largest, -smallest)

@@ -278,6 +278,8 @@ def _layer_backward(
     """
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(input_shape)
+    if tuple(e.shape) != plan.output_shape(shape) or shape[plan.geometry.channel_axis] != plan.geometry.in_channels:
+        raise ValueError(f"E of shape {tuple(e.shape)} does not belong to an input {shape} of {plan.geometry}")
     seed, rank, backward_count, call_index = position.tolist()[:_EPOCH]
     stream = StreamPosition(seed=seed, rank=rank, backward_count=backward_count, call_index=call_index, layer=plan.layer_index)
     e_blocks = _quantize(e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream)

@@ -98,7 +98,7 @@ def scalars(g: np.random.Generator, like: Any) -> Any:
     if isinstance(like, BlockLayout):
         shape = scalars(g, like.shape) if g.random() < 0.5 else like.shape
         rows, channels = like.block_shape
-        block = (rows, channels) if g.random() < 0.5 else (int(g.choice([-1, 0, 1, 5, 1 << 20])), int(g.choice([-4, 0, 1, 3, 32, 64])))
+        block = (rows, channels) if g.random() < 0.5 else (int(g.choice([-1, 0, 1, 5, 1 << 10])), int(g.choice([-4, 0, 1, 3, 32, 64])))
         return BlockLayout(shape=tuple(min(abs(int(n)), 100) for n in shape), block_shape=block, channel_axis=int(g.integers(1, 4)))
     if isinstance(like, Role):
         return Role(int(g.integers(3)))

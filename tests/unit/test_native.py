@@ -20,9 +20,11 @@ import torch
 
 from dynasty_lightning.core import native
 from dynasty_lightning.core.blocks import BlockLayout
+from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.core.quantize import quantize, quantize_blocks, quantize_in_torch
 from dynasty_lightning.core.random import StreamPosition, drop_code, stream_numbers
 from dynasty_lightning.core.roles import Role
+from dynasty_lightning.nn.plan import LayerPlan
 from tests import oracle
 
 from . import native_cases
@@ -434,6 +436,24 @@ def test_refused_codes(changed, message):
 def test_refused_results(values, bias, message):
     with pytest.raises(ValueError, match=message):
         native.widen(values, 1, channels_last=False, bias=bias)
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+@pytest.mark.parametrize("input_shape", [[1, 8, 5, 5], [2, 8, 5, 6], [2, 4, 5, 5], [2, 8, 5]])
+def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
+    # With a larger batch, PyTorch's convolutions would read what lies behind E.
+    geometry = LayerGeometry(kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    plan = LayerPlan(geometry=geometry, mode=mode)
+    bits, position = torch.tensor(5, dtype=torch.uint8), torch.tensor([3, 0, 5, 1, 9])
+    y, *kept = torch.ops.dynasty.layer_forward(
+        torch.randn(2, 8, 5, 5), torch.randn(12, 8, 3, 3), None, bits, bits, bits, position, [0, 0, 8] * 3, plan.key, "",
+        True, True, True, torch.float32,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"\(2, 12, 5, 5\)|zip"):
+        torch.ops.dynasty.layer_backward(
+            torch.randn_like(y), kept[:5], kept[5:10], bits, position, [0, 0, 8] * 3, plan.key, input_shape, torch.float32, False,
+            True, True, "", [kept[2], kept[7]],
+        )  # fmt: skip
 
 
 def python(*arguments, seconds=120, **environment):

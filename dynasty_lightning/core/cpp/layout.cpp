@@ -86,6 +86,7 @@ void Widen(const WidenArgs& a) {
     const int64_t length = flat ? 4096 : a.channels, lines = flat ? (rows * a.channels + length - 1) / length : rows;
 #pragma omp parallel for num_threads(int(a.threads)) schedule(static)
     for (int64_t line = 0; line < lines; ++line) {
+      const DefaultRounding rounding;
       const int64_t end = flat ? std::min(length, rows * a.channels - line * length) : length;
       for (int64_t c = 0; c < end; c += kLanes) {
         const Mask lanes = FirstLanes(end - c);
@@ -100,6 +101,7 @@ void Widen(const WidenArgs& a) {
 #pragma omp parallel for collapse(2) num_threads(int(a.threads)) schedule(static)
   for (int64_t row = 0; row < a.rows; ++row) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      const DefaultRounding rounding;
       const int64_t p = tile * kLanes, count = std::min<int64_t>(kLanes, a.positions - p);
       for (int64_t c = 0; c < a.channels; c += kLanes) {
         const int64_t channels = std::min<int64_t>(kLanes, a.channels - c);
