@@ -308,12 +308,8 @@ def quantize(
     if codes is None:
         codes = empty_channels_innermost(layout, torch.uint8)
     for name, tensor, dtype in (("codes", codes, torch.uint8), ("values", values, torch.bfloat16)):
-        if tensor is not None and (
-            tuple(tensor.shape) != layout.shape or tensor.dtype != dtype or not tensor.movedim(layout.channel_axis, -1).is_contiguous()
-        ):
-            raise ValueError(
-                f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
-            )
+        if tensor is not None:
+            _check_innermost(name, tensor, dtype, layout)
     largest = torch.empty(scopes, dtype=torch.int32)
     group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
     scratch = _workspace.take("plan", 8 * blocks).data_ptr()
@@ -359,10 +355,7 @@ def dequantize(
         ValueError: shapes, types or strides that the kernel must not be given.
     """
     for name, tensor, dtype in (("codes", codes, torch.uint8), ("values", values, torch.bfloat16)):
-        if tuple(tensor.shape) != layout.shape or tensor.dtype != dtype or not tensor.movedim(layout.channel_axis, -1).is_contiguous():
-            raise ValueError(
-                f"{name} must be {dtype} of shape {layout.shape}, channels innermost, not {tensor.dtype} {tuple(tensor.shape)}"
-            )
+        _check_innermost(name, tensor, dtype, layout)
     for name, tensor, dtype in (("relative_exponents", relative_exponents, torch.int8), ("headers", headers, torch.uint8)):
         is_grid = tuple(tensor.shape) == layout.grid_shape and tensor.stride() == headers.stride()
         if not is_grid or tensor.dtype != dtype or tensor.device.type != "cpu":
@@ -464,12 +457,12 @@ def _last(layout: BlockLayout) -> bool:
 
 
 def _check_innermost(name: str, tensor: Tensor, dtype: torch.dtype, layout: BlockLayout) -> None:
-    if tensor.shape != layout.shape or tensor.dtype != dtype or tensor.device.type != "cpu":
+    fits = tensor.shape == layout.shape and tensor.dtype == dtype and tensor.device.type == "cpu"
+    if not fits or (tensor.stride() != layout.channels_innermost and not tensor.movedim(layout.channel_axis, -1).is_contiguous()):
         raise ValueError(
-            f"{name} must be {dtype} of shape {layout.shape} on the CPU, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            f"{name} must be {dtype} of shape {layout.shape} on the CPU, channels innermost (strides {layout.channels_innermost}), "
+            f"not {tensor.dtype} {tuple(tensor.shape)} of strides {tensor.stride()} on {tensor.device}"
         )
-    if tensor.stride() != layout.channels_innermost and not tensor.movedim(layout.channel_axis, -1).is_contiguous():
-        raise ValueError(f"{name} must lie channels innermost, with strides {layout.channels_innermost}, not {tensor.stride()}")
 
 
 def _positions_innermost(x: Tensor, layout: BlockLayout) -> bool:
