@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..core import native
 from ..core.formats import BlockFormat
 from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
@@ -98,6 +99,7 @@ def convert(
     if not converted:
         reasons = "; ".join(f"{n} ({k}): {r}" for n, k, r in skipped) or "it has no Linear or Conv layer"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {reasons}")
+    native.available()  # compiled here, not in the middle of a first step that somebody may time
     return ConversionReport(converted=tuple(converted), skipped=tuple(skipped), stream=stream)
 
 
