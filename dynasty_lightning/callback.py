@@ -21,8 +21,9 @@ from .cost.bit_products import StepCost, layer_cost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
 from .nn.layers import DynamicLayer, LayerObservation
-from .policy.generator import DynastyPolicy, Entries, Measurement, Policy, UniformPolicy, check_target
+from .policy.generator import Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
+from .policy.registry import make_policy
 from .policy.schedule import AnalysisSchedule, LossGuard
 from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
@@ -37,14 +38,14 @@ class DynastyCallback(Callback):
     Args:
         target_speedup: whole-run cost target over uniform 8-bit blocks, zero blocks charged (`speedup_charged`), warm-up included.
         noise_budget: instead of a cost target: predicted harm to steer to (docs/thresholds.md).
-        policy: "dynasty", "uniform", or a `Policy` object.
+        policy: a name in `POLICIES` ("dynasty", "uniform", rivals), or a `Policy` object.
         bits: for "uniform": one width, or one for each of "X", "W", "E".
         interval: steps between analyses once the cost has settled.
         warmup_steps: steps at 8 bits before the first map.
         loss_guard: raise widths when the mean loss exceeds its best by this factor; None never does.
         energy_model: constants of the energy figures.
         table: print a summary at the end of fit.
-        options: further arguments of the "dynasty" policy.
+        options: further arguments of the named policy.
 
     Raises:
         ValueError: both targets, none, or one out of range; at fit, a Trainer without `DynastyPrecision`.
@@ -69,16 +70,12 @@ class DynastyCallback(Callback):
                 f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise"
             )
         self.target_speedup = None if target_speedup is None else check_target(target_speedup)
-        if policy == "dynasty":
-            if target_speedup is None and noise_budget is None:
-                raise ValueError("policy 'dynasty' needs target_speedup=... (e.g. 5.0) or noise_budget=...")
-            policy = DynastyPolicy(noise_budget=noise_budget, **options)
-        elif policy == "uniform":
-            if target_speedup is not None or noise_budget is not None or options:
-                raise ValueError("policy 'uniform' has fixed widths (bits=...): it takes no target_speedup, noise_budget or policy options")
-            policy = UniformPolicy(bits=bits)
-        elif isinstance(policy, str):
-            raise ValueError(f"policy must be 'dynasty', 'uniform' or a Policy object, not {policy!r}")
+        if policy == "uniform":
+            options = {"bits": bits, **options}
+        if isinstance(policy, str):
+            policy = make_policy(policy, target_speedup=self.target_speedup, noise_budget=noise_budget, **options)
+        elif options or noise_budget is not None:
+            raise ValueError(f"options of a Policy object are its own: give {', '.join(options) or 'noise_budget'} to its constructor")
         self.policy: Policy = policy
         self.schedule = AnalysisSchedule(interval=interval, warmup_steps=warmup_steps if policy.needs_statistics else 0)
         self.guard = LossGuard(ratio=loss_guard)
@@ -268,9 +265,11 @@ class DynastyCallback(Callback):
         reason = self.guard.check(loss)
         if reason is not None:
             self._raise_widths(reason)
-        elif finite and self.schedule.is_warm(step) and self.policy.needs_statistics:
+        elif finite and self.schedule.is_warm(step):
             self._raised = False
-            measurement = Measurement(layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target)
+            measurement = Measurement(
+                layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step
+            )
             self._apply(self.policy.update(measurement))
             self._check_ranks(trainer)
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
@@ -352,7 +351,7 @@ class DynastyCallback(Callback):
         if not self._raised:
             warnings.warn(f"loss guard: {reason}; all operands get 8 bits until it recovers", stacklevel=2)
         self._raised = True
-        if isinstance(self.policy, DynastyPolicy):
+        if not isinstance(self.policy, UniformPolicy):
             self.policy.raise_precision()
             self._apply({})
         self.guard.best = math.inf  # judge what follows on its own

@@ -2,6 +2,7 @@
 """The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a noise budget."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -32,17 +33,30 @@ class Measurement:
         layers: observations by layer name, in order of depth.
         loss: smoothed training loss; only its size matters.
         speedup: measured now, in the currency of the target.
-        target_speedup: what the rest of the run needs so that the whole run meets its target; None without one.
+        target_speedup: what the next steps need so that the whole run meets its target; None without one.
+        step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
     """
 
     layers: Mapping[str, LayerStatistics]
     loss: float
     speedup: float
     target_speedup: float | None
+    step: int = 0
+    steps: float = math.inf
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 where its length is not known."""
+        return self.step / self.steps if math.isfinite(self.steps) and self.steps > 0 else 0.0
 
 
 class Policy(Protocol):
-    """Statistics in, map out, state saved."""
+    """Statistics in, map out, state saved.
+
+    Attributes:
+        name: as checkpoints and records tell it.
+        needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first map needs.
+    """
 
     name: str
     needs_statistics: bool
@@ -52,7 +66,11 @@ class Policy(Protocol):
         ...
 
     def update(self, measurement: Measurement) -> Entries:
-        """The map for the next interval."""
+        """The map for the next interval, after each analysis."""
+        ...
+
+    def raise_precision(self) -> None:
+        """Widen, because the loss guard says so; a policy of fixed widths has nothing to widen."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -78,6 +96,9 @@ class UniformPolicy:
     def update(self, measurement: Measurement) -> Entries:
         return self.initial(measurement.layers)
 
+    def raise_precision(self) -> None:
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -86,32 +107,26 @@ class UniformPolicy:
 
 
 @dataclass(kw_only=True)
-class DynastyPolicy:
-    """Thresholds that minimise predicted harm + lambda * cost.
+class ThresholdPolicy(ABC):
+    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda is steered.
 
     Args:
         noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to the measurement's target_speedup.
-        forward_scale, backward_scale: tauF, relative loss, and tauB, noise-to-signal ratio of dW, at which harm counts 1.
         smoothing: weight of the past in the moving averages of second moments.
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
-        least_bits: least width of X and W blocks and of E blocks; 0 allows zero blocks (E: unbiased drop).
+        least_bits: least width of X, W and E blocks; 0 allows zero blocks (E: unbiased drop).
     """
 
     noise_budget: float | None = None
-    forward_scale: float = 0.05
-    backward_scale: float = 0.3
     smoothing: float = 0.6
     hysteresis: float = 0.25
     least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 0, "W": 0, "E": 0})
-    name: str = "dynasty"
+    name: str
     needs_statistics: bool = True
 
     def __post_init__(self) -> None:
         if self.noise_budget is not None and not self.noise_budget > 0:
             raise ValueError(f"noise_budget must be positive, not {self.noise_budget}")
-        for name in ("forward_scale", "backward_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
         if not 0 <= self.hysteresis < 0.5:
@@ -123,14 +138,16 @@ class DynastyPolicy:
         self._weights: dict[str, float] = {}
         self._thresholds: dict[str, Tensor] = {}
 
+    @abstractmethod
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
+        """Harm and price of every operand from smoothed statistics."""
+
     def initial(self, layers: Mapping[str, Any]) -> Entries:
         return {}
 
     def update(self, measurement: Measurement) -> Entries:
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
-        sensitivities = layer_sensitivities(
-            smooth, loss=measurement.loss, forward_scale=self.forward_scale, backward_scale=self.backward_scale
-        )
+        sensitivities = self.sensitivities(smooth, measurement)
         if self.multiplier is None:
             self.multiplier = self._first_multiplier(sensitivities)
         else:
@@ -210,6 +227,28 @@ class DynastyPolicy:
         self.multiplier, self.predicted_harm = state["multiplier"], state["predicted_harm"]
         self._averages = {name: dict(v) for name, v in state["averages"].items()}
         self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
+
+
+@dataclass(kw_only=True)
+class DynastyPolicy(ThresholdPolicy):
+    """Harm from second moments: relative change of the loss, and noise left in dW (docs/thresholds.md, equations 1 to 4).
+
+    Args:
+        forward_scale, backward_scale: tauF, relative loss, and tauB, noise-to-signal ratio of dW, at which harm counts 1.
+    """
+
+    forward_scale: float = 0.05
+    backward_scale: float = 0.3
+    name: str = "dynasty"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("forward_scale", "backward_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
+        return layer_sensitivities(layers, loss=measurement.loss, forward_scale=self.forward_scale, backward_scale=self.backward_scale)
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:

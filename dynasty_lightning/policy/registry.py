@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies by name: what each is, where it comes from, and which targets it can be given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+from .generator import DynastyPolicy, Policy, UniformPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyKind:
+    """One policy.
+
+    Attributes:
+        make: from `target_speedup`, `noise_budget` (each only if the policy takes it) and its own options.
+        text: one sentence for tables and help.
+        source: where the rule was published.
+        takes_speedup, takes_noise: targets that it can be given; a policy that takes one needs one.
+    """
+
+    make: Callable[..., Policy]
+    text: str
+    source: str
+    takes_speedup: bool = True
+    takes_noise: bool = False
+
+
+POLICIES: Final = MappingProxyType(
+    {
+        "uniform": PolicyKind(
+            make=UniformPolicy,
+            text="one width for all blocks, or one for each role",
+            source="block floating point, the baseline of DYNASTY (arXiv 2210.17047)",
+            takes_speedup=False,
+        ),
+        "dynasty": PolicyKind(
+            make=lambda target_speedup=None, **options: DynastyPolicy(**options),
+            text="thresholds from predicted harm and cost, block by block",
+            source="ours, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
+            takes_noise=True,
+        ),
+    }
+)
+
+
+def make_policy(name: str, *, target_speedup: float | None = None, noise_budget: float | None = None, **options: Any) -> Policy:
+    """A policy by name.
+
+    Raises:
+        ValueError: an unknown name, a target that the policy does not take, none where it needs one, or a wrong option.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy must be a Policy object or one of {', '.join(map(repr, POLICIES))}, not {name!r}")
+    kind = POLICIES[name]
+    given = {"target_speedup": target_speedup, "noise_budget": noise_budget}
+    targets = {key: value for key, value in given.items() if value is not None}
+    taken = [key for key, takes in zip(given, (kind.takes_speedup, kind.takes_noise), strict=True) if takes]
+    for key in targets:
+        if key not in taken:
+            raise ValueError(
+                f"policy {name!r} takes {' or '.join(taken) or 'fixed widths (bits=...), no target'}, not {key}={targets[key]}"
+            )
+    if taken and not targets:
+        raise ValueError(f"policy {name!r} needs {' or '.join(f'{key}=...' for key in taken)} (e.g. target_speedup=5.0)")
+    try:
+        return kind.make(**targets, **options)
+    except TypeError as error:  # an option of another policy, say
+        raise ValueError(f"policy {name!r}: {error}") from error
