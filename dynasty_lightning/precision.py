@@ -40,6 +40,7 @@ class DynastyPrecision(Precision):
         width_group: rows x channels that share one width; None gives each block its own.
         rest: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
+        unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their cost is counted as if they were.
         seed: of the random stream; None takes the one of `seed_everything`, else torch's.
 
     Raises:
@@ -56,6 +57,7 @@ class DynastyPrecision(Precision):
         width_group: tuple[int, int] | None = None,
         rest: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
+        unquantized: Collection[str] = (),
         seed: int | None = None,
     ) -> None:
         if mode not in ("fast", "exact"):
@@ -67,6 +69,7 @@ class DynastyPrecision(Precision):
         if seed is not None and not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
         self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
+        self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
         self.format = BlockFormat(block_shape=block_shape, width_group=width_group)
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
@@ -80,6 +83,7 @@ class DynastyPrecision(Precision):
             block_shape=self.format.block_shape,
             width_group=self.format.width_group,
             exclude=self.exclude,
+            unquantized=self.unquantized,
             seed=_default_seed() if self.seed is None else self.seed,
             rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
         )

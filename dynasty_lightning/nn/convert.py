@@ -41,6 +41,7 @@ def convert(
     block_shape: tuple[int, int] = (4, 4),
     width_group: tuple[int, int] | None = None,
     exclude: Collection[str] = (),
+    unquantized: Collection[str] = (),
     seed: int = 0,
     rank: int = 0,
 ) -> ConversionReport:
@@ -51,6 +52,7 @@ def convert(
 
     Args:
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
+        unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's rounding does.
         seed, rank: key of the random stream.
 
     Raises:
@@ -63,10 +65,11 @@ def convert(
             raise ValueError(f"exclude pattern {pattern!r} matches no layer; layers: {', '.join(n for n in names if n) or '(none)'}")
     earlier = dynamic_layers(model)
     for layer in earlier.values():
-        if (layer.plan.format, layer.plan.mode) != (block_format, mode):
+        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (block_format, mode, tuple(unquantized)):
             raise ValueError(
-                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}; "
-                f"asked for {block_format}, mode {mode!r}: convert a fresh copy of the model"
+                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}, "
+                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode {mode!r}, {tuple(unquantized)}: "
+                "convert a fresh copy of the model"
             )
     stream = next((layer.stream for layer in earlier.values()), None) or StreamState(seed, rank)
     converted: list[tuple[str, str]] = []
@@ -88,7 +91,9 @@ def convert(
         if reason:
             skipped.append((name, kind, reason))
         elif type(module) in CONVERTED_TYPES:
-            plan = LayerPlan(geometry=geometry_of(module), format=block_format, mode=mode, layer_index=len(stream.calls))
+            plan = LayerPlan(
+                geometry=geometry_of(module), format=block_format, mode=mode, layer_index=len(stream.calls), unquantized=tuple(unquantized)
+            )
             stream.calls = torch.cat([stream.calls, stream.calls.new_zeros(1)])
             _swap(module, name, plan, stream)
             converted.append((name, kind))

@@ -78,7 +78,7 @@ def _quantize(
         scope = "row" if plan.geometry.kind == "linear" else "sample"
     thresholds, least, most = settings[3 * role : 3 * role + 3]
     operand = operand.detach()
-    return quantize_blocks(
+    blocks = quantize_blocks(
         operand if operand.dtype is torch.bfloat16 else operand.float(),
         layout,
         bits=None if thresholds else request,
@@ -93,6 +93,10 @@ def _quantize(
         scope=scope,
         values_slot=role.letter if plan.mode == "fast" and not plan.executor else None,
     )
+    if role.letter in plan.unquantized and blocks.passthrough is None:
+        nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)
+        return replace(blocks, passthrough=operand.float(), finite=nowhere, bfloat16=None)
+    return blocks
 
 
 def _gemm(
@@ -385,8 +389,8 @@ def _observation(
             "dw_square": by_weight_block(dw),
         },
         nonfinite=(
-            int(x_blocks.passthrough is not None),
-            int(w_blocks.passthrough is not None),
+            int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),
+            int(w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())),
             # Squares overflow sooner than elements.
             int(not bool(e_square.isfinite().all()) and not bool(e.isfinite().all())),
         ),

@@ -19,7 +19,11 @@ _LAYOUTS_KEPT: Final = 64
 class LayerPlan:
     """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse.
 
-    `executor` names what computes the GEMMs instead of `mode` (`nn.ops.EXECUTORS`); empty for none.
+    `executor` names what computes the GEMMs instead of `mode` (`nn.ops.EXECUTORS`); empty for none. `unquantized` has the letters of
+    roles whose operands the GEMMs read as they are, in float32: for studies of what one role's rounding does.
+
+    Raises:
+        ValueError: an unknown mode or role.
     """
 
     geometry: LayerGeometry
@@ -27,8 +31,11 @@ class LayerPlan:
     mode: Mode = "fast"
     layer_index: int = 0
     executor: str = ""
+    unquantized: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for letter in self.unquantized:
+            Role.from_letter(letter)
         if self.mode not in ("fast", "exact"):
             raise ValueError(f"mode must be 'fast' or 'exact', not {self.mode!r}")
 
@@ -48,6 +55,7 @@ class LayerPlan:
             mode=data["mode"],
             layer_index=data["layer_index"],
             executor=data["executor"],
+            unquantized=tuple(data["unquantized"]),
         )
 
     @cached_property

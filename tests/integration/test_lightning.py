@@ -292,7 +292,7 @@ def test_strategies_with_a_precision_of_their_own(name):
         ({"target_speedup": 4, "noise_budget": 1.0}, "not both"),
         ({}, "needs target_speedup"),
         ({"noise_budget": -1.0}, "must be positive"),
-        ({"policy": "magic"}, "'dynasty', 'uniform' or a Policy"),
+        ({"policy": "magic"}, "a Policy object or one of 'uniform', 'dynasty'"),
         ({"policy": "uniform", "bits": 1}, "must be 0"),
         ({"policy": "uniform", "bits": {"Q": 4}}, "X .activation., W .weight. or E .error."),
         ({"policy": "uniform", "target_speedup": 4}, "fixed widths"),
