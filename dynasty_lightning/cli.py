@@ -10,16 +10,26 @@ from typing import Any, Final, NoReturn
 
 from fpga.runtime import Program
 
+from .compare import describe_grid, make_grid, run_grid
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
 from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
 from .export_run import export_run, load_images
 from .hls4ml_export import BACKENDS, export_hls4ml
+from .methods import method_names, parse_methods
 from .models import MODELS
 from .report import draw_report, format_table, read_summary
+from .runs import RunConfig
 
 DEFAULT_SPEEDUP: Final = 5.0
 _GREATEST_THREADS: Final = 2
+_COMPARE_EPOCHS: Final = 10
+_COMPARE_BATCH: Final = 128
+_COMPARE_SEEDS: Final = 5
+_COMPARE_SETTINGS: Final = (
+    "epochs", "batch_size", "train_images", "validation_images", "evaluate_on", "learning_rate", "mode", "block_shape", "width_group",
+    "interval",
+)  # fmt: skip
 
 _DEMO_TEXT: Final = """
 Train one network in float32, in uniform 8-bit block floating point and in dynamic precision, for some seeds, and compare
@@ -29,6 +39,19 @@ Fashion-MNIST and CIFAR-100 are read from disk and give evidence.
 _DEMO_FILES: Final = """
 The run folder gets summary.json (rewritten after each run, so also valid if the demo is killed), and for each run a history
 (JSON lines), its precision map and last widths (safetensors), and three pictures (PNG).
+"""
+
+_COMPARE_TEXT: Final = """
+Train every method with every seed, model and data set, and append one JSON line a run to a file. Runs that stand in the file
+are not run again, so the same command goes on after a kill; failed ones are tried again.
+"""
+_COMPARE_METHODS: Final = """
+A method is one word, NAME[@TARGET][:option=value,..]:
+  float32  bf16  uniform8  mxint8  dynasty@5.1  dynasty@5.1:interval=25,loss_guard=none  uniform4:block_shape=1x32
+TARGET is the whole-run speedup to steer to; a method without one gets each of --targets. Options are those of
+DynastyPrecision (block_shape, width_group, exclude, rest), of DynastyCallback (interval, warmup_steps, loss_guard,
+noise_budget) and of the policy. Values: a number, true, false, none, 4x4, a+b (several), X:4/W:3/E:5 (by name), text.
+Methods are separated by commas, and so are options: what has the form option=value belongs to the method before it.
 """
 
 
@@ -51,6 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo", help="train side by side in float32, uniform 8 bits and dynamic precision", description=_DEMO_TEXT, epilog=_DEMO_FILES
     )
     _add_demo_options(demo)
+    compare = commands.add_parser(
+        "compare",
+        help="train a grid of methods, seeds, models and data sets into a file of results",
+        description=_COMPARE_TEXT,
+        epilog=_COMPARE_METHODS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_compare_options(compare)
     report = commands.add_parser(
         "report",
         help="print the table and draw the pictures of a run folder again",
@@ -90,16 +121,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--core", metavar="STEP,STEP,..", help="steps that run on the dynamic-precision core inside hls4ml; all: each conv and linear"
     )
     arguments = parser.parse_args(argv)
-    command = {"demo": demo, "report": report, "export": export, "export-hls4ml": hls4ml}[arguments.command]
+    command, function = {
+        "demo": (demo, _demo),
+        "compare": (compare, _compare),
+        "report": (report, _report),
+        "export": (export, _export),
+        "export-hls4ml": (hls4ml, _export_hls4ml),
+    }[arguments.command]
     try:
-        return {"demo": _demo, "report": _report, "export": _export, "export-hls4ml": _export_hls4ml}[arguments.command](arguments)
+        return function(arguments)
     except (ValueError, OSError, ImportError) as error:
         command.error(" ".join(str(error).split()))
     except WorkerDied as error:
         print(f"{command.prog}: {error}; what was finished is in the run folder", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{command.prog}: interrupted; what was finished is in the run folder", file=sys.stderr)
+        place = "run folder" if arguments.command == "demo" else "file of results"
+        print(f"\n{command.prog}: interrupted; what was finished is in the {place}", file=sys.stderr)
         return 130
 
 
@@ -176,6 +214,72 @@ def _demo(arguments: argparse.Namespace) -> int:
     defaults = DATA_DEFAULTS[given["data"]]
     summary = run_demo(DemoConfig(**{**defaults, **given}))
     return 1 if summary["errors"] else 0
+
+
+def _add_compare_options(compare: argparse.ArgumentParser) -> None:
+    grid = compare.add_argument_group("grid")
+    grid.add_argument("--methods", action="append", metavar="M,M,..", help=f"of {', '.join(method_names())}; see below")
+    grid.add_argument("--targets", metavar="X,X,..", help="speedups for the methods that can steer to one and name none")
+    grid.add_argument("--data", default="digits", metavar="D,D,..", help=f"of {', '.join(DATASETS)} (default: digits)")
+    grid.add_argument("--model", default="resnet8", metavar="M,M,..", help=f"of {', '.join(MODELS)} (default: resnet8)")
+    _add(grid, "--seed", int, "S", "first seed", 0)
+    _add(grid, "--seeds", int, "N", "seeds of each: S, S + 1, ..", _COMPARE_SEEDS)
+
+    training = compare.add_argument_group("training")
+    _add(training, "--epochs", int, "N", "epochs of each run", _COMPARE_EPOCHS)
+    _add(training, "--batch-size", int, "N", "images a step", _COMPARE_BATCH)
+    _add(training, "--train-images", int, "N", "use only N images of a fixed shuffle", "all")
+    _add(training, "--validation-images", int, "N", "hold N training images back", 0)
+    training.add_argument("--evaluate-on", choices=("test", "validation"), help="validation never looks at the test set (default: test)")
+    _add(training, "--learning-rate", float, "RATE", "of SGD at the start of the cosine schedule", RunConfig.learning_rate)
+    training.add_argument("--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)")
+    for name, text in (("block_shape", "elements that share an exponent"), ("width_group", "elements that share a width")):
+        shape = getattr(RunConfig, name)
+        default = f"{shape[0]}x{shape[1]}" if shape else "the block"
+        training.add_argument(f"--{name.replace('_', '-')}", type=_shape, metavar="RxC", help=f"{text} (default: {default})")
+    _add(training, "--interval", int, "N", "steps between analyses", RunConfig.interval)
+
+    running = compare.add_argument_group("running")
+    running.add_argument("--data-dir", metavar="DIR", help=f"folder of the data files (default: ${DATA_VARIABLE})")
+    running.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON line a run; is appended to")
+    threads = min(_GREATEST_THREADS, _cores())
+    running.add_argument("--threads", type=int, default=threads, metavar="N", help=f"runs at a time, one thread each (default: {threads})")
+    running.add_argument("--dry-run", action="store_true", help="list the grid and what is done of it, and train nothing")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if not arguments.methods or arguments.out is None:
+        raise ValueError(f"the following arguments are required: {'--out' if arguments.methods else '--methods'}")
+    targets = [float(t) for t in _words(arguments.targets or "")]
+    first, count = (getattr(arguments, n) if getattr(arguments, n) is not None else d for n, d in (("seed", 0), ("seeds", _COMPARE_SEEDS)))
+    for name, value in (("--seeds", count), ("--threads", arguments.threads)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    settings = {"epochs": _COMPARE_EPOCHS, "batch_size": _COMPARE_BATCH}
+    for name in _COMPARE_SETTINGS:
+        if getattr(arguments, name) is not None:
+            settings[name] = getattr(arguments, name)
+    grid = make_grid(
+        data=_words(arguments.data),
+        models=_words(arguments.model),
+        methods=map(str, parse_methods(arguments.methods, targets)),
+        seeds=range(first, first + count),
+        **settings,
+    )
+    if arguments.dry_run:
+        print(describe_grid(grid, arguments.out))
+        return 0
+    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads)
+    return outcome.exit_code
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grid of runs (method x seed x model x data) into a file of results; what stands in the file is not run again."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, TextIO
+
+from .progress import ProgressBoard
+from .results_file import ResultsFile, read_records
+from .runs import COMPLETE, DIVERGED, FAILED, RunConfig, failure, finite, record_of, threads, train_one
+from .workers import run_in_workers
+
+STANDING: Final = (COMPLETE, DIVERGED)
+"""States that a repetition would not change."""
+
+Train = Callable[[RunConfig, str | None, Callable[[dict[str, Any]], None]], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a grid: runs by state in this call, those that stood already, and records that no disk took."""
+
+    complete: int
+    diverged: int
+    failed: int
+    stood: int
+    unsaved: int
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.failed or self.unsaved else 0
+
+
+def make_grid(
+    *, data: Sequence[str], models: Sequence[str], methods: Iterable[str], seeds: Iterable[int], **settings: Any
+) -> list[RunConfig]:
+    """All runs, each once, seed by seed: what a killed grid leaves can be compared."""
+    methods = list(methods)
+    runs = [
+        RunConfig(data=d, model=m, method=method, seed=seed, **settings)
+        for seed in seeds
+        for d in data
+        for m in models
+        for method in methods
+    ]
+    return list({run.key: run for run in runs}.values())
+
+
+def run_grid(
+    grid: Sequence[RunConfig],
+    out: Path,
+    *,
+    data_dir: str | None = None,
+    at_once: int = 1,
+    stream: TextIO | None = None,
+    train: Train = train_one,
+    in_process: bool = False,
+) -> Outcome:
+    """Train what the file has no result for yet, and append a line for each run. A run that fails does not stop the others.
+
+    Args:
+        at_once: worker processes, each with one thread.
+        stream: for progress; standard output if None.
+        train: what makes a run's record; importable by name.
+        in_process: train here, one run after the other, and not in workers that may be killed without harm.
+
+    Raises:
+        FileInUse: another process appends to the file.
+        OSError: a file that cannot be made.
+        KeyboardInterrupt: what ran is in the file.
+    """
+    stream = stream or sys.stdout
+    with ResultsFile(out) as file:
+        left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]
+        stood = len(grid) - len(left)
+        print(f"{len(grid)} runs, {stood} of them in {out} already; {len(left)} to do, {at_once} at a time", file=stream, flush=True)
+        clock = _Clock(left, file.records.values(), at_once)
+        board = ProgressBoard(len(left), stream)
+        count = dict.fromkeys((COMPLETE, DIVERGED, FAILED), 0)
+
+        def take(kind: str, run: RunConfig, content: Any) -> None:
+            if kind == "progress":
+                board.update(content)
+                return
+            record = content if kind == "done" else finite(record_of(run) | failure(content))
+            count[record["status"]] += 1
+            saved = file.add(record)
+            clock.took(run, record)
+            board.finish(record | {"label": run.label}, clock.note())
+            if not saved:
+                board.say(f"    not written yet, kept in memory ({len(file.unsaved)} records): {file.error}")
+
+        try:
+            if in_process:
+                with threads(1):
+                    for run in left:
+                        take("done", run, train(run, data_dir, board.update))
+            else:
+                run_in_workers(_job, [(train, run, data_dir) for run in left], lambda k, job, c: take(k, job[1], c), count=at_once)
+        finally:
+            board.close()
+            if file.unsaved:
+                print(f"Writing {len(file.unsaved)} records to {out} again ...", file=stream, flush=True)
+                if not file.settle():
+                    print(f"{out} cannot be written ({file.error}). Its records, to be appended by hand:", file=stream)
+                    for record in file.unsaved:
+                        print(json.dumps(record, allow_nan=False), file=stream, flush=True)
+        return Outcome(**count, stood=stood, unsaved=len(file.unsaved))
+
+
+def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
+    """The grid, a line a run with what the file says of it, and how many are left."""
+    records = {r["key"]: r for r in read_records(out)} if out.is_file() else {}
+    lines = []
+    for run in grid:
+        record = records.get(run.key)
+        state = "to do" if record is None else record["status"]
+        if record is not None and record["status"] == FAILED:
+            state = f"failed, to do again ({record['error'].splitlines()[-1]})"
+        elif record is not None and record.get("accuracy") is not None:
+            state += f", accuracy {100 * record['accuracy']:.2f} %"
+        lines.append(f"{run.key[:12]}  {run.label}: {state}")
+    left = [run for run in grid if records.get(run.key, {}).get("status") not in STANDING]
+    lines.append(f"{len(grid)} runs, {len(left)} to do. {_Clock(left, records.values(), 1).note()}")
+    return "\n".join(lines)
+
+
+def _job(job: tuple[Train, RunConfig, str | None], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    train, run, data_dir = job
+    with threads(1):
+        return train(run, data_dir, send)
+
+
+class _Clock:
+    """Estimates the time left from runs like those to come: the same but for the seed, else any."""
+
+    def __init__(self, left: Sequence[RunConfig], records: Iterable[Mapping[str, Any]], at_once: int) -> None:
+        self._left = {run.key: run for run in left}
+        self._at_once = at_once
+        self._seconds: dict[str, list[float]] = {}
+        self._begin = time.monotonic()
+        for record in records:
+            if record["status"] == COMPLETE and record.get("wall_seconds"):
+                self._seconds.setdefault(_kind(record["config"]), []).append(record["wall_seconds"])
+
+    def took(self, run: RunConfig, record: Mapping[str, Any]) -> None:
+        self._left.pop(run.key, None)
+        if record["status"] == COMPLETE and record.get("wall_seconds"):
+            self._seconds.setdefault(_kind(finite(asdict(run))), []).append(record["wall_seconds"])
+
+    def note(self) -> str:
+        if not self._left:
+            return ""
+        kinds = [_kind(finite(asdict(run))) for run in self._left.values()]
+        known = [statistics.fmean(self._seconds[k]) for k in kinds if k in self._seconds]
+        if not known:
+            return f"{len(kinds)} left"
+        each = statistics.fmean(known)
+        total = (sum(known) + each * (len(kinds) - len(known))) / min(self._at_once, len(kinds))
+        return f"{len(kinds)} left, about {_duration(total)}"
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return json.dumps({k: v for k, v in config.items() if k != "seed"}, sort_keys=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+__all__ = ["STANDING", "Outcome", "describe_grid", "make_grid", "run_grid"]

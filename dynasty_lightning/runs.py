@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run: what fixes it, its key, how it is trained and tested, and the record that it leaves."""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from .callback import DynastyCallback
+from .data import DATASETS, TensorDataModule, load_data
+from .data.files import ImageData
+from .methods import FLOATS, Method
+from .models import MODELS, Classifier, build_model
+
+Send = Callable[[dict[str, Any]], None]
+"""Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds."""
+
+COMPLETE: Final = "complete"
+DIVERGED: Final = "diverged"
+FAILED: Final = "failed"
+
+_PACKAGE: Final = Path(__file__).parent
+_REPORT_SECONDS: Final = 0.5
+_HISTORY_POINTS: Final = 40
+_OF_BLOCKS: Final = ("mode", "block_shape", "width_group", "interval")
+_CHANCE_DEVIATIONS: Final = 3.0  # of a guess at random over the images tested
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that fixes one run, but for machine and code.
+
+    The key of a run is made of what differs from the defaults here: a new field with a default changes no key, a changed default gives
+    old results another meaning.
+
+    Attributes:
+        method: one word, see `methods`.
+        seed: of network, order of images, augmentation and rounding.
+        train_images, validation_images: None for all; held back from training. The choice does not depend on the seed.
+        mode, block_shape, width_group, interval: of blocks, where the method says nothing else; without effect for floating point.
+        evaluate_on: "test", or "validation" for choices that must not see the test set.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    data: str
+    model: str
+    method: str
+    seed: int
+    epochs: int
+    batch_size: int
+    train_images: int | None = None
+    validation_images: int = 0
+    learning_rate: float = 0.1
+    mode: Literal["fast", "exact"] = "fast"
+    block_shape: tuple[int, int] = (4, 4)
+    width_group: tuple[int, int] | None = None
+    interval: int = 50
+    evaluate_on: Literal["test", "validation"] = "test"
+
+    def __post_init__(self) -> None:
+        for name, known in (("data", DATASETS), ("model", MODELS), ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_images", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.train_images is not None and self.train_images < 1:
+            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
+        if self.evaluate_on == "validation" and not self.validation_images:
+            raise ValueError("evaluate_on='validation' needs validation_images: hold some back")
+        method = Method.parse(self.method)
+        method.check()
+        object.__setattr__(self, "method", str(method))
+        object.__setattr__(self, "learning_rate", float(self.learning_rate))
+
+    def canonical(self) -> dict[str, Any]:
+        """What the key is made of: fields that differ from their defaults and have an effect."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default}
+        if self.method in FLOATS:
+            values = {name: value for name, value in values.items() if name not in _OF_BLOCKS}
+        return values
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """For a line of progress."""
+        return f"{self.data} {self.model} {self.method} seed {self.seed}"
+
+    def command(self) -> str:
+        """What repeats this one run, with data where $DYNASTY_DATA says."""
+        words = ["dynasty-lightning", "compare", "--methods", self.method, "--seed", self.seed, "--seeds", 1]
+        for name, value in self.canonical().items():
+            if name in ("method", "seed"):
+                continue
+            shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            words += [f"--{name.replace('_', '-')}", shown]
+        return shlex.join(map(str, [*words, "--out", "repeated.jsonl"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run that has ended, with its figures and all that it left in memory."""
+
+    figures: dict[str, Any]
+    trainer: L.Trainer
+    module: Classifier
+    data: TensorDataModule
+    callback: DynastyCallback | None
+
+
+def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> Trained:
+    """Train a network and test it with the numbers it was trained in.
+
+    Args:
+        data_dir: folder of the data files; None looks where `load_data` does.
+
+    Raises:
+        FileNotFoundError, ValueError: data that is missing or damaged, or fewer images than asked for.
+        KeyboardInterrupt: also where Lightning made SystemExit of it.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.manual_seed(config.seed)
+    data = TensorDataModule(
+        _loaded(config.data, data_dir), batch_size=config.batch_size, train_images=config.train_images,
+        validation_images=config.validation_images, seed=config.seed,
+    )  # fmt: skip
+    network = build_model(config.model, in_channels=data.in_channels, image_size=data.test_images.shape[-1], classes=data.classes)
+    module = Classifier(network, classes=data.classes, learning_rate=config.learning_rate)
+    method = Method.parse(config.method)
+    plugin = method.make_plugin(seed=config.seed, mode=config.mode, block_shape=config.block_shape, width_group=config.width_group)
+    callback = method.make_callback(interval=config.interval)
+    watch = _Watch(config, callback, progress)
+    trainer = L.Trainer(
+        max_epochs=config.epochs,
+        accelerator="cpu",
+        devices=1,
+        plugins=[] if plugin is None else [plugin],
+        precision=FLOATS.get(method.name) if plugin is None else None,  # type: ignore[arg-type]
+        callbacks=[*([callback] if callback else []), watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        begin = time.monotonic()
+        try:
+            trainer.fit(module, data)
+            seconds = time.monotonic() - begin
+            figures = callback.summary() if callback else {}
+            tested: Mapping[str, float] = {}
+            if config.evaluate_on == "test":
+                tested = trainer.test(module, data.test_dataloader(), verbose=False)[0]
+            if config.validation_images:
+                # As a test: the Trainer has no validation batches in fit, and so none in validate.
+                validated = trainer.test(module, data.val_dataloader(), verbose=False)[0]
+                figures |= {"validation_accuracy": validated["test_accuracy"], "validation_loss": validated["test_loss"]}
+                tested = tested or validated
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stop
+        except Exception as error:
+            error.nonfinite_losses = watch.nonfinite_losses  # type: ignore[attr-defined]
+            raise
+    figures = {
+        "accuracy": tested["test_accuracy"],
+        "loss": tested["test_loss"],
+        **figures,
+        "train_loss": watch.mean_loss,
+        "nonfinite_losses": watch.nonfinite_losses,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
+        "warnings": sorted({str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}),
+    }
+    return Trained(figures=figures, trainer=trainer, module=module, data=data, callback=callback)
+
+
+def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> dict[str, Any]:
+    """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed", or "diverged" after NaN losses."""
+    began = time.monotonic()
+    record = record_of(config)
+    try:
+        done = train(config, data_dir, progress)
+        figures = dict(done.figures)
+        images = len(done.data.test_labels) if config.evaluate_on == "test" else config.validation_images
+        available = len(done.data.data.train_labels) - config.validation_images
+        counts = {"images_trained": config.train_images or available, "images_evaluated": images}
+        status = DIVERGED if _has_diverged(figures, images, done.data.classes) else COMPLETE
+        history = thinned(done.callback.history if done.callback else [])
+        record |= {"status": status, **figures, **counts, "history": history}
+    except Exception as error:
+        # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
+        lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
+        record |= failure(error, DIVERGED if lost else FAILED)
+    record["wall_seconds"] = time.monotonic() - began
+    clean: dict[str, Any] = finite(record)
+    return clean
+
+
+def record_of(config: RunConfig) -> dict[str, Any]:
+    """What a record says about its run before anything is trained."""
+    return {
+        "key": config.key,
+        "config": finite(asdict(config)),
+        "name": config.method,
+        "seed": config.seed,
+        "status": FAILED,
+        "command": config.command(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine() | {"threads": torch.get_num_threads()},
+    }
+
+
+def failure(error: BaseException | str, status: str = FAILED) -> dict[str, Any]:
+    """The part of a record that tells an error: its message, and where in this package it arose."""
+    if isinstance(error, str):
+        return {"status": status, "error": error}
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [
+        f"{Path(f.filename).relative_to(_PACKAGE.parent)}:{f.lineno} {f.name}"
+        if _PACKAGE in Path(f.filename).parents
+        else f"{Path(f.filename).name}:{f.lineno} {f.name}"
+        for f in frames
+    ]
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return {"status": status, "error": text, "trace": places[-12:]}
+
+
+def thinned(history: Sequence[Mapping[str, Any]], points: int = _HISTORY_POINTS) -> list[dict[str, Any]]:
+    """At most so many entries of a callback's history, evenly spread, first and last included; network means only."""
+    count = min(points, len(history))
+    chosen = [history[round(i * (len(history) - 1) / max(count - 1, 1))] for i in range(count)]
+    return [
+        {"step": h["step"], "bits": _rounded(h["mean_bits"]), **{n: _rounded(h.get(n)) for n in ("speedup_charged", "loss", "lambda")}}
+        for h in chosen
+    ]
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: a history is for pictures."""
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _has_diverged(figures: Mapping[str, Any], images: int, classes: int) -> bool:
+    """No numbers at the end, or numbers lost on the way and an accuracy that guessing gives."""
+    if not all(math.isfinite(figures[name]) for name in ("accuracy", "loss", "train_loss")):
+        return True
+    chance = 1 / classes
+    guess = chance + _CHANCE_DEVIATIONS * math.sqrt(chance * (1 - chance) / images)
+    return bool(figures["nonfinite_losses"]) and figures["accuracy"] <= guess
+
+
+class _Watch(Callback):
+    """Tells how far a run is, at most twice a second and at the end of each epoch; keeps its losses."""
+
+    def __init__(self, config: RunConfig, dynasty: DynastyCallback | None, send: Send) -> None:
+        self._config, self._dynasty, self._send = config, dynasty, send
+        self._begin = self._last = time.monotonic()
+        self._losses: list[float] = []
+        self.nonfinite_losses = 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean training loss of the last epoch."""
+        return sum(self._losses) / max(len(self._losses), 1)
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._losses.clear()
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = float(outputs["loss"])
+        self._losses.append(loss)
+        self.nonfinite_losses += not math.isfinite(loss)
+        if time.monotonic() - self._last > _REPORT_SECONDS:
+            self._announce(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._announce(trainer)
+
+    def _announce(self, trainer: L.Trainer) -> None:
+        self._last = time.monotonic()
+        history = self._dynasty.history if self._dynasty else []
+        self._send(
+            {
+                "label": self._config.label,
+                "name": self._config.method,
+                "seed": self._config.seed,
+                "epoch": trainer.current_epoch + 1,
+                "epochs": trainer.max_epochs,
+                "step": trainer.global_step,
+                "steps": int(trainer.estimated_stepping_batches),
+                "loss": self.mean_loss,
+                "speedup": history[-1]["speedup_charged"] if history else None,
+                "seconds": self._last - self._begin,
+            }
+        )
+
+
+# -- Where and with what
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions that figures depend on."""
+    from . import __version__
+
+    return {
+        "dynasty_lightning": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were made on."""
+    model = None
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        model = found[1] if found else None
+    except OSError:
+        pass  # no Linux: the name is a convenience
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu": model,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that this package's files are of, with "+changes" if they differ from it; None outside a checkout.
+
+    Asked once a process, for the code that it has loaded.
+    """
+
+    def git(*words: str) -> str:
+        answer = subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, timeout=20, check=True)
+        return answer.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may lie in somebody else's checkout
+        head = git("rev-parse", "HEAD")
+        return head + ("+changes" if git("status", "--porcelain", "--", ".", "../fpga") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@contextmanager
+def threads(count: int) -> Any:
+    """torch's threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for NaN and infinities, which JSON does not know; tuples become lists."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, data_dir: str | None) -> ImageData:
+    return load_data(name, data_dir)
+
+
+__all__ = [
+    "COMPLETE", "DIVERGED", "FAILED", "RunConfig", "Trained", "commit", "failure", "finite", "machine", "record_of", "thinned", "threads",
+    "train", "train_one", "versions",
+]  # fmt: skip
