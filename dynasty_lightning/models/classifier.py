@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from .schedule import warmup_cosine
+
 
 class Classifier(pl.LightningModule):
     """Cross entropy, SGD with Nesterov momentum, cosine schedule over the whole run.
@@ -62,10 +64,5 @@ class Classifier(pl.LightningModule):
         optimizer = torch.optim.SGD(
             self.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = int(steps * self.warmup_fraction)
-        schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps - warmup, 1))
-        if warmup:
-            rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
-            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, schedule], [warmup])
+        schedule = warmup_cosine(optimizer, steps=int(self.trainer.estimated_stepping_batches), warmup_fraction=self.warmup_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -6,9 +6,13 @@ from typing import Final
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initialization import initialize_convolutions
+from .mobilenet import MobileNetV2
+from .vgg import VggSmall
 from .vit import VisionTransformer
 
-MODELS: Final = ("resnet8", "resnet20", "mlp", "resnet18", "vit", "mlp1024")
+_CIFAR_RESNETS: Final = {"resnet8": 8, "resnet20": 20, "resnet38": 38, "resnet74": 74}
+MODELS: Final = (*_CIFAR_RESNETS, "mlp", "resnet18", "vit", "mlp1024", "mobilenetv2", "vgg-small")
 
 
 class _Block(nn.Module):
@@ -52,7 +56,7 @@ class CifarResNet(nn.Module):
                 inputs = width << stage
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, classes)
-        _initialize(self)
+        initialize_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.blocks(F.relu(self.bn(self.stem(x))))
@@ -77,7 +81,7 @@ class ResNet18(nn.Module):
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, classes)
-        _initialize(self)
+        initialize_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.blocks(F.relu(self.bn(self.stem(x))))
@@ -93,21 +97,19 @@ def multilayer_perceptron(*, features: int, classes: int, width: int, hidden: in
 
 
 def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
-    """A network by name, shaped for the data. Raises ValueError for an unknown name."""
-    if name in ("resnet8", "resnet20"):
+    """A network for images by name, shaped for the data. Raises ValueError for an unknown name."""
+    if name in _CIFAR_RESNETS:
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
-        return CifarResNet(int(name[6:]), in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
+        return CifarResNet(_CIFAR_RESNETS[name], in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
     if name == "resnet18":
         return ResNet18(in_channels=in_channels, classes=classes)
+    if name == "mobilenetv2":
+        return MobileNetV2(in_channels=in_channels, classes=classes)
+    if name == "vgg-small":
+        return VggSmall(image_size=image_size, in_channels=in_channels, classes=classes)
     if name == "vit":
         return VisionTransformer(image_size=image_size, in_channels=in_channels, classes=classes)
     if name in ("mlp", "mlp1024"):
         width, hidden = (256, 2) if name == "mlp" else (1024, 3)
         return multilayer_perceptron(features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden)
     raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-
-
-def _initialize(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

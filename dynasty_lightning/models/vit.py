@@ -2,35 +2,9 @@
 """A small Vision Transformer whose matrix products with weights are all nn.Linear or nn.Conv2d, so that they convert."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _Attention(nn.Module):
-    """Self-attention with one Linear layer for queries, keys and values: their common input is quantized once."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+from .transformer import TransformerBlock, check_heads, initialize
 
 
 class VisionTransformer(nn.Module):
@@ -49,18 +23,14 @@ class VisionTransformer(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} must be a multiple of patch_size {patch_size}")
-        if width % heads:
-            raise ValueError(f"width {width} must be a multiple of heads {heads}")
+        check_heads(width, heads)
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.position = nn.Parameter(torch.empty(1, (image_size // patch_size) ** 2, width))
-        self.blocks = nn.Sequential(*[_Block(width, heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[TransformerBlock(width, heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.position, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position

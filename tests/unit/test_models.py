@@ -128,7 +128,7 @@ def test_depth_must_be_6n_plus_2(depth):
 
 
 def test_unknown_model_lists_the_known():
-    with pytest.raises(ValueError, match=r"'vgg'.*resnet8, resnet20, mlp"):
+    with pytest.raises(ValueError, match=r"'vgg'.*resnet8, resnet20, resnet38, .*vgg-small"):
         build_model("vgg", in_channels=3, image_size=32, classes=10)
 
 
