@@ -27,6 +27,7 @@ from .policy.registry import make_policy
 from .policy.schedule import AnalysisSchedule, LossGuard
 from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
+from .step_size import effective_step_sizes
 
 _SQUARES: Final = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
@@ -249,7 +250,7 @@ class DynastyCallback(Callback):
         if not observations:  # a batch that used no converted layer
             self.schedule.advance(step, log_error=0.0, last_step=last_step)
             return
-        layers, costs, finite = self._collect(trainer, observations)
+        layers, costs, finite = self._collect(trainer, observations, self._step_sizes(trainer))
         cost = sum(costs.values(), StepCost())
         if not finite and self._last_cost is not None:
             cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
@@ -268,8 +269,9 @@ class DynastyCallback(Callback):
         elif finite and self.schedule.is_warm(step):
             self._raised = False
             measurement = Measurement(
-                layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step
-            )
+                layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
+                run_speedup=self.run_cost.sum.speedup_charged,
+            )  # fmt: skip
             self._apply(self.policy.update(measurement))
             self._check_ranks(trainer)
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
@@ -280,7 +282,7 @@ class DynastyCallback(Callback):
         self._log(pl_module)
 
     def _collect(
-        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation]
+        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation], step_sizes: Mapping[str, float]
     ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost], bool]:
         """Statistics and costs of this step, averaged over ranks in one reduction, and whether all operands of all ranks were finite."""
         block_shape = self._require_plugin().format.block_shape
@@ -294,7 +296,7 @@ class DynastyCallback(Callback):
                 block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns,
             )  # fmt: skip
             raw.append((name, o, cost))
-            mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role])
+            mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned])
             total = sum(cost.values(), StepCost())
             parts += [getattr(o, s).flatten() for s in _SQUARES] + [mean_bits, torch.tensor(total.to_list(), dtype=torch.float64)]
         flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
@@ -306,12 +308,18 @@ class DynastyCallback(Callback):
             mean_bits = next(pieces)
             costs[name] = StepCost.from_list(next(pieces).tolist())
             layers[name] = LayerStatistics(
-                geometry=o.geometry, depth=depth, samples=o.input_shape[0], channels_per_block=block_shape[1],
+                geometry=o.geometry, depth=depth, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
                 macs={g: int(c.macs) for g, c in cost.items()},
                 mean_bits={r: float(mean_bits[r]) for r in Role},
+                x_unsigned=float(mean_bits[-1]),
                 **squares,
             )  # fmt: skip
         return layers, costs, finite
+
+    def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
+        """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""
+        sizes = effective_step_sizes(trainer.optimizers)
+        return {name: sizes.get(layer.weight, 0.0) for name, layer in self._layers.items()}
 
     def _record(
         self, step: int, cost: StepCost, layers: Mapping[str, LayerStatistics], observations: Mapping[str, LayerObservation], loss: float

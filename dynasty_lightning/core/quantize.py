@@ -154,7 +154,7 @@ class QuantizedBlocks:
     @property
     def signed(self) -> Tensor:
         """bool, grid."""
-        return (self.headers & _SIGNED_FLAG) > 0
+        return header_signed(self.headers)
 
     @property
     def occupied(self) -> Tensor:
@@ -229,6 +229,11 @@ def header_bits(headers: Tensor) -> Tensor:
 def header_occupied(headers: Tensor) -> Tensor:
     """Whether the input block was not all zero, bool."""
     return (headers & _OCCUPIED_FLAG) > 0
+
+
+def header_signed(headers: Tensor) -> Tensor:
+    """Whether the block's mantissas have a sign, bool; false where it is zero."""
+    return (headers & _SIGNED_FLAG) > 0
 
 
 def make_headers(bits: Tensor, signed: Tensor, occupied: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..core.formats import BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
-from ..core.quantize import header_bits, header_occupied
+from ..core.quantize import header_bits, header_occupied, header_signed
 from ..core.roles import Gemm, Role
 from .ops import ObservationSlot, apply_layer, settings_of
 from .plan import LayerPlan, Mode
@@ -71,7 +71,7 @@ class StreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerObservation:
-    """What one training step of a layer showed; grids and maps as in docs/architecture.md."""
+    """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks."""
 
     geometry: LayerGeometry
     input_shape: tuple[int, ...]
@@ -80,6 +80,7 @@ class LayerObservation:
     bits: Mapping[Role, Tensor]
     occupied: Mapping[Role, Tensor]
     nonfinite: Mapping[Role, int]
+    x_unsigned: float
     x_square: Tensor
     e_square: Tensor
     dx_square: Tensor
@@ -176,6 +177,7 @@ class DynamicLayer(nn.Module):
             bits={r: header_bits(h) for r, h in headers.items()},
             occupied={r: header_occupied(h) for r, h in headers.items()},
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
+            x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
             **record.squares,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
@@ -240,6 +242,12 @@ class DynamicLayer(nn.Module):
     def _fits(self, role: Role, shape: tuple[int, ...]) -> bool:
         axis = self.geometry.channel_axis
         return len(shape) >= 2 and shape[0] == 1 and shape[axis] in (1, self._channel_blocks(role))
+
+
+def _unsigned_share(headers: Tensor) -> float:
+    """Of the blocks that are not zero; 0 without any."""
+    nonzero = header_bits(headers) > 0
+    return 1.0 - int(header_signed(headers).sum()) / int(nonzero.sum()) if bool(nonzero.any()) else 0.0
 
 
 def _broadcasts(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:

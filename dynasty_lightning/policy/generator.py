@@ -35,6 +35,7 @@ class Measurement:
         speedup: measured now, in the currency of the target.
         target_speedup: what the next steps need so that the whole run meets its target; None without one.
         step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
+        run_speedup: of all steps so far together; NaN where nobody keeps count.
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -43,6 +44,7 @@ class Measurement:
     target_speedup: float | None
     step: int = 0
     steps: float = math.inf
+    run_speedup: float = math.nan
 
     @property
     def progress(self) -> float:
@@ -231,24 +233,12 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm from second moments: relative change of the loss, and noise left in dW (docs/thresholds.md, equations 1 to 4).
+    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
 
-    Args:
-        forward_scale, backward_scale: tauF, relative loss, and tauB, noise-to-signal ratio of dW, at which harm counts 1.
-    """
-
-    forward_scale: float = 0.05
-    backward_scale: float = 0.3
     name: str = "dynasty"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("forward_scale", "backward_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-
     def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        return layer_sensitivities(layers, loss=measurement.loss, forward_scale=self.forward_scale, backward_scale=self.backward_scale)
+        return layer_sensitivities(layers, loss=measurement.loss)
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:

@@ -25,11 +25,13 @@ class LayerStatistics:
         macs: multiply-accumulates of each GEMM that training runs.
         mean_bits: mean width of each role's blocks, zero blocks included.
         samples: N, rows of the batch.
+        x_unsigned: share of X's nonzero blocks that have no negative element.
     """
 
     geometry: LayerGeometry
     depth: int
     samples: int
+    step_size: float
     macs: Mapping[Gemm, int]
     mean_bits: Mapping[Role, float]
     x_square: Tensor
@@ -38,6 +40,7 @@ class LayerStatistics:
     w_square: Tensor
     dw_square: Tensor
     channels_per_block: int
+    x_unsigned: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,47 +53,42 @@ class Sensitivity:
     elements: float
 
 
-def layer_sensitivities(
-    layers: Mapping[str, LayerStatistics], *, loss: float, forward_scale: float, backward_scale: float
-) -> dict[str, dict[Role, Sensitivity]]:
+def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    With N samples, mean loss L, tauF = forward_scale, tauB = backward_scale and w_l = the layer's depth
-    (docs/thresholds.md, equations 1 to 4):
+    Both kinds of harm are excess loss over the loss L, so that no constant converts one into the other. With N samples, G_l = sum dW**2
+    of a layer and eta_l its effective step size (docs/thresholds.md, equations 1 to 4):
 
-        s_X = N <dX^2> / (2 L tauF) + 1 / (sum_w tauB sum X^2)
-        s_W = N <dW^2> / (2 L tauF) + (w_l - 1) / (sum_w tauB sum W^2)
-        s_E = 2 w_l / (sum_w tauB sum E^2)
+        s_X = N <dX**2> / (2 L) + eta_l G_l / (4 L sum X**2)
+        s_W = N <dW**2> / (2 L) + sum over layers j below of eta_j G_j / (4 L sum W**2)
+        s_E = sum over layers j up to this one of eta_j G_j / (4 L sum E**2)
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
-    total_depth = sum(s.depth for s in layers.values())
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
+    scale = 1.0 / max(loss, 1e-12)
     result = {}
+    below = 0.0
     for name, s in layers.items():
-        forward = s.samples / (2.0 * max(loss, 1e-12) * forward_scale)
-        backward = 1.0 / (total_depth * backward_scale)
         counts = _elements(s)
-        energy = {
-            Role.ACTIVATION: float(s.x_square.double().mean()) * counts[Role.ACTIVATION],
-            Role.WEIGHT: float(s.w_square.double().mean()) * counts[Role.WEIGHT],
-            Role.ERROR: float(s.e_square.double().mean()) * counts[Role.ERROR],
-        }
-        relative = {Role.ACTIVATION: 1.0, Role.WEIGHT: s.depth - 1.0, Role.ERROR: 2.0 * s.depth}
+        gradient_noise = 0.25 * s.step_size * float(s.dw_square.double().mean()) * counts[Role.WEIGHT]
+        relative = {Role.ACTIVATION: gradient_noise, Role.WEIGHT: below, Role.ERROR: below + gradient_noise}
+        below += gradient_noise
+        curvature = 0.5 * s.samples
         loss_harm = {
-            Role.ACTIVATION: forward * s.dx_square.double(),
-            Role.WEIGHT: forward * s.dw_square.double(),
+            Role.ACTIVATION: curvature * s.dx_square.double(),
+            Role.WEIGHT: curvature * s.dw_square.double(),
             Role.ERROR: torch.zeros_like(s.e_square, dtype=torch.float64),
         }
         square = {Role.ACTIVATION: s.x_square, Role.WEIGHT: s.w_square, Role.ERROR: s.e_square}
-        result[name] = {
-            role: Sensitivity(
-                harm=loss_harm[role] + (backward * relative[role] / energy[role] if energy[role] > 0 else 0.0),
+        result[name] = {}
+        for role in Role:
+            energy = float(square[role].double().mean()) * counts[role]
+            result[name][role] = Sensitivity(
+                harm=scale * (loss_harm[role] + (relative[role] / energy if energy > 0 else 0.0)),
                 price=_price(s, role, counts[role], total_macs),
                 mean_square=square[role].double(),
                 elements=counts[role],
             )
-            for role in Role
-        }
     return result
 
 
