@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sends the three GEMMs of converted layers to a device of `fpga`: predictions and whole training steps, with exact mode's bits."""
 
+import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Self
@@ -150,10 +151,7 @@ class Offload:
         use.cycles += result.cycles
         use.bytes_moved += result.bytes_moved
         if self.bytes_per_cycle is not None:
-            cost = core_cost(job, self.device.config, bytes_per_cycle=self.bytes_per_cycle)
-            baseline = core_cost(_uniform8(job, left, right, plan, gemm), self.device.config, bytes_per_cycle=self.bytes_per_cycle)
-            use.cost = cost if use.cost is None else use.cost + cost
-            use.baseline = baseline if use.baseline is None else use.baseline + baseline
+            _add_cost(use, job, _uniform8(job, left, right, plan, gemm), self.device.config, self.bytes_per_cycle)
         values = _to_torch(result.values, gemm, plan, input_shape).to(left.codes.device)
         use.values += values.numel()
         if self.verify:
@@ -207,6 +205,52 @@ def offload(
             f"the model's blocks are {edge} x {edge}, the device's core takes {device.config.block_edge} x {device.config.block_edge}"
         )
     return Offload(model, device, owns_device=owns_device, timeout_s=timeout_s, verify=verify, bytes_per_cycle=bytes_per_cycle)
+
+
+def core_cost_of_step(network: nn.Module, inputs: Any, loss: Callable[[Any], Tensor], *, bytes_per_cycle: float) -> OffloadReport:
+    """What the core would need for one training step of a network, by the model: nothing runs on a device, and nothing is simulated.
+
+    The step is a real one, in exact mode on the host: its blocks are what a step of this network has now. The network is not changed.
+
+    Args:
+        network: with converted layers, as trained.
+        inputs: of the network's forward.
+        loss: from the network's output.
+        bytes_per_cycle: memory bandwidth of a board, in bytes a cycle of the core.
+
+    Returns:
+        A report with `speedup_core`; its counts of calls, values and cycles are 0.
+
+    Raises:
+        ValueError: nothing is converted, or blocks that the core does not compute.
+    """
+    copied = copy.deepcopy(network)
+    layers = dynamic_layers(copied)
+    if not layers:
+        raise ValueError("the network has no converted layer: the core has nothing to compute")
+    config = config_for(next(iter(layers.values())).format)
+    names = {layer.layer_index: name for name, layer in layers.items()}
+    uses: dict[tuple[int, Gemm], GemmUse] = {}
+
+    def execute(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
+        use = uses.setdefault((plan.layer_index, gemm), GemmUse())
+        if left.passthrough is None and right.passthrough is None:
+            job = job_of(gemm, left, right, plan, input_shape)
+            _add_cost(use, job, _uniform8(job, left, right, plan, gemm), config, bytes_per_cycle)
+        else:
+            use.host_calls += 1
+        return _on_host(gemm, left, right, plan, input_shape)
+
+    key = f"cost/{next(_numbers)}"
+    EXECUTORS[key] = execute
+    try:
+        for layer in layers.values():
+            layer.plan = replace(layer.plan, executor=key)
+        copied.train()
+        loss(copied(inputs)).backward()  # type: ignore[no-untyped-call]
+    finally:
+        EXECUTORS.pop(key)
+    return OffloadReport("model", {(names[index], gemm): use for (index, gemm), use in sorted(uses.items())})
 
 
 class DeviceOffload(Callback):
@@ -274,6 +318,12 @@ def job_of(
         geometry=_geometry(plan, input_shape, merged=_merges_tokens(left, roles[0], plan)),
         output=output,
     )
+
+
+def _add_cost(use: GemmUse, job: GemmJob, baseline: GemmJob, config: GemmConfig, bytes_per_cycle: float) -> None:
+    ours, theirs = (core_cost(j, config, bytes_per_cycle=bytes_per_cycle) for j in (job, baseline))
+    use.cost = ours if use.cost is None else use.cost + ours
+    use.baseline = theirs if use.baseline is None else use.baseline + theirs
 
 
 def _on_host(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
@@ -379,4 +429,4 @@ def _uniform8(job: GemmJob, left: QuantizedBlocks, right: QuantizedBlocks, plan:
     return replace(job, a=widened(left, left_role), b=widened(right, right_role))
 
 
-__all__ = ["DeviceOffload", "GemmUse", "Offload", "OffloadReport", "config_for", "job_of", "offload", "operand_of"]
+__all__ = ["DeviceOffload", "GemmUse", "Offload", "OffloadReport", "config_for", "core_cost_of_step", "job_of", "offload", "operand_of"]

@@ -27,7 +27,7 @@ _COMPARE_EPOCHS: Final = 10
 _COMPARE_BATCH: Final = 128
 _COMPARE_SEEDS: Final = 5
 _COMPARE_SETTINGS: Final = (
-    "epochs", "batch_size", "train_images", "validation_images", "evaluate_on", "learning_rate", "mode", "block_shape", "width_group",
+    "epochs", "batch_size", "train_samples", "validation_samples", "evaluate_on", "learning_rate", "mode", "block_shape", "width_group",
     "interval",
 )  # fmt: skip
 
@@ -228,10 +228,10 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     training = compare.add_argument_group("training")
     _add(training, "--epochs", int, "N", "epochs of each run", _COMPARE_EPOCHS)
     _add(training, "--batch-size", int, "N", "images a step", _COMPARE_BATCH)
-    _add(training, "--train-images", int, "N", "use only N images of a fixed shuffle", "all")
-    _add(training, "--validation-images", int, "N", "hold N training images back", 0)
+    _add(training, "--train-samples", int, "N", "use only N images of a fixed shuffle", "all")
+    _add(training, "--validation-samples", int, "N", "hold N training images back", 0)
     training.add_argument("--evaluate-on", choices=("test", "validation"), help="validation never looks at the test set (default: test)")
-    _add(training, "--learning-rate", float, "RATE", "of SGD at the start of the cosine schedule", RunConfig.learning_rate)
+    _add(training, "--learning-rate", float, "RATE", "highest of the schedule", "the model's own")
     training.add_argument("--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)")
     for name, text in (("block_shape", "elements that share an exponent"), ("width_group", "elements that share a width")):
         shape = getattr(RunConfig, name)

@@ -157,10 +157,11 @@ class _Clock:
         if not self._left:
             return ""
         kinds = [_kind(finite(asdict(run))) for run in self._left.values()]
-        known = [statistics.fmean(self._seconds[k]) for k in kinds if k in self._seconds]
-        if not known:
+        if not self._seconds:
             return f"{len(kinds)} left"
-        each = statistics.fmean(known)
+        means = {kind: statistics.fmean(seconds) for kind, seconds in self._seconds.items()}
+        known = [means[kind] for kind in kinds if kind in means]
+        each = statistics.fmean(known or means.values())
         total = (sum(known) + each * (len(kinds) - len(known))) / min(self._at_once, len(kinds))
         return f"{len(kinds)} left, about {_duration(total)}"
 

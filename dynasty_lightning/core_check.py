@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fpga import CompileError, ToolMissing, open_device
 from fpga.board_files import load_board
 
-from .bridge import OffloadReport, config_for, offload
+from .bridge import OffloadReport, config_for, core_cost_of_step, offload
 from .nn.layers import dynamic_layers
 
 DEFAULT_BOARD: Final = "pynq-z2"
@@ -73,6 +73,36 @@ def check_on_core(
         "gemms": {"prediction": _by_layer(predicting), "training step": _by_layer(step)},
         "build_seconds": build_seconds,
         "seconds": time.perf_counter() - begin,
+    }
+
+
+def cost_of_last_step(network: nn.Module, batch: tuple[Tensor, Tensor], *, board: str = DEFAULT_BOARD) -> dict[str, Any] | None:
+    """What the core would need for one more training step (cross entropy) of a trained network, against uniform 8 bits on the same core.
+
+    Args:
+        network: with converted layers, as trained; it is not changed.
+        batch: inputs and labels.
+        board: whose clock and memory bandwidth are assumed.
+
+    Returns:
+        `speedup_core_last_step`, with lock step, edges, loads and stores; `speedup_core_last_step_cycles`, the same if memory were never
+        waited for; board and batch. None where no core computes these blocks (1 x n ones, say). A model, of that one step only.
+    """
+    try:
+        config_for(next(iter(dynamic_layers(network).values())).format)
+    except ValueError:
+        return None
+    inputs, labels = batch
+    report = core_cost_of_step(
+        network,
+        inputs,
+        lambda logits: F.cross_entropy(logits.flatten(0, -2), labels.flatten()),  # an image's classes, or those of each place in a text
+        bytes_per_cycle=load_board(board).bytes_per_cycle,
+    )
+    return {
+        "speedup_core_last_step": report.speedup_core,
+        "speedup_core_last_step_cycles": report.speedup_cycles,
+        "core_step": {"board": board, "samples": len(labels)},
     }
 
 

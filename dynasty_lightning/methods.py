@@ -5,26 +5,24 @@ The word is NAME[@TARGET][:option=value,..]: TARGET is the whole-run speedup ask
 `DynastyCallback` and of the policy. It is what results are stored under, so `str(Method.parse(text))` is the same for equal methods.
 """
 
-import importlib
-import importlib.util
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .callback import DynastyCallback
 from .core.formats import MAX_BITS, MIN_BITS
 from .policy.generator import check_target
+from .policy.registry import POLICIES
 from .precision import DynastyPrecision
 
 FLOATS: Final[Mapping[str, str]] = {"float32": "32-true", "bf16": "bf16-mixed"}
 """Methods without blocks -> Lightning's `precision`."""
 _MXINT_BLOCK: Final = (1, 32)
-_PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "rest", "exclude")
-_CALLBACK_OPTIONS: Final = ("interval", "warmup_steps", "loss_guard", "noise_budget")
+_PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "rest", "exclude", "unquantized")
+_SEVERAL: Final = ("exclude", "unquantized")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]*")
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]*")
-_REGISTRY: Final = f"{__package__}.policy.registry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class Method:
     """A name, a target and options.
 
     Attributes:
-        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (uniform widths in 1 x 32 blocks), "dynasty", or another policy.
+        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (uniform widths in 1 x 32 blocks), or a policy's of `POLICIES`.
         target: whole-run `speedup_charged` to steer to.
         options: name and value, sorted by name.
 
@@ -49,11 +47,11 @@ class Method:
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name} names an option twice: {', '.join(names)}")
-        if self.name not in FLOATS and self._fixed_bits is None and self.name not in policy_names():
+        if self.name not in FLOATS and self._fixed_bits is None and self.name not in POLICIES:
             raise ValueError(f"unknown method {self.name!r}: choose from {', '.join(method_names())}")
         if self.target is not None:
             if not self.takes_target:
-                raise ValueError(f"{self.name} has fixed widths: it takes no target, not @{self.target:g}")
+                raise ValueError(f"{self.name} takes no target, not @{self.target:g}")
             check_target(self.target)
         if self.is_float and self.options:
             raise ValueError(f"{self.name} has no blocks: it takes no options, not {', '.join(names)}")
@@ -83,7 +81,7 @@ class Method:
 
     @property
     def takes_target(self) -> bool:
-        return not self.is_float and self._fixed_bits is None
+        return self.name in POLICIES and POLICIES[self.name].takes_speedup
 
     @property
     def needs_target(self) -> bool:
@@ -100,16 +98,15 @@ class Method:
         try:
             self.make_plugin(seed=0)
             self.make_callback(interval=50)
-        except TypeError as error:
-            raise ValueError(f"{self}: {error}") from None
+        except (TypeError, AttributeError, ValueError) as error:  # a value of another kind ends in any of them
+            raise ValueError(f"{self}: {error}") from error
 
     def make_plugin(self, *, seed: int, **settings: Any) -> DynastyPrecision | None:
         """The precision plugin; None for floating point. The method's own options go before `settings`."""
         if self.is_float:
             return None
         own = {name: value for name, value in self.options if name in _PLUGIN_OPTIONS}
-        if isinstance(own.get("exclude"), str):
-            own["exclude"] = (own["exclude"],)
+        own |= {name: (value,) for name, value in own.items() if name in _SEVERAL and isinstance(value, str)}
         if self.name.startswith("mxint"):
             own.setdefault("block_shape", _MXINT_BLOCK)
         return DynastyPrecision(seed=seed, **{**settings, **own})
@@ -119,12 +116,9 @@ class Method:
         if self.is_float:
             return None
         options = {name: value for name, value in self.options if name not in _PLUGIN_OPTIONS}
-        shared = {"interval": interval, "table": False} | {n: options.pop(n) for n in _CALLBACK_OPTIONS if n in options}
         if self._fixed_bits is not None:
-            return DynastyCallback(policy="uniform", **{"bits": self._fixed_bits, **options}, **shared)
-        if self.name == "dynasty":
-            return DynastyCallback(target_speedup=self.target, **options, **shared)
-        return DynastyCallback(policy=_make_policy()(self.name, **options), target_speedup=self.target, **shared)
+            return DynastyCallback(**{"policy": "uniform", "bits": self._fixed_bits, "interval": interval, "table": False, **options})
+        return DynastyCallback(policy=self.name, target_speedup=self.target, **{"interval": interval, "table": False, **options})
 
     @property
     def _fixed_bits(self) -> int | None:
@@ -162,24 +156,9 @@ def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[M
     return list(dict.fromkeys(methods))
 
 
-def policy_names() -> list[str]:
-    """Policies by name, without the uniform ones."""
-    registry = _registry()
-    return sorted(({"dynasty"} | set(registry.POLICIES if registry else ())) - {"uniform"})
-
-
 def method_names() -> list[str]:
     """What a method may be called, for messages."""
-    return [*FLOATS, f"uniform{MIN_BITS} to uniform{MAX_BITS}", f"mxint{MIN_BITS} to mxint{MAX_BITS}", *policy_names()]
-
-
-def _registry() -> Any:
-    return importlib.import_module(_REGISTRY) if importlib.util.find_spec(_REGISTRY) else None
-
-
-def _make_policy() -> Callable[..., Any]:
-    make: Callable[..., Any] = _registry().make_policy
-    return make
+    return [*FLOATS, f"uniform{MIN_BITS} to uniform{MAX_BITS}", f"mxint{MIN_BITS} to mxint{MAX_BITS}", *POLICIES]
 
 
 def _option(part: str, text: str) -> tuple[str, Any]:
@@ -225,4 +204,4 @@ def _written(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-__all__: Sequence[str] = ["FLOATS", "Method", "method_names", "parse_methods", "policy_names"]
+__all__: Sequence[str] = ["FLOATS", "Method", "method_names", "parse_methods"]

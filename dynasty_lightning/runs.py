@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
+from .core_check import cost_of_last_step
 from .data import DATASETS, TensorDataModule, load_data
 from .data.files import ImageData
 from .methods import FLOATS, Method
@@ -43,6 +44,7 @@ FAILED: Final = "failed"
 _PACKAGE: Final = Path(__file__).parent
 _REPORT_SECONDS: Final = 0.5
 _HISTORY_POINTS: Final = 40
+_CORE_SAMPLES: Final = 16  # of the step that the core's cost is worked out for
 _OF_BLOCKS: Final = ("mode", "block_shape", "width_group", "interval")
 _CHANCE_DEVIATIONS: Final = 3.0  # of a guess at random over the images tested
 
@@ -57,7 +59,8 @@ class RunConfig:
     Attributes:
         method: one word, see `methods`.
         seed: of network, order of images, augmentation and rounding.
-        train_images, validation_images: None for all; held back from training. The choice does not depend on the seed.
+        train_samples, validation_samples: None for all; held back from training. The choice does not depend on the seed.
+        learning_rate: highest of the run; None for the model's own.
         mode, block_shape, width_group, interval: of blocks, where the method says nothing else; without effect for floating point.
         evaluate_on: "test", or "validation" for choices that must not see the test set.
 
@@ -71,9 +74,9 @@ class RunConfig:
     seed: int
     epochs: int
     batch_size: int
-    train_images: int | None = None
-    validation_images: int = 0
-    learning_rate: float = 0.1
+    train_samples: int | None = None
+    validation_samples: int = 0
+    learning_rate: float | None = None
     mode: Literal["fast", "exact"] = "fast"
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
@@ -84,21 +87,22 @@ class RunConfig:
         for name, known in (("data", DATASETS), ("model", MODELS), ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_images", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+        if self.train_samples is not None and self.train_samples < 1:
+            raise ValueError(f"train_samples must be at least 1, not {self.train_samples}")
+        if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
-        if self.evaluate_on == "validation" and not self.validation_images:
-            raise ValueError("evaluate_on='validation' needs validation_images: hold some back")
+        if self.evaluate_on == "validation" and not self.validation_samples:
+            raise ValueError("evaluate_on='validation' needs validation_samples: hold some back")
         method = Method.parse(self.method)
         method.check()
         object.__setattr__(self, "method", str(method))
-        object.__setattr__(self, "learning_rate", float(self.learning_rate))
+        if self.learning_rate is not None:
+            object.__setattr__(self, "learning_rate", float(self.learning_rate))
 
     def canonical(self) -> dict[str, Any]:
         """What the key is made of: fields that differ from their defaults and have an effect."""
@@ -154,11 +158,12 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
     data = TensorDataModule(
-        _loaded(config.data, data_dir), batch_size=config.batch_size, train_images=config.train_images,
-        validation_images=config.validation_images, seed=config.seed,
+        _loaded(config.data, data_dir), batch_size=config.batch_size, train_images=config.train_samples,
+        validation_images=config.validation_samples, seed=config.seed,
     )  # fmt: skip
     network = build_model(config.model, in_channels=data.in_channels, image_size=data.test_images.shape[-1], classes=data.classes)
-    module = Classifier(network, classes=data.classes, learning_rate=config.learning_rate)
+    rate = {} if config.learning_rate is None else {"learning_rate": config.learning_rate}
+    module = Classifier(network, classes=data.classes, **rate)
     method = Method.parse(config.method)
     plugin = method.make_plugin(seed=config.seed, mode=config.mode, block_shape=config.block_shape, width_group=config.width_group)
     callback = method.make_callback(interval=config.interval)
@@ -187,7 +192,7 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
             tested: Mapping[str, float] = {}
             if config.evaluate_on == "test":
                 tested = trainer.test(module, data.test_dataloader(), verbose=False)[0]
-            if config.validation_images:
+            if config.validation_samples:
                 # As a test: the Trainer has no validation batches in fit, and so none in validate.
                 validated = trainer.test(module, data.val_dataloader(), verbose=False)[0]
                 figures |= {"validation_accuracy": validated["test_accuracy"], "validation_loss": validated["test_loss"]}
@@ -218,12 +223,12 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
     try:
         done = train(config, data_dir, progress)
         figures = dict(done.figures)
-        images = len(done.data.test_labels) if config.evaluate_on == "test" else config.validation_images
-        available = len(done.data.data.train_labels) - config.validation_images
-        counts = {"images_trained": config.train_images or available, "images_evaluated": images}
+        images = len(done.data.test_labels) if config.evaluate_on == "test" else config.validation_samples
+        available = len(done.data.data.train_labels) - config.validation_samples
+        counts = {"samples_trained": config.train_samples or available, "samples_evaluated": images}
         status = DIVERGED if _has_diverged(figures, images, done.data.classes) else COMPLETE
         history = thinned(done.callback.history if done.callback else [])
-        record |= {"status": status, **figures, **counts, "history": history}
+        record |= {"status": status, **figures, **counts, "history": history, **(_core_figures(done) if done.callback else {})}
     except Exception as error:
         # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
         lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
@@ -231,6 +236,16 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
     record["wall_seconds"] = time.monotonic() - began
     clean: dict[str, Any] = finite(record)
     return clean
+
+
+def _core_figures(done: Trained) -> dict[str, Any]:
+    """The core's cost of one more step, None where there is no such core. An error here is told and costs the run nothing."""
+    inputs, labels = next(iter(done.data.train_dataloader()))
+    try:
+        cost = cost_of_last_step(done.module.network, (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
+    except Exception as error:
+        return {"speedup_core_last_step": None, "core_error": failure(error)["error"]}
+    return cost or {"speedup_core_last_step": None}
 
 
 def record_of(config: RunConfig) -> dict[str, Any]:
