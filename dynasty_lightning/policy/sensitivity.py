@@ -66,10 +66,10 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
-    result = {}
+    result: dict[str, dict[Role, Sensitivity]] = {}
     below = 0.0
     for name, s in layers.items():
-        counts = _elements(s)
+        counts = operand_elements(s)
         gradient_noise = 0.25 * s.step_size * float(s.dw_square.double().mean()) * counts[Role.WEIGHT]
         relative = {Role.ACTIVATION: gradient_noise, Role.WEIGHT: below, Role.ERROR: below + gradient_noise}
         below += gradient_noise
@@ -85,14 +85,14 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
             energy = float(square[role].double().mean()) * counts[role]
             result[name][role] = Sensitivity(
                 harm=scale * (loss_harm[role] + (relative[role] / energy if energy > 0 else 0.0)),
-                price=_price(s, role, counts[role], total_macs),
+                price=bit_price(s, role, counts[role], total_macs),
                 mean_square=square[role].double(),
                 elements=counts[role],
             )
     return result
 
 
-def _elements(s: LayerStatistics) -> dict[Role, float]:
+def operand_elements(s: LayerStatistics) -> dict[Role, float]:
     """Elements of each operand in one batch."""
     g = s.geometry
     positions = [math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim)) for t in (s.x_square, s.e_square)]
@@ -103,7 +103,8 @@ def _elements(s: LayerStatistics) -> dict[Role, float]:
     }
 
 
-def _price(s: LayerStatistics, role: Role, elements: float, total_macs: int) -> float:
+def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) -> float:
+    """Share of an 8-bit step's cost that one more bit of one element costs, at the partners' present widths."""
     price = 0.0
     for gemm, operands in READS.items():
         if role in operands and s.macs.get(gemm, 0):
