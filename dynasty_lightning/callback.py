@@ -24,12 +24,13 @@ from .nn.layers import DynamicLayer, LayerObservation
 from .policy.generator import Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
-from .policy.schedule import AnalysisSchedule, LossGuard
+from .policy.schedule import Allocation, AnalysisSchedule, LossGuard
 from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
 from .step_size import effective_step_sizes
 
 _SQUARES: Final = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
+_NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
 
 
@@ -43,6 +44,7 @@ class DynastyCallback(Callback):
         bits: for "uniform": one width, or one for each of "X", "W", "E".
         interval: steps between analyses once the cost has settled.
         warmup_steps: steps at 8 bits before the first map.
+        allocation: how cost is spread over the run at the same total: a name in `ALLOCATIONS`, or an `Allocation`.
         loss_guard: raise widths when the mean loss exceeds its best by this factor; None never does.
         energy_model: constants of the energy figures.
         table: print a summary at the end of fit.
@@ -61,6 +63,7 @@ class DynastyCallback(Callback):
         bits: int | Mapping[str, int] = 8,
         interval: int = 50,
         warmup_steps: int = 6,
+        allocation: str | Allocation = "constant",
         loss_guard: float | None = 2.0,
         energy_model: EnergyModel | None = None,
         table: bool = True,
@@ -79,6 +82,7 @@ class DynastyCallback(Callback):
             raise ValueError(f"options of a Policy object are its own: give {', '.join(options) or 'noise_budget'} to its constructor")
         self.policy: Policy = policy
         self.schedule = AnalysisSchedule(interval=interval, warmup_steps=warmup_steps if policy.needs_statistics else 0)
+        self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.named(allocation)
         self.guard = LossGuard(ratio=loss_guard)
         self.energy_model = energy_model or EnergyModel()
         self.table = table
@@ -272,10 +276,11 @@ class DynastyCallback(Callback):
                 layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
                 run_speedup=self.run_cost.sum.speedup_charged,
             )  # fmt: skip
-            self._apply(self.policy.update(measurement))
+            entries = self.policy.update(measurement)
+            self._apply(entries if target is None or target > _NEARLY_UNIFORM else {})
             self._check_ranks(trainer)
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
-        self.schedule.advance(step, log_error=error, last_step=last_step)
+        self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
         for layer in self._layers.values():
             layer.observing = False
             layer.clear_observation()
@@ -319,7 +324,7 @@ class DynastyCallback(Callback):
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""
         sizes = effective_step_sizes(trainer.optimizers)
-        return {name: sizes.get(layer.weight, 0.0) for name, layer in self._layers.items()}
+        return {name: sizes.get(id(layer.weight), 0.0) for name, layer in self._layers.items()}
 
     def _record(
         self, step: int, cost: StepCost, layers: Mapping[str, LayerStatistics], observations: Mapping[str, LayerObservation], loss: float
@@ -343,17 +348,22 @@ class DynastyCallback(Callback):
         )
 
     def _rest_target(self, step: int, last_step: float, cost: StepCost) -> float | None:
-        """Speedup that the remaining steps need so that the whole run, warm-up included, meets the target."""
+        """Speedup that the next steps need so that the whole run, warm-up included, meets the target with the allocation's shape."""
         if self.target_speedup is None:
             return None
         remaining = last_step - step
         if not math.isfinite(last_step) or remaining <= 0:
             return self.target_speedup
         budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / self.target_speedup - self.run_cost.sum.products_charged
+        now, rest = self.allocation.shares(step / last_step, 1.0 / self.target_speedup)
+        planned = 1.0 / now
+        if planned <= _NEARLY_UNIFORM:
+            return 1.0
         if budget <= 0:
-            return self.target_speedup * _TARGET_SLACK
-        needed = cost.baseline * remaining / budget
-        return min(max(needed, self.target_speedup / _TARGET_SLACK), self.target_speedup * _TARGET_SLACK)
+            return planned * _TARGET_SLACK
+        # The plan for now, scaled to what is left over what the plan has left.
+        needed = cost.baseline * remaining * rest / (budget * now)
+        return min(max(needed, planned / _TARGET_SLACK, 1.0), planned * _TARGET_SLACK)
 
     def _raise_widths(self, reason: str) -> None:
         if not self._raised:
