@@ -20,6 +20,7 @@ from .methods import method_names, parse_methods
 from .models import MODELS
 from .report import draw_report, format_table, read_summary
 from .runs import RunConfig
+from .tasks import TASK_DATA, TASK_MODELS
 
 DEFAULT_SPEEDUP: Final = 5.0
 _GREATEST_THREADS: Final = 2
@@ -220,16 +221,16 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     grid = compare.add_argument_group("grid")
     grid.add_argument("--methods", action="append", metavar="M,M,..", help=f"of {', '.join(method_names())}; see below")
     grid.add_argument("--targets", metavar="X,X,..", help="speedups for the methods that can steer to one and name none")
-    grid.add_argument("--data", default="digits", metavar="D,D,..", help=f"of {', '.join(DATASETS)} (default: digits)")
-    grid.add_argument("--model", default="resnet8", metavar="M,M,..", help=f"of {', '.join(MODELS)} (default: resnet8)")
+    grid.add_argument("--data", default="digits", metavar="D,D,..", help=f"of {', '.join(TASK_DATA)} (default: digits)")
+    grid.add_argument("--model", default="resnet8", metavar="M,M,..", help=f"of {', '.join(TASK_MODELS)} (default: resnet8)")
     _add(grid, "--seed", int, "S", "first seed", 0)
     _add(grid, "--seeds", int, "N", "seeds of each: S, S + 1, ..", _COMPARE_SEEDS)
 
     training = compare.add_argument_group("training")
     _add(training, "--epochs", int, "N", "epochs of each run", _COMPARE_EPOCHS)
     _add(training, "--batch-size", int, "N", "images a step", _COMPARE_BATCH)
-    _add(training, "--train-samples", int, "N", "use only N images of a fixed shuffle", "all")
-    _add(training, "--validation-samples", int, "N", "hold N training images back", 0)
+    _add(training, "--train-samples", int, "N", "use only N images of a fixed shuffle, or N windows of a text an epoch", "all")
+    _add(training, "--validation-samples", int, "N", "hold N training images back; of a text, N windows of its own part", 0)
     training.add_argument("--evaluate-on", choices=("test", "validation"), help="validation never looks at the test set (default: test)")
     _add(training, "--learning-rate", float, "RATE", "highest of the schedule", "the model's own")
     training.add_argument("--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)")

@@ -13,6 +13,7 @@ from typing import Any, Final, TextIO
 from .progress import ProgressBoard
 from .results_file import ResultsFile, read_records
 from .runs import COMPLETE, DIVERGED, FAILED, RunConfig, failure, finite, record_of, threads, train_one
+from .tasks import check_pair
 from .workers import run_in_workers
 
 STANDING: Final = (COMPLETE, DIVERGED)
@@ -39,16 +40,26 @@ class Outcome:
 def make_grid(
     *, data: Sequence[str], models: Sequence[str], methods: Iterable[str], seeds: Iterable[int], **settings: Any
 ) -> list[RunConfig]:
-    """All runs, each once, seed by seed: what a killed grid leaves can be compared."""
+    """All runs, each once, seed by seed: what a killed grid leaves can be compared.
+
+    Raises:
+        ValueError: a data set or a model that goes with none of the others, or a wrong setting.
+    """
     methods = list(methods)
-    runs = [
-        RunConfig(data=d, model=m, method=method, seed=seed, **settings)
-        for seed in seeds
-        for d in data
-        for m in models
-        for method in methods
-    ]
+    pairs = [(d, m) for d in data for m in models if len(data) == len(models) == 1 or _fits(d, m)]
+    for name in [*data, *models]:
+        if not any(name in pair for pair in pairs):
+            raise ValueError(f"{name!r} goes with none of the others: {', '.join(data)} with {', '.join(models)}")
+    runs = [RunConfig(data=d, model=m, method=method, seed=seed, **settings) for seed in seeds for d, m in pairs for method in methods]
     return list({run.key: run for run in runs}.values())
+
+
+def _fits(data: str, model: str) -> bool:
+    try:
+        check_pair(data=data, model=model)
+    except ValueError:
+        return False
+    return True
 
 
 def run_grid(

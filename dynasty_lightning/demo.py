@@ -5,47 +5,33 @@ Runs are independent, so several train at once, each in a worker process. `summa
 demo that was killed leaves what it had; `report` draws any such folder.
 """
 
-import functools
 import json
-import logging
 import math
-import multiprocessing
-import os
-import platform
-import re
-import shutil
-import signal
 import sys
-import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing.connection import wait
 from pathlib import Path
-from queue import Empty
 from typing import Any, Final, Literal, TextIO, cast
 
-import lightning as L
 import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback
-from typing_extensions import override
 
 from .callback import DynastyCallback
 from .core.formats import MAX_BITS, MIN_BITS
 from .core_check import check_on_core, describe
 from .data import DATASETS, TensorDataModule, load_data
-from .data.files import ImageData
-from .models import MODELS, Classifier, build_model
+from .methods import Method
+from .models import MODELS, Classifier, LanguageModel
 from .nn.inspect import activation_widths
 from .policy.generator import check_target
 from .policy.precision_map import write_atomically
-from .precision import DynastyPrecision
+from .progress import ProgressBoard
 from .report import IMAGE_PICTURE, SUMMARY_FILE, draw_report, format_table
+from .runs import RunConfig, machine, threads, train, versions
+from .runs import finite as _finite
+from .workers import run_in_workers
 
 METHODS: Final = ("float32", "uniform8", "dynasty")
 DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
@@ -57,7 +43,6 @@ DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
 
 _IMAGES_SHOWN: Final = 4
 _CORE_IMAGES: Final = 16  # test images that the simulated core predicts, and images of the training step that it computes
-_REPORT_SECONDS: Final = 0.5
 _RUN_FILES: Final = ("map-*.safetensors", "widths-*.safetensors", "widths-*.npz", "history-*.jsonl", "checkpoint-*.ckpt", "*.png")
 
 
@@ -190,8 +175,8 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
 
     try:
         if at_once == 1:
-            with _threads(config.threads):
-                _work(config, iter(config.jobs), take)
+            for job in config.jobs:
+                take(*_run((config, *job), board.update))
         else:
             _work_in_processes(config, at_once, take)
         summary["status"] = "failed" if summary["errors"] else "complete"
@@ -215,48 +200,25 @@ def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[di
     Returns:
         Its entry in the summary.
     """
-    _quiet_lightning()
-    torch.manual_seed(seed)
-    data = TensorDataModule(
-        _loaded(config.data, config.data_dir), batch_size=config.batch_size, train_images=config.train_images, seed=seed
+    done = train(
+        RunConfig(
+            data=config.data,
+            model=config.model,
+            method=_method_word(config, method),
+            seed=seed,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            train_samples=config.train_images,
+            learning_rate=config.learning_rate,
+            mode=config.mode,
+            interval=config.interval,
+        ),
+        config.data_dir,
+        lambda message: progress(message | {"name": method, "label": None}),
     )
-    network = build_model(config.model, in_channels=data.in_channels, image_size=data.test_images.shape[-1], classes=data.classes)
-    module = Classifier(network, classes=data.classes, learning_rate=config.learning_rate)
-    callback = _make_callback(config, method)
-    trainer = L.Trainer(
-        max_epochs=config.epochs,
-        accelerator="cpu",
-        devices=1,
-        plugins=[DynastyPrecision(mode=config.mode, seed=seed)] if callback else [],
-        callbacks=[*([callback] if callback else []), _Announcer(method, seed, callback, progress)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        begin = time.monotonic()
-        try:
-            trainer.fit(module, data)
-            seconds = time.monotonic() - begin
-            figures = callback.summary() if callback else {}
-            tested = trainer.test(module, data, verbose=False)[0]
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from stop
-    record = {
-        "name": method,
-        "seed": seed,
-        "accuracy": tested["test_accuracy"],
-        "loss": tested["test_loss"],
-        **figures,
-        "steps": trainer.global_step,
-        "seconds": seconds,
-        # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
-        "warnings": sorted({str(w.message) for w in caught if Path(w.filename).parent == Path(__file__).parent}),
-    }
+    module, data, callback = done.task.module, done.task.data, done.callback
+    assert isinstance(data, TensorDataModule)  # a demo's data are images
+    record = {"name": method, "seed": seed, **done.figures}
     out = Path(config.out)
     if callback is not None:
         record |= _write_run_files(out, callback, method, seed)
@@ -266,155 +228,23 @@ def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[di
         record["core"] = _check_core(module, data)
     if config.checkpoints:
         record["checkpoint_file"] = f"checkpoint-{method}-{seed}.ckpt"
-        trainer.save_checkpoint(out / record["checkpoint_file"])
+        done.trainer.save_checkpoint(out / record["checkpoint_file"])
     return cast(dict[str, Any], _finite(record))
 
 
-def _check_core(module: Classifier, data: TensorDataModule) -> dict[str, Any]:
+def _method_word(config: DemoConfig, method: str) -> str:
+    """A demo's method as `runs` names it, with the demo's target."""
+    if method != "dynasty":
+        return method
+    if config.target_speedup is not None:
+        return str(Method(name=method, target=config.target_speedup))
+    return str(Method(name=method, options=(("noise_budget", config.noise_budget),)))
+
+
+def _check_core(module: Classifier | LanguageModel, data: TensorDataModule) -> dict[str, Any]:
     """The trained network on the simulated core: real test images, and a training step on real training images."""
     images, labels = next(iter(data.train_dataloader()))
     return check_on_core(module.network, data.test_images[:_CORE_IMAGES], (images[:_CORE_IMAGES], labels[:_CORE_IMAGES]))
-
-
-def versions() -> dict[str, str]:
-    """Versions that figures depend on."""
-    from . import __version__
-
-    return {
-        "dynasty_lightning": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": L.__version__,
-        "numpy": np.__version__,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    model = None
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = found[1] if found else None
-    except OSError:
-        pass  # no Linux: the name is a convenience
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpu": model,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-    }
-
-
-class ProgressBoard:
-    """On a terminal, a line for each running run that rewrites itself; elsewhere, a line for each quarter of a run."""
-
-    def __init__(self, total: int, stream: TextIO) -> None:
-        self._total, self._done, self._stream = total, 0, stream
-        self._lines: dict[tuple[str, int], str] = {}
-        self._quarters: dict[tuple[str, int], int] = {}
-        self._drawn = 0
-        self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
-
-    def update(self, progress: dict[str, Any]) -> None:
-        """Show where a run stands: name, seed, step, steps, epoch, epochs, loss, speedup, seconds."""
-        key = progress["name"], progress["seed"]
-        parts = [
-            f"{_label(progress)}  epoch {progress['epoch']:>3}/{progress['epochs']}",
-            f"step {progress['step']:>5}/{progress['steps']}",
-        ]
-        parts.append(f"loss {progress['loss']:.3f}")
-        if progress["speedup"] is not None:
-            parts.append(f"speedup now {progress['speedup']:.2f}x")
-        parts.append(f"{progress['seconds']:.0f} s")
-        self._lines[key] = "  ".join(parts)
-        if self._terminal:
-            self._redraw()
-            return
-        quarter = 4 * progress["step"] // max(progress["steps"], 1)
-        if self._quarters.get(key, 0) < quarter < 4:
-            self._quarters[key] = quarter
-            self._print(self._lines[key])
-
-    def finish(self, record: dict[str, Any]) -> None:
-        """Show a run's result, or the last line of its error."""
-        self._done += 1
-        self._lines.pop((record["name"], record["seed"]), None)
-        text = f"[{self._done}/{self._total}] {_label(record)}  "
-        if "error" in record:
-            text += "FAILED: " + record["error"].strip().splitlines()[-1]
-        else:
-            text += f"accuracy {100 * record['accuracy']:6.2f} %  loss {record['loss'] or math.nan:.3f}"
-            text += f"  speedup {record['speedup_charged']:.2f}x" if record.get("speedup_charged") is not None else ""
-            text += f"  {record['seconds']:.1f} s"
-        self._print(text)
-        for message in record.get("warnings", []):
-            self._print(f"    warning: {message}")
-
-    def close(self) -> None:
-        """Leave the cursor below the last line."""
-        self._lines.clear()
-        if self._terminal:
-            self._redraw()
-
-    def _print(self, text: str) -> None:
-        self._erase()
-        print(text, file=self._stream, flush=True)
-        if self._terminal:
-            self._redraw()
-
-    def _redraw(self) -> None:
-        self._erase()
-        columns = shutil.get_terminal_size().columns - 1
-        for line in self._lines.values():
-            print(line[:columns], file=self._stream)
-        self._drawn = len(self._lines)
-        self._stream.flush()
-
-    def _erase(self) -> None:
-        if self._drawn:
-            print(f"\x1b[{self._drawn}A\x1b[J", end="", file=self._stream)
-        self._drawn = 0
-
-
-class _Announcer(Callback):
-    """Tells how far a run is, at most twice a second and at the end of each epoch."""
-
-    def __init__(self, name: str, seed: int, dynasty: DynastyCallback | None, send: Callable[[dict[str, Any]], None]) -> None:
-        self._name, self._seed, self._dynasty, self._send = name, seed, dynasty, send
-        self._begin = self._last = time.monotonic()
-        self._losses: list[float] = []
-
-    @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._losses.clear()
-
-    @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._losses.append(float(outputs["loss"]))
-        if time.monotonic() - self._last > _REPORT_SECONDS:
-            self._announce(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._announce(trainer)
-
-    def _announce(self, trainer: L.Trainer) -> None:
-        self._last = time.monotonic()
-        history = self._dynasty.history if self._dynasty else []
-        self._send(
-            {
-                "name": self._name,
-                "seed": self._seed,
-                "epoch": trainer.current_epoch + 1,
-                "epochs": trainer.max_epochs,
-                "step": trainer.global_step,
-                "steps": int(trainer.estimated_stepping_batches),
-                "loss": sum(self._losses) / max(len(self._losses), 1),
-                "speedup": history[-1]["speedup_charged"] if history else None,
-                "seconds": self._last - self._begin,
-            }
-        )
 
 
 def _uniform_bits(method: str) -> int | None:
@@ -425,15 +255,6 @@ def _uniform_bits(method: str) -> int | None:
     if method.startswith("uniform") and digits in {str(b) for b in range(MIN_BITS, MAX_BITS + 1)}:
         return int(digits)
     raise ValueError(f"unknown method {method!r}: choose from float32, uniform{MIN_BITS} to uniform{MAX_BITS}, dynasty")
-
-
-def _make_callback(config: DemoConfig, method: str) -> DynastyCallback | None:
-    if method == "float32":
-        return None
-    bits = _uniform_bits(method)
-    if bits is not None:
-        return DynastyCallback(policy="uniform", bits=bits, interval=config.interval, table=False)
-    return DynastyCallback(target_speedup=config.target_speedup, noise_budget=config.noise_budget, interval=config.interval, table=False)
 
 
 def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: int) -> dict[str, str]:
@@ -449,7 +270,7 @@ def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: in
     return names
 
 
-def _write_image_widths(out: Path, module: Classifier, data: TensorDataModule, seed: int) -> dict[str, str]:
+def _write_image_widths(out: Path, module: Classifier | LanguageModel, data: TensorDataModule, seed: int) -> dict[str, str]:
     """Widths that a few test images of different classes get in every convolution; nothing for a network without one."""
     labels = data.test_labels.numpy()
     chosen = [int(np.flatnonzero(labels == label)[0]) for label in dict.fromkeys(labels.tolist())][:_IMAGES_SHOWN]
@@ -465,14 +286,14 @@ def _write_image_widths(out: Path, module: Classifier, data: TensorDataModule, s
     return {"image_widths_file": name}
 
 
-def _work(config: DemoConfig, jobs: Any, send: Callable[[str, dict[str, Any]], None]) -> None:
-    for method, seed in jobs:
-        try:
-            record = train_run(config, method, seed, lambda progress: send("progress", progress))
-        except Exception:
-            send("failed", {"name": method, "seed": seed, "error": traceback.format_exc()})
-        else:
-            send("done", record)
+def _run(job: tuple[DemoConfig, str, int], send: Callable[[dict[str, Any]], None]) -> tuple[str, dict[str, Any]]:
+    """A run's record, or its error; both are results."""
+    config, method, seed = job
+    try:
+        with threads(config.threads):
+            return "done", train_run(config, method, seed, send)
+    except Exception:
+        return "failed", {"name": method, "seed": seed, "error": traceback.format_exc()}
 
 
 def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict[str, Any]], None]) -> None:
@@ -481,61 +302,14 @@ def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict
     Raises:
         WorkerDied: as for lack of memory.
     """
-    # Not fork: torch's threads do not survive it.
-    context = multiprocessing.get_context("spawn")
-    jobs, messages = context.Queue(), context.Queue()
-    for job in [*config.jobs, *[None] * count]:
-        jobs.put(job)
+
+    def pass_on(kind: str, job: Any, content: Any) -> None:
+        if kind == "died":
+            raise WorkerDied(f"{content}; if memory ran out, use --threads 1")
+        take(*content if kind == "done" else (kind, content))
+
     share = replace(config, threads=config.threads // count)
-    workers = [context.Process(target=_worker, args=(share, jobs, messages), daemon=True) for _ in range(count)]
-    for worker in workers:
-        worker.start()
-    missing = len(config.jobs)
-    try:
-        while missing:
-            try:
-                kind, content = messages.get(timeout=0.5)
-            except Empty:
-                dead = [w.exitcode for w in workers if w.exitcode]
-                if dead:
-                    raise WorkerDied(f"a worker process ended with exit code {dead[0]}; if memory ran out, use --threads 1") from None
-                continue
-            missing -= kind != "progress"
-            take(kind, content)
-    finally:
-        for worker in workers:
-            if missing:
-                worker.kill()  # Lightning has a handler for a gentler signal, which would take its time
-            worker.join()
-
-
-def _worker(config: DemoConfig, jobs: Any, messages: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    with _threads(config.threads):
-        _work(config, iter(jobs.get, None), lambda kind, content: messages.put((kind, content)))
-
-
-@contextmanager
-def _threads(count: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(name: str, data_dir: str | None) -> ImageData:
-    return load_data(name, data_dir)
-
-
-def _quiet_lightning() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_in_workers(_run, [(share, *job) for job in config.jobs], pass_on, count=count)
 
 
 def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
@@ -558,19 +332,6 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
     write_atomically(out / SUMMARY_FILE, (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinities, which JSON does not know."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _label(run: dict[str, Any]) -> str:
-    return f"{run['name']:8s} seed {run['seed']}"
 
 
 __all__: Sequence[str] = [

@@ -29,10 +29,8 @@ from typing_extensions import override
 
 from .callback import DynastyCallback
 from .core_check import cost_of_last_step
-from .data import DATASETS, TensorDataModule, load_data
-from .data.files import ImageData
 from .methods import FLOATS, Method
-from .models import MODELS, Classifier, build_model
+from .tasks import Task, build_task, check_pair
 
 Send = Callable[[dict[str, Any]], None]
 """Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds."""
@@ -46,7 +44,7 @@ _REPORT_SECONDS: Final = 0.5
 _HISTORY_POINTS: Final = 40
 _CORE_SAMPLES: Final = 16  # of the step that the core's cost is worked out for
 _OF_BLOCKS: Final = ("mode", "block_shape", "width_group", "interval")
-_CHANCE_DEVIATIONS: Final = 3.0  # of a guess at random over the images tested
+_CHANCE_DEVIATIONS: Final = 3.0  # of the share that a guess gets right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +57,7 @@ class RunConfig:
     Attributes:
         method: one word, see `methods`.
         seed: of network, order of images, augmentation and rounding.
+        data, model: as `build_task` has them.
         train_samples, validation_samples: None for all; held back from training. The choice does not depend on the seed.
         learning_rate: highest of the run; None for the model's own.
         mode, block_shape, width_group, interval: of blocks, where the method says nothing else; without effect for floating point.
@@ -84,7 +83,8 @@ class RunConfig:
     evaluate_on: Literal["test", "validation"] = "test"
 
     def __post_init__(self) -> None:
-        for name, known in (("data", DATASETS), ("model", MODELS), ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation"))):
+        check_pair(data=self.data, model=self.model)
+        for name, known in (("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_samples", 0)):
@@ -139,8 +139,7 @@ class Trained:
 
     figures: dict[str, Any]
     trainer: L.Trainer
-    module: Classifier
-    data: TensorDataModule
+    task: Task
     callback: DynastyCallback | None
 
 
@@ -157,13 +156,11 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
-    data = TensorDataModule(
-        _loaded(config.data, data_dir), batch_size=config.batch_size, train_images=config.train_samples,
-        validation_images=config.validation_samples, seed=config.seed,
+    task = build_task(
+        data=config.data, model=config.model, data_dir=data_dir, batch_size=config.batch_size, train_samples=config.train_samples,
+        validation_samples=config.validation_samples, learning_rate=config.learning_rate, seed=config.seed,
     )  # fmt: skip
-    network = build_model(config.model, in_channels=data.in_channels, image_size=data.test_images.shape[-1], classes=data.classes)
-    rate = {} if config.learning_rate is None else {"learning_rate": config.learning_rate}
-    module = Classifier(network, classes=data.classes, **rate)
+    module, data = task.module, task.data
     method = Method.parse(config.method)
     plugin = method.make_plugin(seed=config.seed, mode=config.mode, block_shape=config.block_shape, width_group=config.width_group)
     callback = method.make_callback(interval=config.interval)
@@ -213,7 +210,7 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
         # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
         "warnings": sorted({str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}),
     }
-    return Trained(figures=figures, trainer=trainer, module=module, data=data, callback=callback)
+    return Trained(figures=figures, trainer=trainer, task=task, callback=callback)
 
 
 def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> dict[str, Any]:
@@ -222,13 +219,15 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
     record = record_of(config)
     try:
         done = train(config, data_dir, progress)
-        figures = dict(done.figures)
-        images = len(done.data.test_labels) if config.evaluate_on == "test" else config.validation_samples
-        available = len(done.data.data.train_labels) - config.validation_samples
-        counts = {"samples_trained": config.train_samples or available, "samples_evaluated": images}
-        status = DIVERGED if _has_diverged(figures, images, done.data.classes) else COMPLETE
+        status = DIVERGED if _has_diverged(done, config) else COMPLETE
         history = thinned(done.callback.history if done.callback else [])
-        record |= {"status": status, **figures, **counts, "history": history, **(_core_figures(done) if done.callback else {})}
+        record |= {
+            "status": status,
+            **done.figures,
+            "task": done.task.facts,
+            "history": history,
+            **(_core_figures(done) if done.callback else {}),
+        }
     except Exception as error:
         # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
         lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
@@ -240,9 +239,9 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
 
 def _core_figures(done: Trained) -> dict[str, Any]:
     """The core's cost of one more step, None where there is no such core. An error here is told and costs the run nothing."""
-    inputs, labels = next(iter(done.data.train_dataloader()))
+    inputs, labels = next(iter(done.task.data.train_dataloader()))
     try:
-        cost = cost_of_last_step(done.module.network, (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
+        cost = cost_of_last_step(done.task.module.network, (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
     except Exception as error:
         return {"speedup_core_last_step": None, "core_error": failure(error)["error"]}
     return cost or {"speedup_core_last_step": None}
@@ -296,13 +295,18 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _has_diverged(figures: Mapping[str, Any], images: int, classes: int) -> bool:
-    """No numbers at the end, or numbers lost on the way and an accuracy that guessing gives."""
+def _has_diverged(done: Trained, config: RunConfig) -> bool:
+    """No numbers at the end, or numbers lost on the way and an accuracy that one answer to everything gives."""
+    figures = done.figures
     if not all(math.isfinite(figures[name]) for name in ("accuracy", "loss", "train_loss")):
         return True
-    chance = 1 / classes
-    guess = chance + _CHANCE_DEVIATIONS * math.sqrt(chance * (1 - chance) / images)
-    return bool(figures["nonfinite_losses"]) and figures["accuracy"] <= guess
+    if not figures["nonfinite_losses"]:
+        return False
+    data = done.task.data
+    loader = data.test_dataloader() if config.evaluate_on == "test" else data.val_dataloader()
+    counts = torch.bincount(torch.cat([targets.flatten() for _, targets in loader]))
+    commonest, total = float(counts.max()) / float(counts.sum()), float(counts.sum())
+    return bool(figures["accuracy"] <= commonest + _CHANCE_DEVIATIONS * math.sqrt(commonest * (1 - commonest) / total))
 
 
 class _Watch(Callback):
@@ -425,11 +429,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(name: str, data_dir: str | None) -> ImageData:
-    return load_data(name, data_dir)
 
 
 __all__ = [
