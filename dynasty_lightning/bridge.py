@@ -27,7 +27,7 @@ from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks, make_headers
 from .core.roles import READS, Gemm, Role
 from .nn.layers import DynamicLayer, dynamic_layers
-from .nn.ops import EXECUTORS, ExtractedWeight
+from .nn.gemms import EXECUTORS, ExtractedWeight
 from .nn.plan import LayerPlan
 
 _numbers: Final = itertools.count()

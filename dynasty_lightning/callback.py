@@ -21,6 +21,7 @@ from .cost.bit_products import StepCost, layer_cost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
 from .nn.layers import DynamicLayer, LayerObservation
+from .nn.probe import ProbeRecord
 from .policy.generator import Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
@@ -31,6 +32,7 @@ from .step_size import effective_step_sizes
 
 _SQUARES: Final = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
 _NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
+_EARLY_PROBES: Final = (4, 6)
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
 
 
@@ -44,6 +46,7 @@ class DynastyCallback(Callback):
         bits: for "uniform": one width, or one for each of "X", "W", "E".
         interval: steps between analyses once the cost has settled.
         warmup_steps: steps at 8 bits before the first map.
+        probe_interval: analyses from one measurement of harm to the next, for a policy that is calibrated by them.
         allocation: how cost is spread over the run at the same total: a name in `ALLOCATIONS`, or an `Allocation`.
         loss_guard: raise widths when the mean loss exceeds its best by this factor; None never does.
         energy_model: constants of the energy figures.
@@ -63,6 +66,7 @@ class DynastyCallback(Callback):
         bits: int | Mapping[str, int] = 8,
         interval: int = 50,
         warmup_steps: int = 6,
+        probe_interval: int = 2,
         allocation: str | Allocation = "constant",
         loss_guard: float | None = 2.0,
         energy_model: EnergyModel | None = None,
@@ -83,6 +87,10 @@ class DynastyCallback(Callback):
         self.policy: Policy = policy
         self.schedule = AnalysisSchedule(interval=interval, warmup_steps=warmup_steps if policy.needs_statistics else 0)
         self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.named(allocation)
+        if probe_interval < 1:
+            raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
+        self.probe_interval = probe_interval
+        self._analyses = 0
         self.guard = LossGuard(ratio=loss_guard)
         self.energy_model = energy_model or EnergyModel()
         self.table = table
@@ -126,7 +134,13 @@ class DynastyCallback(Callback):
         due = trainer.global_step + 1 >= self.schedule.next_step
         for layer in self._layers.values():
             layer.observing = due
+            layer.probing = due and self._probe_is_due
         self._clock.start(observed=due)
+
+    @property
+    def _probe_is_due(self) -> bool:
+        """Twice while the cost settles, so that the first long interval has a calibrated map, and then every `probe_interval` analyses."""
+        return self.policy.wants_probes and (self._analyses in _EARLY_PROBES or self._analyses % self.probe_interval == 0)
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
@@ -163,6 +177,7 @@ class DynastyCallback(Callback):
             "last_event_step": self._last_event_step,
             "loss": (float(self._loss_sum), self._loss_count),
             "nonfinite": self._nonfinite,
+            "analyses": self._analyses,
             "raised": self._raised,
             "history": self.history,
         }
@@ -180,6 +195,7 @@ class DynastyCallback(Callback):
         loss_sum, self._loss_count = state_dict["loss"]
         self._loss_sum = torch.tensor(loss_sum)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
+        self._analyses = state_dict["analyses"]
         self.history = list(state_dict["history"])
         self._restored = True
 
@@ -281,8 +297,9 @@ class DynastyCallback(Callback):
             self._check_ranks(trainer)
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
         self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
+        self._analyses += 1
         for layer in self._layers.values():
-            layer.observing = False
+            layer.observing = layer.probing = False
             layer.clear_observation()
         self._log(pl_module)
 
@@ -304,6 +321,7 @@ class DynastyCallback(Callback):
             mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned])
             total = sum(cost.values(), StepCost())
             parts += [getattr(o, s).flatten() for s in _SQUARES] + [mean_bits, torch.tensor(total.to_list(), dtype=torch.float64)]
+            parts.append(ProbeRecord.flat(o.probe, present=self._probe_is_due))
         flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
         pieces = iter(flat.split([p.numel() for p in parts]))
         finite = not bool(next(pieces))
@@ -312,11 +330,13 @@ class DynastyCallback(Callback):
             squares = {s: next(pieces).view(getattr(o, s).shape).float() for s in _SQUARES}
             mean_bits = next(pieces)
             costs[name] = StepCost.from_list(next(pieces).tolist())
+            probe = ProbeRecord.from_flat(next(pieces))
             layers[name] = LayerStatistics(
                 geometry=o.geometry, depth=depth, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
                 macs={g: int(c.macs) for g, c in cost.items()},
                 mean_bits={r: float(mean_bits[r]) for r in Role},
                 x_unsigned=float(mean_bits[-1]),
+                probe=probe,
                 **squares,
             )  # fmt: skip
         return layers, costs, finite

@@ -21,7 +21,7 @@ from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks
 from .core.roles import Gemm, Role
 from .nn.layers import DynamicLayer, dynamic_layers, pads_explicitly
-from .nn.ops import EXECUTORS, ExtractedWeight
+from .nn.gemms import EXECUTORS, ExtractedWeight
 from .nn.plan import LayerPlan
 
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

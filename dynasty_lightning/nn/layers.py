@@ -17,8 +17,11 @@ from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.quantize import header_bits, header_occupied, header_signed
 from ..core.roles import Gemm, Role
-from .ops import ObservationSlot, apply_layer, settings_of
+from .gemms import settings_of
+from .ops import apply_layer
 from .plan import LayerPlan, Mode
+from .probe import ProbeRecord
+from .records import PROBING, ObservationSlot
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
 _DEFAULT_BITS: Final = 8
@@ -87,6 +90,7 @@ class LayerObservation:
     w_square: Tensor
     dw_square: Tensor
     first_columns: Tensor | None
+    probe: ProbeRecord | None = None
 
 
 class DynamicLayer(nn.Module):
@@ -97,12 +101,13 @@ class DynamicLayer(nn.Module):
     plan: LayerPlan
     stream: StreamState
     observing: bool
+    probing: bool
 
     def adopt(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
         """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
         self.layer_name, self.plan, self.stream = name, plan, stream
         _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
-        self.observing = False
+        self.observing = self.probing = False
         self._slot = ObservationSlot()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
@@ -179,6 +184,7 @@ class DynamicLayer(nn.Module):
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
             x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
             **record.squares,
+            probe=record.probe,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
 
@@ -210,12 +216,17 @@ class DynamicLayer(nn.Module):
             self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
             self._settings,
             self.plan.key,
-            self._slot.key if observing else "",
+            self._slot_key if observing else "",
             self.training,
             needs[1] or observing,  # WGRAD reads X
             needs[0] or observing,  # DGRAD reads W
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype,
         )
+
+    @property
+    def _slot_key(self) -> str:
+        """Where to record; harm is measured where every operand has thresholds that can be shifted."""
+        return self._slot.key + (PROBING if self.probing and all(self._settings[::3]) else "")
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
         """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most bits."""

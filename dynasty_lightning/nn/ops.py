@@ -5,41 +5,27 @@ They are opaque to torch.compile and set no Python attribute, so a compiled netw
 An operand travels between them packed: one byte an element, and for each block an int16 exponent and a header byte.
 """
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..core.blocks import BandedWeight, BlockLayout
-from ..core.matmul import exact_gemm, fast_gemm, finish, is_safe
+from ..core.blocks import BlockLayout
 from ..core.native import empty_channels_innermost, empty_grid
-from ..core.precision import OperandPrecision
-from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
+from ..core.quantize import QuantizedBlocks
 from ..core.random import StreamPosition
 from ..core.roles import Gemm, Role
-from ..core.stats import mean_squares
+from .gemms import is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
+from .probe import probe_layer
+from .records import PROBING, record_of, slot_of
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand where it was not finite."""
 _PACKED: Final = 5
-
-Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
-EXECUTORS: Final[dict[str, Executor]] = {}
-"""What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) -> float32. A grouped W comes banded."""
-
-
-def settings_of(precision: OperandPrecision | None) -> list[int]:
-    """[thresholds?, least_bits, most_bits] of a request; absent is 8 bits."""
-    if precision is None:
-        return [0, 0, 8]
-    return [int(precision.bits is None), precision.least_bits, precision.most_bits]
 
 
 def _pack(blocks: QuantizedBlocks) -> Packed:
@@ -59,107 +45,6 @@ def _unpack(packed: Sequence[Tensor], layout: BlockLayout) -> QuantizedBlocks:
         passthrough=None if is_finite else passthrough,
         finite=None if is_finite else torch.zeros([1] * codes.ndim, dtype=torch.bool, device=codes.device),
     )
-
-
-def _quantize(
-    operand: Tensor,
-    plan: LayerPlan,
-    role: Role,
-    gemm: Gemm,
-    request: Tensor,
-    settings: Sequence[int],
-    *,
-    training: bool = True,
-    position: StreamPosition | None = None,
-) -> QuantizedBlocks:
-    layout = plan.layout(role, tuple(operand.shape), gemm, training=training)
-    scope: Scope = "tensor"
-    if not training and role is not Role.WEIGHT:
-        scope = "row" if plan.geometry.kind == "linear" else "sample"
-    thresholds, least, most = settings[3 * role : 3 * role + 3]
-    operand = operand.detach()
-    blocks = quantize_blocks(
-        operand if operand.dtype is torch.bfloat16 else operand.float(),
-        layout,
-        bits=None if thresholds else request,
-        lsb_exponent=request if thresholds else None,
-        role=role,
-        least_bits=least,
-        most_bits=most,
-        width_group=plan.width_group(role, training=training),
-        stochastic=role is Role.ERROR,
-        force_signed=False,
-        stream=position or StreamPosition(),
-        scope=scope,
-        values_slot=role.letter if plan.mode == "fast" and not plan.executor else None,
-    )
-    if role.letter in plan.unquantized and blocks.passthrough is None:
-        nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)
-        return replace(blocks, passthrough=operand.float(), finite=nowhere, bfloat16=None)
-    return blocks
-
-
-def _gemm(
-    gemm: Gemm,
-    left: QuantizedBlocks,
-    right: QuantizedBlocks,
-    plan: LayerPlan,
-    input_shape: tuple[int, ...],
-    *,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """One GEMM in `dtype`, contiguous or channels_last, plus a bias."""
-    if plan.executor:
-        result = EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
-    else:
-        # A grouped W comes out of its band, which leaves it no block layout.
-        if plan.band is not None and gemm is not Gemm.WGRAD:
-            right = ExtractedWeight(right, plan)
-        # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
-        kind = left.codes.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            if plan.mode == "exact":
-                result = exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
-            else:
-                result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
-    axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
-    return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
-
-
-class ExtractedWeight(QuantizedBlocks):
-    """A banded weight whose values come out as [O, I / groups, *taps]."""
-
-    __slots__ = ("_plan",)
-
-    def __init__(self, weight: QuantizedBlocks, plan: LayerPlan) -> None:
-        super().__init__(**{name: getattr(weight, name) for name in QuantizedBlocks.__slots__})
-        self._plan = plan
-
-    def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
-        return self._band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
-
-    def fast_values(self, slot: str) -> Tensor:
-        return self._band.extract(QuantizedBlocks.fast_values(self, slot))
-
-    def with_passthrough(self, dtype: torch.dtype) -> Tensor:
-        values = QuantizedBlocks.values(self, dtype)
-        if self.passthrough is not None and self.finite is not None:
-            values = torch.where(self.finite, values, self.passthrough.to(dtype))
-        return self._band.extract(values)
-
-    @property
-    def _band(self) -> BandedWeight:
-        assert self._plan.band is not None
-        return self._plan.band
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether results for an operand belong in channels_last memory, as PyTorch's own convolutions decide."""
-    if x.ndim == 4:
-        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
 
 
 @dataclass(slots=True)
@@ -184,7 +69,7 @@ def _weight_blocks(weight: Tensor, plan: LayerPlan, request: Tensor, settings: S
     if found is not None and all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(found.state, state, strict=True)):
         return _unpack(found.packed, layout)
     banded = weight if plan.band is None else plan.band.embed(weight.detach())
-    blocks = _quantize(banded, plan, Role.WEIGHT, Gemm.FORWARD, request, settings)
+    blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, request, settings)
     if epoch is not None:
         kept[plan.key] = _CachedWeight(state, _pack(blocks))
     return blocks
@@ -213,9 +98,9 @@ def _layer_forward(
         FORWARD read them, empty where they are the packed ones or nobody wants them.
     """
     plan = LayerPlan.from_key(plan_key)
-    x_blocks = _quantize(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
+    x_blocks = quantize_operand(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
     w_blocks = _weight_blocks(weight, plan, w_request, settings, int(position[_EPOCH]) if training and position.numel() > _EPOCH else None)
-    y = _gemm(
+    y = run_gemm(
         Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape), dtype=dtype, channels_last=is_channels_last(x),
         bias=None if bias is None else bias.detach(),
     )  # fmt: skip
@@ -235,7 +120,7 @@ def _layer_forward(
             # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
             if role is Role.WEIGHT and plan.band is not None:
                 operand = plan.band.embed(weight.detach())
-            blocks = _quantize(operand, plan, role, gemm, x_request if role is Role.ACTIVATION else w_request, settings)
+            blocks = quantize_operand(operand, plan, role, gemm, x_request if role is Role.ACTIVATION else w_request, settings)
         packed += _pack(blocks)
     return (y, *packed, *headers)  # type: ignore[return-value]
 
@@ -270,6 +155,7 @@ def _layer_backward(
     need_dw: bool,
     slot_key: str,
     forward_headers: Sequence[Tensor],
+    probed: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """dX = E W and dW = Et X of quantized operands, empty where not needed.
 
@@ -279,6 +165,7 @@ def _layer_backward(
     Args:
         slot_key: of the `ObservationSlot` to record to; empty for none. Then both gradients are computed, needed or not.
         forward_headers: of X and W, as FORWARD read them.
+        probed: X and W as they came and the requests for them, for a step whose harm is measured; else empty.
     """
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(input_shape)
@@ -286,120 +173,25 @@ def _layer_backward(
         raise ValueError(f"E of shape {tuple(e.shape)} does not belong to an input {shape} of {plan.geometry}")
     seed, rank, backward_count, call_index = position.tolist()[:_EPOCH]
     stream = StreamPosition(seed=seed, rank=rank, backward_count=backward_count, call_index=call_index, layer=plan.layer_index)
-    e_blocks = _quantize(e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream)
+    e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream)
     headers = (*forward_headers, e_blocks.headers)
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
     if need_dx or slot_key:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
-        dx = _gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape, dtype=input_dtype, channels_last=channels_last)
+        dx = run_gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape, dtype=input_dtype, channels_last=channels_last)
     if need_dw or slot_key:
         if plan.format.requantizes:
-            e_blocks = _quantize(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)
+            e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)
         x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
-        dw = _gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
-    if slot := _SLOTS.get(slot_key):
-        slot.record(_observation(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx))
+        dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
+    if slot := slot_of(slot_key):
+        probe = None
+        if probed and e.isfinite().all():
+            x, weight, x_request, w_request = probed
+            probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream, has_dgrad=need_dx)
+        slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe))
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRecord:
-    """What one training step of a layer showed: headers, mean squares, and how many operands were not finite (of X, W, E)."""
-
-    input_shape: tuple[int, ...]
-    has_dgrad: bool
-    headers: tuple[Tensor, Tensor, Tensor]
-    squares: Mapping[str, Tensor]
-    nonfinite: tuple[int, int, int]
-
-
-class ObservationSlot:
-    """Where the backward operator leaves the records of one layer. A copy of the layer gets a slot of its own."""
-
-    def __init__(self) -> None:
-        self.key = str(next(_slot_numbers))
-        self.latest: StepRecord | None = None
-        self._most_rows = 0
-        _SLOTS[self.key] = self
-
-    def record(self, record: StepRecord) -> None:
-        """Keep a record, but not of a smaller batch than there has been: the last of an epoch says less, and its cost is not a step's.
-
-        Counts of non-finite operands add up until the record is forgotten.
-        """
-        if record.input_shape[0] < self._most_rows:
-            return
-        self._most_rows = record.input_shape[0]
-        if self.latest is not None:
-            counts = tuple(a + b for a, b in zip(record.nonfinite, self.latest.nonfinite, strict=True))
-            record = replace(record, nonfinite=(counts[0], counts[1], counts[2]))
-        self.latest = record
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ObservationSlot":
-        return ObservationSlot()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (ObservationSlot, ())
-
-
-_slot_numbers: Final = itertools.count(1)
-_SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
-
-
-def _observation(
-    plan: LayerPlan,
-    shape: tuple[int, ...],
-    headers: Sequence[Tensor],
-    x_blocks: QuantizedBlocks,
-    w_blocks: QuantizedBlocks,
-    e: Tensor,
-    dx: Tensor,
-    dw: Tensor,
-    *,
-    has_dgrad: bool,
-) -> StepRecord:
-    channels = plan.format.block_shape[1]
-    axis = plan.geometry.channel_axis
-
-    def by_position(t: Tensor) -> Tensor:
-        return mean_squares(t, BlockLayout(shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim))
-
-    def by_weight_block(t: Tensor) -> Tensor:
-        layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
-        if plan.band is None:
-            return mean_squares(t, layout)
-        # Elements between the groups are zero and not weights: the mean is over those that are.
-        total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
-        return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
-
-    w = _dequantized(w_blocks, "W")
-    e_square = by_position(e)
-    if plan.band is not None:
-        w = plan.band.extract(w)
-    return StepRecord(
-        input_shape=shape,
-        has_dgrad=has_dgrad,
-        headers=(headers[0], headers[1], headers[2]),
-        squares={
-            "x_square": by_position(_dequantized(x_blocks, "X")),
-            "e_square": e_square,
-            "dx_square": by_position(dx),
-            "w_square": by_weight_block(w),
-            "dw_square": by_weight_block(dw),
-        },
-        nonfinite=(
-            int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),
-            int(w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())),
-            # Squares overflow sooner than elements.
-            int(not bool(e_square.isfinite().all()) and not bool(e.isfinite().all())),
-        ),
-    )
-
-
-def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:
-    """The operand as the GEMMs read it; what was not quantized counts as zero."""
-    return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
 
 
 layer_forward = torch.library.custom_op("dynasty::layer_forward", _layer_forward, mutates_args=())
@@ -407,8 +199,9 @@ layer_backward = torch.library.custom_op("dynasty::layer_backward", _layer_backw
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, _, e_request, position, settings, plan_key, slot_key, *_ = inputs
-    ctx.save_for_backward(e_request, position, *output[1:])
+    x, weight, _, x_request, w_request, e_request, position, settings, plan_key, slot_key, *_ = inputs
+    probed = (x, weight, x_request, w_request) if slot_key.endswith(PROBING) else ()
+    ctx.save_for_backward(e_request, position, *output[1:], *probed)
     ctx.settings, ctx.plan_key, ctx.slot_key = list(settings), plan_key, slot_key
     ctx.input_shape, ctx.dtypes, ctx.channels_last = list(x.shape), (x.dtype, weight.dtype), is_channels_last(x)
     ctx.mark_non_differentiable(*output[1:])
@@ -421,12 +214,12 @@ def _gradients(ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor
             "exclude the layer (DynastyPrecision(exclude=...)) or avoid create_graph=True"
         )
     e_request, position, *rest = ctx.saved_tensors
-    x_packed, w_packed, own_headers = rest[:_PACKED], rest[_PACKED : 2 * _PACKED], rest[2 * _PACKED :]
+    x_packed, w_packed, own_headers = rest[:_PACKED], rest[_PACKED : 2 * _PACKED], rest[2 * _PACKED : 2 * _PACKED + 2]
     headers = [own if own.numel() else packed[_HEADERS] for own, packed in zip(own_headers, (x_packed, w_packed), strict=True)]
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     dx, dw = backward(
         e, x_packed, w_packed, e_request, position, ctx.settings, ctx.plan_key, ctx.input_shape, ctx.dtypes[0], ctx.channels_last,
-        need_dx, need_dw, ctx.slot_key, headers,
+        need_dx, need_dw, ctx.slot_key, headers, rest[2 * _PACKED + 2 :],
     )  # fmt: skip
     axis = LayerPlan.from_key(ctx.plan_key).geometry.channel_axis % e.ndim
     return (
@@ -527,6 +320,7 @@ def _layer_backward_fake(
     need_dw: bool,
     slot_key: str,
     forward_headers: Sequence[Tensor],
+    probed: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     plan = LayerPlan.from_key(plan_key)
     empty = e.new_empty(0, dtype=torch.float32)

@@ -19,7 +19,7 @@ _LAYOUTS_KEPT: Final = 64
 class LayerPlan:
     """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse.
 
-    `executor` names what computes the GEMMs instead of `mode` (`nn.ops.EXECUTORS`); empty for none. `unquantized` has the letters of
+    `executor` names what computes the GEMMs instead of `mode` (`nn.gemms.EXECUTORS`); empty for none. `unquantized` has the letters of
     roles whose operands the GEMMs read as they are, in float32: for studies of what one role's rounding does.
 
     Raises:

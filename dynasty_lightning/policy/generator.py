@@ -4,8 +4,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.formats import check_bits
 from ..core.precision import OperandPrecision
 from ..core.roles import Role
+from .calibration import Calibration, measured_slopes
 from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
 from .sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
 
@@ -58,10 +59,14 @@ class Policy(Protocol):
     Attributes:
         name: as checkpoints and records tell it.
         needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first map needs.
+        wants_probes: some analyses shall measure harm.
     """
 
     name: str
     needs_statistics: bool
+
+    @property
+    def wants_probes(self) -> bool: ...
 
     def initial(self, layers: Mapping[str, Any]) -> Entries:
         """The map before anything is measured, by layer name."""
@@ -87,6 +92,7 @@ class UniformPolicy:
     bits: int | Mapping[str, int] = 8
     name: str = "uniform"
     needs_statistics: bool = False
+    wants_probes: bool = False
 
     def __post_init__(self) -> None:
         widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(self.bits)
@@ -139,6 +145,10 @@ class ThresholdPolicy(ABC):
         self._averages: dict[str, dict[str, Tensor]] = {}
         self._weights: dict[str, float] = {}
         self._thresholds: dict[str, Tensor] = {}
+
+    @property
+    def wants_probes(self) -> bool:
+        return False
 
     @abstractmethod
     def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
@@ -233,12 +243,43 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
+    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4), calibrated by probes.
 
+    Args:
+        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none".
+    """
+
+    calibrate: Literal["layers", "roles", "none"] = "layers"
     name: str = "dynasty"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibrate not in ("layers", "roles", "none"):
+            raise ValueError(f"calibrate must be 'layers', 'roles' or 'none', not {self.calibrate!r}")
+        self.calibration = Calibration(by_layer=self.calibrate == "layers")
+
+    @property
+    def wants_probes(self) -> bool:
+        return self.calibrate != "none"
+
+    def update(self, measurement: Measurement) -> Entries:
+        if self.wants_probes:
+            self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
+        return super().update(measurement)
+
     def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        return layer_sensitivities(layers, loss=measurement.loss)
+        predicted = layer_sensitivities(layers, loss=measurement.loss)
+        return {
+            name: {role: replace(s, harm=s.harm * self.calibration.multiplier(name, role)) for role, s in roles.items()}
+            for name, roles in predicted.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"calibration": self.calibration.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.calibration.load_state_dict(state["calibration"])
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:

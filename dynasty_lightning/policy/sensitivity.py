@@ -4,7 +4,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from ..core.roles import READS, Gemm, Role
 
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
+
+
+class Probe(Protocol):
+    """What `nn.probe.ProbeRecord` holds: tensors [3 roles, 2 shifts]."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def wgrad(self) -> Tensor: ...
+    @property
+    def dgrad(self) -> Tensor: ...
+    @property
+    def bits(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,7 @@ class LayerStatistics:
     dw_square: Tensor
     channels_per_block: int
     x_unsigned: float = 0.0
+    probe: Probe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +84,9 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
     below = 0.0
     for name, s in layers.items():
         counts = operand_elements(s)
-        gradient_noise = 0.25 * s.step_size * float(s.dw_square.double().mean()) * counts[Role.WEIGHT]
-        relative = {Role.ACTIVATION: gradient_noise, Role.WEIGHT: below, Role.ERROR: below + gradient_noise}
-        below += gradient_noise
+        own = gradient_noise(s)
+        relative = {Role.ACTIVATION: own, Role.WEIGHT: below, Role.ERROR: below + own}
+        below += own
         curvature = 0.5 * s.samples
         loss_harm = {
             Role.ACTIVATION: curvature * s.dx_square.double(),
@@ -90,6 +104,11 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
                 elements=counts[role],
             )
     return result
+
+
+def gradient_noise(s: LayerStatistics) -> float:
+    """eta G / 4: the excess loss that gradient noise of a layer's own size keeps up (docs/thresholds.md, equation 3)."""
+    return 0.25 * s.step_size * float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
 
 
 def operand_elements(s: LayerStatistics) -> dict[Role, float]:

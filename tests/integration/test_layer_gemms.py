@@ -234,7 +234,7 @@ def test_splitting_k_changes_nothing(gemm, make):
 
 
 def _unbanded(module, plan):
-    from dynasty_lightning.nn.ops import ExtractedWeight
+    from dynasty_lightning.nn.gemms import ExtractedWeight
 
     banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(module.weight.detach())
     return ExtractedWeight(_blocks(banded, Role.WEIGHT, plan.geometry), plan)

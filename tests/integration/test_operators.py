@@ -58,13 +58,13 @@ class Count:
     """Counts how often W is quantized."""
 
     def __init__(self, monkeypatch):
-        self.weights, original = 0, ops._quantize
+        self.weights, original = 0, ops.quantize_operand
 
         def counted(operand, plan, role, *args, **kwargs):
             self.weights += role is Role.WEIGHT
             return original(operand, plan, role, *args, **kwargs)
 
-        monkeypatch.setattr(ops, "_quantize", counted)
+        monkeypatch.setattr(ops, "quantize_operand", counted)
 
 
 def test_a_weight_is_quantized_once_for_each_optimizer_step(monkeypatch):

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's operands quantized as its plan says, and one GEMM of them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..core.blocks import BandedWeight
+from ..core.matmul import exact_gemm, fast_gemm, finish
+from ..core.precision import OperandPrecision
+from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
+from ..core.random import StreamPosition
+from ..core.roles import Gemm, Role
+from .plan import LayerPlan
+
+Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
+EXECUTORS: Final[dict[str, Executor]] = {}
+"""What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) -> float32. A grouped W comes banded."""
+
+
+def settings_of(precision: OperandPrecision | None) -> list[int]:
+    """[thresholds?, least_bits, most_bits] of a request; absent is 8 bits."""
+    if precision is None:
+        return [0, 0, 8]
+    return [int(precision.bits is None), precision.least_bits, precision.most_bits]
+
+
+def quantize_operand(
+    operand: Tensor,
+    plan: LayerPlan,
+    role: Role,
+    gemm: Gemm,
+    request: Tensor,
+    settings: Sequence[int],
+    *,
+    training: bool = True,
+    position: StreamPosition | None = None,
+) -> QuantizedBlocks:
+    layout = plan.layout(role, tuple(operand.shape), gemm, training=training)
+    scope: Scope = "tensor"
+    if not training and role is not Role.WEIGHT:
+        scope = "row" if plan.geometry.kind == "linear" else "sample"
+    thresholds, least, most = settings[3 * role : 3 * role + 3]
+    operand = operand.detach()
+    blocks = quantize_blocks(
+        operand if operand.dtype is torch.bfloat16 else operand.float(),
+        layout,
+        bits=None if thresholds else request,
+        lsb_exponent=request if thresholds else None,
+        role=role,
+        least_bits=least,
+        most_bits=most,
+        width_group=plan.width_group(role, training=training),
+        stochastic=role is Role.ERROR,
+        force_signed=False,
+        stream=position or StreamPosition(),
+        scope=scope,
+        values_slot=role.letter if plan.mode == "fast" and not plan.executor else None,
+    )
+    if role.letter in plan.unquantized and blocks.passthrough is None:
+        nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)
+        return replace(blocks, passthrough=operand.float(), finite=nowhere, bfloat16=None)
+    return blocks
+
+
+def run_gemm(
+    gemm: Gemm,
+    left: QuantizedBlocks,
+    right: QuantizedBlocks,
+    plan: LayerPlan,
+    input_shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """One GEMM in `dtype`, contiguous or channels_last, plus a bias."""
+    if plan.executor:
+        result = EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
+    else:
+        # A grouped W comes out of its band, which leaves it no block layout.
+        if plan.band is not None and gemm is not Gemm.WGRAD:
+            right = ExtractedWeight(right, plan)
+        # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
+        kind = left.codes.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            if plan.mode == "exact":
+                result = exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
+            else:
+                result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
+    axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
+    return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
+
+
+class ExtractedWeight(QuantizedBlocks):
+    """A banded weight whose values come out as [O, I / groups, *taps]."""
+
+    __slots__ = ("_plan",)
+
+    def __init__(self, weight: QuantizedBlocks, plan: LayerPlan) -> None:
+        super().__init__(**{name: getattr(weight, name) for name in QuantizedBlocks.__slots__})
+        self._plan = plan
+
+    def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
+        return self._band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
+
+    def fast_values(self, slot: str) -> Tensor:
+        return self._band.extract(QuantizedBlocks.fast_values(self, slot))
+
+    def with_passthrough(self, dtype: torch.dtype) -> Tensor:
+        values = QuantizedBlocks.values(self, dtype)
+        if self.passthrough is not None and self.finite is not None:
+            values = torch.where(self.finite, values, self.passthrough.to(dtype))
+        return self._band.extract(values)
+
+    @property
+    def _band(self) -> BandedWeight:
+        assert self._plan.band is not None
+        return self._plan.band
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether results for an operand belong in channels_last memory, as PyTorch's own convolutions decide."""
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()

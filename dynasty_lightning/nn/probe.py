@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Harm measured inside an ordinary step: one role at a time quantized finer and coarser than asked, the other operands as they came.
+
+Nothing of the user's runs again and nothing that training uses changes: the layer repeats its own GEMMs on what its backward holds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..core.matmul import fast_dtype, multiply
+from ..core.quantize import QuantizedBlocks
+from ..core.random import StreamPosition
+from ..core.roles import READS, Gemm, Role
+from .gemms import ExtractedWeight, quantize_operand
+from .plan import LayerPlan
+
+PROBED_ROWS: Final = 32
+_FIGURES: Final = 4
+SHIFTS: Final = (-1, 1)
+"""Binades by which a role's thresholds are shifted; the difference is a slope."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRecord:
+    """What one role's rounding did to a layer's own results, by role (X, W, E) and shift; float64 [3, 2].
+
+    Attributes:
+        loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for X and W.
+        wgrad: |change of dW|**2 / |dW|**2, for X and E.
+        dgrad: |change of dX|**2 / |dX|**2, for W and E; 0 where no DGRAD runs.
+        bits: mean width of the role's blocks, zero blocks included.
+    """
+
+    loss: Tensor
+    wgrad: Tensor
+    dgrad: Tensor
+    bits: Tensor
+
+    @staticmethod
+    def flat(record: "ProbeRecord | None", *, present: bool) -> Tensor:
+        """All figures in a row, NaN for a missing record, so that ranks can be averaged; nothing if the step was not `present`."""
+        if not present:
+            return torch.empty(0, dtype=torch.float64)
+        if record is None:
+            return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
+        return torch.cat([t.flatten() for t in (record.loss, record.wgrad, record.dgrad, record.bits)])
+
+    @classmethod
+    def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
+        """The inverse of `flat`; None for nothing and for a missing record."""
+        if not values.numel() or bool(values.isnan().any()):
+            return None
+        loss, wgrad, dgrad, bits = values.view(_FIGURES, len(Role), len(SHIFTS))
+        return cls(loss=loss, wgrad=wgrad, dgrad=dgrad, bits=bits)
+
+
+def probe_layer(
+    plan: LayerPlan,
+    x: Tensor,
+    weight: Tensor,
+    e: Tensor,
+    requests: Sequence[Tensor],
+    settings: Sequence[int],
+    position: StreamPosition,
+    *,
+    has_dgrad: bool,
+) -> ProbeRecord:
+    """Measure a layer that holds thresholds for every role.
+
+    Args:
+        x, weight, e: the operands, not quantized; the first `PROBED_ROWS` samples are measured.
+        requests: thresholds of X, W and E, as `set_precision` keeps them.
+        settings: as `layer_forward` takes them.
+    """
+    samples, rows = len(x), min(len(x), PROBED_ROWS)
+    dtype = fast_dtype(x.device)
+    whole = {Role.ACTIVATION: x.detach()[:rows], Role.WEIGHT: weight.detach(), Role.ERROR: e.detach()[:rows]}
+    shape = tuple(whole[Role.ACTIVATION].shape)
+    cast = {role: t.to(dtype) for role, t in whole.items()}
+
+    def product(gemm: Gemm, role: Role, operand: Tensor) -> Tensor:
+        left, right = (operand if r is role else cast[r] for r in READS[gemm])
+        return multiply(gemm, left, right, plan.geometry, shape).float()
+
+    dw_energy = _energy(product(Gemm.WGRAD, Role.ERROR, cast[Role.ERROR]))
+    dx_energy = _energy(product(Gemm.DGRAD, Role.ERROR, cast[Role.ERROR])) if has_dgrad else 0.0
+    figures = {name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64) for name in ProbeRecord.__dataclass_fields__}
+    for role in Role:
+        for column, shift in enumerate(SHIFTS):
+            blocks = _shifted(whole[role], plan, role, requests[role], settings, shift, position)
+            figures["bits"][role, column] = float(blocks.bits.double().mean())
+            error = (_values(blocks, plan, role) - whole[role].float()).to(dtype)
+            if role is not Role.ERROR:
+                change = product(Gemm.FORWARD, role, error)
+                # E is of the batch's mean: `samples` times it is a sample's own.
+                inner = samples * (change * whole[Role.ERROR]).flatten(1).sum(1).double()
+                figures["loss"][role, column] = 0.5 * float(inner.square().mean())
+            if role is not Role.WEIGHT and dw_energy > 0:
+                figures["wgrad"][role, column] = _energy(product(Gemm.WGRAD, role, error)) / dw_energy
+            if role is not Role.ACTIVATION and dx_energy > 0:
+                figures["dgrad"][role, column] = _energy(product(Gemm.DGRAD, role, error)) / dx_energy
+    return ProbeRecord(**figures)
+
+
+def _shifted(
+    operand: Tensor, plan: LayerPlan, role: Role, request: Tensor, settings: Sequence[int], shift: int, position: StreamPosition
+) -> QuantizedBlocks:
+    if role is Role.WEIGHT and plan.band is not None:
+        operand = plan.band.embed(operand)
+    return quantize_operand(operand, plan, role, _READER[role], request + shift, settings, position=position)
+
+
+_READER: Final = {Role.ACTIVATION: Gemm.FORWARD, Role.WEIGHT: Gemm.FORWARD, Role.ERROR: Gemm.DGRAD}
+
+
+def _values(blocks: QuantizedBlocks, plan: LayerPlan, role: Role) -> Tensor:
+    if role is Role.WEIGHT and plan.band is not None:
+        blocks = ExtractedWeight(blocks, plan)
+    return blocks.values(torch.float32)
+
+
+def _energy(t: Tensor) -> float:
+    return float(t.double().square().sum())
+
+
+__all__ = ["SHIFTS", "ProbeRecord", "probe_layer"]

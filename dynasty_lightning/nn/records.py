@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one training step of a layer showed, and where the backward operator leaves it."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ..core.blocks import BlockLayout
+from ..core.matmul import is_safe
+from ..core.quantize import QuantizedBlocks
+from ..core.roles import Gemm, Role
+from ..core.stats import mean_squares
+from .plan import LayerPlan
+from .probe import ProbeRecord
+
+PROBING: Final = "?"
+"""At the end of a slot's key: measure the harm of this step's rounding, too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one training step of a layer showed: headers, mean squares, how many operands were not finite (of X, W, E), measured harm."""
+
+    input_shape: tuple[int, ...]
+    has_dgrad: bool
+    headers: tuple[Tensor, Tensor, Tensor]
+    squares: Mapping[str, Tensor]
+    nonfinite: tuple[int, int, int]
+    probe: ProbeRecord | None = None
+
+
+class ObservationSlot:
+    """Where the backward operator leaves the records of one layer. A copy of the layer gets a slot of its own."""
+
+    def __init__(self) -> None:
+        self.key = str(next(_slot_numbers))
+        self.latest: StepRecord | None = None
+        self._most_rows = 0
+        SLOTS[self.key] = self
+
+    def record(self, record: StepRecord) -> None:
+        """Keep a record, but not of a smaller batch than there has been: the last of an epoch says less, and its cost is not a step's.
+
+        Counts of non-finite operands add up until the record is forgotten.
+        """
+        if record.input_shape[0] < self._most_rows:
+            return
+        self._most_rows = record.input_shape[0]
+        if self.latest is not None:
+            counts = tuple(a + b for a, b in zip(record.nonfinite, self.latest.nonfinite, strict=True))
+            record = replace(record, nonfinite=(counts[0], counts[1], counts[2]))
+        self.latest = record
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ObservationSlot":
+        return ObservationSlot()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ObservationSlot, ())
+
+
+_slot_numbers: Final = itertools.count(1)
+SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
+
+
+def slot_of(key: str) -> ObservationSlot | None:
+    """The slot that a key names, of a step that is probed or not; None for none."""
+    return SLOTS.get(key.removesuffix(PROBING))
+
+
+def record_of(
+    plan: LayerPlan,
+    shape: tuple[int, ...],
+    headers: Sequence[Tensor],
+    x_blocks: QuantizedBlocks,
+    w_blocks: QuantizedBlocks,
+    e: Tensor,
+    dx: Tensor,
+    dw: Tensor,
+    *,
+    has_dgrad: bool,
+    probe: ProbeRecord | None,
+) -> StepRecord:
+    """A step's record from what the backward operator holds."""
+    channels = plan.format.block_shape[1]
+    axis = plan.geometry.channel_axis
+
+    def by_position(t: Tensor) -> Tensor:
+        return mean_squares(t, BlockLayout(shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim))
+
+    def by_weight_block(t: Tensor) -> Tensor:
+        layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
+        if plan.band is None:
+            return mean_squares(t, layout)
+        # Elements between the groups are zero and not weights: the mean is over those that are.
+        total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
+        return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
+
+    w = _dequantized(w_blocks, "W")
+    e_square = by_position(e)
+    if plan.band is not None:
+        w = plan.band.extract(w)
+    return StepRecord(
+        input_shape=shape,
+        has_dgrad=has_dgrad,
+        headers=(headers[0], headers[1], headers[2]),
+        squares={
+            "x_square": by_position(_dequantized(x_blocks, "X")),
+            "e_square": e_square,
+            "dx_square": by_position(dx),
+            "w_square": by_weight_block(w),
+            "dw_square": by_weight_block(dw),
+        },
+        nonfinite=(
+            int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),
+            int(w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())),
+            # Squares overflow sooner than elements.
+            int(not bool(e_square.isfinite().all()) and not bool(e.isfinite().all())),
+        ),
+        probe=probe,
+    )
+
+
+def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:
+    """The operand as the GEMMs read it; what was not quantized counts as zero."""
+    return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
