@@ -24,7 +24,8 @@ class Task:
     """What `Trainer.fit(task.module, task.data)` and `Trainer.test(task.module, task.data)` take.
 
     Both modules have the attributes `network` and `learning_rate`, and both log `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and
-    `test_accuracy`: of images, or of the next character (losses in nats). Without validation samples there is no validation loader.
+    `test_accuracy`: of images, or of the next character (losses in nats). Without validation samples there is no validation loader, of
+    which Lightning warns unless it gets `limit_val_batches=0`.
 
     Attributes:
         facts: what a record of figures says about the pair, ready for JSON: `parameters`, `train_samples` (an epoch's),

@@ -55,7 +55,7 @@ def encode(text: str) -> np.ndarray:
 
 def decode(symbols: np.ndarray) -> str:
     """Characters of symbols; U+FFFD for the unknown one."""
-    return "".join((CHARACTERS + "\ufffd")[symbol] for symbol in symbols)
+    return np.array([*CHARACTERS, "\ufffd"])[symbols].astype("<U1").tobytes().decode("utf-32-le")
 
 
 @functools.lru_cache(maxsize=1)  # it takes seconds
@@ -164,8 +164,15 @@ def _documents(file: Path, path: str) -> Iterator[str]:
         topics = ast.literal_eval(next(node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value))
         yield from (topics[name].strip() for name in sorted(topics))
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+    yield from _docstrings(tree)
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Of a module, class or function, then of what is defined inside it, in the order of the file."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield docstring
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler):  # no definition hides in an expression
+            yield from _docstrings(child)

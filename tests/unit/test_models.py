@@ -1,5 +1,7 @@
 """Networks have the published sizes; the classifier trains with the published recipe."""
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -7,7 +9,17 @@ from torch import nn
 
 from dynasty_lightning import convert
 from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import MODELS, CifarResNet, Classifier, ResNet18, VisionTransformer, build_model
+from dynasty_lightning.models import (
+    MODELS,
+    CharTransformer,
+    CifarResNet,
+    Classifier,
+    MobileNetV2,
+    ResNet18,
+    VggSmall,
+    VisionTransformer,
+    build_model,
+)
 
 
 def parameters(network):
@@ -29,14 +41,104 @@ def resnet_parameters(depth, in_channels, classes, width=16):
     return total + inputs * classes + classes
 
 
+# Published with 1x1 shortcuts: ResNet-20, 56 and 110 for CIFAR-10 in the table of github.com/osmr/imgclsmob (272,474, 855,770 and
+# 1,730,714). The others follow from the formula; 38 and 74 are the depths of FracTrain and CPT, whose shortcuts are 1x1 too
+# (github.com/GATECH-EIC/FracTrain, fractrain_cifar/models.py; it also allocates BatchNorms that no forward pass uses).
 @pytest.mark.parametrize(
-    ("depth", "in_channels", "classes", "count"), [(8, 3, 10, 78042), (20, 3, 10, 272474), (20, 3, 100, 278324), (8, 1, 10, 77754)]
-)
+    ("depth", "in_channels", "classes", "count"),
+    [
+        (8, 3, 10, 78_042), (20, 3, 10, 272_474), (38, 3, 10, 564_122), (56, 3, 10, 855_770), (74, 3, 10, 1_147_418),
+        (110, 3, 10, 1_730_714), (20, 3, 100, 278_324), (38, 3, 100, 569_972), (74, 3, 100, 1_153_268), (8, 1, 10, 77_754),
+    ],
+)  # fmt: skip
 def test_resnet_parameters(depth, in_channels, classes, count):
     network = CifarResNet(depth, in_channels=in_channels, classes=classes)
     assert parameters(network) == count == resnet_parameters(depth, in_channels, classes)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(convolutions) + 1 == depth
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
+def test_resnet_without_its_shortcuts_has_the_size_of_the_paper(depth, millions):
+    """He et al. (2016), table 6, counts networks with option A: a shortcut pads channels with zeros and has no parameters."""
+    shortcuts = sum(outputs // 2 * outputs + 2 * outputs for outputs in (32, 64))
+    count = parameters(CifarResNet(depth)) - shortcuts
+    assert f"{count / 1e6:.{len(millions) - 2}f}" == millions
+    assert depth != 20 or count == 269_722
+
+
+def mobilenet_parameters(classes):
+    """Counted from table 2 of Sandler et al. (2018): every convolution without bias, with a BatchNorm."""
+    total, inputs = 3 * 32 * 9 + 2 * 32, 32
+    for t, c, n, _ in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+        for _ in range(n):
+            hidden = t * inputs
+            expansion = inputs * hidden + 2 * hidden if t > 1 else 0
+            total += expansion + 9 * hidden + 2 * hidden + hidden * c + 2 * c
+            inputs = c
+    return total + 320 * 1280 + 2 * 1280 + 1280 * classes + classes
+
+
+# Published: 3,504,872 for ImageNet (torchvision, mobilenet_v2, num_params), to which strides make no difference.
+@pytest.mark.parametrize(("classes", "count"), [(1000, 3_504_872), (10, 2_236_682), (100, 2_351_972)])
+def test_mobilenet_parameters(classes, count):
+    assert parameters(MobileNetV2(classes=classes)) == count == mobilenet_parameters(classes)
+
+
+def test_mobilenet_and_the_variant_of_pytorch_cifar():
+    """github.com/kuangliu/pytorch-cifar has 2,296,922: 1x1 shortcuts where only channels differ, and an expansion in the first block.
+
+    The paper has neither: it adds a block to its input where shapes are equal, and its first block does not expand.
+    """
+    shortcuts = sum(inputs * outputs + 2 * outputs for inputs, outputs in ((32, 16), (16, 24), (64, 96), (160, 320)))
+    assert parameters(MobileNetV2()) + shortcuts + 32 * 32 + 2 * 32 == 2_296_922
+
+
+def test_mobilenet_halves_the_image_three_times():
+    network = MobileNetV2().eval()
+    assert network.blocks(network.stem(torch.randn(1, 3, 32, 32))).shape == (1, 320, 4, 4)
+    depthwise = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 17
+    assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)
+    assert sum(block.residual for block in network.blocks) == 10
+
+
+# Published: 4.66 million (github.com/edmav4/BiPer, README); layers as in github.com/microsoft/LQ-Nets, cifar10-vgg-small.py.
+@pytest.mark.parametrize(("classes", "count"), [(10, 4_660_106), (100, 5_397_476)])
+def test_vgg_small_parameters(classes, count):
+    channels = (3, 128, 128, 256, 256, 512, 512)
+    convolutions = sum(9 * i * o + 2 * o for i, o in pairwise(channels))
+    assert parameters(VggSmall(classes=classes)) == count == convolutions + 512 * 4 * 4 * classes + classes
+
+
+def test_vgg_small_cannot_halve_a_tiny_image():
+    with pytest.raises(ValueError, match="image_size must be at least 8, not 7"):
+        VggSmall(image_size=7)
+
+
+def test_chartransformer_parameters():
+    block = 4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 4 * 128
+    assert parameters(CharTransformer(vocabulary=97)) == 2 * 97 * 128 + 128 * 128 + 4 * block + 2 * 128 == 834_560
+    # GPT-2 small has 124,439,808 (Radford et al., 2019; openai-community/gpt2), its head's weights being the embedding's.
+    with torch.device("meta"):
+        gpt2 = CharTransformer(vocabulary=50257, context=1024, width=768, depth=12, heads=12)
+    assert parameters(gpt2) - 50257 * 768 == 124_439_808
+
+
+def test_chartransformer_takes_sequences_up_to_its_context():
+    network = CharTransformer(vocabulary=11, context=6, width=8, depth=1, heads=2)
+    assert network(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 4, 11)
+    with pytest.raises(ValueError, match="7 symbols is longer than the context of 6"):
+        network(torch.zeros(1, 7, dtype=torch.int64))
+
+
+def test_chartransformer_sees_no_later_symbol():
+    network = CharTransformer(vocabulary=11, context=12, width=16, depth=2, heads=2)
+    symbols = torch.randint(11, (2, 12))
+    for t in range(1, 12):
+        other = symbols.clone()
+        other[:, t:] = torch.randint(11, (2, 12 - t))
+        assert torch.equal(network(symbols)[:, :t], network(other)[:, :t])
 
 
 def test_mlp_parameters():
@@ -91,7 +193,10 @@ def test_vit_checks_its_sizes(options):
         VisionTransformer(**options)
 
 
-@pytest.mark.parametrize(("model", "layers"), [("resnet18", 21), ("vit", 26), ("mlp1024", 4)])
+@pytest.mark.parametrize(
+    ("model", "layers"),
+    [("resnet18", 21), ("vit", 26), ("mlp1024", 4), ("resnet38", 40), ("resnet74", 76), ("mobilenetv2", 53), ("vgg-small", 7)],
+)
 def test_every_gemm_with_a_weight_converts(model, layers):
     network = build_model(model, in_channels=3, image_size=32, classes=10)
     report = convert(network)
