@@ -1,0 +1,128 @@
+"""Harm as excess loss, its measured slopes, and the multipliers that balance them."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dynasty_lightning.core.geometry import LayerGeometry
+from dynasty_lightning.core.roles import Gemm, Role
+from dynasty_lightning.policy.calibration import Calibration, Slope, measured_slopes
+from dynasty_lightning.policy.sensitivity import LayerStatistics, layer_sensitivities
+
+X, W, E = Role
+
+
+def linear(*, outputs, inputs, step_size, dw, dx=0.25, probe=None, dgrad=True):
+    """A Linear layer of 8 samples with constant mean squares: X 4, E 2, W 1."""
+    macs = 8 * outputs * inputs
+    return LayerStatistics(
+        geometry=LayerGeometry(kind="linear", weight_shape=(outputs, inputs)),
+        depth=1,
+        samples=8,
+        step_size=step_size,
+        macs={Gemm.FORWARD: macs, Gemm.WGRAD: macs} | ({Gemm.DGRAD: macs} if dgrad else {}),
+        mean_bits={X: 4.0, W: 5.0, E: 3.0},
+        x_square=torch.full((1, inputs // 4), 4.0),
+        e_square=torch.full((1, outputs // 4), 2.0),
+        dx_square=torch.full((1, inputs // 4), dx),
+        w_square=torch.full((outputs // 4, inputs // 4), 1.0),
+        dw_square=torch.full((outputs // 4, inputs // 4), dw),
+        channels_per_block=4,
+        probe=probe,
+    )
+
+
+def test_harm_of_two_layers_by_hand():
+    layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
+    found = layer_sensitivities(layers, loss=2.0)
+    # eta G / 4: 0.5 * 32 * 0.1 / 4 = 0.4 and 1 * 32 * 0.2 / 4 = 1.6. Curvature N/2 = 4.
+    own_a, own_b = 0.4, 1.6
+    # Sums of squares: X 8 * 8 * 4 = 256 and 8 * 4 * 4 = 128; W 32; E 8 * 4 * 2 = 64 and 8 * 8 * 2 = 128.
+    expected = {
+        ("a", X): (4 * 0.25 + own_a / 256) / 2,
+        ("a", W): (4 * 0.1 + 0) / 2,
+        ("a", E): (own_a / 64) / 2,
+        ("b", X): (4 * 0.25 + own_b / 128) / 2,
+        ("b", W): (4 * 0.2 + own_a / 32) / 2,
+        ("b", E): ((own_a + own_b) / 128) / 2,
+    }
+    for (name, role), value in expected.items():
+        assert torch.allclose(found[name][role].harm, torch.full_like(found[name][role].harm, value), rtol=1e-6), (name, role)
+
+
+def test_slopes_by_hand():
+    zero = torch.zeros(3, 2, dtype=torch.float64)
+    probe = SimpleNamespace(
+        loss=torch.tensor([[0.1, 0.5], [0.2, 0.3], [0.0, 0.0]], dtype=torch.float64),
+        wgrad=torch.tensor([[0.01, 0.05], [0.0, 0.0], [0.1, 0.4]], dtype=torch.float64),
+        dgrad=torch.tensor([[0.0, 0.0], [0.02, 0.1], [0.2, 0.6]], dtype=torch.float64),
+        bits=torch.tensor([[5.0, 3.0], [6.0, 4.5], [4.0, 4.0]], dtype=torch.float64),
+    )
+    still = SimpleNamespace(loss=zero, wgrad=zero, dgrad=zero, bits=zero)
+    layers = {
+        "a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1, probe=still),
+        "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2, probe=probe),
+    }
+    found = measured_slopes(layers, loss=2.0)["b"]
+    assert found[X].harm == pytest.approx((0.4 + 1.6 * 0.04) / 2)
+    assert found[W].harm == pytest.approx((0.1 + 0.4 * 0.08) / 2)
+    assert found[E].harm == pytest.approx((1.6 * 0.3 + 0.4 * 0.4) / 2)
+    # Six GEMMs of 256 MACs. X's bit: FORWARD at W's 5 bits and WGRAD at E's 3, of 64 bit products; 2 bits less are saved.
+    assert found[X].cost == pytest.approx(2.0 * 256 * (5 + 3) / (64 * 6 * 256))
+    assert found[W].cost == pytest.approx(1.5 * 256 * (4 + 3) / (64 * 6 * 256))
+    assert found[E].cost == 0.0  # its widths did not move: nothing to weigh harm against
+
+
+def test_no_probe_and_a_broken_probe_give_no_slopes():
+    assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1)}, loss=1.0) == {}
+    values = torch.full((3, 2), torch.nan, dtype=torch.float64)
+    broken = SimpleNamespace(loss=values, wgrad=values, dgrad=values, bits=values)
+    assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1, probe=broken)}, loss=1.0) == {}
+
+
+def world(truth, calibration, noise):
+    """Slopes where predicted harm is wrong by `truth`: at the optimum of multiplied predictions, slope = lambda * truth / multiplier."""
+    return {
+        layer: {
+            role: Slope(harm=3.0 * truth[layer, role] / calibration.multiplier(layer, role) * math.exp(noise()), cost=1.0) for role in Role
+        }
+        for layer in ("a", "b")
+    }
+
+
+def test_multipliers_find_the_truth_up_to_a_common_factor():
+    truth = {("a", X): 8.0, ("b", X): 2.0, ("a", W): 1.0, ("b", W): 3.0, ("a", E): 0.1, ("b", E): 0.2}
+    generator = torch.Generator().manual_seed(0)
+    calibration = Calibration()
+    for _ in range(60):
+        calibration.update(world(truth, calibration, lambda: 0.3 * float(torch.randn(1, generator=generator))))
+    ratios = [truth[key] / calibration.multiplier(*key) for key in truth]
+    assert max(ratios) / min(ratios) < 1.5  # noise of 30 % an event, averaged
+    roles = Calibration(by_layer=False)
+    for _ in range(60):
+        roles.update(world(truth, roles, lambda: 0.0))
+    assert roles.multiplier("a", X) == roles.multiplier("b", X)
+    # Sums over layers: X 10, W 4, E 0.3.
+    assert roles.multiplier("a", X) / roles.multiplier("a", E) == pytest.approx(10 / 0.3, rel=0.01)
+
+
+def test_a_step_is_bounded_and_nothing_measured_changes_nothing():
+    calibration = Calibration()
+    calibration.update({})
+    calibration.update({"a": {role: Slope(harm=0.0, cost=0.0) for role in Role}})
+    assert all(calibration.multiplier("a", role) == 1.0 for role in Role)
+    calibration.update({"a": {X: Slope(harm=1e9, cost=1.0), W: Slope(harm=1.0, cost=1.0), E: Slope(harm=1.0, cost=1.0)}})
+    assert calibration.multiplier("a", X) == pytest.approx(math.exp(0.7))
+
+
+def test_state_continues():
+    one, other = Calibration(), Calibration()
+    slopes = {"a": {X: Slope(harm=5.0, cost=1.0), W: Slope(harm=1.0, cost=2.0), E: Slope(harm=0.1, cost=1.0)}}
+    for _ in range(3):
+        one.update(slopes)
+    other.load_state_dict(one.state_dict())
+    one.update(slopes)
+    other.update(slopes)
+    assert one.state_dict() == other.state_dict()
