@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
+from .controls import MagnitudePolicy, RandomPolicy
 from .generator import DynastyPolicy, Policy, UniformPolicy
+from .rivals import AmpaPolicy, PerLayerPolicy
+from .scheduled import CptPolicy, PfqPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,36 @@ POLICIES: Final = MappingProxyType(
             text="thresholds from predicted harm and cost, block by block",
             source="ours, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
             takes_noise=True,
+        ),
+        "per_layer": PolicyKind(
+            make=lambda target_speedup=None, **options: PerLayerPolicy(**options),
+            text="one width for each operand of each layer, by predicted harm and cost",
+            source="our construction after HAWQ-V3 (arXiv 2011.10680)",
+        ),
+        "magnitude": PolicyKind(
+            make=lambda target_speedup=None, **options: MagnitudePolicy(**options),
+            text="thresholds from the tensor's mean square, without gradients",
+            source="ours, a control",
+        ),
+        "random": PolicyKind(
+            make=lambda target_speedup=None, **options: RandomPolicy(**options),
+            text="dynasty's precisions, each in another place of its operand",
+            source="ours, a control",
+        ),
+        "pfq": PolicyKind(
+            make=PfqPolicy,
+            text="wider in stages, each time the loss stands still",
+            source="PFQ of FracTrain (arXiv 2012.13113)",
+        ),
+        "cpt": PolicyKind(
+            make=CptPolicy,
+            text="X and W rise in cosine cycles, E constant",
+            source="cyclic precision training (arXiv 2101.09868)",
+        ),
+        "ampa": PolicyKind(
+            make=lambda target_speedup=None, **options: AmpaPolicy(**options),
+            text="bits taken from the operands of least first-order sensitivity",
+            source="our construction after AMPA (PMLR 235:10960)",
         ),
     }
 )
