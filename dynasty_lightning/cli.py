@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 from fpga.runtime import Program
 
 from .compare import describe_grid, make_grid, run_grid
+from .compare_report import write_report
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
 from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
@@ -245,10 +246,21 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     running.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON line a run; is appended to")
     threads = min(_GREATEST_THREADS, _cores())
     running.add_argument("--threads", type=int, default=threads, metavar="N", help=f"runs at a time, one thread each (default: {threads})")
+    running.add_argument("--report", type=Path, metavar="FILE.md", help="at the end, write a report of --out, and pictures beside it")
+    running.add_argument(
+        "--report-only",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="train nothing; write a report of these files of results to --report (default: beside the first)",
+    )
     running.add_argument("--dry-run", action="store_true", help="list the grid and what is done of it, and train nothing")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    if arguments.report_only:
+        _print_report(arguments.report_only, arguments.report or arguments.report_only[0].with_suffix(".md"))
+        return 0
     if not arguments.methods or arguments.out is None:
         raise ValueError(f"the following arguments are required: {'--out' if arguments.methods else '--methods'}")
     targets = [float(t) for t in _words(arguments.targets or "")]
@@ -271,7 +283,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(describe_grid(grid, arguments.out))
         return 0
     outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads)
+    if arguments.report is not None:
+        _print_report([arguments.out], arguments.report)
     return outcome.exit_code
+
+
+def _print_report(files: Sequence[Path], out: Path) -> None:
+    print("Report: " + ", ".join(map(str, write_report(files, out))))
 
 
 def _shape(text: str) -> tuple[int, int]:

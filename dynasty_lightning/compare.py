@@ -98,7 +98,7 @@ def run_grid(
             if kind == "progress":
                 board.update(content)
                 return
-            record = content if kind == "done" else finite(record_of(run) | failure(content))
+            record = content if kind == "done" else _record_of_death(run, content)
             count[record["status"]] += 1
             saved = file.add(record)
             clock.took(run, record)
@@ -116,11 +116,7 @@ def run_grid(
         finally:
             board.close()
             if file.unsaved:
-                print(f"Writing {len(file.unsaved)} records to {out} again ...", file=stream, flush=True)
-                if not file.settle():
-                    print(f"{out} cannot be written ({file.error}). Its records, to be appended by hand:", file=stream)
-                    for record in file.unsaved:
-                        print(json.dumps(record, allow_nan=False), file=stream, flush=True)
+                _save_or_show(file, stream)
         return Outcome(**count, stood=stood, unsaved=len(file.unsaved))
 
 
@@ -139,6 +135,25 @@ def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
     left = [run for run in grid if records.get(run.key, {}).get("status") not in STANDING]
     lines.append(f"{len(grid)} runs, {len(left)} to do. {_Clock(left, records.values(), 1).note()}")
     return "\n".join(lines)
+
+
+def _save_or_show(file: ResultsFile, stream: TextIO) -> None:
+    """Try again to write what could not be written, and print what cannot, also when interrupted."""
+    print(f"Writing {len(file.unsaved)} records to {file.path} again ...", file=stream, flush=True)
+    try:
+        file.settle()
+    finally:
+        if file.unsaved:
+            print(f"{file.path} cannot be written ({file.error}). Append these lines to it by hand:", file=stream)
+            for record in file.unsaved:
+                print(json.dumps(record, allow_nan=False), file=stream, flush=True)
+
+
+def _record_of_death(run: RunConfig, how: str) -> dict[str, Any]:
+    """What a worker that was killed could not say itself."""
+    with threads(1):
+        record: dict[str, Any] = finite(record_of(run) | failure(how))
+    return record
 
 
 def _job(job: tuple[Train, RunConfig, str | None], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

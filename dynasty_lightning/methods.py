@@ -196,7 +196,7 @@ class _Named(dict[str, Any]):
 def _written(value: Any) -> str:
     """What `_read` reads as the value again."""
     if isinstance(value, Mapping):
-        return "/".join(f"{k}:{_written(v)}" for k, v in value.items())
+        return "/".join(f"{k}:{_written(value[k])}" for k in sorted(value, key=lambda k: ("XWE".find(k) % 4, k)))
     if isinstance(value, tuple):
         return ("x" if len(value) == 2 and all(type(v) is int for v in value) else "+").join(map(_written, value))
     if value is None or isinstance(value, bool):

@@ -33,12 +33,12 @@ _TABLE_RATIOS: Final = {
 }
 _MOST_BITS: Final = 8
 # Okabe and Ito's palette, told apart with every kind of colour vision; markers differ as well.
-_COLOURS: Final = {"float32": "#444444", "uniform8": "#0072B2", "dynasty": "#D55E00"}
-_OTHER_COLOURS: Final = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS: Final = {"float32": "#444444", "uniform8": "#0072B2", "dynasty": "#D55E00"}
+OTHER_COLOURS: Final = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS: Final = {"float32": "D", "uniform8": "s", "dynasty": "o"}
 _VISIBLE_BITS: Final = 0.25  # a difference that the picture can claim to show
-_NOTE_COLOUR: Final = "#444444"
-_STYLE: Final[Any] = {
+NOTE_COLOUR: Final = "#444444"
+STYLE: Final[Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -142,16 +142,16 @@ def draw_report(folder: Path) -> list[Path]:
 
     summary = read_summary(folder)
     written = []
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         if any(r["name"] != "float32" for r in summary["runs"]):
-            written.append(_save(draw_accuracy(summary), folder / ACCURACY_PICTURE))
+            written.append(save_picture(draw_accuracy(summary), folder / ACCURACY_PICTURE))
         for run in (r for r in summary["runs"] if r["name"] == "dynasty"):
             history = read_history(folder / run["history_file"])
             if len(history) > 1:
-                written.append(_save(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE))
+                written.append(save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE))
             if run.get("image_widths_file") is not None:
                 with np.load(folder / run["image_widths_file"]) as widths:
-                    written.append(_save(draw_widths_over_image(dict(widths), run, summary), folder / IMAGE_PICTURE))
+                    written.append(save_picture(draw_widths_over_image(dict(widths), run, summary), folder / IMAGE_PICTURE))
             break  # the first seed stands for all: steps and images differ from seed to seed
     pyplot.close("all")
     return written
@@ -167,11 +167,11 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.6), layout="constrained")
-    others = iter(_OTHER_COLOURS * 2)
+    others = iter(OTHER_COLOURS * 2)
     speeds, accuracies = [1.0], []
     for method in _methods(summary):
         accuracy = _accuracy(summary, method)
-        colour = _COLOURS.get(method) or next(others)
+        colour = COLOURS.get(method) or next(others)
         label = f"{method_name(method)}: {accuracy.text()} %"
         runs = [r for r in summary["runs"] if r["name"] == method]
         accuracies += [100 * r["accuracy"] for r in runs]
@@ -203,13 +203,13 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     axes.set_ylabel("Test accuracy (%)")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower left", frameon=False)
-    _headline(figure, _accuracy_sentence(summary), width=72)
+    headline(figure, _accuracy_sentence(summary), width=72)
     counts = sorted({_accuracy(summary, m).n for m in _methods(summary)})
     n = " to ".join(map(str, counts[:: max(len(counts) - 1, 1)]))
     axes.set_title(
         f"{_setting(summary)}. Whole run, zero blocks charged.\nSmall marks: seeds; large: mean ± sample standard deviation, n = {n}.",
         fontsize=8.5,
-        color=_NOTE_COLOUR,
+        color=NOTE_COLOUR,
     )
     return figure
 
@@ -247,9 +247,9 @@ def draw_widths_over_time(history: Sequence[Mapping[str, Any]], run: Mapping[str
     bar.outline.set_visible(False)  # type: ignore[operator]
     last = history[-1]["mean_bits"]
     bits = f"{last['X']:.1f} bits in X, {last['W']:.1f} in W and {last['E']:.1f} in E"
-    _headline(figure, f"After a warm-up at 8 bits each layer gets widths of its own: {bits} on average at the end", width=120)
+    headline(figure, f"After a warm-up at 8 bits each layer gets widths of its own: {bits} on average at the end", width=120)
     note = f"{_setting(summary)}, seed {run['seed']} (n = 1). Dashed: end of warm-up, step {run.get('warmup_steps', 0)}. "
-    _footnote(figure, note + "Numbers: last analysis. Zero blocks count as 0 bits.")
+    footnote(figure, note + "Numbers: last analysis. Zero blocks count as 0 bits.")
     return figure
 
 
@@ -289,10 +289,10 @@ def draw_widths_over_image(widths: Mapping[str, np.ndarray], run: Mapping[str, A
     bar = figure.colorbar(shown, ax=panels[1, :], ticks=range(most + 1), pad=0.02, aspect=14)
     bar.set_label("Mean width over channel blocks (bits)")
     bar.outline.set_visible(False)  # type: ignore[operator]
-    _headline(figure, _image_sentence(images, grids), width=30 * count)
+    headline(figure, _image_sentence(images, grids), width=30 * count)
     blocks = widths[f"X/{layer}"].shape[1]
     note = f"{_setting(summary)}, seed {run['seed']}, after training; {count} test images."
-    _footnote(figure, f"{note} A block: 1 sample x 4 channels at one position; channel blocks of this layer: {blocks}.")
+    footnote(figure, f"{note} A block: 1 sample x 4 channels at one position; channel blocks of this layer: {blocks}.")
     return figure
 
 
@@ -369,15 +369,15 @@ def _bar(value: Spread) -> float | None:
     return value.sd if value.n > 1 else None
 
 
-def _headline(figure: "Figure", text: str, *, width: int) -> None:
+def headline(figure: "Figure", text: str, *, width: int) -> None:
     figure.suptitle(textwrap.fill(text, width), x=0.01, ha="left", fontsize=12, fontweight="bold")
 
 
-def _footnote(figure: "Figure", text: str) -> None:
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color=_NOTE_COLOUR)
+def footnote(figure: "Figure", text: str) -> None:
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color=NOTE_COLOUR)
 
 
-def _save(figure: "Figure", path: Path) -> Path:
+def save_picture(figure: "Figure", path: Path) -> Path:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary)
     temporary.replace(path)

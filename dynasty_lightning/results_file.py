@@ -101,6 +101,9 @@ class ResultsFile:
     def _append(self, line: bytes) -> None:
         """The whole line or nothing of it."""
         end = os.fstat(self._file).st_size
+        if end and os.pread(self._file, 1, end - 1) != b"\n":  # an attempt that could not even be taken back
+            self._mend(self._file)
+            end = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
             if written < len(line):

@@ -35,6 +35,7 @@ def run_in_workers(function: Callable[[Any, Callable[[Any], None]], Any], jobs: 
     try:
         while waiting or busy:
             while waiting and len(busy) < count:
+                idle = [w for w in idle if w.process.is_alive()]
                 worker = idle.pop() if idle else _Worker(function)
                 worker.give(waiting.pop())
                 busy.append(worker)
@@ -102,9 +103,8 @@ def _work(function: Callable[[Any, Callable[[Any], None]], Any], messages: Conne
 
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        name = signal.Signals(-code).name
         why = "; the system kills so when memory runs out" if -code == signal.SIGKILL else ""
-        return f"the worker process was killed by signal {-code} ({name}){why}"
+        return f"the worker process was killed by signal {-code} ({signal.strsignal(-code)}){why}"
     return f"the worker process ended by itself with exit code {code}"
 
 
