@@ -131,7 +131,9 @@ class DynastyCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
-        due = trainer.global_step + 1 >= self.schedule.next_step
+        step = trainer.global_step + 1
+        # The last batch may be a smaller one, which is not recorded: then the one before it tells what the last steps cost.
+        due = step >= self.schedule.next_step or (step + 1 == self.schedule.next_step == trainer.estimated_stepping_batches)
         for layer in self._layers.values():
             layer.observing = due
             layer.probing = due and self._probe_is_due
@@ -267,8 +269,8 @@ class DynastyCallback(Callback):
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
         last_step = trainer.estimated_stepping_batches
-        if not observations:  # a batch that used no converted layer
-            self.schedule.advance(step, log_error=0.0, last_step=last_step)
+        if not observations:  # a batch that used no converted layer, or a smaller one than before
+            self.schedule.postpone(step)
             return
         layers, costs, finite = self._collect(trainer, observations, self._step_sizes(trainer))
         cost = sum(costs.values(), StepCost())
@@ -286,7 +288,7 @@ class DynastyCallback(Callback):
         reason = self.guard.check(loss)
         if reason is not None:
             self._raise_widths(reason)
-        elif finite and self.schedule.is_warm(step):
+        elif finite and self.schedule.is_warm(step) and step < last_step:  # what follows the last step is tested with what it trained with
             self._raised = False
             measurement = Measurement(
                 layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,

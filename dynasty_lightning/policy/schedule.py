@@ -43,9 +43,14 @@ class AnalysisSchedule:
             )
             self._settling_events += 1
             following = step + (self.interval if self._settled else max(self.interval // 10, 1))
-        if step < last_step:
-            following = min(following, int(last_step)) if math.isfinite(last_step) else following
+        if step < last_step < math.inf:
+            # BatchNorm's averages need half an interval to follow a new map: none is made later than that before the end.
+            following = int(last_step) if following > last_step - self.interval // 2 else following
         self.next_step = max(following, step + 1)
+
+    def postpone(self, step: int) -> None:
+        """The step showed nothing: look at the next one."""
+        self.next_step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"next_step": self.next_step, "settling_events": self._settling_events, "settled": self._settled}
