@@ -147,8 +147,8 @@ class PfqPolicy(ScheduledPolicy):
         scale_periods: first periods whose mean loss is the unit of the differences.
     """
 
-    forward: Sequence[int] = (3, 4, 6, 8)
-    backward: Sequence[int] = (6, 6, 8, 8)
+    forward: Sequence[int] | str = (3, 4, 6, 8)
+    backward: Sequence[int] | str = (6, 6, 8, 8)
     threshold: float = 0.05
     decay: float = 0.3
     window: int = 5
@@ -158,9 +158,11 @@ class PfqPolicy(ScheduledPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.forward, self.backward = _stages(self.forward, "forward"), _stages(self.backward, "backward")
-        if len(self.forward) != len(self.backward):
-            raise ValueError(f"forward and backward must have a width for each stage alike, not {self.forward} and {self.backward}")
+        forward, backward = _stages(self.forward, "forward"), _stages(self.backward, "backward")
+        if len(forward) != len(backward):
+            raise ValueError(f"forward and backward must have a width for each stage alike, not {forward} and {backward}")
+        # The published widths are whole: if both roundings turned at the same offset, it would act in steps of a bit of everything.
+        self._stages = [(f - _HALF_STEP, b + _HALF_STEP) for f, b in zip(forward, backward, strict=True)]
         if not (self.threshold > 0 and 0 < self.decay <= 1):
             raise ValueError(f"threshold must be positive and decay in (0, 1], not {self.threshold} and {self.decay}")
         for name, least in (("window", 2), ("periods", 1), ("scale_periods", 1)):
@@ -172,12 +174,10 @@ class PfqPolicy(ScheduledPolicy):
         self._last_step = 0
 
     def now(self, step: int, steps: float) -> Stage:
-        # The published widths are whole: if both roundings turned at the same offset, it would act in steps of a bit of everything.
-        return self.forward[self.stage] - _HALF_STEP, self.backward[self.stage] + _HALF_STEP
+        return self._stages[self.stage]
 
     def rest(self, step: int, steps: float) -> Mapping[Stage, int]:
-        stages = zip(self.forward[self.stage :], self.backward[self.stage :], strict=True)
-        return Counter((forward - _HALF_STEP, backward + _HALF_STEP) for forward, backward in stages)
+        return Counter(self._stages[self.stage :])
 
     def observe(self, measurement: Measurement) -> bool:
         step, steps = measurement.step, measurement.steps
@@ -195,7 +195,7 @@ class PfqPolicy(ScheduledPolicy):
         total, count = self._scale
         if count < self.scale_periods:
             self._scale = (total + loss, count + 1)
-        if self.stage + 1 == len(self.forward):
+        if self.stage + 1 == len(self._stages):
             return
         self._losses = [*self._losses, loss][-self.window :]
         limit = self.threshold * self.decay**self.stage * self._scale[0] / self._scale[1]
@@ -247,7 +247,7 @@ class CptPolicy(ScheduledPolicy):
         if self.least > self.most:
             raise ValueError(f"least must not exceed most, not {self.least} and {self.most}")
         self._cycle = -1
-        self._last_step = 0
+        self._last_step = 0  # of the last analysis that the guard let pass
         self._warned = False
 
     def now(self, step: int, steps: float) -> Stage:
@@ -260,7 +260,8 @@ class CptPolicy(ScheduledPolicy):
 
     def observe(self, measurement: Measurement) -> bool:
         step, steps = measurement.step, measurement.steps
-        taken, self._last_step = step - self._last_step, step
+        taken = step - self._last_step if self._last_step else 0
+        self._last_step = step
         if taken * self.cycles * _LEAST_POINTS_A_CYCLE > steps and not self._warned:
             self._warned = True
             warnings.warn(
@@ -271,6 +272,10 @@ class CptPolicy(ScheduledPolicy):
         cycle = int(step * self.cycles // steps)
         is_new, self._cycle = cycle != self._cycle, cycle
         return is_new
+
+    def raise_precision(self) -> None:
+        super().raise_precision()
+        self._last_step = 0
 
     def _at(self, phase: float) -> Stage:
         return self.least + 0.5 * (self.most - self.least) * (1.0 - math.cos(math.pi * phase)), self.backward
@@ -283,13 +288,14 @@ class CptPolicy(ScheduledPolicy):
         self._cycle, self._last_step = state["cycle"], state["last_step"]
 
 
-def _stages(bits: Sequence[int], name: str) -> tuple[int, ...]:
-    stages = tuple(bits) if isinstance(bits, Sequence) and not isinstance(bits, str) else ()
-    if not stages:
+def _stages(bits: Sequence[int] | str, name: str) -> tuple[int, ...]:
+    """Widths of the stages, also from text as a command line has it: 3+4+6+8."""
+    stages: Sequence[int] = [int(word) if word.isdecimal() else -1 for word in bits.split("+")] if isinstance(bits, str) else bits
+    if not isinstance(stages, Sequence) or not stages:
         raise ValueError(f"{name} must be a sequence of widths, one for each stage, not {bits!r}")
     for width in stages:
         _check_count(width, f"a width of {name}", 1)
-    return stages
+    return tuple(stages)
 
 
 def _check_count(value: Any, name: str, least: int) -> None:
