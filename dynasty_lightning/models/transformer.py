@@ -44,10 +44,10 @@ def check_heads(width: int, heads: int) -> None:
         raise ValueError(f"width {width} must be a multiple of heads {heads}")
 
 
-def initialize(network: nn.Module) -> None:
-    """Weights of Linear layers from a truncated normal distribution of deviation 0.02, biases zero."""
+def initialize(network: nn.Module, std: float | None = None) -> None:
+    """Weights of Linear layers from a truncated normal distribution of this deviation, None for 1 / sqrt(inputs); biases zero."""
     for module in network.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5 if std is None else std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
