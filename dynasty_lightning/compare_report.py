@@ -577,10 +577,10 @@ def _legend_entry(row: Row, number: str, style: tuple[str, str]) -> Any:
 
 
 def _limits(setting: Setting, rows: Sequence[Row]) -> tuple[float, float]:
-    """Of accuracy: all seeds of methods that are not far below the baseline (or the best), and at least two points."""
+    """Of accuracy: all seeds of floating point and of methods not far below the baseline (or the best), and at least two points."""
     baselines = [row for row in rows if row.label.split(" ")[0] == BASELINE]
     reference = baselines[0].accuracy.mean if baselines else max(row.accuracy.mean for row in rows)
-    near = [row for row in rows if row.accuracy.mean > reference - _FAR_BELOW]
+    near = [row for row in rows if row.is_float or row.accuracy.mean > reference - _FAR_BELOW]
     values = [100 * r["accuracy"] for row in near for r in row.complete]
     middle, half = (max(values) + min(values)) / 2, max((max(values) - min(values)) * 0.62, 1.0)
     return middle - half, middle + half

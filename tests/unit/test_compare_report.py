@@ -1,0 +1,284 @@
+"""The report of a file of results: the arithmetic of its differences, its words, and that it shows what is there and nothing else."""
+
+import json
+import math
+
+import pytest
+from matplotlib import pyplot
+
+from dynasty_lightning.cli import main
+from dynasty_lightning.compare_report import Difference, draw_differences, draw_pareto, settings_of, write_report
+from dynasty_lightning.runs import RunConfig, record_of
+
+TASK = {"train_samples": 50000, "test_samples": 10000, "validation_samples": 0}
+
+
+def run(method, seed, accuracy=None, status="complete", *, settings=None, **figures):
+    config = RunConfig(
+        **{"data": "cifar100", "model": "resnet8", "epochs": 10, "batch_size": 128, "method": method, "seed": seed, **(settings or {})}
+    )
+    record = record_of(config) | {"status": status, "seconds": 100.0, "wall_seconds": 110.0, "warnings": [], "task": TASK}
+    record |= {"config": json.loads(json.dumps(record["config"])), "commit": "c" * 40}
+    if accuracy is not None:
+        record |= {"accuracy": accuracy, "loss": 1.5}
+    if method not in ("float32", "bf16") and status == "complete":
+        record |= {
+            "speedup_charged": 1.0, "speedup_ideal": 1.0, "energy_ratio_compute": 1.0, "energy_ratio_sram": 1.0, "energy_ratio_total": 1.0,
+            "bits": {"X": 8.0, "W": 8.0, "E": 8.0}, "speedup_core_last_step": 1.0,
+        }  # fmt: skip
+    return record | figures
+
+
+def study():
+    records = []
+    for seed, (base, drop) in enumerate([(0.60, 0.002), (0.61, 0.006), (0.62, 0.004)]):
+        records.append(run("float32", seed, base + 0.01))
+        records.append(run("uniform8", seed, base))
+        records.append(run("dynasty@5.1", seed, base - drop, speedup_charged=5.1 + seed / 10, speedup_core_last_step=3.3))
+        records.append(run("dynasty@3", seed, base, speedup_charged=3.0))
+    return records
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def rows(report, header):
+    """Cells of the table whose header begins so, by method."""
+    lines = report.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
+    table = {}
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        label, *cells = (c.strip() for c in line.strip("|").split(" | "))
+        table[label.strip()] = cells
+    return table
+
+
+def texts(figure):
+    figure.canvas.draw()
+    found = "\n".join(t.get_text() for t in figure.findobj(pyplot.Text))
+    pyplot.close(figure)
+    return found
+
+
+# -- Arithmetic
+
+
+def test_an_interval_worked_out_by_hand():
+    """Differences 1, 2, 3, 4, 5: mean 3, sd sqrt(2.5), t(0.975; 4) = 2.7764, half = 2.7764 * sqrt(2.5 / 5) = 1.9632."""
+    difference = Difference.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert difference.spread.mean == 3.0
+    assert difference.spread.sd == pytest.approx(math.sqrt(2.5))
+    assert (difference.low, difference.high) == (pytest.approx(1.0368, abs=1e-4), pytest.approx(4.9632, abs=1e-4))
+    # Two pairs, -1 and -2: t(0.975; 1) = 12.7062, half = 12.7062 * sqrt(0.5 / 2) = 6.3531.
+    two = Difference.of([-1.0, -2.0])
+    assert (two.low, two.high) == (pytest.approx(-7.8531, abs=1e-4), pytest.approx(4.8531, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("differences", "text", "reading"),
+    [
+        ([], "-", "no interval from fewer than two pairs"),
+        ([-0.3], "-0.30 (one pair)", "no interval from fewer than two pairs"),
+        ([-0.2, -0.6, -0.4], "-0.40 [-0.90, +0.10]", "no drop larger than 0.90 points"),
+        ([-2.2, -2.6, -2.4], "-2.40 [-2.90, -1.90]", "a drop of 1.90 to 2.90 points"),
+        ([2.2, 2.6, 2.4], "+2.40 [+1.90, +2.90]", "a gain of 1.90 to 2.90 points"),
+    ],
+)
+def test_what_an_interval_says(differences, text, reading):
+    difference = Difference.of(differences)
+    assert difference.text() == text
+    assert difference.reading() == reading
+
+
+# -- Settings and rows
+
+
+def test_pairs_are_by_seed_and_of_completed_runs_only():
+    records = [
+        run("uniform8", 0, 0.50), run("uniform8", 1, 0.60), run("uniform8", 2, status="failed", error="OSError: gone"),
+        run("dynasty@5", 2, 0.90), run("dynasty@5", 1, 0.58), run("dynasty@5", 0, 0.49), run("dynasty@5", 3, 0.01, "diverged"),
+    ]  # fmt: skip
+    (setting,) = settings_of(records)
+    uniform, dynamic = setting.rows
+    assert setting.difference(uniform) is None
+    difference = setting.difference(dynamic)
+    assert difference.spread.n == 2
+    assert difference.spread.mean == pytest.approx(-1.5)
+
+
+def test_what_was_trained_otherwise_stands_apart():
+    records = [run("uniform8", 0, 0.5), run("float32", 0, 0.5), run("uniform8", 0, 0.7, settings={"epochs": 20})]
+    records.append(run("uniform8", 0, 0.6, settings={"validation_samples": 5000, "evaluate_on": "validation"}))
+    assert [len(s.rows) for s in settings_of(records)] == [2, 1, 1]
+    assert "accuracy on 5000 held-out training images" in settings_of(records)[2].text()
+    # What concerns blocks only is part of the row: float32 is the same run for all of them.
+    records = [run("float32", 0, 0.5, settings={"interval": 9}), run("float32", 1, 0.5)]
+    records += [run(m, 0, 0.5, settings={"interval": 9, "block_shape": (8, 8)}) for m in ("uniform8", "dynasty@5")] + [
+        run("uniform8", 0, 0.6)
+    ]
+    (setting,) = settings_of(records)
+    assert [r.label for r in setting.rows] == [
+        "float32", "uniform8 (block shape 8x8, interval 9)", "dynasty@5 (block shape 8x8, interval 9)", "uniform8",
+    ]  # fmt: skip
+    assert setting.baseline_of(setting.rows[2]) is setting.rows[1]  # with the same blocks
+    assert setting.baseline_of(setting.rows[0]) is setting.rows[3]
+
+
+# -- The report
+
+
+@pytest.fixture
+def report(tmp_path):
+    def make(records):
+        written = write_report([write(tmp_path / "results.jsonl", records)], tmp_path / "docs" / "report.md")
+        return written[0].read_text(), [p.name for p in written[1:]]
+
+    return make
+
+
+def test_report_of_a_study(report):
+    text, pictures = report(study())
+    assert pictures == ["report-accuracy.png", "report-differences.png"]
+    assert "cifar100, resnet8: 10 epochs of 50000 images, batch 128; accuracy on 10000 test images." in text
+    assert "](report-accuracy.png)" in text
+    accuracy = rows(text, "| method | runs")
+    assert accuracy["float32"] == ["3", "62.00 ± 1.00", "1.500 ± 0.000", "+1.00 [+1.00, +1.00]", "a gain of 1.00 to 1.00 points"]
+    assert accuracy["uniform8"][:2] == ["3", "61.00 ± 1.00"]
+    assert accuracy["uniform8"][3].strip(" |") == ""
+    # -0.2, -0.6, -0.4: mean -0.4, sd 0.2, half = 4.3027 * 0.2 / sqrt(3) = 0.4968.
+    assert accuracy["dynasty@5.1"][3:] == ["-0.40 [-0.90, +0.10]", "no drop larger than 0.90 points"]
+    cost = rows(text, "| method | speedup charged")
+    assert set(cost) == {"uniform8", "dynasty@5.1", "dynasty@3"}
+    assert cost["dynasty@5.1"][:4] == ["5.20 ± 0.10", "5.10", "1.00 ± 0.00", "3.30 ± 0.00"]
+    assert cost["uniform8"][4:6] == ["1.00 / 1.00 / 1.00", "8.0 / 8.0 / 8.0"]
+    assert "Commit " + "c" * 40 + ": 12 runs" in text
+    assert (
+        "    dynasty-lightning compare --methods float32,uniform8,dynasty@5.1,dynasty@3 --seed 0 --seeds 3 "
+        "--data=cifar100 --model=resnet8 --epochs=10 --batch-size=128 --out FILE.jsonl" in text
+    )
+    assert "Not completed" not in text
+    assert "no evidence" not in text
+
+
+def test_what_went_wrong_is_in_the_report(report):
+    records = study()
+    records.append(run("uniform2", 0, 0.01, "diverged"))
+    records.append(run("uniform2", 1, status="failed", error="Traceback | x\nthe worker process was killed by signal 9"))
+    records.append(run("uniform4", 0, 0.5, warnings=["loss guard: up"]))
+    records[2] |= {"status": "diverged", "accuracy": 0.01}
+    text, _ = report(records)
+    accuracy = rows(text, "| method | runs")
+    assert accuracy["uniform2"] == ["0 of 2", "-", "-", "-", "**diverged in 1 of 2 runs**"]
+    assert accuracy["dynasty@5.1"][0] == "2 of 3"
+    assert accuracy["dynasty@5.1"][4].startswith("**diverged in 1 of 3 runs**; the others: no drop larger than")
+    assert "- uniform2, seed 0: diverged, accuracy 1.00 %" in text
+    assert "- uniform2, seed 1: failed: the worker process was killed by signal 9" in text
+    assert "- dynasty@5.1, seed 0: diverged, accuracy 1.00 %" in text
+    assert "- uniform4, seed 0: loss guard: up" in text
+    assert accuracy["uniform4"][3:] == ["-10.00 (one pair)", "no interval from fewer than two pairs"]
+
+
+def test_settings_have_sections_and_pictures_of_their_own(report):
+    records = study() + [run(m, s, 0.7, settings={"data": "digits"}) for m in ("float32", "uniform8") for s in (0, 1)]
+    text, pictures = report(records)
+    assert pictures == [f"report-{n}-{kind}.png" for n in (1, 2) for kind in ("accuracy", "differences")]
+    assert text.count("\n## ") == 3
+    assert text.count("no evidence for accuracy") == 1
+
+
+def test_runs_without_blocks_have_no_speedup_to_draw(report):
+    text, pictures = report([run("float32", 0, 0.5)])
+    assert pictures == []
+    assert rows(text, "| method | runs")["float32"][:2] == ["1", "50.00"]
+
+
+def test_seeds_apart_are_commands_apart(report):
+    text, _ = report([run("uniform8", seed, 0.5) for seed in (0, 1, 2, 7)])
+    assert "--methods uniform8 --seed 0 --seeds 3 " in text
+    assert "--methods uniform8 --seed 7 --seeds 1 " in text
+
+
+def test_the_last_record_of_a_run_counts_over_files(tmp_path):
+    first = write(tmp_path / "a.jsonl", [run("uniform8", 0, status="failed", error="gone"), run("float32", 0, 0.5)])
+    second = write(tmp_path / "b.jsonl", [run("uniform8", 0, 0.6)])
+    text = write_report([first, second], tmp_path / "out.md")[0].read_text()
+    assert rows(text, "| method | runs")["uniform8"][:2] == ["1", "60.00"]
+    assert "failed" not in text
+
+
+def test_no_record_no_report(tmp_path):
+    empty = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"no record in .*empty.jsonl"):
+        write_report([empty], tmp_path / "out.md")
+    with pytest.raises(FileNotFoundError):
+        write_report([tmp_path / "none.jsonl"], tmp_path / "out.md")
+    assert not (tmp_path / "out.md").exists()
+
+
+def test_the_command_draws_again(tmp_path, capsys):
+    results = write(tmp_path / "results.jsonl", study())
+    assert main(["compare", "--report-only", str(results)]) == 0
+    names = ["results.md", "results-accuracy.png", "results-differences.png"]
+    assert capsys.readouterr().out.strip() == "Report: " + ", ".join(str(tmp_path / n) for n in names)
+    assert not pyplot.get_fignums()
+
+
+# -- Pictures
+
+
+def test_pareto_picture():
+    (setting,) = settings_of([*study(), run("uniform2", 0, 0.2, speedup_charged=16.0), run("uniform2", 1, 0.02, "diverged")])
+    figure = draw_pareto(setting)
+    panels = figure.axes
+    assert [p.get_xscale() for p in panels] == ["log", "log"]
+    joined = [line.get_xydata() for line in panels[0].lines if len(line.get_xdata()) == 2 and line.get_color() == "#D55E00"]
+    assert any([round(x, 1) for x, _ in points] == [3.0, 5.2] for points in joined)
+    shown = texts(figure)
+    assert "4  dynasty@3: 61.00 ± 1.00 % at 3.00 ± 0.00x" in shown
+    assert "5  uniform2: 20.00 % at 16.00x; 1 diverged" in shown
+    assert "5 (20.0)" in shown  # at the edge, with its accuracy
+    assert "n = 1 to 3" in shown
+    assert "Speedup of the core" in shown
+    low, high = panels[0].get_ylim()
+    assert 55 < low < 60 < 63 < high < 68  # the others decide the scale
+    (flat,) = settings_of([run("mxint8", 0, 0.5, speedup_core_last_step=None)])
+    assert len(draw_pareto(flat).axes) == 1
+
+
+def test_labels_cover_no_marks_of_fifteen_methods():
+    records = [run("uniform8", seed, 0.60 + seed / 500) for seed in range(3)]
+    words = [f"dynasty@{t}:smoothing={s}" for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7) for t in (5, 5.1)]
+    for i, word in enumerate(words):
+        records += [run(word, seed, 0.58 + i / 700 + seed / 500, speedup_charged=5 + (i % 2) / 10) for seed in range(3)]
+    (setting,) = settings_of(records)
+    figure = draw_pareto(setting)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    boxes = [t.get_window_extent() for t in axes.texts]
+    assert len(boxes) == 15
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    frame = axes.get_window_extent()
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+    marks = [axes.transData.transform((m.mean(), n.mean())) for m, n in _means(axes)]
+    assert not [1 for x, y in marks for b in boxes if b.x0 < x < b.x1 and b.y0 < y < b.y1]
+    pyplot.close(figure)
+
+
+def _means(axes):
+    return [c[0].get_data() for c in axes.containers]
+
+
+def test_differences_picture():
+    (setting,) = settings_of(study())
+    figure = draw_differences(setting)
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["float32", "dynasty@5.1", "dynasty@3"]
+    middles = [c[0].get_xdata()[0] for c in axes.containers]
+    assert middles == [pytest.approx(1.0), pytest.approx(-0.4), pytest.approx(0.0)]
+    segment = axes.containers[1][2][0].get_segments()[0]
+    assert segment[:, 0].tolist() == [pytest.approx(-0.8968, abs=1e-3), pytest.approx(0.0968, abs=1e-3)]
+    assert "-0.40 [-0.90, +0.10]  n = 3" in texts(figure)
