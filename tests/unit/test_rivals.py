@@ -244,16 +244,20 @@ def test_pfq_shifts_the_published_stages_to_the_cost():
     # E one more: 2/4, 2/4, 3/6, 5/6 cost (20 + 20 + 45 + 85) / (4 * 192) = .221.
     policy = PfqPolicy(target_speedup=5.1)
     assert bits(policy.initial({"a": None})) == (2, 2, 3)
-    assert [policy_widths(policy, stage) for stage in range(4)] == [(2, 3), (2, 3), (3, 5), (5, 5)]
+    assert [stage_widths(policy, stage) for stage in range(4)] == [(2, 3), (2, 3), (3, 5), (5, 5)]
+    # X and W turn half a bit later than E, so that the case between is there for 1 / 4.4 = .227; with all turning at once the next is
+    # 2/4, 2/4, 4/6, 6/6 at .276.
+    assert [stage_widths(PfqPolicy(target_speedup=4.4), stage) for stage in range(4)] == [(2, 4), (2, 4), (3, 6), (5, 6)]
     # A target of 1 asks for nothing: 8 bits everywhere.
     assert bits(PfqPolicy(target_speedup=1.0).initial({"a": None})) == (8, 8, 8)
 
 
-def policy_widths(policy, stage):
-    twin = PfqPolicy(target_speedup=policy.target_speedup)
-    twin.load_state_dict({**policy.state_dict(), "stage": stage})
-    entries = twin._choose(0, 1.0)
-    return (0, 0) if not entries else bits(entries)[::2]
+def stage_widths(policy, stage):
+    """Of X and of E, at the offset of the beginning."""
+    policy.stage = 0
+    policy.initial({"a": None})
+    policy.stage = stage
+    return bits(policy._choose(0, 1.0))[::2]
 
 
 # -- CPT
@@ -275,6 +279,12 @@ def test_cpt_shifts_e_too():
     policy = CptPolicy(target_speedup=4.0, least=4, most=4)
     assert bits(policy.initial({"a": None})) == (2, 2, 6)
     assert policy.offset == pytest.approx(-1.5)
+
+
+def test_cpt_plans_what_is_left():
+    # In the middle of the second of four cycles: two whole ones, and the second half of this one.
+    rest = CptPolicy(target_speedup=4.0, cycles=4).rest(450, 1200)
+    assert {bits > 5.5: time for (bits, _), time in rest.items()} == {False: 2, True: 3}
 
 
 def test_cpt_moves_its_offset_at_the_beginning_of_a_cycle_only():
@@ -448,6 +458,37 @@ def test_a_resumed_policy_makes_the_same_maps(name, tmp_path):
         assert list(a) == list(b) == ["a", "b", "c"]
         assert all(a[n][r].equals(b[n][r]) for n in a for r in Role)
     assert unbroken.state_dict().keys() == resumed.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_checkpoint_holds_everything(name):
+    options = {"pfq": {"periods": 8, "window": 2}, "cpt": {"cycles": 4}}.get(name, {})
+    policy, twin = (make_policy(name, target_speedup=4.0, **options, **({"seed": s} if name == "random" else {})) for s in (1, 2))
+    policy.initial({"a": None})
+    # PFQ: periods of 50 steps, of mean losses 3, 1, 1, and half a one; unit 5/3, so the third is the first to equal the one before.
+    for i, loss in enumerate((3.0, 3.0, 1.1, 0.9, 0.9, 1.1, 0.9), start=1):
+        policy.update(measure(three_layers(), speedup=3.0, target=4.0, step=25 * i, steps=400, loss=loss, run_speedup=3.5))
+    if name == "pfq":
+        assert policy.stage == 1
+        assert policy.state_dict()["period"] == (pytest.approx(0.9 * 25), 25)
+    policy.raise_precision()
+    twin.load_state_dict(policy.state_dict())
+    assert_same(policy, twin, name)
+
+
+def assert_same(a, b, path):
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif hasattr(a, "__dict__") and not isinstance(a, Role):
+        for key in vars(a) | vars(b):
+            assert_same(getattr(a, key), getattr(b, key), f"{path}.{key}")
+    else:
+        assert a == b, path
 
 
 @pytest.mark.parametrize("name", RIVALS)
