@@ -47,6 +47,15 @@ def test_a_policy_trains_at_the_cost_that_was_asked_for(name):
     assert trainer.test(model, data, verbose=False)[0]["test_accuracy"] > 0.8
 
 
+@pytest.mark.parametrize("name", ["magnitude", "random"])
+def test_controls_are_calibrated_as_ours_is(name):
+    *_, callback, _ = fit(name, max_epochs=-1, max_steps=40)
+    calibration = callback.policy.calibration
+    assert calibration.events >= 2
+    assert max(map(abs, calibration.log_role.values())) > 0.05
+    assert bool(calibration.log_layer) == (name == "random")
+
+
 class Saver(L.Callback):
     def __init__(self, step, path):
         self.step, self.path = step, path
