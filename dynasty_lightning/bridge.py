@@ -26,8 +26,8 @@ from .core.geometry import LayerGeometry
 from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks, make_headers
 from .core.roles import READS, Gemm, Role
-from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.gemms import EXECUTORS, ExtractedWeight
+from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.plan import LayerPlan
 
 _numbers: Final = itertools.count()

@@ -20,8 +20,8 @@ from .bridge import config_for, operand_of
 from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks
 from .core.roles import Gemm, Role
-from .nn.layers import DynamicLayer, dynamic_layers, pads_explicitly
 from .nn.gemms import EXECUTORS, ExtractedWeight
+from .nn.layers import DynamicLayer, dynamic_layers, pads_explicitly
 from .nn.plan import LayerPlan
 
 _NORMS: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -27,7 +27,7 @@ class LanguageModel(pl.LightningModule):
     """
 
     def __init__(
-        self, network: nn.Module, *, vocabulary: int, learning_rate: float = 2e-3, betas: tuple[float, float] = (0.9, 0.95),
+        self, network: nn.Module, *, vocabulary: int, learning_rate: float = 3e-3, betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1, warmup_fraction: float = 0.05,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -189,7 +189,7 @@ def _layer_backward(
         probe = None
         if probed and e.isfinite().all():
             x, weight, x_request, w_request = probed
-            probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream, has_dgrad=need_dx)
+            probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream)
         slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe))
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 

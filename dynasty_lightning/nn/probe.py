@@ -30,14 +30,14 @@ class ProbeRecord:
 
     Attributes:
         loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for X and W.
-        wgrad: |change of dW|**2 / |dW|**2, for X and E.
-        dgrad: |change of dX|**2 / |dX|**2, for W and E; 0 where no DGRAD runs.
+        forward: |change of Y|**2 / |Y|**2, for X and W.
+        wgrad: |change of dW|**2 / |dW|**2, for E.
         bits: mean width of the role's blocks, zero blocks included.
     """
 
     loss: Tensor
+    forward: Tensor
     wgrad: Tensor
-    dgrad: Tensor
     bits: Tensor
 
     @staticmethod
@@ -47,15 +47,15 @@ class ProbeRecord:
             return torch.empty(0, dtype=torch.float64)
         if record is None:
             return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
-        return torch.cat([t.flatten() for t in (record.loss, record.wgrad, record.dgrad, record.bits)])
+        return torch.cat([t.flatten() for t in (record.loss, record.forward, record.wgrad, record.bits)])
 
     @classmethod
     def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
         """The inverse of `flat`; None for nothing and for a missing record."""
         if not values.numel() or bool(values.isnan().any()):
             return None
-        loss, wgrad, dgrad, bits = values.view(_FIGURES, len(Role), len(SHIFTS))
-        return cls(loss=loss, wgrad=wgrad, dgrad=dgrad, bits=bits)
+        loss, forward, wgrad, bits = values.view(_FIGURES, len(Role), len(SHIFTS))
+        return cls(loss=loss, forward=forward, wgrad=wgrad, bits=bits)
 
 
 def probe_layer(
@@ -66,8 +66,6 @@ def probe_layer(
     requests: Sequence[Tensor],
     settings: Sequence[int],
     position: StreamPosition,
-    *,
-    has_dgrad: bool,
 ) -> ProbeRecord:
     """Measure a layer that holds thresholds for every role.
 
@@ -87,22 +85,21 @@ def probe_layer(
         return multiply(gemm, left, right, plan.geometry, shape).float()
 
     dw_energy = _energy(product(Gemm.WGRAD, Role.ERROR, cast[Role.ERROR]))
-    dx_energy = _energy(product(Gemm.DGRAD, Role.ERROR, cast[Role.ERROR])) if has_dgrad else 0.0
+    y_energy = _energy(product(Gemm.FORWARD, Role.ACTIVATION, cast[Role.ACTIVATION]))
     figures = {name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64) for name in ProbeRecord.__dataclass_fields__}
     for role in Role:
         for column, shift in enumerate(SHIFTS):
             blocks = _shifted(whole[role], plan, role, requests[role], settings, shift, position)
             figures["bits"][role, column] = float(blocks.bits.double().mean())
             error = (_values(blocks, plan, role) - whole[role].float()).to(dtype)
-            if role is not Role.ERROR:
-                change = product(Gemm.FORWARD, role, error)
-                # E is of the batch's mean: `samples` times it is a sample's own.
-                inner = samples * (change * whole[Role.ERROR]).flatten(1).sum(1).double()
-                figures["loss"][role, column] = 0.5 * float(inner.square().mean())
-            if role is not Role.WEIGHT and dw_energy > 0:
-                figures["wgrad"][role, column] = _energy(product(Gemm.WGRAD, role, error)) / dw_energy
-            if role is not Role.ACTIVATION and dx_energy > 0:
-                figures["dgrad"][role, column] = _energy(product(Gemm.DGRAD, role, error)) / dx_energy
+            if role is Role.ERROR:
+                figures["wgrad"][role, column] = _energy(product(Gemm.WGRAD, role, error)) / dw_energy if dw_energy > 0 else 0.0
+                continue
+            change = product(Gemm.FORWARD, role, error)
+            # E is of the batch's mean: `samples` times it is a sample's own.
+            inner = samples * (change * whole[Role.ERROR]).flatten(1).sum(1).double()
+            figures["loss"][role, column] = 0.5 * float(inner.square().mean())
+            figures["forward"][role, column] = _energy(change) / y_energy if y_energy > 0 else 0.0
     return ProbeRecord(**figures)
 
 

@@ -30,20 +30,20 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         By layer and role; nothing if no layer was probed or one has a measurement that is not finite.
     """
     probes = [s.probe for s in layers.values() if s.probe is not None]
-    if not all(bool(t.isfinite().all()) for p in probes for t in (p.loss, p.wgrad, p.dgrad, p.bits)):
+    if not all(bool(t.isfinite().all()) for p in probes for t in (p.loss, p.forward, p.wgrad, p.bits)):
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
-    below = 0.0
+    noise = sum(gradient_noise(s) for s in layers.values())
     for name, s in layers.items():
-        own, passed = gradient_noise(s), below
-        below += own
         counts = operand_elements(s)
         probe = s.probe
         if probe is None:
             continue
         for role in Role:
-            harm = (probe.loss[role] + own * probe.wgrad[role] + passed * probe.dgrad[role]) / max(loss, 1e-12)
+            # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
+            gradient = gradient_noise(s) * probe.wgrad[role] if role is Role.ERROR else noise * probe.forward[role]
+            harm = (probe.loss[role] + gradient) / max(loss, 1e-12)
             fewer = float(probe.bits[role][0] - probe.bits[role][1])
             saved = bit_price(s, role, counts[role], total_macs) * counts[role] * fewer
             slopes.setdefault(name, {})[role] = Slope(harm=float(harm[1] - harm[0]), cost=saved if fewer > _LEAST_BITS else 0.0)

@@ -250,6 +250,7 @@ class DynastyPolicy(ThresholdPolicy):
     """
 
     calibrate: Literal["layers", "roles", "none"] = "layers"
+    role_weights: Mapping[str, float] = field(default_factory=dict)
     name: str = "dynasty"
 
     def __post_init__(self) -> None:
@@ -270,7 +271,10 @@ class DynastyPolicy(ThresholdPolicy):
     def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
         predicted = layer_sensitivities(layers, loss=measurement.loss)
         return {
-            name: {role: replace(s, harm=s.harm * self.calibration.multiplier(name, role)) for role, s in roles.items()}
+            name: {
+                role: replace(s, harm=s.harm * self.calibration.multiplier(name, role) * self.role_weights.get(role.letter, 1.0))
+                for role, s in roles.items()
+            }
             for name, roles in predicted.items()
         }
 

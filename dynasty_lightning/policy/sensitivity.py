@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.geometry import LayerGeometry
@@ -24,7 +24,7 @@ class Probe(Protocol):
     @property
     def wgrad(self) -> Tensor: ...
     @property
-    def dgrad(self) -> Tensor: ...
+    def forward(self) -> Tensor: ...
     @property
     def bits(self) -> Tensor: ...
 
@@ -70,45 +70,51 @@ class Sensitivity:
 def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Both kinds of harm are excess loss over the loss L, so that no constant converts one into the other. With N samples, G_l = sum dW**2
-    of a layer and eta_l its effective step size (docs/thresholds.md, equations 1 to 4):
+    Harm is excess loss over the loss L, so that no constant converts one kind into another. With N samples, eta_l a layer's effective
+    step size, G_l = sum dW**2 and C = sum of eta_l G_l / 4 over all layers (docs/thresholds.md, equations 1 to 4):
 
-        s_X = N <dX**2> / (2 L) + eta_l G_l / (4 L sum X**2)
-        s_W = N <dW**2> / (2 L) + sum over layers j below of eta_j G_j / (4 L sum W**2)
-        s_E = sum over layers j up to this one of eta_j G_j / (4 L sum E**2)
+        s_X = N <dX**2> / (2 L) + C <dX**2> / (L sum of dX**2 X**2)
+        s_W = N <dW**2> / (2 L) + C / (L sum W**2)
+        s_E = eta_l / (4 L) * sum of <X**2> over the channels and taps that the element meets in WGRAD
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
+    noise = sum(gradient_noise(s) for s in layers.values())
     result: dict[str, dict[Role, Sensitivity]] = {}
-    below = 0.0
     for name, s in layers.items():
         counts = operand_elements(s)
-        own = gradient_noise(s)
-        relative = {Role.ACTIVATION: own, Role.WEIGHT: below, Role.ERROR: below + own}
-        below += own
-        curvature = 0.5 * s.samples
-        loss_harm = {
-            Role.ACTIVATION: curvature * s.dx_square.double(),
-            Role.WEIGHT: curvature * s.dw_square.double(),
-            Role.ERROR: torch.zeros_like(s.e_square, dtype=torch.float64),
+        x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
+        moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
+        weighed = float(w.mean()) * counts[Role.WEIGHT]
+        harm = {
+            Role.ACTIVATION: dx * (0.5 * s.samples + (noise / moved if moved > 0 else 0.0)),
+            Role.WEIGHT: 0.5 * s.samples * s.dw_square.double() + (noise / weighed if weighed > 0 else 0.0),
+            Role.ERROR: 0.25 * s.step_size * patch_energy(s).expand_as(s.e_square),
         }
-        square = {Role.ACTIVATION: s.x_square, Role.WEIGHT: s.w_square, Role.ERROR: s.e_square}
-        result[name] = {}
-        for role in Role:
-            energy = float(square[role].double().mean()) * counts[role]
-            result[name][role] = Sensitivity(
-                harm=scale * (loss_harm[role] + (relative[role] / energy if energy > 0 else 0.0)),
-                price=bit_price(s, role, counts[role], total_macs),
-                mean_square=square[role].double(),
-                elements=counts[role],
+        square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
+        result[name] = {
+            role: Sensitivity(
+                harm=scale * harm[role], price=bit_price(s, role, counts[role], total_macs), mean_square=square[role], elements=counts[role]
             )
+            for role in Role
+        }
     return result
 
 
 def gradient_noise(s: LayerStatistics) -> float:
     """eta G / 4: the excess loss that gradient noise of a layer's own size keeps up (docs/thresholds.md, equation 3)."""
     return 0.25 * s.step_size * float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
+
+
+def patch_energy(s: LayerStatistics) -> Tensor:
+    """X**2 that an element of E meets in WGRAD, summed over channels and taps, mean over samples; E's positions, one channel."""
+    g = s.geometry
+    energy = s.x_square.double().mean(g.channel_axis, keepdim=True) * (g.in_channels // g.groups)
+    if g.kind == "linear":
+        return energy
+    conv = (F.conv1d, F.conv2d, F.conv3d)[len(g.taps) - 1]
+    return conv(energy, energy.new_ones(1, 1, *g.taps), stride=g.stride, padding=g.padding, dilation=g.dilation)
 
 
 def operand_elements(s: LayerStatistics) -> dict[Role, float]:

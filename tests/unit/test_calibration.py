@@ -1,15 +1,17 @@
 """Harm as excess loss, its measured slopes, and the multipliers that balance them."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.policy.calibration import Calibration, Slope, measured_slopes
-from dynasty_lightning.policy.sensitivity import LayerStatistics, layer_sensitivities
+from dynasty_lightning.policy.sensitivity import LayerStatistics, layer_sensitivities, patch_energy
 
 X, W, E = Role
 
@@ -37,48 +39,72 @@ def linear(*, outputs, inputs, step_size, dw, dx=0.25, probe=None, dgrad=True):
 def test_harm_of_two_layers_by_hand():
     layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
     found = layer_sensitivities(layers, loss=2.0)
-    # eta G / 4: 0.5 * 32 * 0.1 / 4 = 0.4 and 1 * 32 * 0.2 / 4 = 1.6. Curvature N/2 = 4.
-    own_a, own_b = 0.4, 1.6
-    # Sums of squares: X 8 * 8 * 4 = 256 and 8 * 4 * 4 = 128; W 32; E 8 * 4 * 2 = 64 and 8 * 8 * 2 = 128.
+    # C = sum of eta G / 4: 0.5 * 32 * 0.1 / 4 + 1 * 32 * 0.2 / 4 = 0.4 + 1.6. Curvature N/2 = 4.
+    noise = 2.0
+    # dX**2 X**2 is 1 an element: 8 * 8 of them in a, 8 * 4 in b. W**2 sums to 32. E meets 8 and 4 channels of X**2 = 4.
     expected = {
-        ("a", X): (4 * 0.25 + own_a / 256) / 2,
-        ("a", W): (4 * 0.1 + 0) / 2,
-        ("a", E): (own_a / 64) / 2,
-        ("b", X): (4 * 0.25 + own_b / 128) / 2,
-        ("b", W): (4 * 0.2 + own_a / 32) / 2,
-        ("b", E): ((own_a + own_b) / 128) / 2,
+        ("a", X): 0.25 * (4 + noise / 64) / 2,
+        ("a", W): (4 * 0.1 + noise / 32) / 2,
+        ("a", E): 0.5 / 4 * 8 * 4 / 2,
+        ("b", X): 0.25 * (4 + noise / 32) / 2,
+        ("b", W): (4 * 0.2 + noise / 32) / 2,
+        ("b", E): 1.0 / 4 * 4 * 4 / 2,
     }
     for (name, role), value in expected.items():
         assert torch.allclose(found[name][role].harm, torch.full_like(found[name][role].harm, value), rtol=1e-6), (name, role)
+
+
+@pytest.mark.parametrize(("groups", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (2, 1, 2)])
+def test_what_an_error_in_e_meets_in_wgrad(groups, stride, dilation):
+    torch.manual_seed(0)
+    geometry = LayerGeometry(
+        kind="conv", weight_shape=(4, 8 // groups, 3, 3), stride=(stride,) * 2, padding=(1, 1), dilation=(dilation,) * 2, groups=groups
+    )
+    # |X| depends on the position alone, so that means over samples and channels are exact.
+    size = torch.rand(1, 1, 7, 6) + 0.5
+    x = size * torch.randn(5, 8, 7, 6).sign()
+    y = F.conv2d(x, torch.zeros(geometry.weight_shape), None, stride, 1, dilation, groups)
+    s = linear(outputs=4, inputs=8, step_size=1.0, dw=1.0)
+    s = replace(s, geometry=geometry, x_square=size.square().expand(1, 2, 7, 6), e_square=torch.ones(1, 1, *y.shape[2:]))
+    energy = patch_energy(s)
+    # One element of E changes dW of its output channel by its error times the patch of X.
+    for position in ((0, 0), (1, 2), (y.shape[2] - 1, y.shape[3] - 1)):
+        e = torch.zeros_like(y)
+        e[3, 1, position[0], position[1]] = 1.0
+        dw = torch.nn.grad.conv2d_weight(x, geometry.weight_shape, e, stride, 1, dilation, groups)
+        assert float(energy[0, 0, position[0], position[1]]) == pytest.approx(float(dw.square().sum()), rel=1e-5)
 
 
 def test_slopes_by_hand():
     zero = torch.zeros(3, 2, dtype=torch.float64)
     probe = SimpleNamespace(
         loss=torch.tensor([[0.1, 0.5], [0.2, 0.3], [0.0, 0.0]], dtype=torch.float64),
-        wgrad=torch.tensor([[0.01, 0.05], [0.0, 0.0], [0.1, 0.4]], dtype=torch.float64),
-        dgrad=torch.tensor([[0.0, 0.0], [0.02, 0.1], [0.2, 0.6]], dtype=torch.float64),
-        bits=torch.tensor([[5.0, 3.0], [6.0, 4.5], [4.0, 4.0]], dtype=torch.float64),
+        forward=torch.tensor([[0.01, 0.05], [0.02, 0.1], [0.0, 0.0]], dtype=torch.float64),
+        wgrad=torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.1, 0.4]], dtype=torch.float64),
+        bits=torch.tensor([[5.0, 3.0], [6.0, 4.5], [4.0, 3.5]], dtype=torch.float64),
     )
-    still = SimpleNamespace(loss=zero, wgrad=zero, dgrad=zero, bits=zero)
+    still = SimpleNamespace(loss=zero, forward=zero, wgrad=zero, bits=zero)
     layers = {
         "a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1, probe=still),
         "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2, probe=probe),
     }
-    found = measured_slopes(layers, loss=2.0)["b"]
-    assert found[X].harm == pytest.approx((0.4 + 1.6 * 0.04) / 2)
-    assert found[W].harm == pytest.approx((0.1 + 0.4 * 0.08) / 2)
-    assert found[E].harm == pytest.approx((1.6 * 0.3 + 0.4 * 0.4) / 2)
+    slopes = measured_slopes(layers, loss=2.0)
+    found = slopes["b"]
+    # C = 0.4 + 1.6 as above; E's noise stays in its own layer.
+    assert found[X].harm == pytest.approx((0.4 + 2.0 * 0.04) / 2)
+    assert found[W].harm == pytest.approx((0.1 + 2.0 * 0.08) / 2)
+    assert found[E].harm == pytest.approx((1.6 * 0.3) / 2)
     # Six GEMMs of 256 MACs. X's bit: FORWARD at W's 5 bits and WGRAD at E's 3, of 64 bit products; 2 bits less are saved.
     assert found[X].cost == pytest.approx(2.0 * 256 * (5 + 3) / (64 * 6 * 256))
     assert found[W].cost == pytest.approx(1.5 * 256 * (4 + 3) / (64 * 6 * 256))
-    assert found[E].cost == 0.0  # its widths did not move: nothing to weigh harm against
+    assert found[E].cost == pytest.approx(0.5 * 256 * (4 + 5) / (64 * 6 * 256))
+    assert all(slopes["a"][role].cost == 0.0 for role in Role)  # widths did not move: nothing to weigh harm against
 
 
 def test_no_probe_and_a_broken_probe_give_no_slopes():
     assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1)}, loss=1.0) == {}
     values = torch.full((3, 2), torch.nan, dtype=torch.float64)
-    broken = SimpleNamespace(loss=values, wgrad=values, dgrad=values, bits=values)
+    broken = SimpleNamespace(loss=values, forward=values, wgrad=values, bits=values)
     assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1, probe=broken)}, loss=1.0) == {}
 
 
