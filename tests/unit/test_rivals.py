@@ -335,15 +335,23 @@ def test_ampa_takes_bits_where_they_matter_least():
     assert (bits(entries, "a"), bits(entries, "b")) == ((6, 7, 8), (8, 7, 8))
 
 
-@pytest.mark.parametrize(("spread", "expected"), [(1, (7, 8, 8)), (2, (6, 8, 8)), (5, (4, 8, 8))])
+@pytest.mark.parametrize(("spread", "expected"), [(1, (7, 7, 8)), (2, (6, 8, 8)), (5, (6, 8, 8))])
 def test_ampa_spread(spread, expected):
-    # X_a hardly counts, so it alone loses bits, as many as `spread` below X_b allows. 4 x 8 twice and 64 of a, 192 of b: 320 / 384.
+    # X_a hardly counts: it alone loses bits, down to `spread` below X_b. 6/8/8 costs 160 and b 192: 352 of 384. Where only 7/8/8 is
+    # allowed, 368, W_a is next (49 + 56 + 56 + 192 = 353).
     layers = {"a": layer(dx=((1e-12, 1e-12),)), "b": layer(2, dx=((1.0, 1.0),))}
-    # One step of cost at a time: enough for X_a down to 4 bits, or for the limit.
-    target = {1: 384 / 368, 2: 384 / 352, 5: 384 / 320}[spread]
-    entries = AmpaPolicy(spread=spread).update(measure(layers, speedup=1.0, target=target))
+    entries = AmpaPolicy(spread=spread).update(measure(layers, speedup=1.0, target=384 / 354))
     assert bits(entries, "a") == expected
     assert bits(entries, "b") == (8, 8, 8)
+
+
+def test_ampa_smooths_sensitivities():
+    # 64 elements, gradients of 1, then 3: 64 and 192. At .6: (.6 * .4 * 64 + .4 * 192) / (.6 * .4 + .4) = 144.
+    policy = AmpaPolicy()
+    for gradient in (1.0, 9.0):
+        policy.update(measure({"a": layer(x=((1.0, 1.0),), dx=((gradient, gradient),))}, speedup=1.0, target=2.0))
+    state = policy.state_dict()
+    assert state["averages"]["a"]["X"] / state["weights"]["a"] == pytest.approx(144)
 
 
 def test_ampa_allows_for_what_zero_blocks_are_charged():
