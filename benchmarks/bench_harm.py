@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predicted against measured harm of rounding errors, entry by entry of the maps, early and late in training, beside rival predictors.
+
+    python benchmarks/bench_harm.py --data-dir FOLDER   # prints, writes benchmarks/results/harm.json, draws docs/images/harm.png
+    python benchmarks/bench_harm.py --smoke             # digits, half a minute; writes and draws nothing
+
+A network trains in dynamic precision. At two steps its weights, map, optimizer and the policy's smoothed statistics are copied. A plain
+float32 twin then runs one batch of training images with the rounding error of one operand of one layer left inside one entry, and nothing
+else quantized (benchmarks/harm.py has the equation of harm). Entries are drawn at random, the same number from each layer; widths are
+2 and 4 bits everywhere and what the map in force gives. E rounds stochastically: its harm is the mean of several draws.
+
+Predictors, all of the error that was made, sum err**2 over the entry:
+
+    ours              harm per unit of squared error, from the policy's smoothed statistics of other batches
+    calibrated        the same times the factors that the policy's probes have found by then
+    exact statistics  the same from this batch's own, unquantized
+    AMPA              rms gradient * rms error of the entry (first order; of E its own rms), our reading of the rule (docs/policies.md)
+    noise             sum err**2 over the tensor's sum of squares
+    amax^2            the entry's largest square alone
+    amax^2 err^2      the same times sum err**2
+    random            a random number
+"""
+
+import argparse
+import copy
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from common import describe, parser, progress, provenance, write_json
+from harm import (
+    Harm,
+    MeasuredNetwork,
+    adding,
+    agreement,
+    bootstrap,
+    calibration,
+    entry_layout,
+    entry_slices,
+    only,
+    positions,
+    rounding_error,
+)
+from scipy.stats import spearmanr
+
+from dynasty_lightning import DynastyCallback, DynastyPrecision
+from dynasty_lightning.core.precision import OperandPrecision
+from dynasty_lightning.core.roles import Role
+from dynasty_lightning.policy.generator import DynastyPolicy, Measurement
+from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+from dynasty_lightning.step_size import effective_step_sizes
+from dynasty_lightning.tasks import Task, build_task
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = 5.1
+GOALS = {Role.ACTIVATION: 0.8, Role.WEIGHT: 0.9, Role.ERROR: 0.9}
+"""Least Spearman correlation of measured and predicted harm, pooled over layers."""
+WIDTHS: tuple[int | str, ...] = (2, 4, "map")
+UNSEEN_EPOCH = 1 << 20
+"""Of the training loader: its first batch is one that no run meets."""
+OWN = ("ours", "calibrated", "exact statistics")
+WHOLE = "all layers"
+SETTINGS = ("data", "model", "train_samples", "epochs", "batch_size", "interval", "early", "late", "entries", "draws")
+Sensitivities = Mapping[str, Mapping[Role, Sensitivity]]
+
+
+class WatchedPolicy(DynastyPolicy):
+    """Ours, keeping what it last predicted and from what."""
+
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
+        calibrated = super().sensitivities(layers, measurement)
+        self.last = (dict(layers), {"ours": layer_sensitivities(layers, loss=measurement.loss), "calibrated": calibrated})
+        return calibrated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A moment of training: everything that a measurement needs."""
+
+    name: str
+    step: int
+    weights: dict[str, Any]
+    entries: Mapping[str, Mapping[Role, OperandPrecision]]
+    step_sizes: dict[str, float]
+    layers: dict[str, LayerStatistics]
+    sensitivities: Mapping[str, Sensitivities]
+    figures: dict[str, Any]
+
+
+class Snapshots(L.Callback):
+    """Copies a stage after each of the named steps, and ends training after the last. Stands behind the DynastyCallback."""
+
+    def __init__(self, callback: DynastyCallback, policy: WatchedPolicy, steps: Mapping[str, float]) -> None:
+        self.callback, self.policy, self.steps = callback, policy, steps
+        self.stages: list[Stage] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        for name, at in self.steps.items():
+            if step != (at if at >= 1 else round(at * trainer.estimated_stepping_batches)):
+                continue
+            sizes = effective_step_sizes(trainer.optimizers)
+            modules = dict(pl_module.named_modules())
+            layers, sensitivities = self.policy.last
+            last = self.callback.history[-1]
+            self.stages.append(
+                Stage(
+                    name=name,
+                    step=step,
+                    weights=copy.deepcopy(pl_module.state_dict()),
+                    entries=self.callback.precision_map().entries,
+                    step_sizes={n: sizes[id(modules[n].weight)] for n in layers},
+                    layers=layers,
+                    sensitivities=sensitivities,
+                    figures={k: last[k] for k in ("step", "loss", "speedup_charged", "mean_bits", "zero_share")},
+                )
+            )
+            trainer.should_stop = len(self.stages) == len(self.steps)
+
+
+def make_task(a: argparse.Namespace) -> Task:
+    return build_task(
+        data=a.data, model=a.model, data_dir=a.data_dir, batch_size=a.batch_size, train_samples=a.train_samples, seed=a.seed
+    )  # fmt: skip
+
+
+def train(a: argparse.Namespace, task: Task) -> list[Stage]:
+    """The stages "early" and "late" of one run."""
+    policy = WatchedPolicy()
+    callback = DynastyCallback(policy=policy, target_speedup=TARGET, interval=a.interval, table=False)
+    snapshots = Snapshots(callback, policy, {"early": a.early, "late": a.late})
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=a.epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, plugins=[DynastyPrecision(seed=a.seed)],
+        callbacks=[callback, snapshots],
+    )  # fmt: skip
+    trainer.fit(task.module, task.data)
+    return snapshots.stages
+
+
+def twin(a: argparse.Namespace, stage: Stage) -> MeasuredNetwork:
+    """The stage's network in plain float32, on a batch of augmented training images that training never saw."""
+    task = make_task(a)
+    names = set(task.module.state_dict())
+    task.module.load_state_dict({k: v for k, v in stage.weights.items() if k in names})
+    loader = task.data.train_dataloader()
+    loader.load_state_dict({"epoch": UNSEEN_EPOCH, "next_batch": 0})
+    images, labels = next(iter(loader))
+    return MeasuredNetwork(task.module, stage.step_sizes, images, labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One entry of a map with its error: what was measured, and what each predictor says."""
+
+    role: Role
+    layer: int
+    width: int | str
+    index: int
+    squared_error: float
+    measured: Harm
+    predicted: dict[str, float]
+
+
+def requested(stage: Stage, layer: str, role: Role, width: int | str) -> OperandPrecision:
+    """A uniform width, or the map in force."""
+    if isinstance(width, int):
+        return OperandPrecision(bits=width)
+    return stage.entries.get(layer, {}).get(role, OperandPrecision(bits=8))
+
+
+def measure_entries(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) -> list[Entry]:
+    """All roles, layers and widths; entries without any error say nothing and are left out."""
+    random = np.random.default_rng(a.seed)
+    sources = {**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)}
+    result = []
+    for i, (name, s) in enumerate(stage.layers.items()):
+        for role in Role:
+            operand = net.operands[name, role]
+            layout = entry_layout(operand, role, s)
+            count = math.prod(layout.grid_shape)
+            chosen = random.permutation(count)[: a.entries].tolist()
+            for width in WIDTHS:
+                places = positions(a.seed, i)
+                draws = a.draws if role is Role.ERROR else 1
+                errors = [rounding_error(operand, role, requested(stage, name, role, width), s, next(places)) for _ in range(draws)]
+                for index in chosen:
+                    slices = entry_slices(layout, index)
+                    square = sum(float(e[slices].double().square().sum()) for e in errors) / draws
+                    if square == 0:
+                        continue
+                    if role is Role.ERROR:
+                        measured = Harm.mean([net.error_harm(name, only(e, slices)) for e in errors])
+                    else:
+                        measured = net.harm({(name, role): adding(only(errors[0], slices))})
+                    values = operand[slices].double()
+                    gradient = values if role is Role.ERROR else net.gradients[name, role][slices].double()
+                    peak = float(values.abs().max()) ** 2
+                    predicted = {
+                        **{key: float(source[name][role].harm.flatten()[index]) * square for key, source in sources.items()},
+                        "AMPA": math.sqrt(float(gradient.square().sum()) * square),
+                        "noise": square / float(operand.double().square().sum()),
+                        "amax^2": peak,
+                        "amax^2 err^2": peak * square,
+                        "random": random.random(),
+                    }
+                    result.append(
+                        Entry(role=role, layer=i, width=width, index=index, squared_error=square, measured=measured, predicted=predicted)
+                    )
+        progress(f"{stage.name}: {name} measured")
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Harm of many errors at once: of one whole operand, or of the named roles in all layers."""
+
+    layer: str
+    roles: str
+    width: int | str
+    measured: Harm
+    predicted: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {"measured": self.measured.total, "loss_term": self.measured.loss, "predicted": self.predicted}
+        return {"layer": self.layer, "roles": self.roles, "width": self.width, **figures}
+
+
+def measure_levels(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) -> list[Level]:
+    """Each operand alone, then each role in all layers, then everything: there errors meet in one pass, operands rounded as they come."""
+    sources = {**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)}
+    places = {name: positions(a.seed + 1, i) for i, name in enumerate(stage.layers)}
+
+    def rounding(name: str, role: Role, width: int | str) -> Any:
+        precision, s = requested(stage, name, role, width), stage.layers[name]
+        return lambda operand: operand + rounding_error(operand, role, precision, s, next(places[name]))
+
+    def operand_level(name: str, role: Role, width: int | str) -> Level:
+        operand = net.operands[name, role]
+        draws = a.draws if role is Role.ERROR else 1
+        errors = [rounding(name, role, width)(operand) - operand for _ in range(draws)]
+        measured = Harm.mean([net.error_harm(name, e) if role is Role.ERROR else net.harm({(name, role): adding(e)}) for e in errors])
+        layout = entry_layout(operand, role, stage.layers[name])
+        square = torch.stack([layout.mean(e.double().square()) * layout.counts(e.device) for e in errors]).mean(0)
+        predicted = {key: float((source[name][role].harm * square).sum()) for key, source in sources.items()}
+        return Level(layer=name, roles=role.letter, width=width, measured=measured, predicted=predicted)
+
+    levels = []
+    for width in WIDTHS:
+        alone = [operand_level(name, role, width) for name in stage.layers for role in Role]
+        levels += alone
+        for roles in ("X", "W", "E", "XWE"):
+            together = {(name, role): rounding(name, role, width) for name in stage.layers for role in Role if role.letter in roles}
+            measured = Harm.mean([net.harm(together) for _ in range(a.draws if "E" in roles else 1)])
+            predicted = {key: sum(v.predicted[key] for v in alone if v.roles in roles) for key in sources}
+            levels.append(Level(layer=WHOLE, roles=roles, width=width, measured=measured, predicted=predicted))
+    progress(f"{stage.name}: whole operands measured")
+    return levels
+
+
+def summarise(entries: Iterable[Entry], names: Sequence[str], seed: int) -> dict[str, Any]:
+    """Figures of one role and width."""
+    entries = list(entries)
+    measured = np.array([e.measured.total for e in entries])
+    layers = np.array([e.layer for e in entries])
+    predictors = {key: np.array([e.predicted[key] for e in entries]) for key in entries[0].predicted}
+    return {
+        "entries": len(entries),
+        "loss_share": float(np.median([e.measured.loss / e.measured.total for e in entries if e.measured.total > 0])),
+        "interval": bootstrap(predictors["ours"], measured, seed),
+        "predictors": {key: agreement(p, measured, layers, names) for key, p in predictors.items()},
+        "calibration": {key: calibration(predictors[key], measured) for key in OWN},
+    }
+
+
+def summarise_levels(levels: Sequence[Level]) -> dict[str, Any]:
+    """Of one width: agreement over whole operands, and for the network each role's harm beside its prediction and its layers' sum."""
+    alone = [v for v in levels if v.layer != WHOLE]
+    measured = np.array([v.measured.total for v in alone])
+    network = {}
+    for v in levels:
+        if v.layer == WHOLE:
+            parts = sum(u.measured.total for u in alone if u.roles in v.roles)
+            network[v.roles] = {
+                "measured": v.measured.total,
+                "loss_term": v.measured.loss,
+                "predicted": v.predicted,
+                "over_prediction": {key: v.measured.total / p for key, p in v.predicted.items()},
+                "over_sum_of_operands": v.measured.total / parts,
+            }
+    return {
+        "spearman": {key: float(spearmanr([v.predicted[key] for v in alone], measured).statistic) for key in OWN},
+        "calibration": {key: calibration(np.array([v.predicted[key] for v in alone]), measured) for key in OWN},
+        "network": network,
+    }
+
+
+def report(stage: dict[str, Any], names: Sequence[str]) -> None:
+    print(
+        f"\n{stage['name']}: step {stage['step']}, loss of the batch {stage['loss']:.3f}, map of mean bits {stage['figures']['mean_bits']}"
+    )
+    print("Spearman, pooled / median within layers; slope and ratio (measured over predicted) are those of ours")
+    predictors = list(next(iter(stage["entries"]["X"].values()))["predictors"])
+    print("  role bits    n  loss term  95 % of ours  slope ratio  " + "".join(f"{p:>18s}" for p in predictors))
+    for letter, widths in stage["entries"].items():
+        for width, v in widths.items():
+            c, (low, high) = v["calibration"]["ours"], v["interval"]
+            cells = "".join(f"{_figure(p['spearman']):>11s} / {_figure(p['median_within'])}" for p in v["predictors"].values())
+            print(
+                f"  {letter:4s} {width!s:4s} {v['entries']:4d} {100 * v['loss_share']:8.0f} %  [{low:.2f}, {high:.2f}]"
+                f"  {c['slope']:5.2f} {c['ratio']:5.2f}  {cells}"
+            )
+    print("within each layer, ours at " + ", ".join(f"{w} bits" if isinstance(w, int) else w for w in WIDTHS))
+    for name in names:
+        cells = [
+            f"{letter} " + " ".join(f"{_figure(v['predictors']['ours']['within'].get(name, math.nan)):>5s}" for v in widths.values())
+            for letter, widths in stage["entries"].items()
+        ]
+        print(f"  {name:30s} " + "    ".join(cells))
+    print(
+        "whole operands: Spearman over all of all roles, ours and calibrated; whole network: harm, over what ours predicts, over what "
+        "calibrated predicts, over the sum of its operands' harm"
+    )
+    for width, v in stage["levels"].items():
+        roles = "   ".join(
+            f"{r} {n['measured']:.2e} "
+            + " ".join(f"{n['over_prediction'][key]:5.2f}" for key in OWN[:2])
+            + f" {n['over_sum_of_operands']:5.2f}"
+            for r, n in v["network"].items()
+        )
+        print(f"  {width!s:4s} {v['spearman']['ours']:5.2f} {v['spearman']['calibrated']:5.2f}   {roles}")
+
+
+def _figure(value: float) -> str:
+    return "   -" if math.isnan(value) else f"{value:.2f}"
+
+
+def check_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether ours reaches the goal at every stage and width."""
+    met = {}
+    for role, goal in GOALS.items():
+        least = min(v["predictors"]["ours"]["spearman"] for stage in stages for v in stage["entries"][role.letter].values())
+        met[role.letter] = least >= goal
+        print(f"{role.letter}: least pooled Spearman {least:.3f}, goal {goal}: {'met' if least >= goal else 'MISSED'}")
+    return met
+
+
+def draw(stages: Sequence[tuple[dict[str, Any], list[Entry]]], names: Sequence[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+
+    figure, axes = plt.subplots(len(stages), len(Role), figsize=(13, 4.3 * len(stages)), layout="constrained", squeeze=False)
+    colours = plt.get_cmap("turbo")(np.linspace(0.03, 0.97, len(names)))
+    markers = dict(zip(WIDTHS, "os^", strict=True))
+    for row, (stage, entries) in zip(axes, stages, strict=True):
+        for axis, role in zip(row, Role, strict=True):
+            shown = [e for e in entries if e.role is role and e.measured.total > 0 and e.predicted["ours"] > 0]
+            for width, marker in markers.items():
+                of = [e for e in shown if e.width == width]
+                axis.scatter(
+                    [e.predicted["ours"] for e in of], [e.measured.total for e in of], s=9, marker=marker, alpha=0.6, linewidths=0,
+                    c=[colours[e.layer] for e in of],
+                )  # fmt: skip
+            values = np.array([[e.predicted["ours"], e.measured.total] for e in shown])
+            low, high = values.min(), values.max()
+            axis.plot([low, high], [low, high], color="black", lw=0.8)
+            spearman = ", ".join(f"{v['predictors']['ours']['spearman']:.2f}" for v in stage["entries"][role.letter].values())
+            axis.set(
+                xscale="log", yscale="log", xlabel="predicted harm", ylabel="measured harm",
+                title=f"{role.letter} {stage['name']}, step {stage['step']}: Spearman {spearman}",
+            )  # fmt: skip
+            axis.grid(alpha=0.25)
+    handles = [Line2D([], [], color=c, marker="o", ls="", label=n.removeprefix("network.")) for n, c in zip(names, colours, strict=True)]
+    handles += [
+        Line2D([], [], color="grey", marker=m, ls="", label=f"{w} bits" if isinstance(w, int) else "map in force")
+        for w, m in markers.items()
+    ]
+    handles.append(Line2D([], [], color="black", lw=0.8, label="measured = predicted"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"wrote {path}")
+
+
+def measure(a: argparse.Namespace, stage: Stage) -> tuple[dict[str, Any], list[Entry]]:
+    """Figures of a stage, JSON-ready, and its entries."""
+    net = twin(a, stage)
+    names = list(stage.layers)
+    entries = measure_entries(a, stage, net)
+    levels = measure_levels(a, stage, net)
+    figures = {
+        "name": stage.name,
+        "step": stage.step,
+        "loss": net.loss,
+        "figures": stage.figures,
+        "step_sizes": stage.step_sizes,
+        "entries": {
+            role.letter: {w: summarise((e for e in entries if e.role is role and e.width == w), names, a.seed) for w in WIDTHS}
+            for role in Role
+        },
+        "levels": {w: summarise_levels([v for v in levels if v.width == w]) for w in WIDTHS},
+        "operands": [v.to_json() for v in levels],
+    }
+    return figures, entries
+
+
+def options() -> argparse.ArgumentParser:
+    p = parser(__doc__)
+    p.add_argument("--data", default="cifar100")
+    p.add_argument("--model", default="resnet8", help="one without grouped convolutions")
+    p.add_argument("--data-dir", type=Path, help="folder of the data files; else $DYNASTY_DATA")
+    p.add_argument("--train-samples", type=int, default=20_000)
+    p.add_argument("--epochs", type=int, default=4)
+    p.add_argument("--batch-size", type=int, default=64)
+    p.add_argument("--interval", type=int, default=50, help="steps between analyses")
+    p.add_argument("--early", type=float, default=100, help="step of the first measurement, or share of the run")
+    p.add_argument("--late", type=float, default=0.9, help="of the second")
+    p.add_argument("--entries", type=int, default=36, help="of each operand of each layer, at most")
+    p.add_argument("--draws", type=int, default=3, help="of stochastic rounding")
+    p.add_argument("--picture", type=Path, help="draw there")
+    return p
+
+
+def main() -> None:
+    a = options().parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    torch.manual_seed(a.seed)
+    if a.smoke:
+        a.data, a.train_samples, a.epochs, a.batch_size, a.interval, a.early, a.entries, a.draws = "digits", 640, 2, 32, 5, 12, 3, 1
+    else:
+        a.results = a.results or ROOT / "benchmarks" / "results" / "harm.json"
+        a.picture = a.picture or ROOT / "docs" / "images" / "harm.png"
+    result: dict[str, Any] = provenance(a)
+    print(describe(result))
+    print(
+        "expected: pooled Spearman of ours at least " + ", ".join(f"{r.letter} {g}" for r, g in GOALS.items()) + "; slope and ratio near 1"
+    )
+    begin = time.perf_counter()
+    stages = train(a, make_task(a))
+    progress(f"trained, {time.perf_counter() - begin:.0f} s")
+    measured = []
+    for stage in stages:
+        measured.append(measure(a, stage))
+        report(measured[-1][0], list(stage.layers))
+        progress(f"{stage.name} done, {time.perf_counter() - begin:.0f} s")
+    print()
+    result |= {
+        "expected": {r.letter: g for r, g in GOALS.items()},
+        "met": check_goals([figures for figures, _ in measured]),
+        "setting": {k: v for k, v in vars(a).items() if k in SETTINGS},
+        "target_speedup": TARGET,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "stages": [figures for figures, _ in measured],
+    }
+    write_json(a.results, result)
+    if a.picture:
+        draw(measured, list(stages[0].layers), a.picture)
+
+
+if __name__ == "__main__":
+    main()
