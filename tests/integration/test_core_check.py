@@ -11,8 +11,8 @@ from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.core_check import check_on_core, cost_of_last_step, describe
 from dynasty_lightning.nn.convert import convert
+from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.nn.ops import EXECUTORS
 from fpga import ToolMissing
 from fpga.reference import ReferenceDevice
 
