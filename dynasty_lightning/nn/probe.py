@@ -19,7 +19,7 @@ from .gemms import ExtractedWeight, quantize_operand
 from .plan import LayerPlan
 
 PROBED_ROWS: Final = 32
-_FIGURES: Final = 4
+_FIGURES: Final = 5
 SHIFTS: Final = (-1, 1)
 """Binades by which a role's thresholds are shifted; the difference is a slope."""
 
@@ -33,12 +33,14 @@ class ProbeRecord:
         forward: |change of Y|**2 / |Y|**2, for X and W.
         wgrad: |change of dW|**2 / |dW|**2, for E.
         bits: mean width of the role's blocks, zero blocks included.
+        zeros: share of the blocks that rounding or dropping made zero.
     """
 
     loss: Tensor
     forward: Tensor
     wgrad: Tensor
     bits: Tensor
+    zeros: Tensor
 
     @staticmethod
     def flat(record: "ProbeRecord | None", *, present: bool) -> Tensor:
@@ -47,15 +49,15 @@ class ProbeRecord:
             return torch.empty(0, dtype=torch.float64)
         if record is None:
             return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
-        return torch.cat([t.flatten() for t in (record.loss, record.forward, record.wgrad, record.bits)])
+        return torch.cat([t.flatten() for t in (record.loss, record.forward, record.wgrad, record.bits, record.zeros)])
 
     @classmethod
     def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
         """The inverse of `flat`; None for nothing and for a missing record."""
         if not values.numel() or bool(values.isnan().any()):
             return None
-        loss, forward, wgrad, bits = values.view(_FIGURES, len(Role), len(SHIFTS))
-        return cls(loss=loss, forward=forward, wgrad=wgrad, bits=bits)
+        loss, forward, wgrad, bits, zeros = values.view(_FIGURES, len(Role), len(SHIFTS))
+        return cls(loss=loss, forward=forward, wgrad=wgrad, bits=bits, zeros=zeros)
 
 
 def probe_layer(
@@ -91,6 +93,7 @@ def probe_layer(
         for column, shift in enumerate(SHIFTS):
             blocks = _shifted(whole[role], plan, role, requests[role], settings, shift, position)
             figures["bits"][role, column] = float(blocks.bits.double().mean())
+            figures["zeros"][role, column] = float((blocks.occupied & (blocks.bits == 0)).double().mean())
             error = (_values(blocks, plan, role) - whole[role].float()).to(dtype)
             if role is Role.ERROR:
                 figures["wgrad"][role, column] = _energy(product(Gemm.WGRAD, role, error)) / dw_energy if dw_energy > 0 else 0.0

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..core.roles import Role
+from ..core.roles import READS, Role
+from ..cost.bit_products import ZERO_CHARGE
 from .sensitivity import LayerStatistics, bit_price, gradient_noise, operand_elements
 
 _GAIN: Final = 0.5
@@ -30,7 +31,7 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         By layer and role; nothing if no layer was probed or one has a measurement that is not finite.
     """
     probes = [s.probe for s in layers.values() if s.probe is not None]
-    if not all(bool(t.isfinite().all()) for p in probes for t in (p.loss, p.forward, p.wgrad, p.bits)):
+    if not all(bool(t.isfinite().all()) for p in probes for t in (p.loss, p.forward, p.wgrad, p.bits, p.zeros)):
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
@@ -44,9 +45,15 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
             # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
             gradient = gradient_noise(s) * probe.wgrad[role] if role is Role.ERROR else noise * probe.forward[role]
             harm = (probe.loss[role] + gradient) / max(loss, 1e-12)
+            # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
+            elements = counts[role]
+            price = bit_price(s, role, elements, total_macs) * elements
+            charge = (
+                ZERO_CHARGE * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles) / (64.0 * max(total_macs, 1))
+            )
             fewer = float(probe.bits[role][0] - probe.bits[role][1])
-            saved = bit_price(s, role, counts[role], total_macs) * counts[role] * fewer
-            slopes.setdefault(name, {})[role] = Slope(harm=float(harm[1] - harm[0]), cost=saved if fewer > _LEAST_BITS else 0.0)
+            saved = price * fewer - charge * float(probe.zeros[role][1] - probe.zeros[role][0])
+            slopes.setdefault(name, {})[role] = Slope(harm=float(harm[1] - harm[0]), cost=saved if saved > price * _LEAST_BITS else 0.0)
     return slopes
 
 

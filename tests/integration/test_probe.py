@@ -72,6 +72,7 @@ def test_a_probe_of_a_linear_layer_against_float64():
     assert float(probe.wgrad[E, 0]) == pytest.approx(noise / float((ed**2).sum()), rel=1.0)
     assert float(probe.loss[E].abs().max()) == float(probe.forward[E].abs().max()) == float(probe.wgrad[:2].abs().max()) == 0.0
     assert bool((probe.bits[:, 0] > probe.bits[:, 1]).all())
+    assert float(probe.zeros[W, 0]) <= float(probe.zeros[W, 1]) < 1
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -104,14 +105,14 @@ def test_without_thresholds_there_is_no_probe():
 
 
 def test_figures_in_a_row_and_back():
-    values = [torch.rand(3, 2, dtype=torch.float64) for _ in range(4)]
-    record = ProbeRecord(loss=values[0], forward=values[1], wgrad=values[2], bits=values[3])
+    values = [torch.rand(3, 2, dtype=torch.float64) for _ in range(5)]
+    record = ProbeRecord(loss=values[0], forward=values[1], wgrad=values[2], bits=values[3], zeros=values[4])
     found = ProbeRecord.from_flat(ProbeRecord.flat(record, present=True))
     assert found is not None
-    assert all(torch.equal(getattr(found, n), getattr(record, n)) for n in ("loss", "forward", "wgrad", "bits"))
+    assert all(torch.equal(getattr(found, n), getattr(record, n)) for n in ("loss", "forward", "wgrad", "bits", "zeros"))
     assert ProbeRecord.flat(record, present=False).numel() == 0
     missing = ProbeRecord.flat(None, present=True)
-    assert missing.numel() == 24  # ranks add up rows of one length
+    assert missing.numel() == 30  # ranks add up rows of one length
     assert ProbeRecord.from_flat(missing) is None
 
 

@@ -81,9 +81,10 @@ def test_slopes_by_hand():
         loss=torch.tensor([[0.1, 0.5], [0.2, 0.3], [0.0, 0.0]], dtype=torch.float64),
         forward=torch.tensor([[0.01, 0.05], [0.02, 0.1], [0.0, 0.0]], dtype=torch.float64),
         wgrad=torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.1, 0.4]], dtype=torch.float64),
-        bits=torch.tensor([[5.0, 3.0], [6.0, 4.5], [4.0, 3.5]], dtype=torch.float64),
+        bits=torch.tensor([[5.0, 3.0], [6.0, 4.5], [4.0, 3.0]], dtype=torch.float64),
+        zeros=torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.125, 0.375]], dtype=torch.float64),
     )
-    still = SimpleNamespace(loss=zero, forward=zero, wgrad=zero, bits=zero)
+    still = SimpleNamespace(loss=zero, forward=zero, wgrad=zero, bits=zero, zeros=zero)
     layers = {
         "a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1, probe=still),
         "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2, probe=probe),
@@ -97,14 +98,15 @@ def test_slopes_by_hand():
     # Six GEMMs of 256 MACs. X's bit: FORWARD at W's 5 bits and WGRAD at E's 3, of 64 bit products; 2 bits less are saved.
     assert found[X].cost == pytest.approx(2.0 * 256 * (5 + 3) / (64 * 6 * 256))
     assert found[W].cost == pytest.approx(1.5 * 256 * (4 + 3) / (64 * 6 * 256))
-    assert found[E].cost == pytest.approx(0.5 * 256 * (4 + 5) / (64 * 6 * 256))
+    # A quarter more of E's blocks is zero, and each of their MACs in both GEMMs is still charged 4 bit products.
+    assert found[E].cost == pytest.approx((1.0 * 256 * (4 + 5) - 0.25 * 4 * 2 * 256) / (64 * 6 * 256))
     assert all(slopes["a"][role].cost == 0.0 for role in Role)  # widths did not move: nothing to weigh harm against
 
 
 def test_no_probe_and_a_broken_probe_give_no_slopes():
     assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1)}, loss=1.0) == {}
     values = torch.full((3, 2), torch.nan, dtype=torch.float64)
-    broken = SimpleNamespace(loss=values, forward=values, wgrad=values, bits=values)
+    broken = SimpleNamespace(loss=values, forward=values, wgrad=values, bits=values, zeros=values)
     assert measured_slopes({"a": linear(outputs=4, inputs=8, step_size=1.0, dw=0.1, probe=broken)}, loss=1.0) == {}
 
 

@@ -56,7 +56,9 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(kind: str, request_kind: str, 
             values, thresholds, least = torch.randint(-6, 3, grid), True, 2 if "least" in request_kind else 0
         settings = [int(thresholds), least, 8] * 3
         expected = operand_of(
-            quantize_operand(x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, values, settings, training=False), Role.ACTIVATION, converted.plan
+            quantize_operand(x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, values, settings, training=False),
+            Role.ACTIVATION,
+            converted.plan,
         )
         flat = x.movedim(1, -1).reshape(5, -1, 21).numpy() if kind == "conv" else x.numpy()[:, None]
         asked = values.view(1, 1, 1) if values.ndim == 0 else values.movedim(1, -1).reshape(1, -1, blocks)
