@@ -63,7 +63,7 @@ def stdlib_docs(root: Path | None = None) -> TextData:
     """The language reference that `pydoc` shows and the docstrings of the standard library's modules, classes and functions.
 
     Files are parsed and not imported. They come sorted by path, and a paragraph that has come before is left out, so that no part of the
-    text repeats another. The same Python version gives the same text.
+    text repeats another. The same Python version gives the same text, but for what a distribution changes in it.
 
     Args:
         root: folder of the standard library; None for the running Python's.
