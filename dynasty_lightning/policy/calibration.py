@@ -48,9 +48,7 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
             # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
             elements = counts[role]
             price = bit_price(s, role, elements, total_macs) * elements
-            charge = (
-                ZERO_CHARGE * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles) / (64.0 * max(total_macs, 1))
-            )
+            charge = ZERO_CHARGE * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles) / (64.0 * max(total_macs, 1))
             fewer = float(probe.bits[role][0] - probe.bits[role][1])
             saved = price * fewer - charge * float(probe.zeros[role][1] - probe.zeros[role][0])
             slopes.setdefault(name, {})[role] = Slope(harm=float(harm[1] - harm[0]), cost=saved if saved > price * _LEAST_BITS else 0.0)

@@ -122,13 +122,14 @@ class ThresholdPolicy(ABC):
         noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to the measurement's target_speedup.
         smoothing: weight of the past in the moving averages of second moments.
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
-        least_bits: least width of X, W and E blocks; 0 allows zero blocks (E: unbiased drop).
+        least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop, but of X and W a bias that harm in
+            second moments does not see and training does (docs/thresholds.md, Measured harm).
     """
 
     noise_budget: float | None = None
     smoothing: float = 0.6
     hysteresis: float = 0.25
-    least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 0, "W": 0, "E": 0})
+    least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 2, "W": 2, "E": 0})
     name: str
     needs_statistics: bool = True
 
@@ -243,13 +244,15 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4), calibrated by probes.
+    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4), calibrated by probes on request.
 
     Args:
-        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none".
+        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
+            which was best where we measured (docs/thresholds.md, Calibration).
+        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations.
     """
 
-    calibrate: Literal["layers", "roles", "none"] = "layers"
+    calibrate: Literal["layers", "roles", "none"] = "none"
     role_weights: Mapping[str, float] = field(default_factory=dict)
     name: str = "dynasty"
 

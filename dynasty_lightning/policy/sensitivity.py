@@ -78,22 +78,27 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         s_X = N <dX**2> / (2 L) + C <dX**2> / (L sum of dX**2 X**2)
         s_W = N <dW**2> / (2 L) + C / (L sum W**2)
         s_E = eta_l / (4 L) * sum of <X**2> over the channels and taps that the element meets in WGRAD
+              + sum over layers j below of eta_j G_j / (4 L P sum E**2), P = positions of E in a sample
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
     noise = sum(gradient_noise(s) for s in layers.values())
     result: dict[str, dict[Role, Sensitivity]] = {}
+    below = 0.0
     for name, s in layers.items():
         counts = operand_elements(s)
         x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
         moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
         weighed = float(w.mean()) * counts[Role.WEIGHT]
+        positions = counts[Role.ERROR] / (s.samples * s.geometry.out_channels)
+        spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
         harm = {
             Role.ACTIVATION: dx * (0.5 * s.samples + (noise / moved if moved > 0 else 0.0)),
             Role.WEIGHT: 0.5 * s.samples * s.dw_square.double() + (noise / weighed if weighed > 0 else 0.0),
-            Role.ERROR: 0.25 * s.step_size * patch_energy(s).expand_as(s.e_square),
+            Role.ERROR: 0.25 * s.step_size * patch_energy(s).expand_as(s.e_square) + (below / spread if spread > 0 else 0.0),
         }
+        below += gradient_noise(s)
         square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
         result[name] = {
             role: Sensitivity(

@@ -41,14 +41,15 @@ def test_harm_of_two_layers_by_hand():
     found = layer_sensitivities(layers, loss=2.0)
     # C = sum of eta G / 4: 0.5 * 32 * 0.1 / 4 + 1 * 32 * 0.2 / 4 = 0.4 + 1.6. Curvature N/2 = 4.
     noise = 2.0
-    # dX**2 X**2 is 1 an element: 8 * 8 of them in a, 8 * 4 in b. W**2 sums to 32. E meets 8 and 4 channels of X**2 = 4.
+    # dX**2 X**2 is 1 an element: 8 * 8 of them in a, 8 * 4 in b. W**2 sums to 32. E meets 8 and 4 channels of X**2 = 4; E**2 of b sums to
+    # 8 * 8 * 2 = 128, at one position.
     expected = {
         ("a", X): 0.25 * (4 + noise / 64) / 2,
         ("a", W): (4 * 0.1 + noise / 32) / 2,
         ("a", E): 0.5 / 4 * 8 * 4 / 2,
         ("b", X): 0.25 * (4 + noise / 32) / 2,
         ("b", W): (4 * 0.2 + noise / 32) / 2,
-        ("b", E): 1.0 / 4 * 4 * 4 / 2,
+        ("b", E): (1.0 / 4 * 4 * 4 + 0.4 / 128) / 2,
     }
     for (name, role), value in expected.items():
         assert torch.allclose(found[name][role].harm, torch.full_like(found[name][role].harm, value), rtol=1e-6), (name, role)
