@@ -244,7 +244,7 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4), calibrated by probes on request.
+    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4).
 
     Args:
         calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
