@@ -20,9 +20,11 @@ TOLERANCE = {"dynasty": 0.08, "magnitude": 0.08, "random": 0.08, "per_layer": 0.
 OPTIONS = {"cpt": {"cycles": 4, "interval": 2}}
 
 
-def fit(name, *, checkpoint=None, plugin=None, callbacks=(), **options):
+def fit(name, *, checkpoint=None, plugin=None, callbacks=(), policy_options=None, **options):
     torch.manual_seed(0)
-    settings = {"target_speedup": 4.0, "interval": 5, "warmup_steps": 4, "loss_guard": None, "table": False, **OPTIONS.get(name, {})}
+    settings = {"target_speedup": 4.0, "interval": 5, "warmup_steps": 4, "loss_guard": None, "table": False, **OPTIONS.get(name, {})} | (
+        policy_options or {}
+    )
     callback, plugin = DynastyCallback(policy=name, **settings), plugin or DynastyPrecision(seed=1)
     trainer = L.Trainer(**{**QUIET, "max_epochs": 1, **options}, plugins=[plugin], callbacks=[callback, *callbacks])
     model = Classifier(build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10, learning_rate=0.05)
@@ -48,8 +50,9 @@ def test_a_policy_trains_at_the_cost_that_was_asked_for(name):
 
 
 @pytest.mark.parametrize("name", ["magnitude", "random"])
-def test_controls_are_calibrated_as_ours_is(name):
-    *_, callback, _ = fit(name, max_epochs=-1, max_steps=40)
+def test_controls_are_calibrated_as_ours_can_be(name):
+    options = {} if name == "magnitude" else {"calibrate": "layers"}
+    *_, callback, _ = fit(name, max_epochs=-1, max_steps=40, policy_options=options)
     calibration = callback.policy.calibration
     assert calibration.events >= 2
     assert max(map(abs, calibration.log_role.values())) > 0.05
