@@ -380,6 +380,7 @@ def draw(stages: Sequence[tuple[dict[str, Any], list[Entry]]], names: Sequence[s
                 xscale="log", yscale="log", xlabel="predicted harm", ylabel="measured harm",
                 title=f"{role.letter} {stage['name']}, step {stage['step']}: Spearman {spearman}",
             )  # fmt: skip
+            axis.title.set_size("medium")
             axis.grid(alpha=0.25)
     handles = [Line2D([], [], color=c, marker="o", ls="", label=n.removeprefix("network.")) for n, c in zip(names, colours, strict=True)]
     handles += [
