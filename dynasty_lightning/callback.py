@@ -6,7 +6,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 import lightning.pytorch as pl
 import torch
@@ -91,6 +92,8 @@ class DynastyCallback(Callback):
             raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
         self.probe_interval = probe_interval
         self._analyses = 0
+        self._costed: _Widths | None = None
+        self._clean = False
         self.guard = LossGuard(ratio=loss_guard)
         self.energy_model = energy_model or EnergyModel()
         self.table = table
@@ -132,12 +135,15 @@ class DynastyCallback(Callback):
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
-        # The last batch may be a smaller one, which is not recorded: then the one before it tells what the last steps cost.
-        due = step >= self.schedule.next_step or (step + 1 == self.schedule.next_step == trainer.estimated_stepping_batches)
+        due = step >= self.schedule.next_step
+        # The step before an analysis tells what the widths in force cost. The analysed one then has E at 8 bits in all layers: second
+        # moments seen through E's own noise would take it for sensitivity of X and W, and narrow E further.
+        before = step + 1 == self.schedule.next_step
+        probing = due and self._probe_is_due
+        self._clean = due and not probing and self._costed is not None and step < trainer.estimated_stepping_batches
         for layer in self._layers.values():
-            layer.observing = due
-            layer.probing = due and self._probe_is_due
-        self._clock.start(observed=due)
+            layer.observing, layer.probing, layer.exact_errors = due or before, probing, self._clean
+        self._clock.start(observed=due or before)
 
     @property
     def _probe_is_due(self) -> bool:
@@ -154,12 +160,15 @@ class DynastyCallback(Callback):
         step = trainer.global_step
         if step >= self.schedule.next_step:
             self._analyse(trainer, pl_module, step)
+        elif step + 1 == self.schedule.next_step:
+            look = self._look(trainer)
+            self._costed = None if look is None else look.widths
         self._clock.stop()
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         for layer in self._layers.values():
-            layer.observing = False
+            layer.observing = layer.exact_errors = False
         step = trainer.global_step
         if self._last_cost is not None and step > self._last_event_step:
             self.run_cost.add(self._last_cost, step - self._last_event_step)
@@ -180,6 +189,7 @@ class DynastyCallback(Callback):
             "loss": (float(self._loss_sum), self._loss_count),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
+            "costed": None if self._costed is None else self._costed.to_state(),
             "raised": self._raised,
             "history": self.history,
         }
@@ -198,6 +208,7 @@ class DynastyCallback(Callback):
         self._loss_sum = torch.tensor(loss_sum)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
         self._analyses = state_dict["analyses"]
+        self._costed = None if state_dict["costed"] is None else _Widths.from_state(state_dict["costed"])
         self.history = list(state_dict["history"])
         self._restored = True
 
@@ -267,29 +278,30 @@ class DynastyCallback(Callback):
         return self._plugin
 
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
         last_step = trainer.estimated_stepping_batches
-        if not observations:  # a batch that used no converted layer, or a smaller one than before
+        look, costed = self._look(trainer), self._costed
+        self._costed = None
+        if look is None and (costed is None or step < last_step):  # a batch that used no converted layer, or a smaller one than before
             self.schedule.postpone(step)
             return
-        layers, costs, finite = self._collect(trainer, observations, self._step_sizes(trainer))
-        cost = sum(costs.values(), StepCost())
-        if not finite and self._last_cost is not None:
-            cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
-        self.run_cost.add(cost, step - self._last_event_step)
+        widths = costed if costed is not None and (self._clean or look is None) else cast(_Look, look).widths
+        cost, steps = widths.cost, step - self._last_event_step
+        if look is not None and self._clean:
+            self.run_cost.add(look.widths.cost, 1)
+            steps -= 1
+        self.run_cost.add(cost, steps)
         self._last_event_step, self._last_cost = step, cost
-        if self.policy.needs_statistics:
-            self._analytics = sum((self._analytics_of(o) for o in observations.values()), AnalyticsCost())
-        self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}
         loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._loss_count, 1)).reshape(1)))
         self._loss_sum, self._loss_count = 0.0, 0
-        self._record(step, cost, layers, observations, loss)
+        self._record(step, widths, loss)
         target = self._rest_target(step, last_step, cost)
         reason = self.guard.check(loss)
         if reason is not None:
             self._raise_widths(reason)
-        elif finite and self.schedule.is_warm(step) and step < last_step:  # what follows the last step is tested with what it trained with
+        # After the last step nothing is tested with another map than it was trained with.
+        elif look is not None and look.finite and self.schedule.is_warm(step) and step < last_step:
             self._raised = False
+            layers = {name: replace(s, mean_bits=widths.of(name, s)) for name, s in look.layers.items()}
             measurement = Measurement(
                 layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
                 run_speedup=self.run_cost.sum.speedup_charged,
@@ -301,9 +313,34 @@ class DynastyCallback(Callback):
         self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
         self._analyses += 1
         for layer in self._layers.values():
-            layer.observing = layer.probing = False
-            layer.clear_observation()
+            layer.observing = layer.probing = layer.exact_errors = False
         self._log(pl_module)
+
+    def _look(self, trainer: "pl.Trainer") -> "_Look | None":
+        """What the step showed, averaged over ranks, and forget it; None if nothing was recorded."""
+        observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
+        if not observations:
+            return None
+        layers, costs, finite = self._collect(trainer, observations, self._step_sizes(trainer))
+        cost = sum(costs.values(), StepCost())
+        if not finite and self._last_cost is not None:
+            cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
+        if self.policy.needs_statistics:
+            self._analytics = sum((self._analytics_of(o) for o in observations.values()), AnalyticsCost())
+        if not self._clean:
+            self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}
+        for layer in self._layers.values():
+            layer.clear_observation()
+        blocks = {r: sum(o.bits[r].numel() for o in observations.values()) for r in Role}
+        widths = _Widths(
+            cost=cost,
+            layers={name: {r.letter: s.mean_bits[r] for r in Role} for name, s in layers.items()},
+            mean_bits={
+                r.letter: sum(layers[n].mean_bits[r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role
+            },
+            zero_share={r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
+        )
+        return _Look(layers=layers, finite=finite, widths=widths)
 
     def _collect(
         self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation], step_sizes: Mapping[str, float]
@@ -348,10 +385,8 @@ class DynastyCallback(Callback):
         sizes = effective_step_sizes(trainer.optimizers)
         return {name: sizes.get(id(layer.weight), 0.0) for name, layer in self._layers.items()}
 
-    def _record(
-        self, step: int, cost: StepCost, layers: Mapping[str, LayerStatistics], observations: Mapping[str, LayerObservation], loss: float
-    ) -> None:
-        blocks = {r: sum(o.bits[r].numel() for o in observations.values()) for r in Role}
+    def _record(self, step: int, widths: "_Widths", loss: float) -> None:
+        cost = widths.cost
         self.history.append(
             {
                 "step": step,
@@ -361,11 +396,9 @@ class DynastyCallback(Callback):
                 "lambda": getattr(self.policy, "multiplier", None),
                 "noise_ratio": getattr(self.policy, "predicted_harm", math.nan),
                 "loss": loss,
-                "bits": {name: {r.letter: s.mean_bits[r] for r in Role} for name, s in layers.items()},
-                "mean_bits": {
-                    r.letter: sum(layers[n].mean_bits[r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role
-                },
-                "zero_share": {r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
+                "bits": widths.layers,
+                "mean_bits": widths.mean_bits,
+                "zero_share": widths.zero_share,
             }
         )
 
@@ -431,6 +464,37 @@ class DynastyCallback(Callback):
             values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
         pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
         pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Widths:
+    """What the blocks of a step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks."""
+
+    cost: StepCost
+    layers: dict[str, dict[str, float]]
+    mean_bits: dict[str, float]
+    zero_share: dict[str, float]
+
+    def of(self, name: str, statistics: LayerStatistics) -> dict[Role, float]:
+        """A layer's mean bits; the statistics' own for a layer that was not used in that step."""
+        found = self.layers.get(name)
+        return dict(statistics.mean_bits) if found is None else {r: found[r.letter] for r in Role}
+
+    def to_state(self) -> dict[str, Any]:
+        return {"cost": self.cost.to_list(), "layers": self.layers, "mean_bits": self.mean_bits, "zero_share": self.zero_share}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> "_Widths":
+        return cls(**{**state, "cost": StepCost.from_list(state["cost"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What one recorded step showed."""
+
+    layers: Mapping[str, LayerStatistics]
+    finite: bool
+    widths: _Widths
 
 
 class _StepClock:

@@ -102,17 +102,17 @@ class DynamicLayer(nn.Module):
     stream: StreamState
     observing: bool
     probing: bool
+    exact_errors: bool
 
     def adopt(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
         """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
         self.layer_name, self.plan, self.stream = name, plan, stream
         _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
-        self.observing = self.probing = False
+        self.observing = self.probing = self.exact_errors = False
         self._slot = ObservationSlot()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
-            default = torch.tensor(_DEFAULT_BITS, dtype=torch.uint8, device=self.weight.device)
-            self.register_buffer(_REQUESTS[role], default, persistent=False)
+            self.register_buffer(_REQUESTS[role], _default_request(self.weight.device), persistent=False)
         self._precision: dict[Role, OperandPrecision] = {}
 
     @property
@@ -153,7 +153,7 @@ class DynamicLayer(nn.Module):
             self._precision[role] = precision
         else:
             self._precision.pop(role, None)
-        request = torch.tensor(_DEFAULT_BITS, dtype=torch.uint8) if precision is None else precision.values
+        request = _default_request(self.weight.device) if precision is None else precision.values
         setattr(self, _REQUESTS[role], request.to(self.weight.device))
         self._settings[3 * role : 3 * role + 3] = settings_of(precision)
 
@@ -212,9 +212,9 @@ class DynamicLayer(nn.Module):
             bias,
             self._request(Role.ACTIVATION, shape),
             self.dynasty_w_request,
-            self._request(Role.ERROR, self.plan.output_shape(shape)),
+            self._request(Role.ERROR, self.plan.output_shape(shape)) if not self.exact_errors else _default_request(x.device),
             self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
-            self._settings,
+            [*self._settings[:-3], *settings_of(None)] if self.exact_errors else self._settings,
             self.plan.key,
             self._slot_key if observing else "",
             self.training,
@@ -253,6 +253,10 @@ class DynamicLayer(nn.Module):
     def _fits(self, role: Role, shape: tuple[int, ...]) -> bool:
         axis = self.geometry.channel_axis
         return len(shape) >= 2 and shape[0] == 1 and shape[axis] in (1, self._channel_blocks(role))
+
+
+def _default_request(device: torch.device) -> Tensor:
+    return torch.tensor(_DEFAULT_BITS, dtype=torch.uint8, device=device)
 
 
 def _unsigned_share(headers: Tensor) -> float:

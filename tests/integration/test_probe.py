@@ -8,6 +8,7 @@ from torch import nn
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Role
+from dynasty_lightning.cost.run_cost import RunCost
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.nn.probe import PROBED_ROWS, SHIFTS, ProbeRecord
 from dynasty_lightning.policy.calibration import Calibration
@@ -150,3 +151,32 @@ def test_calibration_moves_the_split_between_roles():
     multipliers = [callback.policy.calibration.multiplier("network.stem", role) for role in Role]
     assert len(set(multipliers)) == 3
     assert all(m > 0 for m in multipliers)
+
+
+def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8))
+    convert(model)
+    (layer,) = dynamic_layers(model).values()
+    layer.set_precision(E, OperandPrecision(bits=2))
+    x, seen = torch.randn(8, 8), []
+    for exact in (False, True):
+        layer.observing, layer.exact_errors = True, exact
+        model(x).square().mean().backward()
+        seen.append(set(layer.observation().bits[E].flatten().tolist()))
+    assert seen == [{2}, {8}]
+    assert layer.get_precision(E).values == 2  # the map is still in force
+
+    added = []
+    original = RunCost.add
+    monkeypatch.setattr(
+        RunCost, "add", lambda self, cost, steps: (added.append((cost.speedup_ideal, steps)), original(self, cost, steps))[1]
+    )
+    callback = DynastyCallback(target_speedup=4.0, interval=20, warmup_steps=4, table=False)
+    trainer(plugin=DynastyPrecision(seed=1), callback=callback, max_epochs=4).fit(small_classifier(), digits())
+    assert sum(steps for _, steps in added) == callback.run_cost.steps == 4 * 23
+    # Steps alone cost more, E at 8 bits; what stands for an interval is the step before, and the history shows that one.
+    pairs = [(alone[0], rest[0]) for alone, rest in zip(added, added[1:], strict=False) if alone[1] == 1 and rest[1] > 10]
+    assert len(pairs) >= 2
+    assert all(alone < rest for alone, rest in pairs)
+    assert callback.history[-2]["mean_bits"]["E"] < 7
