@@ -18,8 +18,8 @@ from dynasty_lightning.data import load_data
 from dynasty_lightning.export import ExportError, export_program
 from dynasty_lightning.models import build_model
 from dynasty_lightning.nn.convert import convert
-from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.nn.gemms import quantize_operand
+from dynasty_lightning.nn.layers import dynamic_layers
 from fpga import Operand, open_device
 from fpga.board_files import load_board
 from fpga.deploy import DeployError, deploy
