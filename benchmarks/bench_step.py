@@ -4,8 +4,8 @@
 A step is forward, loss, backward and SGD with momentum: ResNet-20 (batch 128), MLP 3x1024 (256), ViT d192 depth 6 (64) and ResNet-18 (64)
 on random CIFAR-shaped images. Ours runs with everything on: 4x4 blocks, unsigned X, window, stochastic E with drop, one-byte saving,
 non-finite check, the callback's hooks, and the map that the dynasty policy makes at target 5.0 (it settles before the timing; the figures
-that it reached are printed). An analysis every 50 steps is too rare to be met by a median: steps with one are timed beside steps without
-in the same rounds, and (analysed - plain) / 50 is added to ours, stated in a line of its own. Competitors take turns, one step each;
+that it reached are printed). An analysis every 50 steps is too rare to be met by a median: its two steps are timed beside steps without
+in the same rounds, and (both - 2 plain) / 50 is added to ours, stated in a line of its own. Competitors take turns, one step each;
 ratios are within rounds. Slow ones (over 2.5 times float32) take part in every fifth round.
 
 Expected, one thread: ours fast at most 0.85 (ResNet-20), 0.60 (MLP), 0.80 (ViT) of float32 in the same memory format, at most 1.4 times
@@ -165,7 +165,7 @@ def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bo
                 if isinstance(training, DynamicTraining) and training.forward is not training.network:
                     # Steps that are observed have code of their own, which takes three of them to compile.
                     for _ in range(3):
-                        training.analysed_step()
+                        training.analysis()
                 last = warm_up(competitor, 1 if a.smoke else 3, least=3 if "compiled" in competitor_name else 1)
         except Exception as error:  # any failure of a foreign package is its row, not the end
             lines = str(error).strip().splitlines() or [""]
@@ -184,14 +184,14 @@ def measure(a: argparse.Namespace, group: Group) -> None:
     competitors = [r.competitor for r in group.rows if r.competitor is not None]
     analysed: Competitor | None = None
     if group.ours is not None:
-        analysed = Competitor(name="analysed", step=group.ours.analysed_step, every=1 if a.smoke else ANALYSED_EVERY)
+        analysed = Competitor(name="analysed", step=group.ours.analysis, every=1 if a.smoke else ANALYSED_EVERY)
         competitors.append(analysed)
     interleave(competitors, 2 if a.smoke else a.rounds, group.label)
     ours = group.row(OURS)
     if ours is None or ours.competitor is None or analysed is None or group.ours is None:
         return
     plain, interval = ours.competitor.times, group.ours.callback.schedule.interval
-    extra = Quartiles.of([(t - plain[r]) / interval for r, t in analysed.times.items()])
+    extra = Quartiles.of([(t - 2 * plain[r]) / interval for r, t in analysed.times.items()])
     # The same callback runs around all of ours; it was timed on the first.
     for row in group.rows:
         if row.name.startswith("ours fast"):

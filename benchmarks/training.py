@@ -62,8 +62,9 @@ class DynamicTraining(Training):
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
         # The parts of a Trainer that the callback reads, and a module whose figures nobody logs.
         self._trainer: Any = SimpleNamespace(
-            precision_plugin=self.plugin, global_step=0, estimated_stepping_batches=math.inf, world_size=1, is_global_zero=True
-        )
+            precision_plugin=self.plugin, global_step=0, estimated_stepping_batches=math.inf, world_size=1, is_global_zero=True,
+            optimizers=[self.optimizer],
+        )  # fmt: skip
         self._module: Any = SimpleNamespace(log_dict=lambda *_, **__: None)
         self.callback.setup(self._trainer, self._module, "fit")
         self.callback.on_fit_start(self._trainer, self._module)
@@ -86,7 +87,13 @@ class DynamicTraining(Training):
 
     def plain_step(self) -> None:
         """A step without analysis, whatever the schedule says."""
+        self.callback.schedule.next_step = self.steps + 3  # the step before an analysis is observed, too
+        self.step()
+
+    def analysis(self) -> None:
+        """The two steps of an analysis: what the widths in force cost, and statistics with E at 8 bits, followed by a new map."""
         self.callback.schedule.next_step = self.steps + 2
+        self.step()
         self.step()
 
     def analysed_step(self) -> None:
