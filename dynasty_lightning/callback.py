@@ -94,6 +94,7 @@ class DynastyCallback(Callback):
         self._analyses = 0
         self._costed: _Widths | None = None
         self._clean = False
+        self._overhead = 0.0
         self.guard = LossGuard(ratio=loss_guard)
         self.energy_model = energy_model or EnergyModel()
         self.table = table
@@ -189,6 +190,7 @@ class DynastyCallback(Callback):
             "loss": (float(self._loss_sum), self._loss_count),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
+            "overhead": self._overhead,
             "costed": None if self._costed is None else self._costed.to_state(),
             "raised": self._raised,
             "history": self.history,
@@ -207,7 +209,7 @@ class DynastyCallback(Callback):
         loss_sum, self._loss_count = state_dict["loss"]
         self._loss_sum = torch.tensor(loss_sum)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
-        self._analyses = state_dict["analyses"]
+        self._analyses, self._overhead = state_dict["analyses"], state_dict["overhead"]
         self._costed = None if state_dict["costed"] is None else _Widths.from_state(state_dict["costed"])
         self.history = list(state_dict["history"])
         self._restored = True
@@ -289,6 +291,8 @@ class DynastyCallback(Callback):
         if look is not None and self._clean:
             self.run_cost.add(look.widths.cost, 1)
             steps -= 1
+            dearer = look.widths.cost.products_charged / max(cost.products_charged, 1e-9) - 1.0
+            self._overhead = max(dearer, 0.0) / self.schedule.interval
         self.run_cost.add(cost, steps)
         self._last_event_step, self._last_cost = step, cost
         loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._loss_count, 1)).reshape(1)))
@@ -416,8 +420,8 @@ class DynastyCallback(Callback):
             return 1.0
         if budget <= 0:
             return planned * _TARGET_SLACK
-        # The plan for now, scaled to what is left over what the plan has left.
-        needed = cost.baseline * remaining * rest / (budget * now)
+        # The plan for now, scaled to what is left over what the plan has left; one step an interval will cost more.
+        needed = cost.baseline * remaining * rest / (budget * now) * (1.0 + self._overhead)
         return min(max(needed, planned / _TARGET_SLACK, 1.0), planned * _TARGET_SLACK)
 
     def _raise_widths(self, reason: str) -> None:

@@ -136,6 +136,7 @@ def layer_calls(g: np.random.Generator) -> list[Call]:
         "settings": settings, "plan_key": plan.key, "input_shape": list(x_shape), "input_dtype": torch.float32, "channels_last": False,
         "need_dx": True, "need_dw": True, "slot_key": "",
         "forward_headers": [h if h.numel() else p[2] for h, p in zip(headers, (packed_x, packed_w), strict=True)],
+        "probed": [],
     }  # fmt: skip
     calls.append(("layer_backward", torch.ops.dynasty.layer_backward, backward))
     return calls

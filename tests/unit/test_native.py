@@ -452,7 +452,7 @@ def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
     with pytest.raises(ValueError, match=r"\(2, 12, 5, 5\)|zip"):
         torch.ops.dynasty.layer_backward(
             torch.randn_like(y), kept[:5], kept[5:10], bits, position, [0, 0, 8] * 3, plan.key, input_shape, torch.float32, False,
-            True, True, "", [kept[2], kept[7]],
+            True, True, "", [kept[2], kept[7]], [],
         )  # fmt: skip
 
 
@@ -528,7 +528,7 @@ y, *kept = torch.ops.dynasty.layer_forward(
 note(y)
 dx, dw = torch.ops.dynasty.layer_backward(
     torch.randn_like(y), kept[:5], kept[5:10], request, position, [1, 0, 8] * 3, plan.key, list(x.shape), torch.float32,
-    False, True, True, "", [kept[2], kept[7]])
+    False, True, True, "", [kept[2], kept[7]], [])
 note(dx, dw)
 print(native.available(), digest.hexdigest())
 """
