@@ -16,7 +16,8 @@ QUIET = {
 
 # What 90 steps leave of the way to the target. Thresholds look for their lambda, and pay for a warm-up; schedules plan from the first
 # step, but PFQ's last stage and CPT's last cycle are not paid back; AMPA chooses by cost.
-TOLERANCE = {"dynasty": 0.08, "magnitude": 0.08, "random": 0.08, "per_layer": 0.08, "pfq": 0.05, "cpt": 0.05, "ampa": 0.03}
+# An analysis every 5 steps has E at 8 bits in a fifth of them, which the loop needs longer than 90 steps to make up for.
+TOLERANCE = {"dynasty": 0.12, "magnitude": 0.08, "random": 0.12, "per_layer": 0.08, "pfq": 0.05, "cpt": 0.05, "ampa": 0.03}
 OPTIONS = {"cpt": {"cycles": 4, "interval": 2}}
 
 
