@@ -54,7 +54,7 @@ from scipy.stats import spearmanr
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Role
-from dynasty_lightning.policy.generator import DynastyPolicy, Measurement
+from dynasty_lightning.policy.generator import DynastyPolicy
 from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
 from dynasty_lightning.step_size import effective_step_sizes
 from dynasty_lightning.tasks import Task, build_task
@@ -75,9 +75,9 @@ Sensitivities = Mapping[str, Mapping[Role, Sensitivity]]
 class WatchedPolicy(DynastyPolicy):
     """Ours, keeping what it last predicted and from what."""
 
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        calibrated = super().sensitivities(layers, measurement)
-        self.last = (dict(layers), {"ours": layer_sensitivities(layers, loss=measurement.loss), "calibrated": calibrated})
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        calibrated = super().sensitivities(layers, loss=loss)
+        self.last = (dict(layers), {"ours": self.predict(layers, loss=loss), "calibrated": calibrated})
         return calibrated
 
 

@@ -369,13 +369,13 @@ class DynastyCallback(Callback):
         pieces = iter(flat.split([p.numel() for p in parts]))
         finite = not bool(next(pieces))
         layers, costs = {}, {}
-        for depth, (name, o, cost) in enumerate(raw, start=1):
+        for name, o, cost in raw:
             squares = {s: next(pieces).view(getattr(o, s).shape).float() for s in _SQUARES}
             mean_bits = next(pieces)
             costs[name] = StepCost.from_list(next(pieces).tolist())
             probe = ProbeRecord.from_flat(next(pieces))
             layers[name] = LayerStatistics(
-                geometry=o.geometry, depth=depth, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
+                geometry=o.geometry, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
                 macs={g: int(c.macs) for g, c in cost.items()},
                 mean_bits={r: float(mean_bits[r]) for r in Role},
                 x_unsigned=float(mean_bits[-1]),

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Controls that tell what a map is worth: thresholds from magnitude alone, and our own map in random places. See docs/policies.md."""
 
-import math
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..core.roles import Role
-from .calibration import Calibration, measured_slopes
-from .generator import DynastyPolicy, Entries, Measurement, ThresholdPolicy
+from .generator import DynastyPolicy, ThresholdPolicy
 from .sensitivity import LayerStatistics, Sensitivity, bit_price, operand_elements
 
 
@@ -23,35 +21,16 @@ class MagnitudePolicy(ThresholdPolicy):
     of the three roles are DYNASTY's.
 
     Args:
-        role_weights: harm of a relative squared error of 1 in an element of X, W and E, 1 where not given; only their ratios matter.
-        calibrate: "roles" balances measured slopes of harm per cost over roles; "none" leaves the split to `role_weights`.
+        calibrate: "roles" balances measured slopes of harm per cost over roles; "none" leaves the split to `role_weights`, harm of a
+            relative squared error of 1.
     """
 
-    role_weights: Mapping[str, float] = field(default_factory=dict)
-    calibrate: Literal["roles", "none"] = "roles"
+    calibrate: Literal["layers", "roles", "none"] = "roles"
     name: str = "magnitude"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibrate not in ("roles", "none"):
-            raise ValueError(f"calibrate must be 'roles' or 'none', not {self.calibrate!r}: magnitude tells no layers apart")
-        self._split = RoleSplit(self.role_weights)
-        self.calibration = Calibration(by_layer=False)
+    calibrations: ClassVar[tuple[str, ...]] = ("roles", "none")  # magnitude tells no layers apart
 
-    @property
-    def wants_probes(self) -> bool:
-        return self.calibrate != "none"
-
-    def set_role_multipliers(self, multipliers: Mapping[Role, float]) -> None:
-        """A measured role split, on top of `role_weights`; a role that is not named keeps its own. Raises ValueError."""
-        self._split.set_multipliers(multipliers)
-
-    def update(self, measurement: Measurement) -> Entries:
-        if self.wants_probes:
-            self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
-        return super().update(measurement)
-
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
+    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
         total_macs = sum(sum(s.macs.values()) for s in layers.values())
         result: dict[str, dict[Role, Sensitivity]] = {}
         for name, s in layers.items():
@@ -59,22 +38,13 @@ class MagnitudePolicy(ThresholdPolicy):
             elements = operand_elements(s)
             for role, square in zip(Role, (s.x_square, s.w_square, s.e_square), strict=True):
                 mean = float(square.double().mean())
-                weight = self._split[role] * self.calibration.multiplier(name, role) / mean if mean > 0 else 0.0
                 result[name][role] = Sensitivity(
-                    harm=torch.full_like(square, weight, dtype=torch.float64),
+                    harm=torch.full_like(square, 1.0 / mean if mean > 0 else 0.0, dtype=torch.float64),
                     price=bit_price(s, role, elements[role], total_macs),
                     mean_square=square.double(),
                     elements=elements[role],
                 )
         return result
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "split": self._split.state_dict(), "calibration": self.calibration.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._split.load_state_dict(state["split"])
-        self.calibration.load_state_dict(state["calibration"])
 
 
 @dataclass(kw_only=True)
@@ -97,8 +67,8 @@ class RandomPolicy(DynastyPolicy):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer and not negative, not {self.seed!r}")
 
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        ours = super().sensitivities(layers, measurement)
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        ours = super().sensitivities(layers, loss=loss)
         return {name: {role: self._shuffle(f"{name}/{role.letter}", s) for role, s in roles.items()} for name, roles in ours.items()}
 
     def _shuffle(self, operand: str, s: Sensitivity) -> Sensitivity:
@@ -119,31 +89,3 @@ class RandomPolicy(DynastyPolicy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.seed = state["seed"]
-
-
-class RoleSplit:
-    """What harm of each role counts times: given weights, times multipliers that may be set later. Raises ValueError."""
-
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self._weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(letter): weight for letter, weight in weights.items()}
-        self._multipliers = dict.fromkeys(Role, 1.0)
-        self._check(self._weights)
-
-    def __getitem__(self, role: Role) -> float:
-        return self._weights[role] * self._multipliers[role]
-
-    def set_multipliers(self, multipliers: Mapping[Role, float]) -> None:
-        self._check(multipliers)
-        self._multipliers |= {role: float(multiplier) for role, multiplier in multipliers.items()}
-
-    @staticmethod
-    def _check(weights: Mapping[Role, float]) -> None:
-        for role, weight in weights.items():
-            if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(f"weights of roles must be positive and finite, not {weight} for {role.letter}")
-
-    def state_dict(self) -> dict[str, float]:
-        return {role.letter: multiplier for role, multiplier in self._multipliers.items()}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self._multipliers = {Role.from_letter(letter): multiplier for letter, multiplier in state.items()}

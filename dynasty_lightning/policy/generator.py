@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -46,11 +46,6 @@ class Measurement:
     step: int = 0
     steps: float = math.inf
     run_speedup: float = math.nan
-
-    @property
-    def progress(self) -> float:
-        """Share of the run that is done, 0 where its length is not known."""
-        return self.step / self.steps if math.isfinite(self.steps) and self.steps > 0 else 0.0
 
 
 class Policy(Protocol):
@@ -124,14 +119,22 @@ class ThresholdPolicy(ABC):
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
         least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop, but of X and W a bias that harm in
             second moments does not see and training does (docs/thresholds.md, Measured harm).
+        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
+            which was best where we measured (docs/thresholds.md, Calibration).
+        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations, and for a split measured elsewhere.
     """
 
     noise_budget: float | None = None
     smoothing: float = 0.6
     hysteresis: float = 0.25
     least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 2, "W": 2, "E": 0})
+    calibrate: Literal["layers", "roles", "none"] = "none"
+    role_weights: Mapping[str, float] = field(default_factory=dict)
     name: str
     needs_statistics: bool = True
+
+    calibrations: ClassVar[tuple[str, ...]] = ("layers", "roles", "none")
+    """What `calibrate` may be; a policy for which one makes no sense leaves it out."""
 
     def __post_init__(self) -> None:
         if self.noise_budget is not None and not self.noise_budget > 0:
@@ -140,7 +143,14 @@ class ThresholdPolicy(ABC):
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
         if not 0 <= self.hysteresis < 0.5:
             raise ValueError(f"hysteresis must be in [0, 0.5) binades, not {self.hysteresis}")
+        if self.calibrate not in self.calibrations:
+            raise ValueError(f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, not {self.calibrate!r}")
         self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in self.least_bits.items()}
+        self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in self.role_weights.items()}
+        for role, weight in self._role_weights.items():
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(f"weights of roles must be positive and finite, not {weight} for {role.letter}")
+        self.calibration = Calibration(by_layer=self.calibrate == "layers")
         self.multiplier: float | None = None
         self.predicted_harm = math.nan
         self._averages: dict[str, dict[str, Tensor]] = {}
@@ -149,18 +159,30 @@ class ThresholdPolicy(ABC):
 
     @property
     def wants_probes(self) -> bool:
-        return False
+        return self.calibrate != "none"
 
     @abstractmethod
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        """Harm and price of every operand from smoothed statistics."""
+    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        """Harm and price of every operand from smoothed statistics, before any correction."""
+
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        """What `predict` says, harm times its role's weight and what calibration found."""
+        return {
+            name: {
+                role: replace(s, harm=s.harm * (self._role_weights[role] * self.calibration.multiplier(name, role)))
+                for role, s in roles.items()
+            }
+            for name, roles in self.predict(layers, loss=loss).items()
+        }
 
     def initial(self, layers: Mapping[str, Any]) -> Entries:
         return {}
 
     def update(self, measurement: Measurement) -> Entries:
+        if self.wants_probes:
+            self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
-        sensitivities = self.sensitivities(smooth, measurement)
+        sensitivities = self.sensitivities(smooth, loss=measurement.loss)
         if self.multiplier is None:
             self.multiplier = self._first_multiplier(sensitivities)
         else:
@@ -234,59 +256,24 @@ class ThresholdPolicy(ABC):
             "averages": {name: dict(v) for name, v in self._averages.items()},
             "weights": dict(self._weights),
             "thresholds": dict(self._thresholds),
+            "calibration": self.calibration.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.multiplier, self.predicted_harm = state["multiplier"], state["predicted_harm"]
         self._averages = {name: dict(v) for name, v in state["averages"].items()}
         self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
+        self.calibration.load_state_dict(state["calibration"])
 
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4).
+    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
 
-    Args:
-        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
-            which was best where we measured (docs/thresholds.md, Calibration).
-        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations.
-    """
-
-    calibrate: Literal["layers", "roles", "none"] = "none"
-    role_weights: Mapping[str, float] = field(default_factory=dict)
     name: str = "dynasty"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.calibrate not in ("layers", "roles", "none"):
-            raise ValueError(f"calibrate must be 'layers', 'roles' or 'none', not {self.calibrate!r}")
-        self.calibration = Calibration(by_layer=self.calibrate == "layers")
-
-    @property
-    def wants_probes(self) -> bool:
-        return self.calibrate != "none"
-
-    def update(self, measurement: Measurement) -> Entries:
-        if self.wants_probes:
-            self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
-        return super().update(measurement)
-
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], measurement: Measurement) -> dict[str, dict[Role, Sensitivity]]:
-        predicted = layer_sensitivities(layers, loss=measurement.loss)
-        return {
-            name: {
-                role: replace(s, harm=s.harm * self.calibration.multiplier(name, role) * self.role_weights.get(role.letter, 1.0))
-                for role, s in roles.items()
-            }
-            for name, roles in predicted.items()
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"calibration": self.calibration.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.calibration.load_state_dict(state["calibration"])
+    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        return layer_sensitivities(layers, loss=loss)
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:

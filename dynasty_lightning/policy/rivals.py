@@ -3,15 +3,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from ..core.formats import MAX_BITS, MIN_BITS
 from ..core.roles import READS, Gemm, Role
-from .controls import RoleSplit
 from .generator import DynastyPolicy, Entries, Measurement
 from .sensitivity import LayerStatistics, Sensitivity, operand_elements
 from .widths import LEGAL_WIDTHS, fixed_entries, mac_shares, noise_levels, width_cost
@@ -29,25 +28,20 @@ class PerLayerPolicy(DynastyPolicy):
     A layer's three widths are chosen together, which is exact, since a GEMM reads one layer's operands only.
 
     Args:
-        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for a role split that was measured elsewhere,
-            since fixed widths have no thresholds for probes to shift.
         hysteresis: a width moves only as far as it must for lambda within this many binades of LSB, 4**-h to 4**h times its value.
     """
 
-    role_weights: Mapping[str, float] = field(default_factory=dict)
-    calibrate: Literal["layers", "roles", "none"] = "none"
     name: str = "per_layer"
+
+    calibrations: ClassVar[tuple[str, ...]] = ("none",)  # fixed widths have no thresholds for probes to shift
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.wants_probes:
-            raise ValueError(f"per_layer has no thresholds for probes to shift: give role_weights, not calibrate={self.calibrate!r}")
-        self._split = RoleSplit(self.role_weights)
         self._widths: dict[str, dict[Role, int]] = {}
 
     def update(self, measurement: Measurement) -> Entries:
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
-        sensitivities = self.sensitivities(smooth, measurement)
+        sensitivities = self.sensitivities(smooth, loss=measurement.loss)
         harm = torch.stack(
             [torch.stack([self._harm(smooth[name], role, roles[role]) for role in Role]) for name, roles in sensitivities.items()]
         )
@@ -72,13 +66,9 @@ class PerLayerPolicy(DynastyPolicy):
             self._widths[name] = {role: LEGAL_WIDTHS[int(chosen[i, role])] for role in Role}
         return fixed_entries(self._widths)
 
-    def set_role_multipliers(self, multipliers: Mapping[Role, float]) -> None:
-        """A measured role split, on top of `role_weights`; a role that is not named keeps its own. Raises ValueError."""
-        self._split.set_multipliers(multipliers)
-
     def _harm(self, s: LayerStatistics, role: Role, sensitivity: Sensitivity) -> Tensor:
         """float64 [7]: predicted harm of the whole operand at 2 to 8 bits; infinite below `least_bits`."""
-        harm = self._split[role] * float((sensitivity.harm * sensitivity.mean_square).mean()) * sensitivity.elements * noise_levels(s, role)
+        harm = float((sensitivity.harm * sensitivity.mean_square).mean()) * sensitivity.elements * noise_levels(s, role)
         return torch.where(torch.tensor(LEGAL_WIDTHS) < self._least.get(role, 0), math.inf, harm)
 
     def _first_width_multiplier(self, harm: Tensor, cost: Tensor, measurement: Measurement) -> float:
@@ -96,11 +86,10 @@ class PerLayerPolicy(DynastyPolicy):
         return float(2.0**high)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "widths": _saved_widths(self._widths), "split": self._split.state_dict()}
+        return {**super().state_dict(), "widths": _saved_widths(self._widths)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._split.load_state_dict(state["split"])
         self._widths = _loaded_widths(state["widths"])
 
 

@@ -36,15 +36,17 @@ class LayerStatistics:
     """Smoothed observations of one layer; X and E maps and W grids as in docs/architecture.md.
 
     Attributes:
-        depth: place of the layer from the input, from 1.
+        samples: N, rows of the batch.
+        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`), 0 without one.
         macs: multiply-accumulates of each GEMM that training runs.
         mean_bits: mean width of each role's blocks, zero blocks included.
-        samples: N, rows of the batch.
+        x_square, e_square, dx_square, w_square, dw_square: second moments.
+        channels_per_block: columns of an exponent block.
         x_unsigned: share of X's nonzero blocks that have no negative element.
+        probe: harm measured in this step, if it was.
     """
 
     geometry: LayerGeometry
-    depth: int
     samples: int
     step_size: float
     macs: Mapping[Gemm, int]
@@ -110,7 +112,7 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
 
 
 def gradient_noise(s: LayerStatistics) -> float:
-    """eta G / 4: the excess loss that gradient noise of a layer's own size keeps up (docs/thresholds.md, equation 3)."""
+    """eta G / 4: the excess loss that gradient noise of a layer's own size keeps up, a term of C (docs/thresholds.md)."""
     return 0.25 * s.step_size * float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
 
 

@@ -39,7 +39,7 @@ def net() -> MeasuredNetwork:
 
 def statistics(geometry: LayerGeometry, x_map: tuple[int, ...], e_map: tuple[int, ...], w_grid: tuple[int, ...]) -> LayerStatistics:
     return LayerStatistics(
-        geometry=geometry, depth=1, samples=BATCH, step_size=0.1, macs={Gemm.FORWARD: 1}, mean_bits=dict.fromkeys(Role, 8.0),
+        geometry=geometry, samples=BATCH, step_size=0.1, macs={Gemm.FORWARD: 1}, mean_bits=dict.fromkeys(Role, 8.0),
         x_square=torch.ones(x_map), e_square=torch.ones(e_map), dx_square=torch.ones(x_map), w_square=torch.ones(w_grid),
         dw_square=torch.ones(w_grid), channels_per_block=4,
     )  # fmt: skip

@@ -21,7 +21,6 @@ def linear(*, outputs, inputs, step_size, dw, dx=0.25, probe=None, dgrad=True):
     macs = 8 * outputs * inputs
     return LayerStatistics(
         geometry=LayerGeometry(kind="linear", weight_shape=(outputs, inputs)),
-        depth=1,
         samples=8,
         step_size=step_size,
         macs={Gemm.FORWARD: macs, Gemm.WGRAD: macs} | ({Gemm.DGRAD: macs} if dgrad else {}),

@@ -20,12 +20,11 @@ RIVALS = ("per_layer", "magnitude", "random", "pfq", "cpt", "ampa")
 STATISTICAL = ("per_layer", "magnitude", "random", "ampa")
 
 
-def layer(depth=1, *, x=((1.0, 4.0),), e=((1.0, 1.0),), dx=((1e-6, 1e-6),), dw=1e-6, **changes):
+def layer(*, x=((1.0, 4.0),), e=((1.0, 1.0),), dx=((1e-6, 1e-6),), dw=1e-6, **changes):
     """8 samples through an 8 x 8 Linear in 4 x 4 blocks: 512 MACs a GEMM, 64 elements an operand."""
     tensors = {name: torch.tensor(v) for name, v in (("x_square", x), ("e_square", e), ("dx_square", dx))}
     fields = {
         "geometry": LayerGeometry(kind="linear", weight_shape=(8, 8)),
-        "depth": depth,
         "samples": 8,
         "step_size": 0.1,
         "macs": dict.fromkeys(Gemm, 512),
@@ -75,7 +74,7 @@ def per_layer_of_unit_harm(**options):
     policy = PerLayerPolicy(**options)
     unit = Sensitivity(harm=torch.full((1, 1), 1 / 64, dtype=torch.float64), price=1.0, mean_square=torch.ones(1, 1), elements=64.0)
     none = replace(unit, harm=torch.zeros(1, 1, dtype=torch.float64))
-    policy.sensitivities = lambda layers, measurement: {"a": {X: unit, W: unit, E: none}}
+    policy.predict = lambda layers, loss: {"a": {X: unit, W: unit, E: none}}
     return policy, {"a": layer(macs={Gemm.FORWARD: 512})}
 
 
@@ -123,12 +122,9 @@ def test_per_layer_role_weights():
     # 16 times the harm of X is two bits of X, in part paid for by W: at lambda 0.1,
     # 6 x 4: 16 * .0008051 + .01306 + .0375 = .0634    6 x 5: .01288 + .00324 + .04688 = .0630    7 x 5: .00322 + .00324 + .05469 = .0611
     # 7 x 4: .00322 + .01306 + .04375 = .0600          8 x 4: .00080 + .01306 + .05 = .0639
-    for how in ("option", "method"):
-        policy, layers = per_layer_of_unit_harm(hysteresis=0.0, **({"role_weights": {"X": 16.0}} if how == "option" else {}))
-        if how == "method":
-            policy.set_role_multipliers({X: 16.0})
-        policy.multiplier = 0.1
-        assert bits(policy.update(measure(layers))) == (7, 4, 2)
+    policy, layers = per_layer_of_unit_harm(hysteresis=0.0, role_weights={"X": 16.0})
+    policy.multiplier = 0.1
+    assert bits(policy.update(measure(layers))) == (7, 4, 2)
 
 
 def test_per_layer_least_bits():
@@ -167,12 +163,8 @@ def test_magnitude_does_not_see_gradients():
     assert thresholds[0] == thresholds[1]
 
 
-def test_magnitude_takes_a_measured_role_split():
-    policy = make_policy("magnitude", target_speedup=4.0, role_weights={"X": 2.0})
-    policy.multiplier = 76.8 * 1.5 / 64
-    policy.set_role_multipliers({X: 2.0})
-    assert policy.update(measure())["a"][X].lsb_exponent.tolist() == [[-3, -3]]
-    assert policy.wants_probes  # and measures one by itself
+def test_magnitude_measures_its_role_split():
+    assert make_policy("magnitude", target_speedup=4.0).wants_probes
     assert not make_policy("magnitude", target_speedup=4.0, calibrate="none").wants_probes
 
 
@@ -203,16 +195,16 @@ def test_random_keeps_the_distribution_and_its_order():
     square[0, 5] = 0.0
     wide = {"geometry": LayerGeometry(kind="linear", weight_shape=(8, 128)), "x_square": square, "dx_square": torch.full((1, 32), 1e-3)}
     layers = {"a": layer(w_square=torch.ones(2, 32), dw_square=torch.ones(2, 32), **wide)}
-    ours = make_policy("dynasty", target_speedup=4.0, calibrate="none").sensitivities(layers, measure(layers))["a"][X]
+    ours = make_policy("dynasty", target_speedup=4.0, calibrate="none").sensitivities(layers, loss=1.0)["a"][X]
     policy = random_policy()
-    first, again = (policy.sensitivities(layers, measure(layers))["a"][X] for _ in range(2))
+    first, again = (policy.sensitivities(layers, loss=1.0)["a"][X] for _ in range(2))
     stake = (ours.harm * ours.mean_square).flatten()
     shuffled = (first.harm * first.mean_square).flatten()
     torch.testing.assert_close(shuffled.sort().values, stake.sort().values)
     assert int((shuffled != stake).sum()) > 20
     assert first.harm[0, 5] == ours.harm[0, 5]  # no signal, nothing to shuffle
     assert torch.equal(first.harm, again.harm)
-    assert not torch.equal(first.harm, random_policy(1).sensitivities(layers, measure(layers))["a"][X].harm)
+    assert not torch.equal(first.harm, random_policy(1).sensitivities(layers, loss=1.0)["a"][X].harm)
 
 
 # -- PFQ
@@ -330,7 +322,7 @@ def test_ampa_takes_bits_where_they_matter_least():
     # Each bit less doubles it (E: 2.014 at 7 bits). After one bit less: X_a 1.0, W 2.0003, E 2.014, X_b 3.0; X_a's second: .5 * 4.0023.
     # So X_a, W_a, W_b, X_a, E_a, E_b, X_b, ... lose a bit in turn. After four, a = 6/7/8 and b = 8/7/8 cost
     # (42 + 56 + 48 + 56 + 56 + 64) / 384 = .8385; after three .8776. At 8 bits the speedup is 1, so 1 / .85 takes four.
-    layers = {"a": layer(x=((1.0, 1.0),), dx=((1.0, 1.0),)), "b": layer(2, x=((1.0, 1.0),), dx=((9.0, 9.0),))}
+    layers = {"a": layer(x=((1.0, 1.0),), dx=((1.0, 1.0),)), "b": layer(x=((1.0, 1.0),), dx=((9.0, 9.0),))}
     entries = AmpaPolicy().update(measure(layers, speedup=1.0, target=1 / 0.85))
     assert (bits(entries, "a"), bits(entries, "b")) == ((6, 7, 8), (8, 7, 8))
 
@@ -339,7 +331,7 @@ def test_ampa_takes_bits_where_they_matter_least():
 def test_ampa_spread(spread, expected):
     # X_a hardly counts: it alone loses bits, down to `spread` below X_b. 6/8/8 costs 160 and b 192: 352 of 384. Where only 7/8/8 is
     # allowed, 368, W_a is next (49 + 56 + 56 + 192 = 353).
-    layers = {"a": layer(dx=((1e-12, 1e-12),)), "b": layer(2, dx=((1.0, 1.0),))}
+    layers = {"a": layer(dx=((1e-12, 1e-12),)), "b": layer(dx=((1.0, 1.0),))}
     entries = AmpaPolicy(spread=spread).update(measure(layers, speedup=1.0, target=384 / 354))
     assert bits(entries, "a") == expected
     assert bits(entries, "b") == (8, 8, 8)
@@ -356,7 +348,7 @@ def test_ampa_smooths_sensitivities():
 
 def test_ampa_allows_for_what_zero_blocks_are_charged():
     # At 8 bits everywhere the step costs 1.1 uniform steps: 0.1 are no widths. 1.1 - 1/48 has room for one bit of X: 8 * 7 twice, 64.
-    layers = {"a": layer(dx=((1e-12, 1e-12),)), "b": layer(2, dx=((1.0, 1.0),))}
+    layers = {"a": layer(dx=((1e-12, 1e-12),)), "b": layer(dx=((1.0, 1.0),))}
     entries = AmpaPolicy().update(measure(layers, speedup=1 / 1.1, target=1 / (1.1 - 16 / 384)))
     assert (bits(entries, "a"), bits(entries, "b")) == ((7, 8, 8), (8, 8, 8))
 
@@ -397,9 +389,9 @@ def policy_target(policy):
 
 def three_layers():
     return {
-        "a": layer(1, macs={Gemm.FORWARD: 4096, Gemm.WGRAD: 4096}, x=((1.0, 3.0),)),
-        "b": layer(2, macs=dict.fromkeys(Gemm, 1024), dx=((1e-4, 1e-5),), dw=1e-3, x_unsigned=1.0),
-        "c": layer(3, macs=dict.fromkeys(Gemm, 128), dx=((1e-2, 1e-3),), dw=1e-1, x_unsigned=1.0),
+        "a": layer(macs={Gemm.FORWARD: 4096, Gemm.WGRAD: 4096}, x=((1.0, 3.0),)),
+        "b": layer(macs=dict.fromkeys(Gemm, 1024), dx=((1e-4, 1e-5),), dw=1e-3, x_unsigned=1.0),
+        "c": layer(macs=dict.fromkeys(Gemm, 128), dx=((1e-2, 1e-3),), dw=1e-1, x_unsigned=1.0),
     }
 
 
@@ -454,8 +446,6 @@ def test_a_resumed_policy_makes_the_same_maps(name, tmp_path):
 
     unbroken = policy()
     unbroken.initial({"a": None})
-    if name in ("per_layer", "magnitude"):
-        unbroken.set_role_multipliers({E: 3.0})
     for measurement in updates(1, 6):
         unbroken.update(measurement)
     torch.save(unbroken.state_dict(), tmp_path / "state.pt")
@@ -545,9 +535,11 @@ def test_layers_that_a_batch_does_not_use_keep_their_widths():
         ("random", {"seed": -1}, "seed must be an integer and not negative"),
         ("magnitude", {"role_weights": {"X": 0.0}}, "weights of roles must be positive and finite, not 0.0 for X"),
         ("magnitude", {"role_weights": {"Q": 1.0}}, "a role is written X"),
-        ("magnitude", {"calibrate": "layers"}, "calibrate must be 'roles' or 'none'"),
+        ("magnitude", {"calibrate": "layers"}, "calibrate of magnitude must be 'roles' or 'none', not 'layers'"),
         ("per_layer", {"role_weights": {"E": math.nan}}, "positive and finite"),
-        ("per_layer", {"calibrate": "roles"}, "give role_weights"),
+        ("per_layer", {"calibrate": "roles"}, "calibrate of per_layer must be 'none', not 'roles'"),
+        ("dynasty", {"calibrate": "all"}, "calibrate of dynasty must be 'layers' or 'roles' or 'none', not 'all'"),
+        ("dynasty", {"role_weights": {"E": -1.0}}, "weights of roles must be positive and finite, not -1.0 for E"),
         ("per_layer", {"noise_budget": 1.0}, "takes target_speedup, not noise_budget"),
         ("ampa", {"tempo": 3}, "policy 'ampa': .*tempo"),
     ],
@@ -572,11 +564,6 @@ def test_schedules_need_the_length_of_the_run(name):
 def test_ampa_needs_a_cost():
     with pytest.raises(ValueError, match="ampa steers to a cost"):
         AmpaPolicy().update(replace(measure(), target_speedup=None))
-
-
-def test_a_role_split_must_be_positive():
-    with pytest.raises(ValueError, match=r"not -1\.0 for W"):
-        make_policy("magnitude", target_speedup=4.0).set_role_multipliers({W: -1.0})
 
 
 def test_stages_from_a_command_line():
