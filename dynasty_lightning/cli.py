@@ -19,6 +19,7 @@ from .export_run import export_run, load_images
 from .hls4ml_export import BACKENDS, export_hls4ml
 from .methods import method_names, parse_methods
 from .models import MODELS
+from .models.schedule import DECAYS
 from .report import draw_report, format_table, read_summary
 from .runs import RunConfig
 from .tasks import TASK_DATA, TASK_MODELS
@@ -28,9 +29,10 @@ _GREATEST_THREADS: Final = 2
 _COMPARE_EPOCHS: Final = 10
 _COMPARE_BATCH: Final = 128
 _COMPARE_SEEDS: Final = 5
+_COMPARE_SILENCE: Final = 60.0  # minutes: no step and no test of a network that one trains here takes that long
 _COMPARE_SETTINGS: Final = (
-    "epochs", "batch_size", "train_samples", "validation_samples", "evaluate_on", "learning_rate", "mode", "block_shape", "width_group",
-    "interval",
+    "epochs", "batch_size", "train_samples", "validation_samples", "evaluate_on", "learning_rate", "decay", "mode", "block_shape",
+    "width_group", "interval", "accelerator",
 )  # fmt: skip
 
 _DEMO_TEXT: Final = """
@@ -234,6 +236,9 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     _add(training, "--validation-samples", int, "N", "hold N training images back; of a text, N windows of its own part", 0)
     training.add_argument("--evaluate-on", choices=("test", "validation"), help="validation never looks at the test set (default: test)")
     _add(training, "--learning-rate", float, "RATE", "highest of the schedule", "the model's own")
+    training.add_argument(
+        "--decay", choices=DECAYS, help=f"of the learning rate; steps: a tenth after half and 3/4 of the run (default: {DECAYS[0]})"
+    )
     training.add_argument("--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)")
     for name, text in (("block_shape", "elements that share an exponent"), ("width_group", "elements that share a width")):
         shape = getattr(RunConfig, name)
@@ -246,6 +251,14 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     running.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON line a run; is appended to")
     threads = min(_GREATEST_THREADS, _cores())
     running.add_argument("--threads", type=int, default=threads, metavar="N", help=f"runs at a time, one thread each (default: {threads})")
+    running.add_argument("--accelerator", choices=("cpu", "gpu"), help="what trains; part of what a result is stored under (default: cpu)")
+    running.add_argument(
+        "--silence",
+        type=float,
+        default=_COMPARE_SILENCE,
+        metavar="MINUTES",
+        help=f"a run that tells nothing for so long is taken to hang: it is ended, and counts as failed (default: {_COMPARE_SILENCE:g})",
+    )
     running.add_argument("--report", type=Path, metavar="FILE.md", help="at the end, write a report of --out, and pictures beside it")
     running.add_argument(
         "--report-only",
@@ -282,7 +295,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe_grid(grid, arguments.out))
         return 0
-    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads)
+    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=60 * arguments.silence)
     if arguments.report is not None:
         _print_report([arguments.out], arguments.report)
     return outcome.exit_code

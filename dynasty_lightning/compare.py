@@ -68,6 +68,7 @@ def run_grid(
     *,
     data_dir: str | None = None,
     at_once: int = 1,
+    silence: float | None = None,
     stream: TextIO | None = None,
     train: Train = train_one,
     in_process: bool = False,
@@ -76,6 +77,7 @@ def run_grid(
 
     Args:
         at_once: worker processes, each with one thread.
+        silence: seconds without a word after which a run is taken to hang; it is ended and counts as failed. None waits for ever.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
         in_process: train here, one run after the other, and not in workers that may be killed without harm.
@@ -112,7 +114,8 @@ def run_grid(
                     for run in left:
                         take("done", run, train(run, data_dir, board.update))
             else:
-                run_in_workers(_job, [(train, run, data_dir) for run in left], lambda k, job, c: take(k, job[1], c), count=at_once)
+                jobs = [(train, run, data_dir) for run in left]
+                run_in_workers(_job, jobs, lambda kind, job, content: take(kind, job[1], content), count=at_once, silence=silence)
         finally:
             board.close()
             if file.unsaved:

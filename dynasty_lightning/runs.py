@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -28,8 +28,9 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
-from .core_check import cost_of_last_step
+from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
+from .models.schedule import DECAYS, Decay
 from .tasks import Task, build_task, check_pair
 
 Send = Callable[[dict[str, Any]], None]
@@ -42,7 +43,8 @@ FAILED: Final = "failed"
 _PACKAGE: Final = Path(__file__).parent
 _REPORT_SECONDS: Final = 0.5
 _HISTORY_POINTS: Final = 40
-_CORE_SAMPLES: Final = 16  # of the step that the core's cost is worked out for
+_CORE_SAMPLES: Final = 16  # of a step that the core's cost is worked out for
+_CORE_PARTS: Final = 8  # of a run, each with one such step
 _OF_BLOCKS: Final = ("mode", "block_shape", "width_group", "interval")
 _CHANCE_DEVIATIONS: Final = 3.0  # of the share that a guess gets right
 
@@ -60,6 +62,8 @@ class RunConfig:
         data, model: as `build_task` has them.
         train_samples, validation_samples: None for all; held back from training. The choice does not depend on the seed.
         learning_rate: highest of the run; None for the model's own.
+        decay: of the learning rate, "cosine" or "steps" (a tenth after half and again after three quarters of the run).
+        accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what fixes a run.
         mode, block_shape, width_group, interval: of blocks, where the method says nothing else; without effect for floating point.
         evaluate_on: "test", or "validation" for choices that must not see the test set.
 
@@ -76,6 +80,8 @@ class RunConfig:
     train_samples: int | None = None
     validation_samples: int = 0
     learning_rate: float | None = None
+    decay: Decay = "cosine"
+    accelerator: Literal["cpu", "gpu"] = "cpu"
     mode: Literal["fast", "exact"] = "fast"
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
@@ -84,7 +90,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_pair(data=self.data, model=self.model)
-        for name, known in (("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation"))):
+        for name, known in (
+            ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation")), ("decay", DECAYS), ("accelerator", ("cpu", "gpu")),
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
         for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_samples", 0)):
@@ -141,6 +149,7 @@ class Trained:
     trainer: L.Trainer
     task: Task
     callback: DynastyCallback | None
+    core: "_CoreWatch | None"
 
 
 def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> Trained:
@@ -158,20 +167,21 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
     torch.manual_seed(config.seed)
     task = build_task(
         data=config.data, model=config.model, data_dir=data_dir, batch_size=config.batch_size, train_samples=config.train_samples,
-        validation_samples=config.validation_samples, learning_rate=config.learning_rate, seed=config.seed,
+        validation_samples=config.validation_samples, learning_rate=config.learning_rate, decay=config.decay, seed=config.seed,
     )  # fmt: skip
     module, data = task.module, task.data
     method = Method.parse(config.method)
     plugin = method.make_plugin(seed=config.seed, mode=config.mode, block_shape=config.block_shape, width_group=config.width_group)
     callback = method.make_callback(interval=config.interval)
     watch = _Watch(config, callback, progress)
+    core = _CoreWatch(callback) if callback else None
     trainer = L.Trainer(
         max_epochs=config.epochs,
-        accelerator="cpu",
+        accelerator=config.accelerator,
         devices=1,
         plugins=[] if plugin is None else [plugin],
         precision=FLOATS.get(method.name) if plugin is None else None,  # type: ignore[arg-type]
-        callbacks=[*([callback] if callback else []), watch],
+        callbacks=[*([callback] if callback else []), *([core] if core else []), watch],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -210,7 +220,7 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
         # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
         "warnings": sorted({str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}),
     }
-    return Trained(figures=figures, trainer=trainer, task=task, callback=callback)
+    return Trained(figures=figures, trainer=trainer, task=task, callback=callback, core=core)
 
 
 def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> dict[str, Any]:
@@ -226,7 +236,7 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
             **done.figures,
             "task": done.task.facts,
             "history": history,
-            **(_core_figures(done) if done.callback else {}),
+            **(done.core.figures() if done.core else {}),
         }
     except Exception as error:
         # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
@@ -235,16 +245,6 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
     record["wall_seconds"] = time.monotonic() - began
     clean: dict[str, Any] = finite(record)
     return clean
-
-
-def _core_figures(done: Trained) -> dict[str, Any]:
-    """The core's cost of one more step, None where there is no such core. An error here is told and costs the run nothing."""
-    inputs, labels = next(iter(done.task.data.train_dataloader()))
-    try:
-        cost = cost_of_last_step(done.task.module.network, (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
-    except Exception as error:
-        return {"speedup_core_last_step": None, "core_error": failure(error)["error"]}
-    return cost or {"speedup_core_last_step": None}
 
 
 def record_of(config: RunConfig) -> dict[str, Any]:
@@ -307,6 +307,58 @@ def _has_diverged(done: Trained, config: RunConfig) -> bool:
     counts = torch.bincount(torch.cat([targets.flatten() for _, targets in loader]))
     commonest, total = float(counts.max()) / float(counts.sum()), float(counts.sum())
     return bool(figures["accuracy"] <= commonest + _CHANCE_DEVIATIONS * math.sqrt(commonest * (1 - commonest) / total))
+
+
+class _CoreWatch(Callback):
+    """What a whole run would gain on the core over uniform 8 bits, a model: after warm-up, the run is cut into equal parts, and the step
+    in the middle of each stands for all of it. An error here is told and costs the run nothing."""
+
+    def __init__(self, dynasty: DynastyCallback) -> None:
+        self._warmup = dynasty.schedule.warmup_steps
+        self._due: list[int] = []
+        self._part = 0.0
+        self._found: list[tuple[float, float]] = []
+        self._error: str | None = None
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        steps = int(trainer.estimated_stepping_batches)
+        self._warmup = min(self._warmup, steps)
+        self._part = (steps - self._warmup) / _CORE_PARTS
+        self._due = sorted({max(1, self._warmup + round((i + 0.5) * self._part)) for i in range(_CORE_PARTS)}, reverse=True)
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._due or trainer.global_step < self._due[-1]:
+            return
+        self._due.pop()
+        inputs, labels = batch
+        try:
+            found = core_speedups(cast(torch.nn.Module, pl_module.network), (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
+        except Exception as error:
+            self._error, self._due = failure(error)["error"], []
+            return
+        if found is None:
+            self._due = []
+        else:
+            self._found.append(found)
+
+    def figures(self) -> dict[str, Any]:
+        """`speedup_core` of the run, with lock step, edges, loads and stores; `speedup_core_cycles` if memory were never waited for."""
+        if self._error is not None:
+            return {"speedup_core": None, "core_error": self._error}
+        if not self._found:
+            return {"speedup_core": None}
+        part = self._part * _CORE_PARTS / len(self._found)
+        with_memory, cycles = (
+            (self._warmup + part * len(self._found)) / (self._warmup + sum(part / speedup for speedup in column))
+            for column in zip(*self._found, strict=True)
+        )
+        return {
+            "speedup_core": with_memory,
+            "speedup_core_cycles": cycles,
+            "core_steps": {"board": DEFAULT_BOARD, "samples": _CORE_SAMPLES, "steps": len(self._found)},
+        }
 
 
 class _Watch(Callback):

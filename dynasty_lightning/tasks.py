@@ -12,6 +12,7 @@ import torch
 from .data import DATASETS, TensorDataModule, TextDataModule, load_data, stdlib_docs
 from .data.files import ImageData
 from .models import MODELS, CharTransformer, Classifier, LanguageModel, build_model
+from .models.schedule import Decay
 
 TEXT_DATA: Final = ("stdlib-docs",)
 TEXT_MODELS: Final = ("chartransformer",)
@@ -56,6 +57,7 @@ def build_task(
     train_samples: int | None = None,
     validation_samples: int = 0,
     learning_rate: float | None = None,
+    decay: Decay = "cosine",
     seed: int = 0,
 ) -> Task:
     """A network, the module that trains it and its data.
@@ -67,6 +69,7 @@ def build_task(
         train_samples: images to train on, or windows in an epoch; None for all.
         validation_samples: training images held back, or windows of the text's own validation part.
         learning_rate: highest of the run; None for the module's own.
+        decay: of the learning rate, as `Classifier` has it; text has "cosine" only.
         seed: of the network's initial weights and the order of the samples. The state of torch's own generator stays as it is.
 
     Raises:
@@ -77,17 +80,19 @@ def build_task(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if data in TEXT_DATA:
+            if decay != "cosine":
+                raise ValueError(f"{data} is trained with decay 'cosine' only, not {decay!r}")
             return _text_task(batch_size, train_samples, validation_samples, learning_rate, seed)
         images = _images(data, None if data_dir is None else os.fspath(data_dir))
-        return _image_task(images, model, batch_size, train_samples, validation_samples, learning_rate, seed)
+        return _image_task(images, model, batch_size, train_samples, validation_samples, learning_rate, decay, seed)
 
 
 def _image_task(
-    images: ImageData, model: str, batch_size: int, train: int | None, validation: int, learning_rate: float | None, seed: int
+    images: ImageData, model: str, batch_size: int, train: int | None, validation: int, learning_rate: float | None, decay: Decay, seed: int
 ) -> Task:  # fmt: skip
     data = TensorDataModule(images, batch_size=batch_size, train_images=train, validation_images=validation, seed=seed)
     network = build_model(model, in_channels=data.in_channels, image_size=images.train_images.shape[-1], classes=data.classes)
-    module = Classifier(network, classes=data.classes, **_given(learning_rate=learning_rate))
+    module = Classifier(network, classes=data.classes, decay=decay, **_given(learning_rate=learning_rate))
     return Task(module=module, data=data, facts=_facts(module, data, validation))
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
@@ -21,14 +22,22 @@ Take = Callable[[str, Any, Any], None]
 """Takes what became of a job: ("progress" | "done" | "died", job, content); a dead worker's content says how it ended."""
 
 
-def run_in_workers(function: Callable[[Any, Callable[[Any], None]], Any], jobs: Sequence[Any], take: Take, *, count: int) -> None:
+def run_in_workers(
+    function: Callable[[Any, Callable[[Any], None]], Any], jobs: Sequence[Any], take: Take, *, count: int, silence: float | None = None
+) -> None:
     """Call `function(job, send)` for each job, in order, in so many processes at a time, and hand on what it sends and returns.
 
     A worker that is killed costs the job it was at, and the next job gets a new one. No worker outlives this call or its process.
 
     Args:
         function: importable by name; what it raises ends its worker.
+        silence: seconds after which a worker that sends nothing is taken to hang, and killed; None waits for ever.
+
+    Raises:
+        ValueError: a silence that is not positive.
     """
+    if silence is not None and not silence > 0:
+        raise ValueError(f"a silence to wait for must be positive, not {silence} seconds")
     waiting = list(reversed(jobs))
     idle: list[_Worker] = []
     busy: list[_Worker] = []
@@ -39,7 +48,11 @@ def run_in_workers(function: Callable[[Any, Callable[[Any], None]], Any], jobs: 
                 worker = idle.pop() if idle else _Worker(function)
                 worker.give(waiting.pop())
                 busy.append(worker)
-            ready = wait([end for w in busy for end in (w.messages, w.process.sentinel)])
+            patience = None if silence is None else max(min(w.heard for w in busy) + silence - time.monotonic(), 0.0)
+            ready = wait([end for w in busy for end in (w.messages, w.process.sentinel)], patience)
+            for worker in busy:
+                if silence is not None and time.monotonic() - worker.heard > silence and worker.messages not in ready:
+                    worker.give_up(silence)
             for worker in [w for w in busy if w.messages in ready or w.process.sentinel in ready]:
                 job = worker.job
                 kind, content = worker.receive()
@@ -65,14 +78,17 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.job: Any = None
+        self.heard = time.monotonic()
+        self._ending: str | None = None
 
     def give(self, job: Any) -> None:
-        self.job = job
+        self.job, self.heard = job, time.monotonic()
         with suppress(OSError):  # it has ended; receive() will say how
             self.messages.send(job)
 
     def receive(self) -> tuple[str, Any]:
         """The next message; "died" once there are none and the process has ended."""
+        self.heard = time.monotonic()
         try:
             if self.messages.poll():
                 kind, content = self.messages.recv()
@@ -80,7 +96,12 @@ class _Worker:
         except (EOFError, OSError):
             pass
         self.process.join()
-        return "died", _ending(self.process.exitcode)
+        return "died", self._ending or _ending(self.process.exitcode)
+
+    def give_up(self, silence: float) -> None:
+        """End a process that hangs; `receive` then says so."""
+        self._ending = f"the worker process sent nothing for {silence:g} s and was ended: it hung, or one step takes longer than that"
+        self.process.kill()
 
     def end(self) -> None:
         self.process.kill()  # Lightning has a handler for a gentler signal, which would take its time

@@ -9,7 +9,7 @@ from torch import nn
 import dynasty_lightning.core_check as core_check
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core_check import check_on_core, cost_of_last_step, describe
+from dynasty_lightning.core_check import check_on_core, core_speedups, describe
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import dynamic_layers
@@ -60,12 +60,11 @@ def test_every_value_of_predictions_and_step_is_compared_and_equal(network: nn.M
 def test_the_cost_of_a_step_is_that_of_the_step_that_a_device_computes(network: nn.Module) -> None:
     before = {k: v.clone() for k, v in network.state_dict().items()}
     step = batch()
-    modelled = cost_of_last_step(network, step)
-    assert modelled is not None
-    assert modelled["core_step"] == {"board": "pynq-z2", "samples": 8}
+    random = torch.random.get_rng_state()
+    modelled = core_speedups(network, step)
+    assert torch.equal(torch.random.get_rng_state(), random)
     computed = check_on_core(network, step[0][:4], step, device="reference")
-    for name in ("speedup_core", "speedup_core_cycles"):
-        assert modelled[name.replace("core", "core_last_step")] == computed[name]
+    assert modelled == (computed["speedup_core"], computed["speedup_core_cycles"])
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
     assert all(not layer.plan.executor for layer in dynamic_layers(network).values())
@@ -75,7 +74,7 @@ def test_the_cost_of_a_step_is_that_of_the_step_that_a_device_computes(network: 
 def test_no_core_no_cost() -> None:
     model = nn.Sequential(nn.Linear(64, 8))
     convert(model, block_shape=(1, 32))
-    assert cost_of_last_step(model, (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))) is None
+    assert core_speedups(model, (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))) is None
 
 
 def test_a_wrong_value_is_found_and_said(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

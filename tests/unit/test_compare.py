@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from dynasty_lightning import compare, runs
 from dynasty_lightning.cli import main
 from dynasty_lightning.compare import describe_grid, make_grid, run_grid
 from dynasty_lightning.data import TensorDataModule
+from dynasty_lightning.policy.schedule import AnalysisSchedule
 from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.runs import RunConfig, record_of, train, train_one
 from dynasty_lightning.workers import run_in_workers
@@ -48,6 +50,12 @@ def fake_but_one_is_killed(config, data_dir=None, send=lambda _: None):
     if (config.method, config.seed) == ("float32", 1):
         send({"label": config.label, "epoch": 1, "epochs": 1, "step": 1, "steps": 2, "loss": 1.0, "speedup": None, "seconds": 0.1})
         os.kill(os.getpid(), signal.SIGKILL)
+    return fake(config)
+
+
+def fake_but_one_hangs(config, data_dir=None, send=lambda _: None):
+    if (config.method, config.seed) == ("float32", 1):
+        time.sleep(60)
     return fake(config)
 
 
@@ -245,6 +253,18 @@ def test_a_killed_worker_costs_its_run_only(out):
     assert "FAILED: the worker process was killed by signal 9" in said
 
 
+def test_a_run_that_hangs_is_ended_and_told_of(out):
+    begin = time.monotonic()
+    outcome, _ = run(grid(), out, fake_but_one_hangs, in_process=False, at_once=1, silence=20.0)  # a worker's start is silent, too
+    assert time.monotonic() - begin < 60
+    assert (outcome.complete, outcome.failed, outcome.exit_code) == (3, 1, 1)
+    lost = [r for r in lines(out) if r["status"] == "failed"]
+    assert [(r["name"], r["seed"]) for r in lost] == [("float32", 1)]
+    assert lost[0]["error"].startswith("the worker process sent nothing for 20 s and was ended: it hung")
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        run(grid(), out, fake, in_process=False, silence=0)
+
+
 def environment(job, send):
     names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
     if job == "leave":
@@ -371,9 +391,9 @@ def test_a_record_says_all(real):
         assert record["config"]["epochs"] == 1
         assert str(real.parent) not in json.dumps(record)
     assert "speedup_charged" not in floating
-    figures = {"speedup_charged", "speedup_ideal", "speedup_core_last_step", "energy_ratio_compute", "energy_ratio_sram"}
+    figures = {"speedup_charged", "speedup_ideal", "speedup_core", "energy_ratio_compute", "energy_ratio_sram"}
     assert figures | {"energy_ratio_total", "bits", "zero_share", "nonfinite"} <= uniform.keys()
-    assert uniform["speedup_core_last_step"] == 1.0
+    assert uniform["speedup_core"] == 1.0
     assert uniform["history"][-1]["bits"]["X"] == pytest.approx(8, abs=0.1)
 
 
@@ -445,15 +465,59 @@ def test_missing_data_fails_its_runs_only(tmp_path, out, monkeypatch, capsys):
 def test_no_core_for_long_blocks():
     record = train_one(config("mxint8"))
     assert record["status"] == "complete"
-    assert record["speedup_core_last_step"] is None
+    assert record["speedup_core"] is None
     assert "core_error" not in record
 
 
 def test_an_error_in_the_core_model_costs_no_run(monkeypatch):
-    monkeypatch.setattr(runs, "cost_of_last_step", lambda *_: 1 / 0)
+    monkeypatch.setattr(runs, "core_speedups", lambda *_: 1 / 0)
     record = train_one(config())
     assert (record["status"], record["core_error"]) == ("complete", "ZeroDivisionError: division by zero")
-    assert record["speedup_core_last_step"] is None
+    assert record["speedup_core"] is None
+
+
+class StandIn:
+    """A callback and a Trainer as far as `_CoreWatch` looks at them."""
+
+    def __init__(self, steps, warmup=0):
+        self.schedule = AnalysisSchedule(interval=50, warmup_steps=warmup)
+        self.estimated_stepping_batches, self.global_step = steps, 0
+
+
+def watched(monkeypatch, speedup_at, *, steps, warmup):
+    """Figures of a run of which the core's speedup is known at every step, and the steps looked at."""
+    looked = []
+    stand_in = StandIn(steps, warmup)
+
+    def speedups(network, batch):
+        looked.append(stand_in.global_step)
+        return speedup_at(stand_in.global_step), 2 * speedup_at(stand_in.global_step)
+
+    monkeypatch.setattr(runs, "core_speedups", speedups)
+    watch = runs._CoreWatch(stand_in)
+    watch.on_train_start(stand_in, None)
+    module = SimpleNamespace(network=None)
+    for step in range(1, steps + 1):
+        stand_in.global_step = step
+        watch.on_train_batch_end(stand_in, module, None, (torch.zeros(32, 1), torch.zeros(32)), step)
+    return watch.figures(), looked
+
+
+def test_the_core_over_a_whole_run(monkeypatch):
+    figures, looked = watched(monkeypatch, lambda step: 4.0 if step <= 60 else 2.0, steps=100, warmup=20)
+    assert looked == [25, 35, 45, 55, 65, 75, 85, 95]
+    # 20 steps at 8 bits, 40 at a quarter of their time and 40 at half.
+    assert figures["speedup_core"] == pytest.approx(100 / (20 + 10 + 20))
+    assert figures["speedup_core_cycles"] == pytest.approx(100 / (20 + 5 + 10))
+    assert figures["core_steps"] == {"board": "pynq-z2", "samples": 16, "steps": 8}
+
+
+@pytest.mark.parametrize(("steps", "warmup", "expected"), [(3, 0, 3.0), (1, 0, 3.0), (4, 6, 1.0), (6, 6, 1.0)])
+def test_the_core_over_a_short_run(monkeypatch, steps, warmup, expected):
+    figures, looked = watched(monkeypatch, lambda step: 3.0, steps=steps, warmup=warmup)
+    assert looked
+    assert set(looked) <= set(range(1, steps + 1))
+    assert figures["speedup_core"] == pytest.approx(expected)
 
 
 def test_history_is_thinned():

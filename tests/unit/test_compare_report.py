@@ -24,7 +24,7 @@ def run(method, seed, accuracy=None, status="complete", *, settings=None, **figu
     if method not in ("float32", "bf16") and status == "complete":
         record |= {
             "speedup_charged": 1.0, "speedup_ideal": 1.0, "energy_ratio_compute": 1.0, "energy_ratio_sram": 1.0, "energy_ratio_total": 1.0,
-            "bits": {"X": 8.0, "W": 8.0, "E": 8.0}, "speedup_core_last_step": 1.0,
+            "bits": {"X": 8.0, "W": 8.0, "E": 8.0}, "speedup_core": 1.0,
         }  # fmt: skip
     return record | figures
 
@@ -34,7 +34,7 @@ def study():
     for seed, (base, drop) in enumerate([(0.60, 0.002), (0.61, 0.006), (0.62, 0.004)]):
         records.append(run("float32", seed, base + 0.01))
         records.append(run("uniform8", seed, base))
-        records.append(run("dynasty@5.1", seed, base - drop, speedup_charged=5.1 + seed / 10, speedup_core_last_step=3.3))
+        records.append(run("dynasty@5.1", seed, base - drop, speedup_charged=5.1 + seed / 10, speedup_core=3.3))
         records.append(run("dynasty@3", seed, base, speedup_charged=3.0))
     return records
 
@@ -245,7 +245,7 @@ def test_pareto_picture():
     assert "Speedup of the core" in shown
     low, high = panels[0].get_ylim()
     assert 55 < low < 60 < 63 < high < 68  # the others decide the scale
-    (flat,) = settings_of([run("mxint8", 0, 0.5, speedup_core_last_step=None)])
+    (flat,) = settings_of([run("mxint8", 0, 0.5, speedup_core=None)])
     assert len(draw_pareto(flat).axes) == 1
 
 
