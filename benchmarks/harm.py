@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Harm of rounding errors as it is, measured in a plain float32 network by whole forward and backward passes.
 
-With l_n the losses of the samples, L their mean, dW_j the gradient of layer j's weight and eta_j its effective step size, an error that
-changes l_n by delta l_n and dW_j by delta dW_j does the harm
+With l_n the losses of the samples, L their mean, dW_j the gradient of the weight of layer j of n and eta_j its effective step size, an
+error that changes l_n by delta l_n and dW_j by delta dW_j does the harm
 
-    H = 1/2 mean_n (delta l_n)**2 / L + sum_j eta_j |delta dW_j|**2 / (4 L)
+    H = 1/2 mean_n (delta l_n)**2 / L + P / (n L) * sum_j |delta dW_j|**2 / |dW_j|**2,    P = sum_j eta_j |dW_j|**2
 
-the excess loss by the loss's curvature (Fisher) and by noise in the steps, over the loss.
+the excess loss by the loss's curvature (Fisher) and the share of a step's first-order gain P that noise takes, all layers alike, over L.
 """
 
 import math
@@ -141,7 +141,11 @@ class MeasuredNetwork:
         return self._harm(torch.zeros(len(self.labels), dtype=torch.float64), energies)
 
     def _harm(self, loss_changes: Tensor, energies: Tensor) -> Harm:
-        return Harm(loss=0.5 * float(loss_changes.square().mean()) / self.loss, gradient=self.rates * energies / (4 * self.loss))
+        own = torch.tensor([_energy(self.gradients[name, Role.WEIGHT]) for name in self.layers], dtype=torch.float64)
+        gains = self.rates * own
+        share = float(gains.sum()) / max(int((gains > 0).sum()), 1)
+        relative = torch.where(gains > 0, energies / own, 0.0)
+        return Harm(loss=0.5 * float(loss_changes.square().mean()) / self.loss, gradient=share * relative / self.loss)
 
     def statistics(self, like: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
         """This batch's own second moments in place of smoothed ones."""

@@ -31,7 +31,6 @@ from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
 from .step_size import effective_step_sizes
 
-_SQUARES: Final = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
 _NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
 _EARLY_PROBES: Final = (4, 6)
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
@@ -143,7 +142,8 @@ class DynastyCallback(Callback):
         probing = due and self._probe_is_due
         self._clean = due and not probing and self._costed is not None and step < trainer.estimated_stepping_batches
         for layer in self._layers.values():
-            layer.observing, layer.probing, layer.exact_errors = due or before, probing, self._clean
+            layer.observing, layer.headers_only = due or before, before and not due
+            layer.probing, layer.exact_errors = probing, self._clean
         self._clock.start(observed=due or before)
 
     @property
@@ -169,7 +169,7 @@ class DynastyCallback(Callback):
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         for layer in self._layers.values():
-            layer.observing = layer.exact_errors = False
+            layer.observing = layer.headers_only = layer.exact_errors = False
         step = trainer.global_step
         if self._last_cost is not None and step > self._last_event_step:
             self.run_cost.add(self._last_cost, step - self._last_event_step)
@@ -317,7 +317,7 @@ class DynastyCallback(Callback):
         self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
         self._analyses += 1
         for layer in self._layers.values():
-            layer.observing = layer.probing = layer.exact_errors = False
+            layer.observing = layer.headers_only = layer.probing = layer.exact_errors = False
         self._log(pl_module)
 
     def _look(self, trainer: "pl.Trainer") -> "_Look | None":
@@ -325,7 +325,7 @@ class DynastyCallback(Callback):
         observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
         if not observations:
             return None
-        layers, costs, finite = self._collect(trainer, observations, self._step_sizes(trainer))
+        layers, costs, mean_bits, finite = self._collect(trainer, observations)
         cost = sum(costs.values(), StepCost())
         if not finite and self._last_cost is not None:
             cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
@@ -338,18 +338,17 @@ class DynastyCallback(Callback):
         blocks = {r: sum(o.bits[r].numel() for o in observations.values()) for r in Role}
         widths = _Widths(
             cost=cost,
-            layers={name: {r.letter: s.mean_bits[r] for r in Role} for name, s in layers.items()},
-            mean_bits={
-                r.letter: sum(layers[n].mean_bits[r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role
-            },
+            layers={name: {r.letter: b for r, b in bits.items()} for name, bits in mean_bits.items()},
+            mean_bits={r.letter: sum(mean_bits[n][r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role},
             zero_share={r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
         )
         return _Look(layers=layers, finite=finite, widths=widths)
 
     def _collect(
-        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation], step_sizes: Mapping[str, float]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost], bool]:
-        """Statistics and costs of this step, averaged over ranks in one reduction, and whether all operands of all ranks were finite."""
+        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation]
+    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost], dict[str, dict[Role, float]], bool]:
+        """Statistics of layers that recorded second moments, costs and mean bits of all, averaged over ranks in one reduction, and whether
+        all operands of all ranks were finite."""
         block_shape = self._require_plugin().format.block_shape
         raw: list[tuple[str, LayerObservation, dict[Gemm, StepCost]]] = []
         nonfinite = sum(sum(o.nonfinite.values()) for o in observations.values())
@@ -361,28 +360,32 @@ class DynastyCallback(Callback):
                 block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns,
             )  # fmt: skip
             raw.append((name, o, cost))
-            mean_bits = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned])
+            widths = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned])
             total = sum(cost.values(), StepCost())
-            parts += [getattr(o, s).flatten() for s in _SQUARES] + [mean_bits, torch.tensor(total.to_list(), dtype=torch.float64)]
+            parts += [t.flatten() for t in o.squares.values()] + [widths, torch.tensor(total.to_list(), dtype=torch.float64)]
             parts.append(ProbeRecord.flat(o.probe, present=self._probe_is_due))
         flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
         pieces = iter(flat.split([p.numel() for p in parts]))
         finite = not bool(next(pieces))
-        layers, costs = {}, {}
+        step_sizes = self._step_sizes(trainer)
+        layers, costs, mean_bits = {}, {}, {}
         for name, o, cost in raw:
-            squares = {s: next(pieces).view(getattr(o, s).shape).float() for s in _SQUARES}
-            mean_bits = next(pieces)
+            squares = {s: next(pieces).view(t.shape).float() for s, t in o.squares.items()}
+            *means, x_unsigned = next(pieces).tolist()
+            mean_bits[name] = dict(zip(Role, means, strict=True))
             costs[name] = StepCost.from_list(next(pieces).tolist())
             probe = ProbeRecord.from_flat(next(pieces))
+            if not squares:
+                continue
             layers[name] = LayerStatistics(
                 geometry=o.geometry, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
                 macs={g: int(c.macs) for g, c in cost.items()},
-                mean_bits={r: float(mean_bits[r]) for r in Role},
-                x_unsigned=float(mean_bits[-1]),
+                mean_bits=mean_bits[name],
+                x_unsigned=x_unsigned,
                 probe=probe,
                 **squares,
             )  # fmt: skip
-        return layers, costs, finite
+        return layers, costs, mean_bits, finite
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""

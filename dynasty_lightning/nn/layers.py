@@ -21,7 +21,7 @@ from .gemms import settings_of
 from .ops import apply_layer
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
-from .records import PROBING, ObservationSlot
+from .records import HEADERS_ONLY, PROBING, ObservationSlot
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
 _DEFAULT_BITS: Final = 8
@@ -74,7 +74,10 @@ class StreamState:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerObservation:
-    """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks."""
+    """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks.
+
+    `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only.
+    """
 
     geometry: LayerGeometry
     input_shape: tuple[int, ...]
@@ -84,11 +87,7 @@ class LayerObservation:
     occupied: Mapping[Role, Tensor]
     nonfinite: Mapping[Role, int]
     x_unsigned: float
-    x_square: Tensor
-    e_square: Tensor
-    dx_square: Tensor
-    w_square: Tensor
-    dw_square: Tensor
+    squares: Mapping[str, Tensor]
     first_columns: Tensor | None
     probe: ProbeRecord | None = None
 
@@ -101,6 +100,7 @@ class DynamicLayer(nn.Module):
     plan: LayerPlan
     stream: StreamState
     observing: bool
+    headers_only: bool
     probing: bool
     exact_errors: bool
 
@@ -108,7 +108,7 @@ class DynamicLayer(nn.Module):
         """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
         self.layer_name, self.plan, self.stream = name, plan, stream
         _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
-        self.observing = self.probing = self.exact_errors = False
+        self.observing = self.headers_only = self.probing = self.exact_errors = False
         self._slot = ObservationSlot()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
@@ -183,7 +183,7 @@ class DynamicLayer(nn.Module):
             occupied={r: header_occupied(h) for r, h in headers.items()},
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
             x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
-            **record.squares,
+            squares=record.squares,
             probe=record.probe,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
@@ -225,7 +225,9 @@ class DynamicLayer(nn.Module):
 
     @property
     def _slot_key(self) -> str:
-        """Where to record; harm is measured where every operand has thresholds that can be shifted."""
+        """Where to record, and what; harm is measured where every operand has thresholds that can be shifted."""
+        if self.headers_only:
+            return self._slot.key + HEADERS_ONLY
         return self._slot.key + (PROBING if self.probing and all(self._settings[::3]) else "")
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:

@@ -21,7 +21,7 @@ from ..core.roles import Gemm, Role
 from .gemms import is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
 from .probe import probe_layer
-from .records import PROBING, record_of, slot_of
+from .records import HEADERS_ONLY, PROBING, record_of, slot_of
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand where it was not finite."""
@@ -190,7 +190,8 @@ def _layer_backward(
         if probed and e.isfinite().all():
             x, weight, x_request, w_request = probed
             probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream)
-        slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe))
+        moments = not slot_key.endswith(HEADERS_ONLY)
+        slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe, moments=moments))
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 
 

@@ -20,11 +20,14 @@ from .probe import ProbeRecord
 
 PROBING: Final = "?"
 """At the end of a slot's key: measure the harm of this step's rounding, too."""
+HEADERS_ONLY: Final = "#"
+"""At the end of a slot's key: only widths are wanted of this step, no second moments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one training step of a layer showed: headers, mean squares, how many operands were not finite (of X, W, E), measured harm."""
+    """What one training step of a layer showed: headers, mean squares (none if only headers were wanted), how many operands were not
+    finite (of X, W, E), measured harm."""
 
     input_shape: tuple[int, ...]
     has_dgrad: bool
@@ -68,8 +71,8 @@ SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
 
 
 def slot_of(key: str) -> ObservationSlot | None:
-    """The slot that a key names, of a step that is probed or not; None for none."""
-    return SLOTS.get(key.removesuffix(PROBING))
+    """The slot that a key names, whatever is wanted of the step; None for none."""
+    return SLOTS.get(key.removesuffix(PROBING).removesuffix(HEADERS_ONLY))
 
 
 def record_of(
@@ -84,8 +87,9 @@ def record_of(
     *,
     has_dgrad: bool,
     probe: ProbeRecord | None,
+    moments: bool = True,
 ) -> StepRecord:
-    """A step's record from what the backward operator holds."""
+    """A step's record from what the backward operator holds; without `moments`, headers and what was not finite."""
     channels = plan.format.block_shape[1]
     axis = plan.geometry.channel_axis
 
@@ -100,26 +104,27 @@ def record_of(
         total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
         return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
 
-    w = _dequantized(w_blocks, "W")
-    e_square = by_position(e)
-    if plan.band is not None:
-        w = plan.band.extract(w)
+    squares: dict[str, Tensor] = {}
+    if moments:
+        w = _dequantized(w_blocks, "W")
+        squares = {
+            "x_square": by_position(_dequantized(x_blocks, "X")),
+            "e_square": by_position(e),
+            "dx_square": by_position(dx),
+            "w_square": by_weight_block(w if plan.band is None else plan.band.extract(w)),
+            "dw_square": by_weight_block(dw),
+        }
+    # Squares overflow sooner than elements.
+    e_is_finite = (moments and bool(squares["e_square"].isfinite().all())) or bool(e.isfinite().all())
     return StepRecord(
         input_shape=shape,
         has_dgrad=has_dgrad,
         headers=(headers[0], headers[1], headers[2]),
-        squares={
-            "x_square": by_position(_dequantized(x_blocks, "X")),
-            "e_square": e_square,
-            "dx_square": by_position(dx),
-            "w_square": by_weight_block(w),
-            "dw_square": by_weight_block(dw),
-        },
+        squares=squares,
         nonfinite=(
             int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),
             int(w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())),
-            # Squares overflow sooner than elements.
-            int(not bool(e_square.isfinite().all()) and not bool(e.isfinite().all())),
+            int(not e_is_finite),
         ),
         probe=probe,
     )

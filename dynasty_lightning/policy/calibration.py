@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..core.roles import READS, Role
 from ..cost.bit_products import ZERO_CHARGE
-from .sensitivity import LayerStatistics, bit_price, gradient_noise, operand_elements
+from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, step_progress
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7
@@ -35,7 +35,8 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
-    noise = sum(gradient_noise(s) for s in layers.values())
+    progress = [step_progress(s) for s in layers.values()]
+    total, share = sum(progress), sum(progress) / max(sum(p > 0 for p in progress), 1)
     for name, s in layers.items():
         counts = operand_elements(s)
         probe = s.probe
@@ -43,7 +44,7 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
             continue
         for role in Role:
             # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
-            gradient = gradient_noise(s) * probe.wgrad[role] if role is Role.ERROR else noise * probe.forward[role]
+            gradient = share * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * total * probe.forward[role]
             harm = (probe.loss[role] + gradient) / max(loss, 1e-12)
             # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
             elements = counts[role]

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..core.geometry import LayerGeometry
 from ..core.roles import READS, Gemm, Role
 
+FORWARD_SHARE: Final = 0.25
+"""How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .1 to .4 (docs/thresholds.md)."""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
 
@@ -74,20 +76,22 @@ class Sensitivity:
 def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is excess loss over the loss L, so that no constant converts one kind into another. With N samples, eta_l a layer's effective
-    step size, G_l = sum dW**2 and C = sum of eta_l G_l / 4 over all layers (docs/thresholds.md, equations 1 to 4):
+    Harm is loss over the loss L, so that no constant converts one kind into another: what the loss is higher for an error of X or W, and
+    what a step gains less for noise in its gradient. With N samples, eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
+    eta_l G_l over all n layers, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
 
-        s_X = N <dX**2> / (2 L) + C <dX**2> / (L sum of dX**2 X**2)
-        s_W = N <dW**2> / (2 L) + C / (L sum W**2)
-        s_E = eta_l / (4 L) * sum of <X**2> over the channels and taps that the element meets in WGRAD
-              + sum over layers j below of eta_j G_j / (4 L P sum E**2), P = positions of E in a sample
+        s_X = N <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
+        s_W = N <dW**2> / (2 L) + P / (4 L) / sum W**2
+        s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
+                           + number of layers below / (positions of E in a sample * sum E**2))
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
-    noise = sum(gradient_noise(s) for s in layers.values())
+    progress = sum(step_progress(s) for s in layers.values())
+    share = progress / max(sum(step_progress(s) > 0 for s in layers.values()), 1)
     result: dict[str, dict[Role, Sensitivity]] = {}
-    below = 0.0
+    below = 0
     for name, s in layers.items():
         counts = operand_elements(s)
         x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
@@ -95,12 +99,14 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         weighed = float(w.mean()) * counts[Role.WEIGHT]
         positions = counts[Role.ERROR] / (s.samples * s.geometry.out_channels)
         spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
+        learns = step_progress(s) > 0
+        own = share / gradient_energy(s) if learns else 0.0
         harm = {
-            Role.ACTIVATION: dx * (0.5 * s.samples + (noise / moved if moved > 0 else 0.0)),
-            Role.WEIGHT: 0.5 * s.samples * s.dw_square.double() + (noise / weighed if weighed > 0 else 0.0),
-            Role.ERROR: 0.25 * s.step_size * patch_energy(s).expand_as(s.e_square) + (below / spread if spread > 0 else 0.0),
+            Role.ACTIVATION: dx * (0.5 * s.samples + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
+            Role.WEIGHT: 0.5 * s.samples * s.dw_square.double() + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
+            Role.ERROR: own * patch_energy(s).expand_as(s.e_square) + (below * share / spread if spread > 0 else 0.0),
         }
-        below += gradient_noise(s)
+        below += learns
         square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
         result[name] = {
             role: Sensitivity(
@@ -111,9 +117,14 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
     return result
 
 
-def gradient_noise(s: LayerStatistics) -> float:
-    """eta G / 4: the excess loss that gradient noise of a layer's own size keeps up, a term of C (docs/thresholds.md)."""
-    return 0.25 * s.step_size * float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
+def gradient_energy(s: LayerStatistics) -> float:
+    """G = sum dW**2 of a layer."""
+    return float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
+
+
+def step_progress(s: LayerStatistics) -> float:
+    """eta G: what a step along a layer's gradient takes off the loss, to first order."""
+    return s.step_size * gradient_energy(s)
 
 
 def patch_energy(s: LayerStatistics) -> Tensor:

@@ -164,7 +164,7 @@ def test_kernels_change_no_training(monkeypatch):
                 model(torch.randn(9, 3, 8, 8)).square().mean().backward()
                 report.stream.advance()
                 optimizer.step()
-            squares = [layer.observation().dx_square for layer in dynamic_layers(model).values()]
+            squares = [layer.observation().squares["dx_square"] for layer in dynamic_layers(model).values()]
             results.append([p.detach().clone() for p in model.parameters()] + squares)
     for with_kernels, without in zip(*results, strict=True):
         assert torch.equal(with_kernels, without)
@@ -219,8 +219,30 @@ def test_a_network_compiles_to_one_graph(observing):
         record, wanted = layer.observation(), dynamic_layers(eager)[name].observation()
         assert (record is not None) == observing
         if observing:
-            torch.testing.assert_close(record.dw_square, wanted.dw_square, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(record.squares["dw_square"], wanted.squares["dw_square"], rtol=1e-3, atol=1e-6)
             assert torch.equal(record.bits[Role.ACTIVATION], wanted.bits[Role.ACTIVATION])
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_a_step_may_be_recorded_without_moments(value):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(8, 8))
+    convert(layer)
+    layer[0].set_precision(Role.ACTIVATION, OperandPrecision(bits=3))
+    layer[0].observing = True
+    x, seen = torch.randn(4, 8), []
+    for headers_only in (True, False):
+        layer[0].headers_only = headers_only
+        (value * layer(x)).sum().backward()
+        seen.append(layer[0].observation())
+        layer[0].clear_observation()
+    without, complete = seen
+    assert without.squares == {}
+    assert set(complete.squares) == {"x_square", "e_square", "dx_square", "w_square", "dw_square"}
+    for role in Role:
+        assert torch.equal(without.bits[role], complete.bits[role])
+    assert without.nonfinite == complete.nonfinite
+    assert without.nonfinite[Role.ERROR] == (value != 1.0)
 
 
 def test_a_copy_of_a_layer_records_for_itself():

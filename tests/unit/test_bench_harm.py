@@ -71,7 +71,9 @@ def expected_harm(net: MeasuredNetwork, **errors):
     losses, changed = by_hand(net, **errors)
     mean = float(clean_losses.mean())
     loss = 0.5 * float((losses - clean_losses).square().mean()) / mean
-    gradient = [STEP_SIZES[n] * float((changed[n] - clean[n]).double().square().sum()) / (4 * mean) for n in STEP_SIZES]
+    energy = {n: float(clean[n].double().square().sum()) for n in STEP_SIZES}
+    gain = sum(STEP_SIZES[n] * energy[n] for n in STEP_SIZES)
+    gradient = [gain / len(STEP_SIZES) * float((changed[n] - clean[n]).double().square().sum()) / energy[n] / mean for n in STEP_SIZES]
     return loss, gradient
 
 

@@ -38,17 +38,17 @@ def linear(*, outputs, inputs, step_size, dw, dx=0.25, probe=None, dgrad=True):
 def test_harm_of_two_layers_by_hand():
     layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
     found = layer_sensitivities(layers, loss=2.0)
-    # C = sum of eta G / 4: 0.5 * 32 * 0.1 / 4 + 1 * 32 * 0.2 / 4 = 0.4 + 1.6. Curvature N/2 = 4.
-    noise = 2.0
+    # P = sum of eta G: 0.5 * 32 * 0.1 + 1 * 32 * 0.2 = 1.6 + 6.4, half of it for each layer, a quarter for errors of X and W. N/2 = 4.
+    noise, share = 8.0 / 4, 8.0 / 2
     # dX**2 X**2 is 1 an element: 8 * 8 of them in a, 8 * 4 in b. W**2 sums to 32. E meets 8 and 4 channels of X**2 = 4; E**2 of b sums to
     # 8 * 8 * 2 = 128, at one position.
     expected = {
         ("a", X): 0.25 * (4 + noise / 64) / 2,
         ("a", W): (4 * 0.1 + noise / 32) / 2,
-        ("a", E): 0.5 / 4 * 8 * 4 / 2,
+        ("a", E): share / 3.2 * 8 * 4 / 2,
         ("b", X): 0.25 * (4 + noise / 32) / 2,
         ("b", W): (4 * 0.2 + noise / 32) / 2,
-        ("b", E): (1.0 / 4 * 4 * 4 + 0.4 / 128) / 2,
+        ("b", E): (share / 6.4 * 4 * 4 + share / 128) / 2,
     }
     for (name, role), value in expected.items():
         assert torch.allclose(found[name][role].harm, torch.full_like(found[name][role].harm, value), rtol=1e-6), (name, role)
@@ -91,10 +91,10 @@ def test_slopes_by_hand():
     }
     slopes = measured_slopes(layers, loss=2.0)
     found = slopes["b"]
-    # C = 0.4 + 1.6 as above; E's noise stays in its own layer.
+    # P = 1.6 + 6.4 as above; E's noise stays in its own layer, which has half of it.
     assert found[X].harm == pytest.approx((0.4 + 2.0 * 0.04) / 2)
     assert found[W].harm == pytest.approx((0.1 + 2.0 * 0.08) / 2)
-    assert found[E].harm == pytest.approx((1.6 * 0.3) / 2)
+    assert found[E].harm == pytest.approx((4.0 * 0.3) / 2)
     # Six GEMMs of 256 MACs. X's bit: FORWARD at W's 5 bits and WGRAD at E's 3, of 64 bit products; 2 bits less are saved.
     assert found[X].cost == pytest.approx(2.0 * 256 * (5 + 3) / (64 * 6 * 256))
     assert found[W].cost == pytest.approx(1.5 * 256 * (4 + 3) / (64 * 6 * 256))
