@@ -178,13 +178,13 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch):
     )
     kinds = set()
     look = DynastyCallback._look
-    monkeypatch.setattr(DynastyCallback, "_look", lambda self, t: (kinds.add(bool((found := look(self, t)).layers)), found)[1])
+    monkeypatch.setattr(DynastyCallback, "_look", lambda self, t: (found := look(self, t), kinds.add(found and bool(found.layers)))[0])
     callback = DynastyCallback(target_speedup=4.0, interval=20, warmup_steps=4, table=False)
     trainer(plugin=DynastyPrecision(seed=1), callback=callback, max_epochs=4).fit(small_classifier(), digits())
     assert sum(steps for _, steps in added) == callback.run_cost.steps == 4 * 23
     # Steps alone cost more, E at 8 bits; what stands for an interval is the step before, and the history shows that one.
     pairs = [(alone[0], rest[0]) for alone, rest in itertools.pairwise(added) if alone[1] == 1 and rest[1] > 10]
     assert len(pairs) >= 2
-    assert kinds == {True, False}
+    assert {True, False} <= kinds  # with second moments, and widths alone
     assert all(alone < rest for alone, rest in pairs)
     assert callback.history[-2]["mean_bits"]["E"] < 7
