@@ -17,10 +17,11 @@ class PolicyKind:
     """One policy.
 
     Attributes:
-        make: from `target_speedup`, `noise_budget` (each only if the policy takes it) and its own options.
+        make: from the options it has; of targets only those that are arguments of its own.
         text: one sentence for tables and help.
         source: where the rule was published.
         takes_speedup, takes_noise: targets that it can be given; a policy that takes one needs one.
+        plans_speedup: it needs the speedup when it is made, not with each measurement.
     """
 
     make: Callable[..., Policy]
@@ -28,6 +29,7 @@ class PolicyKind:
     source: str
     takes_speedup: bool = True
     takes_noise: bool = False
+    plans_speedup: bool = False
 
 
 POLICIES: Final = MappingProxyType(
@@ -39,38 +41,40 @@ POLICIES: Final = MappingProxyType(
             takes_speedup=False,
         ),
         "dynasty": PolicyKind(
-            make=lambda target_speedup=None, **options: DynastyPolicy(**options),
+            make=DynastyPolicy,
             text="thresholds from predicted harm and cost, block by block",
             source="ours, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
             takes_noise=True,
         ),
         "per_layer": PolicyKind(
-            make=lambda target_speedup=None, **options: PerLayerPolicy(**options),
+            make=PerLayerPolicy,
             text="one width for each operand of each layer, by predicted harm and cost",
             source="our construction after HAWQ-V3 (arXiv 2011.10680)",
         ),
         "magnitude": PolicyKind(
-            make=lambda target_speedup=None, **options: MagnitudePolicy(**options),
+            make=MagnitudePolicy,
             text="thresholds from the tensor's mean square, without gradients",
             source="ours, a control",
         ),
         "random": PolicyKind(
-            make=lambda target_speedup=None, **options: RandomPolicy(**options),
+            make=RandomPolicy,
             text="dynasty's precisions, each in another place of its operand",
             source="ours, a control",
         ),
         "pfq": PolicyKind(
             make=PfqPolicy,
+            plans_speedup=True,
             text="wider in stages, each time the loss stands still",
             source="PFQ of FracTrain (arXiv 2012.13113)",
         ),
         "cpt": PolicyKind(
             make=CptPolicy,
+            plans_speedup=True,
             text="X and W rise in cosine cycles, E constant",
             source="cyclic precision training (arXiv 2101.09868)",
         ),
         "ampa": PolicyKind(
-            make=lambda target_speedup=None, **options: AmpaPolicy(**options),
+            make=AmpaPolicy,
             text="bits taken from the operands of least first-order sensitivity",
             source="our construction after AMPA (PMLR 235:10960)",
         ),
@@ -97,6 +101,8 @@ def make_policy(name: str, *, target_speedup: float | None = None, noise_budget:
             )
     if taken and not targets:
         raise ValueError(f"policy {name!r} needs {' or '.join(f'{key}=...' for key in taken)} (e.g. target_speedup=5.0)")
+    if not kind.plans_speedup:
+        targets.pop("target_speedup", None)
     try:
         return kind.make(**targets, **options)
     except TypeError as error:  # an option of another policy, say
