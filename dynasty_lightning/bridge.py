@@ -224,7 +224,7 @@ def core_cost_of_step(network: nn.Module, inputs: Any, loss: Callable[[Any], Ten
     Raises:
         ValueError: nothing is converted, or blocks that the core does not compute.
     """
-    copied = copy.deepcopy(network)
+    copied = copy.deepcopy(network).cpu()
     layers = dynamic_layers(copied)
     if not layers:
         raise ValueError("the network has no converted layer: the core has nothing to compute")

@@ -91,6 +91,7 @@ class DynastyCallback(Callback):
             raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
         self.probe_interval = probe_interval
         self._analyses = 0
+        self._seen_step = -1
         self._costed: _Widths | None = None
         self._clean = False
         self._overhead = 0.0
@@ -133,6 +134,10 @@ class DynastyCallback(Callback):
             rank_zero_info(str(self._plugin.report))
 
     @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._seen_step = trainer.global_step
+
+    @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
         step = trainer.global_step + 1
         due = step >= self.schedule.next_step
@@ -142,7 +147,7 @@ class DynastyCallback(Callback):
         probing = due and self._probe_is_due
         self._clean = due and not probing and self._costed is not None and step < trainer.estimated_stepping_batches
         for layer in self._layers.values():
-            layer.observing, layer.headers_only = due or before, before and not due
+            layer.observing, layer.headers_only = due or before, before
             layer.probing, layer.exact_errors = probing, self._clean
         self._clock.start(observed=due or before)
 
@@ -159,11 +164,14 @@ class DynastyCallback(Callback):
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step >= self.schedule.next_step:
-            self._analyse(trainer, pl_module, step)
-        elif step + 1 == self.schedule.next_step:
-            look = self._look(trainer)
-            self._costed = None if look is None else look.widths
+        # Gradients that accumulate end several batches at one step: what they show belongs to the step they lead to.
+        if step > self._seen_step:
+            self._seen_step = step
+            if step >= self.schedule.next_step:
+                self._analyse(trainer, pl_module, step)
+            elif step + 1 == self.schedule.next_step:
+                look = self._look(trainer)
+                self._costed = None if look is None else look.widths
         self._clock.stop()
 
     @override

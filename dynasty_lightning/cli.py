@@ -2,11 +2,14 @@
 """`dynasty-lightning`, also `python -m dynasty_lightning`."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
+
+import torch
 
 from fpga.runtime import Program
 
@@ -257,7 +260,7 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
         type=float,
         default=_COMPARE_SILENCE,
         metavar="MINUTES",
-        help=f"a run that tells nothing for so long is taken to hang: it is ended, and counts as failed (default: {_COMPARE_SILENCE:g})",
+        help=f"a run that tells nothing for so long hangs: it is ended, and counts as failed; inf: never (default: {_COMPARE_SILENCE:g})",
     )
     running.add_argument("--report", type=Path, metavar="FILE.md", help="at the end, write a report of --out, and pictures beside it")
     running.add_argument(
@@ -281,6 +284,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     for name, value in (("--seeds", count), ("--threads", arguments.threads)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if not arguments.silence > 0:
+        raise ValueError(f"--silence must be a positive number of minutes, or inf to wait for ever, not {arguments.silence:g}")
     settings = {"epochs": _COMPARE_EPOCHS, "batch_size": _COMPARE_BATCH}
     for name in _COMPARE_SETTINGS:
         if getattr(arguments, name) is not None:
@@ -295,7 +300,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe_grid(grid, arguments.out))
         return 0
-    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=60 * arguments.silence)
+    if arguments.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--accelerator gpu: torch finds no CUDA device here; leave the option out to train on the CPU")
+    silence = None if math.isinf(arguments.silence) else 60 * arguments.silence
+    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=silence)
     if arguments.report is not None:
         _print_report([arguments.out], arguments.report)
     return outcome.exit_code

@@ -25,6 +25,8 @@ Box = tuple[float, float, float, float]
 """Left, bottom, right, top in pixels."""
 
 _SETTING: Final = ("data", "model", "epochs", "batch_size", "train_samples", "validation_samples", "learning_rate", "evaluate_on")
+_LATER_SETTING: Final = {"decay": "cosine", "accelerator": "cpu"}
+"""Of a setting, too, with what they are where a record is older than they; told only where they differ from that."""
 _OF_BLOCKS: Final = {"mode": "fast", "block_shape": [4, 4], "width_group": None, "interval": 50}
 """Settings that belong to a row's name, with the values that are not told."""
 _FLOATS: Final = ("float32", "bf16")
@@ -138,6 +140,7 @@ class Setting:
         kind = "windows" if "context" in task else "images"
         text = f"{self.name}: {v['epochs']} epochs of {samples} {kind}, batch {v['batch_size']}"
         text += "" if v["learning_rate"] is None else f", learning rate {v['learning_rate']:g}"
+        text += "".join(f", {name} {v[name]}" for name, usual in _LATER_SETTING.items() if v[name] != usual)
         return f"{text}; accuracy on {tested} {kind}"
 
     def baseline_of(self, row: Row) -> Row | None:
@@ -163,7 +166,7 @@ def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:
     settings: dict[str, Setting] = {}
     for record in records:
         config = record["config"]
-        values = {name: config.get(name) for name in _SETTING}
+        values = {name: config.get(name) for name in _SETTING} | {name: config.get(name, usual) for name, usual in _LATER_SETTING.items()}
         setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(values=values))
         label = _label(config)
         row = next((r for r in setting.rows if r.label == label), None)
@@ -245,7 +248,7 @@ def _section(setting: Setting, pictures: Sequence[Path]) -> str:
     lines.append(
         "Speedup in bit products and energy (a model) are ratios to uniform 8-bit blocks over the whole run, warm-up included; "
         "charged: zero blocks are not free. Core: time of the same core at uniform 8 bits over its time, with its memory, over the whole "
-        "run, a model (eight steps of 16 samples stand for the rest). Bits: last analysis.\n"
+        "run, a model: a few steps stand for the rest, analysed ones left out. Bits: last analysis.\n"
     )
     lines += _failures(setting)
     return "\n".join(lines)

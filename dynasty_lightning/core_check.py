@@ -95,7 +95,7 @@ def core_speedups(network: nn.Module, batch: tuple[Tensor, Tensor], *, board: st
     inputs, labels = (t.cpu() for t in batch)
     with torch.random.fork_rng(devices=[]):  # dropout in the copy must not move the network's own
         report = core_cost_of_step(
-            copy.deepcopy(network).cpu(),
+            network,
             inputs,
             lambda logits: F.cross_entropy(logits.flatten(0, -2), labels.flatten()),  # an image's classes, or those of each place in a text
             bytes_per_cycle=load_board(board).bytes_per_cycle,

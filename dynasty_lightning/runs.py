@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 import time
 import traceback
@@ -30,8 +31,8 @@ from typing_extensions import override
 from .callback import DynastyCallback
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
-from .models.schedule import DECAYS, Decay
-from .tasks import Task, build_task, check_pair
+from .models.schedule import Decay
+from .tasks import Task, build_task, check_decay, check_pair
 
 Send = Callable[[dict[str, Any]], None]
 """Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds."""
@@ -91,10 +92,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_pair(data=self.data, model=self.model)
         for name, known in (
-            ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation")), ("decay", DECAYS), ("accelerator", ("cpu", "gpu")),
+            ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation")), ("accelerator", ("cpu", "gpu")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+        check_decay(data=self.data, decay=self.decay)
         for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_samples", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
@@ -194,7 +196,7 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
         begin = time.monotonic()
         try:
             trainer.fit(module, data)
-            seconds = time.monotonic() - begin
+            seconds = time.monotonic() - begin - (core.seconds if core else 0.0)
             figures = callback.summary() if callback else {}
             tested: Mapping[str, float] = {}
             if config.evaluate_on == "test":
@@ -316,28 +318,34 @@ class _CoreWatch(Callback):
     def __init__(self, dynasty: DynastyCallback) -> None:
         self._warmup = dynasty.schedule.warmup_steps
         self._due: list[int] = []
-        self._part = 0.0
+        self._steps = 0
+        self._samples = 0
         self._found: list[tuple[float, float]] = []
         self._error: str | None = None
+        self.seconds = 0.0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = int(trainer.estimated_stepping_batches)
-        self._warmup = min(self._warmup, steps)
-        self._part = (steps - self._warmup) / _CORE_PARTS
-        self._due = sorted({max(1, self._warmup + round((i + 0.5) * self._part)) for i in range(_CORE_PARTS)}, reverse=True)
+        self._steps = int(trainer.estimated_stepping_batches)
+        self._warmup = min(self._warmup, self._steps)
+        part = (self._steps - self._warmup) / _CORE_PARTS
+        self._due = sorted({max(1, self._warmup + round((i + 0.5) * part)) for i in range(_CORE_PARTS)}, reverse=True)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._due or trainer.global_step < self._due[-1]:
             return
         self._due.pop()
-        inputs, labels = batch
+        inputs, labels = (t[:_CORE_SAMPLES] for t in batch)
+        begin = time.monotonic()
         try:
-            found = core_speedups(cast(torch.nn.Module, pl_module.network), (inputs[:_CORE_SAMPLES], labels[:_CORE_SAMPLES]))
+            found = core_speedups(cast(torch.nn.Module, pl_module.network), (inputs, labels))
         except Exception as error:
             self._error, self._due = failure(error)["error"], []
             return
+        finally:
+            self.seconds += time.monotonic() - begin
+            self._samples = len(labels)
         if found is None:
             self._due = []
         else:
@@ -349,15 +357,14 @@ class _CoreWatch(Callback):
             return {"speedup_core": None, "core_error": self._error}
         if not self._found:
             return {"speedup_core": None}
-        part = self._part * _CORE_PARTS / len(self._found)
+        rest = self._steps - self._warmup
         with_memory, cycles = (
-            (self._warmup + part * len(self._found)) / (self._warmup + sum(part / speedup for speedup in column))
-            for column in zip(*self._found, strict=True)
+            self._steps / (self._warmup + rest / statistics.harmonic_mean(column)) for column in zip(*self._found, strict=True)
         )
         return {
             "speedup_core": with_memory,
             "speedup_core_cycles": cycles,
-            "core_steps": {"board": DEFAULT_BOARD, "samples": _CORE_SAMPLES, "steps": len(self._found)},
+            "core_steps": {"board": DEFAULT_BOARD, "samples": self._samples, "steps": len(self._found)},
         }
 
 
@@ -441,6 +448,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

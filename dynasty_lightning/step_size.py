@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far an optimizer goes for a unit of gradient: what turns noise in dW into excess loss."""
+"""How far an optimizer goes for a unit of gradient: what turns a gradient into loss."""
 
 import math
 from collections.abc import Iterable, Mapping

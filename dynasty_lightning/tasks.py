@@ -12,7 +12,7 @@ import torch
 from .data import DATASETS, TensorDataModule, TextDataModule, load_data, stdlib_docs
 from .data.files import ImageData
 from .models import MODELS, CharTransformer, Classifier, LanguageModel, build_model
-from .models.schedule import Decay
+from .models.schedule import DECAYS, Decay
 
 TEXT_DATA: Final = ("stdlib-docs",)
 TEXT_MODELS: Final = ("chartransformer",)
@@ -48,6 +48,14 @@ def check_pair(*, data: str, model: str) -> None:
         raise ValueError(f"model {model!r} does not go with data {data!r}: choose one of {', '.join(fitting)}")
 
 
+def check_decay(*, data: str, decay: str) -> None:
+    """Raises ValueError for a decay of the learning rate that the data's module does not have."""
+    if decay not in DECAYS:
+        raise ValueError(f"unknown decay {decay!r}: choose one of {', '.join(DECAYS)}")
+    if data in TEXT_DATA and decay != "cosine":
+        raise ValueError(f"{data} is trained with decay 'cosine' only, not {decay!r}")
+
+
 def build_task(
     *,
     data: str,
@@ -77,11 +85,10 @@ def build_task(
         FileNotFoundError: missing data files.
     """
     check_pair(data=data, model=model)
+    check_decay(data=data, decay=decay)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if data in TEXT_DATA:
-            if decay != "cosine":
-                raise ValueError(f"{data} is trained with decay 'cosine' only, not {decay!r}")
             return _text_task(batch_size, train_samples, validation_samples, learning_rate, seed)
         images = _images(data, None if data_dir is None else os.fspath(data_dir))
         return _image_task(images, model, batch_size, train_samples, validation_samples, learning_rate, decay, seed)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs jobs in worker processes, and outlives workers that do not."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ _MALLOC: Final = {
 }
 """Has glibc keep the memory that each step of training frees, rather than ask the system for it again."""
 
+_READY: Final = "ready"
+
 Take = Callable[[str, Any, Any], None]
 """Takes what became of a job: ("progress" | "done" | "died", job, content); a dead worker's content says how it ended."""
 
@@ -31,7 +34,7 @@ def run_in_workers(
 
     Args:
         function: importable by name; what it raises ends its worker.
-        silence: seconds after which a worker that sends nothing is taken to hang, and killed; None waits for ever.
+        silence: seconds after which a loaded worker that sends nothing is taken to hang, and killed; None waits for ever.
 
     Raises:
         ValueError: a silence that is not positive.
@@ -48,14 +51,19 @@ def run_in_workers(
                 worker = idle.pop() if idle else _Worker(function)
                 worker.give(waiting.pop())
                 busy.append(worker)
-            patience = None if silence is None else max(min(w.heard for w in busy) + silence - time.monotonic(), 0.0)
-            ready = wait([end for w in busy for end in (w.messages, w.process.sentinel)], patience)
-            for worker in busy:
-                if silence is not None and time.monotonic() - worker.heard > silence and worker.messages not in ready:
-                    worker.give_up(silence)
+            patience = min(w.heard for w in busy) + silence - time.monotonic() if silence is not None else math.inf
+            ready = wait(
+                [end for w in busy for end in (w.messages, w.process.sentinel)], None if math.isinf(patience) else max(patience, 0.0)
+            )
+            for worker in [w for w in busy if silence is not None and time.monotonic() - w.heard > silence and not w.has_more()]:
+                busy.remove(worker)
+                worker.end()
+                take("died", worker.job, f"nothing was heard of it for {silence:g} s, so it was ended: it hung, or one step takes longer")
             for worker in [w for w in busy if w.messages in ready or w.process.sentinel in ready]:
                 job = worker.job
                 kind, content = worker.receive()
+                if kind == _READY:
+                    continue
                 if kind != "progress":
                     busy.remove(worker)
                     if kind == "done":
@@ -78,11 +86,12 @@ class _Worker:
             self.process.start()
         theirs.close()
         self.job: Any = None
-        self.heard = time.monotonic()
-        self._ending: str | None = None
+        self.heard = math.inf  # loading the libraries is no silence of the first job
 
     def give(self, job: Any) -> None:
-        self.job, self.heard = job, time.monotonic()
+        self.job = job
+        if not math.isinf(self.heard):
+            self.heard = time.monotonic()
         with suppress(OSError):  # it has ended; receive() will say how
             self.messages.send(job)
 
@@ -96,12 +105,11 @@ class _Worker:
         except (EOFError, OSError):
             pass
         self.process.join()
-        return "died", self._ending or _ending(self.process.exitcode)
+        return "died", _ending(self.process.exitcode)
 
-    def give_up(self, silence: float) -> None:
-        """End a process that hangs; `receive` then says so."""
-        self._ending = f"the worker process sent nothing for {silence:g} s and was ended: it hung, or one step takes longer than that"
-        self.process.kill()
+    def has_more(self) -> bool:
+        """Whether a message waits, or the end of the process."""
+        return bool(wait([self.messages, self.process.sentinel], 0))
 
     def end(self) -> None:
         self.process.kill()  # Lightning has a handler for a gentler signal, which would take its time
@@ -114,6 +122,7 @@ def _work(function: Callable[[Any, Callable[[Any], None]], Any], messages: Conne
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    messages.send((_READY, None))
     while True:
         try:
             job = messages.recv()

@@ -163,7 +163,7 @@ def _layer_backward(
     networks do it too.
 
     Args:
-        slot_key: of the `ObservationSlot` to record to; empty for none. Then both gradients are computed, needed or not.
+        slot_key: of the `ObservationSlot` to record to; empty for none. For second moments both gradients are computed, needed or not.
         forward_headers: of X and W, as FORWARD read them.
         probed: X and W as they came and the requests for them, for a step whose harm is measured; else empty.
     """
@@ -177,20 +177,22 @@ def _layer_backward(
     headers = (*forward_headers, e_blocks.headers)
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
+    moments = bool(slot_key) and not slot_key.endswith(HEADERS_ONLY)
     if need_dx or slot_key:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
+    if need_dx or moments:
         dx = run_gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape, dtype=input_dtype, channels_last=channels_last)
     if need_dw or slot_key:
+        x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
+    if need_dw or moments:
         if plan.format.requantizes:
             e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)
-        x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
     if slot := slot_of(slot_key):
         probe = None
         if probed and e.isfinite().all():
             x, weight, x_request, w_request = probed
             probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream)
-        moments = not slot_key.endswith(HEADERS_ONLY)
         slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe, moments=moments))
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 

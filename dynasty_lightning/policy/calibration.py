@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..core.roles import READS, Role
 from ..cost.bit_products import ZERO_CHARGE
-from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, step_progress
+from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, progress_and_share, step_progress
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7
@@ -18,7 +18,7 @@ _LEAST_BITS: Final = 0.02  # of mean width between the two shifts: below that th
 
 @dataclass(frozen=True, kw_only=True)
 class Slope:
-    """Between the finer and the coarser shift of an operand's thresholds: excess loss over loss added, share of a step's cost saved."""
+    """Between the finer and the coarser shift of an operand's thresholds: harm added, share of a step's cost saved."""
 
     harm: float
     cost: float
@@ -35,8 +35,7 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
-    progress = [step_progress(s) for s in layers.values()]
-    total, share = sum(progress), sum(progress) / max(sum(p > 0 for p in progress), 1)
+    progress, share = progress_and_share(layers)
     for name, s in layers.items():
         counts = operand_elements(s)
         probe = s.probe
@@ -44,7 +43,8 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
             continue
         for role in Role:
             # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
-            gradient = share * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * total * probe.forward[role]
+            learns = step_progress(s) > 0
+            gradient = share * learns * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * progress * probe.forward[role]
             harm = (probe.loss[role] + gradient) / max(loss, 1e-12)
             # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
             elements = counts[role]

@@ -268,7 +268,7 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as excess loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
+    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
 
     name: str = "dynasty"
 

@@ -76,20 +76,19 @@ class Sensitivity:
 def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is loss over the loss L, so that no constant converts one kind into another: what the loss is higher for an error of X or W, and
+    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error of X or W, and
     what a step gains less for noise in its gradient. With N samples, eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
-    eta_l G_l over all n layers, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
+    eta_l G_l over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
 
         s_X = N <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = N <dW**2> / (2 L) + P / (4 L) / sum W**2
         s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
-                           + number of layers below / (positions of E in a sample * sum E**2))
+                           + number of layers below / (positions of E in a sample * sum E**2)), 0 where the layer does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
-    progress = sum(step_progress(s) for s in layers.values())
-    share = progress / max(sum(step_progress(s) > 0 for s in layers.values()), 1)
+    progress, share = progress_and_share(layers)
     result: dict[str, dict[Role, Sensitivity]] = {}
     below = 0
     for name, s in layers.items():
@@ -125,6 +124,12 @@ def gradient_energy(s: LayerStatistics) -> float:
 def step_progress(s: LayerStatistics) -> float:
     """eta G: what a step along a layer's gradient takes off the loss, to first order."""
     return s.step_size * gradient_energy(s)
+
+
+def progress_and_share(layers: Mapping[str, LayerStatistics]) -> tuple[float, float]:
+    """What a step takes off the loss to first order, and the same share of it that each layer has that learns."""
+    gains = [step_progress(s) for s in layers.values()]
+    return sum(gains), sum(gains) / max(sum(gain > 0 for gain in gains), 1)
 
 
 def patch_energy(s: LayerStatistics) -> Tensor:

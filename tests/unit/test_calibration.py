@@ -1,4 +1,4 @@
-"""Harm as excess loss, its measured slopes, and the multipliers that balance them."""
+"""Harm as loss, its measured slopes, and the multipliers that balance them."""
 
 import math
 from dataclasses import replace
@@ -101,6 +101,23 @@ def test_slopes_by_hand():
     # A quarter more of E's blocks is zero, and each of their MACs in both GEMMs is still charged 4 bit products.
     assert found[E].cost == pytest.approx((1.0 * 256 * (4 + 5) - 0.25 * 4 * 2 * 256) / (64 * 6 * 256))
     assert all(slopes["a"][role].cost == 0.0 for role in Role)  # widths did not move: nothing to weigh harm against
+
+
+def test_a_layer_that_does_not_learn_has_no_harm_in_its_gradient():
+    values = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.1, 0.4]], dtype=torch.float64)
+    bits = torch.tensor([[4.0, 4.0], [4.0, 4.0], [4.0, 3.0]], dtype=torch.float64)
+    probe = SimpleNamespace(loss=0 * values, forward=0 * values, wgrad=values, bits=bits, zeros=0 * values)
+    layers = {
+        "frozen": linear(outputs=4, inputs=8, step_size=0.0, dw=0.1, probe=probe),
+        "a": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2, probe=probe),
+    }
+    assert {name: slope[E].harm for name, slope in measured_slopes(layers, loss=2.0).items()} == pytest.approx(
+        {"frozen": 0.0, "a": 6.4 * 0.3 / 2}
+    )
+    found = layer_sensitivities(layers, loss=2.0)
+    assert not found["frozen"][E].harm.any()
+    # All of P = 6.4 is a's, and no layer below a learns.
+    assert float(found["a"][E].harm[0, 0]) == pytest.approx(6.4 / 6.4 * 4 * 4 / 2)
 
 
 def test_no_probe_and_a_broken_probe_give_no_slopes():
