@@ -1,6 +1,7 @@
 """Harm measured inside a step: what a probe finds, and that training does not notice it."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_calibration_moves_the_split_between_roles():
     assert all(m > 0 for m in multipliers)
 
 
-def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch):
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch, batches):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8))
     convert(model)
@@ -180,8 +182,11 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch):
     look = DynastyCallback._look
     monkeypatch.setattr(DynastyCallback, "_look", lambda self, t: (found := look(self, t), kinds.add(found and bool(found.layers)))[0])
     callback = DynastyCallback(target_speedup=4.0, interval=20, warmup_steps=4, table=False)
-    trainer(plugin=DynastyPrecision(seed=1), callback=callback, max_epochs=4).fit(small_classifier(), digits())
-    assert sum(steps for _, steps in added) == callback.run_cost.steps == 4 * 23
+    epochs = 4 * batches
+    trainer(plugin=DynastyPrecision(seed=1), callback=callback, max_epochs=epochs, accumulate_grad_batches=batches).fit(
+        small_classifier(), digits()
+    )
+    assert sum(steps for _, steps in added) == callback.run_cost.steps == epochs * math.ceil(23 / batches)
     # Steps alone cost more, E at 8 bits; what stands for an interval is the step before, and the history shows that one.
     pairs = [(alone[0], rest[0]) for alone, rest in itertools.pairwise(added) if alone[1] == 1 and rest[1] > 10]
     assert len(pairs) >= 2

@@ -282,3 +282,18 @@ def test_differences_picture():
     segment = axes.containers[1][2][0].get_segments()[0]
     assert segment[:, 0].tolist() == [pytest.approx(-0.8968, abs=1e-3), pytest.approx(0.0968, abs=1e-3)]
     assert "-0.40 [-0.90, +0.10]  n = 3" in texts(figure)
+
+
+def test_other_schedules_and_machines_are_other_settings():
+    records = [
+        run("uniform8", 0, 0.5),
+        run("uniform8", 0, 0.6, settings={"decay": "steps"}),
+        run("uniform8", 0, 0.7, settings={"accelerator": "gpu"}),
+    ]
+    old = run("dynasty@5.1", 0, 0.4)
+    del old["config"]["decay"], old["config"]["accelerator"]
+    plain, stepped, gpu = settings_of([*records, old])
+    assert [row.label for row in plain.rows] == ["uniform8", "dynasty@5.1"]
+    assert ", decay steps;" in stepped.text()
+    assert ", accelerator gpu;" in gpu.text()
+    assert "decay" not in plain.text()
