@@ -13,7 +13,7 @@ from ..core.geometry import LayerGeometry
 from ..core.roles import READS, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
-"""How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .1 to .4 (docs/thresholds.md)."""
+"""How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .14 to .25 (docs/thresholds.md)."""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
 
@@ -83,7 +83,7 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         s_X = N <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = N <dW**2> / (2 L) + P / (4 L) / sum W**2
         s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
-                           + number of layers below / (positions of E in a sample * sum E**2)), 0 where the layer does not learn
+                           + number of layers below / (positions of E in a sample * sum E**2)); the first is 0 where it does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())

@@ -9,7 +9,8 @@ import torch
 from dynasty_lightning import tasks
 from dynasty_lightning.data import TextData
 from dynasty_lightning.models import CharTransformer, Classifier, LanguageModel
-from dynasty_lightning.tasks import TASK_DATA, TASK_MODELS, Task, build_task, check_pair
+from dynasty_lightning.models.schedule import stepped
+from dynasty_lightning.tasks import TASK_DATA, TASK_MODELS, Task, build_task, check_decay, check_pair
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +85,22 @@ def test_the_seed_fixes_weights_and_order_and_leaves_torch_alone(data, model):
 def test_more_samples_than_there_are(data, model):
     with pytest.raises(ValueError, match=f"{data} has .* do not fit"):
         build_task(data=data, model=model, train_samples=10**6)
+
+
+def test_steps_of_the_learning_rate():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule, rates = stepped(optimizer, steps=8), []
+    for _ in range(8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+def test_decays_that_are_refused():
+    with pytest.raises(ValueError, match="stdlib-docs is trained with decay 'cosine' only, not 'steps'"):
+        check_decay(data="stdlib-docs", decay="steps")
+    with pytest.raises(ValueError, match="unknown decay 'linear'"):
+        check_decay(data="digits", decay="linear")
+    with pytest.raises(ValueError, match="decay 'steps' has no rise"):
+        Classifier(torch.nn.Identity(), classes=2, decay="steps", warmup_fraction=0.1)
