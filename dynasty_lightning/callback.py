@@ -23,7 +23,7 @@ from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
 from .nn.layers import DynamicLayer, LayerObservation
 from .nn.probe import ProbeRecord
-from .policy.generator import Entries, Measurement, Policy, UniformPolicy, check_target
+from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
 from .policy.schedule import Allocation, AnalysisSchedule, LossGuard
@@ -34,6 +34,7 @@ from .step_size import effective_step_sizes
 _NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
 _EARLY_PROBES: Final = (4, 6)
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
+_TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up for it: aim above the target, to end at it or above
 
 
 class DynastyCallback(Callback):
@@ -424,8 +425,9 @@ class DynastyCallback(Callback):
         remaining = last_step - step
         if not math.isfinite(last_step) or remaining <= 0:
             return self.target_speedup
-        budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / self.target_speedup - self.run_cost.sum.products_charged
-        now, rest = self.allocation.shares(step / last_step, 1.0 / self.target_speedup)
+        aim = min(self.target_speedup * _TARGET_MARGIN, GREATEST_SPEEDUP)
+        budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / aim - self.run_cost.sum.products_charged
+        now, rest = self.allocation.shares(step / last_step, 1.0 / aim)
         planned = 1.0 / now
         if planned <= _NEARLY_UNIFORM:
             return 1.0

@@ -152,6 +152,7 @@ class ThresholdPolicy(ABC):
                 raise ValueError(f"weights of roles must be positive and finite, not {weight} for {role.letter}")
         self.calibration = Calibration(by_layer=self.calibrate == "layers")
         self.multiplier: float | None = None
+        self._level: float | None = None
         self.predicted_harm = math.nan
         self._averages: dict[str, dict[str, Tensor]] = {}
         self._weights: dict[str, float] = {}
@@ -183,10 +184,12 @@ class ThresholdPolicy(ABC):
             self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
         sensitivities = self.sensitivities(smooth, loss=measurement.loss)
+        level = four_bit_multiplier(sensitivities)
         if self.multiplier is None:
-            self.multiplier = self._first_multiplier(sensitivities)
+            self.multiplier = level or 1.0
         else:
-            self._steer(measurement)
+            self._steer(measurement, level)
+        self._level = level or self._level
         entries = {name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()}
         self.predicted_harm = sum(
             _predicted_harm(s, entries[name][role].values, role) for name, roles in sensitivities.items() for role, s in roles.items()
@@ -198,31 +201,19 @@ class ThresholdPolicy(ABC):
         if self.multiplier is not None:
             self.multiplier /= 4.0
 
-    def _steer(self, measurement: Measurement) -> None:
+    def _steer(self, measurement: Measurement, level: float | None) -> None:
+        """Move lambda: to a noise budget by what predicted harm is off; to a target by what cost is off, and with the level of harm."""
         assert self.multiplier is not None
         if self.noise_budget is not None:
             step = _NOISE_GAIN * math.log(self.noise_budget / max(self.predicted_harm, 1e-30))
         else:
             assert measurement.target_speedup is not None
+            # Harm falls with the learning rate, and by hundreds at the end of a run: lambda follows at once, or cost would drift.
+            if level is not None and self._level is not None:
+                self.multiplier *= level / self._level
             step = _COST_GAIN * math.log(measurement.target_speedup / max(measurement.speedup, 1e-6))
         # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section 1).
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
-
-    def _first_multiplier(self, sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float:
-        """lambda at which a typical element gets about 4 bits: LSB at rms / 4; the loop does the rest."""
-        logs, weights = [], []
-        for roles in sensitivities.values():
-            for role, s in roles.items():
-                rms = 0.5 * torch.log2(s.mean_square.clamp(min=1e-300))
-                at_one = ideal_lsb_exponent(1.0, s.price, s.harm, role)
-                valid = (s.mean_square > 0) & (s.harm > 0)
-                if bool(valid.any()):
-                    logs.append(float((rms - 2.0 - at_one)[valid].mean()))
-                    weights.append(s.price * s.elements)
-        if not logs:
-            return 1.0
-        mean = sum(v * w for v, w in zip(logs, weights, strict=True)) / max(sum(weights), 1e-300)
-        return float(4.0 ** min(max(mean, -200.0), 200.0))
 
     def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
@@ -252,6 +243,7 @@ class ThresholdPolicy(ABC):
     def state_dict(self) -> dict[str, Any]:
         return {
             "multiplier": self.multiplier,
+            "level": self._level,
             "predicted_harm": self.predicted_harm,
             "averages": {name: dict(v) for name, v in self._averages.items()},
             "weights": dict(self._weights),
@@ -260,7 +252,7 @@ class ThresholdPolicy(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.multiplier, self.predicted_harm = state["multiplier"], state["predicted_harm"]
+        self.multiplier, self._level, self.predicted_harm = state["multiplier"], state["level"], state["predicted_harm"]
         self._averages = {name: dict(v) for name, v in state["averages"].items()}
         self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
         self.calibration.load_state_dict(state["calibration"])
@@ -274,6 +266,23 @@ class DynastyPolicy(ThresholdPolicy):
 
     def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
         return layer_sensitivities(layers, loss=loss)
+
+
+def four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float | None:
+    """lambda at which a typical element gets about 4 bits, LSB at rms / 4: where the loop begins, what it moves with. None without harm."""
+    logs, weights = [], []
+    for roles in sensitivities.values():
+        for role, s in roles.items():
+            rms = 0.5 * torch.log2(s.mean_square.clamp(min=1e-300))
+            at_one = ideal_lsb_exponent(1.0, s.price, s.harm, role)
+            valid = (s.mean_square > 0) & (s.harm > 0)
+            if bool(valid.any()):
+                logs.append(float((rms - 2.0 - at_one)[valid].mean()))
+                weights.append(s.price * s.elements)
+    if not logs:
+        return None
+    mean = sum(v * w for v, w in zip(logs, weights, strict=True)) / max(sum(weights), 1e-300)
+    return float(4.0 ** min(max(mean, -200.0), 200.0))
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:

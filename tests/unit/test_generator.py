@@ -1,0 +1,73 @@
+"""How lambda moves: with the level of harm at once, toward the target by bounded steps."""
+
+import math
+
+import pytest
+import torch
+
+from dynasty_lightning.core.roles import Role
+from dynasty_lightning.policy.generator import DynastyPolicy, Measurement
+
+from .layer_statistics import linear
+
+LAYERS = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
+
+
+def measured(*, loss, speedup=5.0, target=5.0):
+    """All harm is in units of the loss, so that this alone makes it fall or rise."""
+    return Measurement(layers=LAYERS, loss=loss, speedup=speedup, target_speedup=target)
+
+
+def thresholds(entries):
+    return {(name, role): entries[name][role].values.tolist() for name in entries for role in Role}
+
+
+@pytest.mark.parametrize("factor", [1e-6, 0.03, 1.0, 40.0, 1e5])
+def test_lambda_follows_the_level_of_harm_and_thresholds_stay(factor):
+    policy = DynastyPolicy()
+    first = thresholds(policy.update(measured(loss=2.0)))
+    before = policy.multiplier
+    assert thresholds(policy.update(measured(loss=2.0 / factor))) == first
+    assert policy.multiplier == pytest.approx(before * factor, rel=1e-9)
+
+
+def test_lambda_steps_toward_the_target_by_what_cost_is_off():
+    policy = DynastyPolicy()
+    policy.update(measured(loss=2.0))
+    before = policy.multiplier
+    policy.update(measured(loss=2.0, speedup=4.0))
+    assert policy.multiplier == pytest.approx(before * (5.0 / 4.0) ** 2)
+    policy.update(measured(loss=2.0, speedup=1.0))  # far off: bounded, since the same error will be met again before it is gone
+    assert policy.multiplier == pytest.approx(before * (5.0 / 4.0) ** 2 * math.exp(1.5))
+
+
+def test_a_noise_budget_is_harm_itself_and_does_not_follow_its_level():
+    policy = DynastyPolicy(noise_budget=1e-3)
+    policy.update(measured(loss=2.0))
+    before, predicted = policy.multiplier, policy.predicted_harm
+    policy.update(measured(loss=2000.0))
+    step = 0.7 * math.log(1e-3 / predicted)
+    assert policy.multiplier == pytest.approx(before * math.exp(min(max(step, -1.5), 1.5)))
+
+
+def test_a_restored_policy_goes_on_as_the_first_would_have():
+    first = DynastyPolicy()
+    first.update(measured(loss=2.0))
+    second = DynastyPolicy()
+    second.load_state_dict(first.state_dict())
+    later = measured(loss=0.1, speedup=4.5)
+    assert thresholds(first.update(later)) == thresholds(second.update(later))
+    assert first.multiplier == second.multiplier
+
+
+def test_statistics_without_harm_leave_lambda_alone():
+    policy = DynastyPolicy(smoothing=0.0)
+    policy.update(measured(loss=2.0))
+    before = policy.multiplier
+    still = {
+        name: linear(outputs=s.geometry.out_channels, inputs=s.geometry.in_channels, step_size=0.0, dw=0.0, dx=0.0)
+        for name, s in LAYERS.items()
+    }
+    entries = policy.update(Measurement(layers=still, loss=2.0, speedup=5.0, target_speedup=5.0))
+    assert policy.multiplier == pytest.approx(before)
+    assert all(torch.isfinite(p.values.float()).all() for roles in entries.values() for p in roles.values())
