@@ -77,17 +77,18 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
     """Harm per unit of squared error, and price of a bit, for every operand.
 
     Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error of X or W, and
-    what a step gains less for noise in its gradient. With N samples, eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
+    what a step gains less for noise in its gradient. With M terms of the loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
     eta_l G_l over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
 
-        s_X = N <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
-        s_W = N <dW**2> / (2 L) + P / (4 L) / sum W**2
+        s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
+        s_W = M <dW**2> / (2 L) + P / (4 L) / sum W**2
         s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
                            + number of layers below / (positions of E in a sample * sum E**2)); the first is 0 where it does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / max(loss, 1e-12)
+    terms = loss_terms(layers)
     progress, share = progress_and_share(layers)
     result: dict[str, dict[Role, Sensitivity]] = {}
     below = 0
@@ -96,13 +97,13 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
         moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
         weighed = float(w.mean()) * counts[Role.WEIGHT]
-        positions = counts[Role.ERROR] / (s.samples * s.geometry.out_channels)
+        positions = output_positions(s) / s.samples
         spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
         learns = step_progress(s) > 0
         own = share / gradient_energy(s) if learns else 0.0
         harm = {
-            Role.ACTIVATION: dx * (0.5 * s.samples + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
-            Role.WEIGHT: 0.5 * s.samples * s.dw_square.double() + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
+            Role.ACTIVATION: dx * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
+            Role.WEIGHT: 0.5 * terms * s.dw_square.double() + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
             Role.ERROR: own * patch_energy(s).expand_as(s.e_square) + (below * share / spread if spread > 0 else 0.0),
         }
         below += learns
@@ -114,6 +115,20 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
             for role in Role
         }
     return result
+
+
+def loss_terms(layers: Mapping[str, LayerStatistics]) -> float:
+    """Of how many terms the loss is the mean: positions of the last layer's output in the whole batch.
+
+    So a sample of a classifier is one, and each token of a language model, whose errors are as independent as those of samples are. It is
+    the layer converted last that counts: of a network whose head is not converted, what feeds it.
+    """
+    return output_positions(list(layers.values())[-1]) if layers else 1.0
+
+
+def output_positions(s: LayerStatistics) -> float:
+    """Positions of a layer's output in the whole batch: rows of E as the GEMMs see it."""
+    return operand_elements(s)[Role.ERROR] / s.geometry.out_channels
 
 
 def gradient_energy(s: LayerStatistics) -> float:

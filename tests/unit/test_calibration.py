@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.policy.calibration import Calibration, Slope, measured_slopes
-from dynasty_lightning.policy.sensitivity import layer_sensitivities, patch_energy
+from dynasty_lightning.policy.sensitivity import layer_sensitivities, loss_terms, patch_energy
 
 from .layer_statistics import linear
 
@@ -35,6 +35,24 @@ def test_harm_of_two_layers_by_hand():
     }
     for (name, role), value in expected.items():
         assert torch.allclose(found[name][role].harm, torch.full_like(found[name][role].harm, value), rtol=1e-6), (name, role)
+
+
+def test_tokens_of_a_language_model_are_terms_of_its_loss():
+    def tokens(s, n):
+        spread = {name: getattr(s, name).unsqueeze(1).expand(-1, n, -1) for name in ("x_square", "e_square", "dx_square")}
+        return replace(s, samples=s.samples // n, **spread)
+
+    flat = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
+    assert loss_terms(flat) == 8
+    # 2 samples of 4 tokens instead of 8 samples: X and W neither know nor care.
+    text = {name: tokens(s, 4) for name, s in flat.items()}
+    assert loss_terms(text) == 8
+    expected, found = layer_sensitivities(flat, loss=2.0), layer_sensitivities(text, loss=2.0)
+    for name in flat:
+        assert torch.allclose(found[name][X].harm, expected[name][X].harm.unsqueeze(1)), name
+        assert torch.allclose(found[name][W].harm, expected[name][W].harm), name
+    # A head that pools over the tokens makes one term of each sample.
+    assert loss_terms({"a": text["a"], "b": replace(flat["b"], samples=2)}) == 2
 
 
 @pytest.mark.parametrize(("groups", "stride", "dilation"), [(1, 1, 1), (1, 2, 1), (2, 1, 2)])
