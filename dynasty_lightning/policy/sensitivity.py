@@ -76,8 +76,8 @@ class Sensitivity:
 def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error of X or W, and
-    what a step gains less for noise in its gradient. With M terms of the loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
+    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error of X or W, and what a step gains less
+    for noise in its gradient. With M terms of the loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
     eta_l G_l over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
