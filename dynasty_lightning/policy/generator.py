@@ -184,12 +184,11 @@ class ThresholdPolicy(ABC):
             self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
         sensitivities = self.sensitivities(smooth, loss=measurement.loss)
-        level = four_bit_multiplier(sensitivities)
+        drift = self._drift(sensitivities)
         if self.multiplier is None:
-            self.multiplier = level or 1.0
+            self.multiplier = self._level or 1.0
         else:
-            self._steer(measurement, level)
-        self._level = level or self._level
+            self._steer(measurement, drift)
         entries = {name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()}
         self.predicted_harm = sum(
             _predicted_harm(s, entries[name][role].values, role) for name, roles in sensitivities.items() for role, s in roles.items()
@@ -201,7 +200,13 @@ class ThresholdPolicy(ABC):
         if self.multiplier is not None:
             self.multiplier /= 4.0
 
-    def _steer(self, measurement: Measurement, level: float | None) -> None:
+    def _drift(self, sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float:
+        """How the level of harm moved since the last update; 1 where it is not known."""
+        before, level = self._level, _four_bit_multiplier(sensitivities)
+        self._level = level or before
+        return level / before if level and before else 1.0
+
+    def _steer(self, measurement: Measurement, drift: float) -> None:
         """Move lambda: to a noise budget by what predicted harm is off; to a target by what cost is off, and with the level of harm."""
         assert self.multiplier is not None
         if self.noise_budget is not None:
@@ -209,8 +214,7 @@ class ThresholdPolicy(ABC):
         else:
             assert measurement.target_speedup is not None
             # Harm falls with the learning rate, and by hundreds at the end of a run: lambda follows at once, or cost would drift.
-            if level is not None and self._level is not None:
-                self.multiplier *= level / self._level
+            self.multiplier *= drift
             step = _COST_GAIN * math.log(measurement.target_speedup / max(measurement.speedup, 1e-6))
         # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section 1).
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
@@ -268,7 +272,7 @@ class DynastyPolicy(ThresholdPolicy):
         return layer_sensitivities(layers, loss=loss)
 
 
-def four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float | None:
+def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float | None:
     """lambda at which a typical element gets about 4 bits, LSB at rms / 4: where the loop begins, what it moves with. None without harm."""
     logs, weights = [], []
     for roles in sensitivities.values():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.formats import MAX_BITS, MIN_BITS
 from ..core.roles import READS, Gemm, Role
-from .generator import DynastyPolicy, Entries, Measurement, four_bit_multiplier
+from .generator import DynastyPolicy, Entries, Measurement
 from .sensitivity import LayerStatistics, Sensitivity, operand_elements
 from .widths import LEGAL_WIDTHS, fixed_entries, mac_shares, noise_levels, width_cost
 
@@ -49,12 +49,11 @@ class PerLayerPolicy(DynastyPolicy):
         cost = torch.stack([_combination_costs(shares[name]) for name in sensitivities])
         x, w, e = harm.unbind(1)
         total = x[:, :, None, None] + w[:, None, :, None] + e[:, None, None, :]
-        level = four_bit_multiplier(sensitivities)
+        drift = self._drift(sensitivities)
         if self.multiplier is None:
             self.multiplier = self._first_width_multiplier(total, cost, measurement)
         else:
-            self._steer(measurement, level)
-        self._level = level or self._level
+            self._steer(measurement, drift)
         chosen = _cheapest(total, cost, self.multiplier)
         if self.hysteresis:
             band = [_cheapest(total, cost, self.multiplier * 4.0**h) for h in (-self.hysteresis, self.hysteresis)]
