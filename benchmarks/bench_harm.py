@@ -5,9 +5,10 @@
     python benchmarks/bench_harm.py --smoke             # digits, half a minute; writes and draws nothing
 
 A network trains in dynamic precision. At two steps its weights, map, optimizer and the policy's smoothed statistics are copied. A plain
-float32 twin then runs one batch of training images with the rounding error of one operand of one layer left inside one entry, and nothing
+float32 twin then runs a batch of training images with the rounding error of one operand of one layer left inside one entry, and nothing
 else quantized (benchmarks/harm.py has the equation of harm). Entries are drawn at random, the same number from each layer; widths are
-2 and 4 bits everywhere and what the map in force gives. E rounds stochastically: its harm is the mean of several draws.
+2 and 4 bits everywhere and what the map in force gives. A map serves steps to come, so what it should predict is the mean over batches
+(and over draws, of E): harm is the mean of several, and how well one batch orders the entries as another does is printed beside.
 
 Predictors, all of the error that was made, sum err**2 over the entry:
 
@@ -23,6 +24,7 @@ Predictors, all of the error that was made, sum err**2 over the entry:
 
 import argparse
 import copy
+import itertools
 import logging
 import math
 import time
@@ -47,6 +49,7 @@ from harm import (
     entry_slices,
     only,
     positions,
+    repeatability,
     rounding_error,
 )
 from scipy.stats import spearmanr
@@ -65,10 +68,10 @@ GOALS = {Role.ACTIVATION: 0.8, Role.WEIGHT: 0.9, Role.ERROR: 0.9}
 """Least Spearman correlation of measured and predicted harm, pooled over layers."""
 WIDTHS: tuple[int | str, ...] = (2, 4, "map")
 UNSEEN_EPOCH = 1 << 20
-"""Of the training loader: its first batch is one that no run meets."""
+"""Of the training loader: its batches are ones that no run meets."""
 OWN = ("ours", "calibrated", "exact statistics")
 WHOLE = "all layers"
-SETTINGS = ("data", "model", "train_samples", "epochs", "batch_size", "interval", "early", "late", "entries", "draws")
+SETTINGS = ("data", "model", "train_samples", "epochs", "batch_size", "interval", "early", "late", "entries", "batches")
 Sensitivities = Mapping[str, Mapping[Role, Sensitivity]]
 
 
@@ -146,20 +149,26 @@ def train(a: argparse.Namespace, task: Task) -> list[Stage]:
     return snapshots.stages
 
 
-def twin(a: argparse.Namespace, stage: Stage) -> MeasuredNetwork:
-    """The stage's network in plain float32, on a batch of augmented training images that training never saw."""
-    task = make_task(a)
-    names = set(task.module.state_dict())
-    task.module.load_state_dict({k: v for k, v in stage.weights.items() if k in names})
-    loader = task.data.train_dataloader()
+def twins(a: argparse.Namespace, stage: Stage) -> list[MeasuredNetwork]:
+    """The stage's network in plain float32, once for each of some batches of augmented training images that training never saw."""
+    result = []
+    loader = make_task(a).data.train_dataloader()
     loader.load_state_dict({"epoch": UNSEEN_EPOCH, "next_batch": 0})
-    images, labels = next(iter(loader))
-    return MeasuredNetwork(task.module, stage.step_sizes, images, labels)
+    for images, labels in itertools.islice(loader, a.batches):
+        module = make_task(a).module
+        names = set(module.state_dict())
+        module.load_state_dict({k: v for k, v in stage.weights.items() if k in names})
+        result.append(MeasuredNetwork(module, stage.step_sizes, images, labels))
+    return result
+
+
+def mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One entry of a map with its error: what was measured, and what each predictor says."""
+    """One entry of a map with its error: what was measured, in the mean and batch by batch, and what each predictor says."""
 
     role: Role
     layer: int
@@ -167,6 +176,7 @@ class Entry:
     index: int
     squared_error: float
     measured: Harm
+    batches: list[float]
     predicted: dict[str, float]
 
 
@@ -177,46 +187,65 @@ def requested(stage: Stage, layer: str, role: Role, width: int | str) -> Operand
     return stage.entries.get(layer, {}).get(role, OperandPrecision(bits=8))
 
 
-def measure_entries(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) -> list[Entry]:
+def measure_entries(a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Entry]:
     """All roles, layers and widths; entries without any error say nothing and are left out."""
     random = np.random.default_rng(a.seed)
-    sources = {**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)}
+    sources = batch_sensitivities(stage, nets)
     result = []
     for i, (name, s) in enumerate(stage.layers.items()):
         for role in Role:
-            operand = net.operands[name, role]
-            layout = entry_layout(operand, role, s)
+            layout = entry_layout(nets[0].operands[name, role], role, s)
             count = math.prod(layout.grid_shape)
             chosen = random.permutation(count)[: a.entries].tolist()
             for width in WIDTHS:
                 places = positions(a.seed, i)
-                draws = a.draws if role is Role.ERROR else 1
-                errors = [rounding_error(operand, role, requested(stage, name, role, width), s, next(places)) for _ in range(draws)]
+                precision = requested(stage, name, role, width)
+                whole = [rounding_error(net.operands[name, role], role, precision, s, next(places)) for net in nets]
                 for index in chosen:
                     slices = entry_slices(layout, index)
-                    square = sum(float(e[slices].double().square().sum()) for e in errors) / draws
-                    if square == 0:
+                    errors = [only(error, slices) for error in whole]
+                    squares = [float(error.double().square().sum()) for error in errors]
+                    if not any(squares):
                         continue
-                    if role is Role.ERROR:
-                        measured = Harm.mean([net.error_harm(name, only(e, slices)) for e in errors])
-                    else:
-                        measured = net.harm({(name, role): adding(only(errors[0], slices))})
-                    values = operand[slices].double()
-                    gradient = values if role is Role.ERROR else net.gradients[name, role][slices].double()
-                    peak = float(values.abs().max()) ** 2
-                    predicted = {
-                        **{key: float(source[name][role].harm.flatten()[index]) * square for key, source in sources.items()},
-                        "AMPA": math.sqrt(float(gradient.square().sum()) * square),
-                        "noise": square / float(operand.double().square().sum()),
-                        "amax^2": peak,
-                        "amax^2 err^2": peak * square,
-                        "random": random.random(),
-                    }
+                    measured = [one_harm(net, name, role, error) for net, error in zip(nets, errors, strict=True)]
+                    predicted = [
+                        {key: float(source[name][role].harm.flatten()[index]) * square for key, source in of.items()}
+                        | rival_predictions(net, name, role, slices, square)
+                        for net, of, square in zip(nets, sources, squares, strict=True)
+                    ]
                     result.append(
-                        Entry(role=role, layer=i, width=width, index=index, squared_error=square, measured=measured, predicted=predicted)
-                    )
+                        Entry(
+                            role=role, layer=i, width=width, index=index, squared_error=sum(squares) / len(squares),
+                            measured=Harm.mean(measured), batches=[m.total for m in measured],
+                            predicted=mean_of(predicted) | {"random": random.random()},
+                        )
+                    )  # fmt: skip
         progress(f"{stage.name}: {name} measured")
     return result
+
+
+def batch_sensitivities(stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Mapping[str, Sensitivities]]:
+    """Sensitivities by name for each batch: those of the policy are the same for all."""
+    return [{**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)} for net in nets]
+
+
+def one_harm(net: MeasuredNetwork, layer: str, role: Role, error: torch.Tensor) -> Harm:
+    """Of an error of one operand."""
+    return net.error_harm(layer, error) if role is Role.ERROR else net.harm({(layer, role): adding(error)})
+
+
+def rival_predictions(net: MeasuredNetwork, layer: str, role: Role, slices: tuple[slice, ...], square: float) -> dict[str, float]:
+    """What other rules say of an entry's error whose squares sum to `square`."""
+    operand = net.operands[layer, role]
+    values = operand[slices].double()
+    gradient = values if role is Role.ERROR else net.gradients[layer, role][slices].double()
+    peak = float(values.abs().max()) ** 2
+    return {
+        "AMPA": math.sqrt(float(gradient.square().sum()) * square),
+        "noise": square / float(operand.double().square().sum()),
+        "amax^2": peak,
+        "amax^2 err^2": peak * square,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,9 +263,9 @@ class Level:
         return {"layer": self.layer, "roles": self.roles, "width": self.width, **figures}
 
 
-def measure_levels(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) -> list[Level]:
+def measure_levels(a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Level]:
     """Each operand alone, then each role in all layers, then everything: there errors meet in one pass, operands rounded as they come."""
-    sources = {**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)}
+    sources = batch_sensitivities(stage, nets)
     places = {name: positions(a.seed + 1, i) for i, name in enumerate(stage.layers)}
 
     def rounding(name: str, role: Role, width: int | str) -> Any:
@@ -244,13 +273,17 @@ def measure_levels(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) ->
         return lambda operand: operand + rounding_error(operand, role, precision, s, next(places[name]))
 
     def operand_level(name: str, role: Role, width: int | str) -> Level:
-        operand = net.operands[name, role]
-        draws = a.draws if role is Role.ERROR else 1
-        errors = [rounding(name, role, width)(operand) - operand for _ in range(draws)]
-        measured = Harm.mean([net.error_harm(name, e) if role is Role.ERROR else net.harm({(name, role): adding(e)}) for e in errors])
-        layout = entry_layout(operand, role, stage.layers[name])
-        square = torch.stack([layout.mean(e.double().square()) * layout.counts(e.device) for e in errors]).mean(0)
-        predicted = {key: float((source[name][role].harm * square).sum()) for key, source in sources.items()}
+        operands = [net.operands[name, role] for net in nets]
+        errors = [rounding(name, role, width)(operand) - operand for operand in operands]
+        measured = Harm.mean([one_harm(net, name, role, error) for net, error in zip(nets, errors, strict=True)])
+        layout = entry_layout(operands[0], role, stage.layers[name])
+        squares = [layout.mean(error.double().square()) * layout.counts(error.device) for error in errors]
+        predicted = mean_of(
+            [
+                {key: float((source[name][role].harm * square).sum()) for key, source in of.items()}
+                for of, square in zip(sources, squares, strict=True)
+            ]
+        )
         return Level(layer=name, roles=role.letter, width=width, measured=measured, predicted=predicted)
 
     levels = []
@@ -259,8 +292,8 @@ def measure_levels(a: argparse.Namespace, stage: Stage, net: MeasuredNetwork) ->
         levels += alone
         for roles in ("X", "W", "E", "XWE"):
             together = {(name, role): rounding(name, role, width) for name in stage.layers for role in Role if role.letter in roles}
-            measured = Harm.mean([net.harm(together) for _ in range(a.draws if "E" in roles else 1)])
-            predicted = {key: sum(v.predicted[key] for v in alone if v.roles in roles) for key in sources}
+            measured = Harm.mean([net.harm(together) for net in nets])
+            predicted = {key: sum(v.predicted[key] for v in alone if v.roles in roles) for key in sources[0]}
             levels.append(Level(layer=WHOLE, roles=roles, width=width, measured=measured, predicted=predicted))
     progress(f"{stage.name}: whole operands measured")
     return levels
@@ -276,6 +309,7 @@ def summarise(entries: Iterable[Entry], names: Sequence[str], seed: int) -> dict
         "entries": len(entries),
         "loss_share": float(np.median([e.measured.loss / e.measured.total for e in entries if e.measured.total > 0])),
         "interval": bootstrap(predictors["ours"], measured, seed),
+        "repeat": repeatability(np.array([e.batches for e in entries])),
         "predictors": {key: agreement(p, measured, layers, names) for key, p in predictors.items()},
         "calibration": {key: calibration(predictors[key], measured) for key in OWN},
     }
@@ -304,19 +338,17 @@ def summarise_levels(levels: Sequence[Level]) -> dict[str, Any]:
 
 
 def report(stage: dict[str, Any], names: Sequence[str]) -> None:
-    print(
-        f"\n{stage['name']}: step {stage['step']}, loss of the batch {stage['loss']:.3f}, map of mean bits {stage['figures']['mean_bits']}"
-    )
-    print("Spearman, pooled / median within layers; slope and ratio (measured over predicted) are those of ours")
+    print(f"\n{stage['name']}: step {stage['step']}, loss {stage['loss']:.3f}, map of mean bits {stage['figures']['mean_bits']}")
+    print("Spearman, pooled / median within layers; slope and ratio (measured over predicted) are those of ours; one batch against another")
     predictors = list(next(iter(stage["entries"]["X"].values()))["predictors"])
-    print("  role bits    n  loss term  95 % of ours  slope ratio  " + "".join(f"{p:>18s}" for p in predictors))
+    print("  role bits    n  loss term  95 % of ours  slope ratio  batches  " + "".join(f"{p:>18s}" for p in predictors))
     for letter, widths in stage["entries"].items():
         for width, v in widths.items():
             c, (low, high) = v["calibration"]["ours"], v["interval"]
             cells = "".join(f"{_figure(p['spearman']):>11s} / {_figure(p['median_within'])}" for p in v["predictors"].values())
             print(
                 f"  {letter:4s} {width!s:4s} {v['entries']:4d} {100 * v['loss_share']:8.0f} %  [{low:.2f}, {high:.2f}]"
-                f"  {c['slope']:5.2f} {c['ratio']:5.2f}  {cells}"
+                f"  {c['slope']:5.2f} {c['ratio']:5.2f}  {_figure(v['repeat'])}     {cells}"
             )
     print("within each layer, ours at " + ", ".join(f"{w} bits" if isinstance(w, int) else w for w in WIDTHS))
     for name in names:
@@ -397,14 +429,14 @@ def draw(stages: Sequence[tuple[dict[str, Any], list[Entry]]], names: Sequence[s
 
 def measure(a: argparse.Namespace, stage: Stage) -> tuple[dict[str, Any], list[Entry]]:
     """Figures of a stage, JSON-ready, and its entries."""
-    net = twin(a, stage)
+    nets = twins(a, stage)
     names = list(stage.layers)
-    entries = measure_entries(a, stage, net)
-    levels = measure_levels(a, stage, net)
+    entries = measure_entries(a, stage, nets)
+    levels = measure_levels(a, stage, nets)
     figures = {
         "name": stage.name,
         "step": stage.step,
-        "loss": net.loss,
+        "loss": sum(net.loss for net in nets) / len(nets),
         "figures": stage.figures,
         "step_sizes": stage.step_sizes,
         "entries": {
@@ -429,7 +461,7 @@ def options() -> argparse.ArgumentParser:
     p.add_argument("--early", type=float, default=100, help="step of the first measurement, or share of the run")
     p.add_argument("--late", type=float, default=0.9, help="of the second")
     p.add_argument("--entries", type=int, default=36, help="of each operand of each layer, at most")
-    p.add_argument("--draws", type=int, default=3, help="of stochastic rounding")
+    p.add_argument("--batches", type=int, default=6, help="measured, each with its own draw of stochastic rounding")
     p.add_argument("--picture", type=Path, help="draw there")
     return p
 
@@ -442,7 +474,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(a.seed)
     if a.smoke:
-        a.data, a.train_samples, a.epochs, a.batch_size, a.interval, a.early, a.entries, a.draws = "digits", 640, 2, 32, 5, 12, 3, 1
+        a.data, a.train_samples, a.epochs, a.batch_size, a.interval, a.early, a.entries, a.batches = "digits", 640, 2, 32, 5, 12, 3, 2
     else:
         a.results = a.results or ROOT / "benchmarks" / "results" / "harm.json"
         a.picture = a.picture or ROOT / "docs" / "images" / "harm.png"

@@ -9,6 +9,7 @@ error that changes l_n by delta l_n and dW_j by delta dW_j does the harm
 the excess loss by the loss's curvature (Fisher) and the share of a step's first-order gain P that noise takes, all layers alike, over L.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,6 +232,12 @@ def agreement(predicted: np.ndarray, measured: np.ndarray, layers: np.ndarray, n
         "median_within": float(np.median(list(within.values()))) if within else math.nan,
         "within": within,
     }
+
+
+def repeatability(totals: np.ndarray) -> float:
+    """How well one batch orders entries as another does: mean Spearman correlation over pairs of columns of `totals` [entries, batches]."""
+    pairs = list(itertools.combinations(range(totals.shape[1]), 2))
+    return float(np.mean([spearmanr(totals[:, i], totals[:, j]).statistic for i, j in pairs])) if pairs else math.nan
 
 
 def calibration(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:

@@ -15,6 +15,7 @@ from benchmarks.harm import (
     entry_layout,
     entry_slices,
     only,
+    repeatability,
     rounding_error,
 )
 from dynasty_lightning.core.geometry import LayerGeometry
@@ -211,3 +212,10 @@ def test_the_interval_holds_the_correlation_and_narrows_with_more_entries():
         value = agreement(x, x + y, np.zeros(len(x), int), ["a"])["spearman"]
         assert low < value < high
     assert intervals[1][1] - intervals[1][0] < 0.5 * (intervals[0][1] - intervals[0][0])
+
+
+def test_repeatability_is_the_mean_correlation_of_pairs_of_batches():
+    same, reversed_ = [1.0, 2.0, 3.0], [30.0, 20.0, 10.0]
+    assert repeatability(np.array([same, same]).T) == pytest.approx(1.0)
+    assert repeatability(np.array([same, same, reversed_]).T) == pytest.approx((1 - 1 - 1) / 3)
+    assert np.isnan(repeatability(np.array([same]).T))
