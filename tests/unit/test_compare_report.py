@@ -7,7 +7,9 @@ import pytest
 from matplotlib import pyplot
 
 from dynasty_lightning.cli import main
-from dynasty_lightning.compare_report import Difference, draw_differences, draw_pareto, settings_of, write_report
+from dynasty_lightning.compare_pictures import draw_course, draw_differences, draw_pareto
+from dynasty_lightning.compare_report import write_report
+from dynasty_lightning.compare_settings import Difference, courses, settings_of, titles
 from dynasty_lightning.runs import RunConfig, record_of
 
 TASK = {"train_samples": 50000, "test_samples": 10000, "validation_samples": 0}
@@ -297,3 +299,56 @@ def test_other_schedules_and_machines_are_other_settings():
     assert ", decay steps;" in stepped.text()
     assert ", accelerator gpu;" in gpu.text()
     assert "decay" not in plain.text()
+
+
+# -- Length of training
+
+
+def lengths():
+    """Drops of 4, 2 and 0 points after 5, 10 and 20 epochs, the last of one seed; uniform 4 bits after 5 epochs alone."""
+    records = []
+    for epochs, drop, seeds in ((20, 0.0, 1), (5, 0.04, 3), (10, 0.02, 2)):
+        for seed in range(seeds):
+            records.append(run("uniform8", seed, 0.6, settings={"epochs": epochs}))
+            records.append(run("dynasty@5.1", seed, 0.6 - drop - seed / 1000, settings={"epochs": epochs}, speedup_charged=5.1))
+    return [*records, run("uniform4", 0, 0.5, settings={"epochs": 5}), run("uniform8", 0, 0.5, settings={"epochs": 5, "batch_size": 64})]
+
+
+def test_lengths_of_one_training_are_a_course():
+    settings = settings_of(lengths())
+    (course,) = courses(settings)
+    assert [s.values["epochs"] for s in course] == [5, 10, 20]
+    assert titles(settings) == [
+        "cifar100, resnet8, epochs 20, batch size 128",
+        "cifar100, resnet8, epochs 5, batch size 128",
+        "cifar100, resnet8, epochs 10, batch size 128",
+        "cifar100, resnet8, epochs 5, batch size 64",
+    ]
+    assert courses(settings[:1]) == []
+    assert titles(settings[:1]) == ["cifar100, resnet8"]
+
+
+def test_course_in_the_report(report):
+    text, pictures = report(lengths())
+    section = text[text.index("length of training") :].split("## ")[0]
+    assert "report-length.png" in section
+    assert "report-length.png" in pictures
+    lines = [line for line in section.splitlines() if line.startswith("| dynasty@5.1 ")]
+    assert [[c.strip() for c in line.split("|")[2:4]] for line in lines] == [["5", "3"], ["10", "2"], ["20", "1"]]
+    assert "-4.10 [-4.35, -3.85]" in lines[0]  # 4.0, 4.1, 4.2: t(.975, 2) * .1 / sqrt(3) = .248
+    assert "uniform4" not in section
+
+
+def test_picture_of_a_course(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("dynasty_lightning.compare_pictures.save_picture", lambda figure, path: figures.append(figure) or path)
+    (course,) = courses(settings_of(lengths()))
+    assert draw_course(course, tmp_path / "a.png") == tmp_path / "a.png"
+    axes = figures[0].axes[0]
+    (means,) = [line for line in axes.lines if line.get_label() == "dynasty@5.1, n = 3, 2, 1"]
+    assert means.get_xdata().tolist() == [5, 10, 20]
+    assert means.get_ydata().tolist() == [pytest.approx(-4.1), pytest.approx(-2.05), pytest.approx(0.0)]
+    assert len(axes.containers) == 1  # an interval for three pairs, none for two or one
+    alone = courses(settings_of([r for r in lengths() if r["config"]["method"] == "uniform8"]))
+    assert draw_course(alone[0], tmp_path / "b.png") is None
+    assert len(figures) == 1
