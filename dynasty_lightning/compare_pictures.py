@@ -23,6 +23,7 @@ Box = tuple[float, float, float, float]
 _GREY: Final = "#888888"
 _MARKERS: Final = {"uniform8": "s", "dynasty": "o"}
 _OTHER_MARKERS: Final = "D^vPX<>*hpd8"
+_LINES: Final = ("-", "--", ":", "-.")
 _LEAST_PAIRS: Final = 3
 """For an interval in a picture: one from two pairs is so wide that nothing else is seen."""
 _FAR_BELOW: Final = 8.0  # points under the baseline from which on a method is drawn at the picture's edge
@@ -253,7 +254,7 @@ def draw_course(course: Sequence[Setting], path: Path) -> Path | None:
         return None
     style = _styles([row for setting in course for row in setting.rows])
     with rc_context(STYLE):
-        figure, axes = pyplot.subplots(figsize=(7.4, 4.6), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(8, 4.6), layout="constrained")
         axes.axhline(0, color=NOTE_COLOUR, linewidth=1)
         for i, (label, lengths) in enumerate(pairs.items()):
             colour, marker = style[label]
@@ -265,15 +266,12 @@ def draw_course(course: Sequence[Setting], path: Path) -> Path | None:
                     axes.errorbar(epochs * shift, d.spread.mean, yerr=d.high - d.spread.mean, color=colour, elinewidth=1.8, capsize=3)
             n = ", ".join(str(len(d)) for d in lengths.values())
             means = [sum(d) / len(d) for d in lengths.values()]
+            alike = sum(style[other] == style[label] for other in list(pairs)[:i])  # other targets of the same method
             axes.plot(
-                [e * shift for e in lengths],
-                means,
-                color=colour,
-                marker=marker or "o",
-                markersize=7.5,
-                mec="white",
+                [e * shift for e in lengths], means, color=colour, marker=marker or "o", markersize=7.5, zorder=3,
+                linestyle=_LINES[alike % len(_LINES)], mec=colour if alike else "white", mfc="white" if alike else colour,
                 label=f"{label}, n = {n}",
-            )
+            )  # fmt: skip
         ticks = sorted({epochs for lengths in pairs.values() for epochs in lengths})
         axes.set_xscale("log")
         axes.set_xticks(ticks, [str(t) for t in ticks])
@@ -282,7 +280,7 @@ def draw_course(course: Sequence[Setting], path: Path) -> Path | None:
         axes.set_xlabel("Epochs (log scale)")
         axes.set_ylabel("Accuracy minus uniform 8 bits, in points")
         axes.legend(frameon=False, fontsize=8.5)
-        headline(figure, f"{course[0].name}: differences to uniform 8 bits by length of training", width=72)
+        headline(figure, f"{course[0].name}: differences to uniform 8 bits by length of training", width=90)
         note = f"Small marks: pairs of one seed; large: means; bars: {CONFIDENCE:.0%} interval, from {_LEAST_PAIRS} pairs on."
         axes.set_title(note, fontsize=8.5, color=NOTE_COLOUR)
         save_picture(figure, path)
