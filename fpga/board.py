@@ -258,12 +258,16 @@ class SimulatedPynqDevice(PynqDevice):
         self._folder = tempfile.TemporaryDirectory(prefix="dpgemm-overlay-")
         self.simulated = SimulatedBoard(load_board(board), config, **options)
         overlay = write_overlay(Path(self._folder.name), load_board(board), clock_mhz=clock_mhz)
-        lock = lock or Path(self._folder.name).name
+        own = Path(self._folder.name).name
+        self._own_lock = None if lock else _lock_file(own)  # nobody else can want it: it goes with the board
+        lock = lock or own
         super().__init__(config, overlay=overlay, board=board, clock_mhz=clock_mhz, pynq_device=self.simulated, lock=lock)
 
     def close(self) -> None:
         super().close()
         self._folder.cleanup()
+        if self._own_lock is not None:
+            self._own_lock.unlink(missing_ok=True)
 
 
 def _offsets(registers: dict[str, Any]) -> dict[str, int]:
@@ -308,9 +312,13 @@ def _check_files(overlay: Path, board: Board) -> None:
         raise DeviceError(f"{hwh} describes {described}, but the bitstream beside it is for {part}: they do not belong together")
 
 
+def _lock_file(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"dynasty-dpgemm-{name}.lock"
+
+
 def _take_board(name: str) -> IO[str]:
     """A lock file that this process holds while it has the board. Raises DeviceError if another has it."""
-    path = Path(tempfile.gettempdir()) / f"dynasty-dpgemm-{name}.lock"
+    path = _lock_file(name)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     file = os.fdopen(handle, "r+")
     try:

@@ -274,6 +274,13 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert done.stdout.strip() == "opened", done.stderr
 
 
+def test_a_simulated_board_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with SimulatedPynqDevice():
+        assert len([path for path in tmp_path.iterdir() if path.suffix == ".lock"]) == 1
+    assert not [path.name for path in tmp_path.iterdir() if "dpgemm" in path.name]
+
+
 def test_a_power_cycle_in_the_middle_of_a_run(device: SimulatedPynqDevice) -> None:
     device.simulated.faults.seconds = 0.4
     timer = threading.Timer(0.15, device.simulated.power_cycle)
