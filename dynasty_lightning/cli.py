@@ -33,6 +33,7 @@ _COMPARE_EPOCHS: Final = 10
 _COMPARE_BATCH: Final = 128
 _COMPARE_SEEDS: Final = 5
 _COMPARE_SILENCE: Final = 60.0  # minutes: no step and no test of a network that one trains here takes that long
+_COMPARE_KEEP: Final = 10.0  # minutes
 _COMPARE_SETTINGS: Final = (
     "epochs", "batch_size", "train_samples", "validation_samples", "evaluate_on", "learning_rate", "decay", "mode", "block_shape",
     "width_group", "interval", "accelerator",
@@ -262,6 +263,14 @@ def _add_compare_options(compare: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help=f"a run that tells nothing for so long hangs: it is ended, and counts as failed; inf: never (default: {_COMPARE_SILENCE:g})",
     )
+    running.add_argument(
+        "--keep",
+        type=float,
+        default=_COMPARE_KEEP,
+        metavar="MINUTES",
+        help=f"between checkpoints of each run, in a folder beside --out, from which it goes on after a kill; inf: none "
+        f"(default: {_COMPARE_KEEP:g})",
+    )
     running.add_argument("--report", type=Path, metavar="FILE.md", help="at the end, write a report of --out, and pictures beside it")
     running.add_argument(
         "--report-only",
@@ -286,6 +295,8 @@ def _compare(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if not arguments.silence > 0:
         raise ValueError(f"--silence must be a positive number of minutes, or inf to wait for ever, not {arguments.silence:g}")
+    if not arguments.keep > 0:
+        raise ValueError(f"--keep must be a positive number of minutes, or inf for no checkpoints, not {arguments.keep:g}")
     settings = {"epochs": _COMPARE_EPOCHS, "batch_size": _COMPARE_BATCH}
     for name in _COMPARE_SETTINGS:
         if getattr(arguments, name) is not None:
@@ -302,8 +313,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
         raise ValueError("--accelerator gpu: torch finds no CUDA device here; leave the option out to train on the CPU")
-    silence = None if math.isinf(arguments.silence) else 60 * arguments.silence
-    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=silence)
+    silence, keep = (None if math.isinf(minutes) else 60 * minutes for minutes in (arguments.silence, arguments.keep))
+    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=silence, keep=keep)
     if arguments.report is not None:
         _print_report([arguments.out], arguments.report)
     return outcome.exit_code

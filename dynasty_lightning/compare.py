@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -19,7 +20,8 @@ from .workers import run_in_workers
 STANDING: Final = (COMPLETE, DIVERGED)
 """States that a repetition would not change."""
 
-Train = Callable[[RunConfig, str | None, Callable[[dict[str, Any]], None]], dict[str, Any]]
+Train = Callable[..., dict[str, Any]]
+"""Takes a run, the folder of data and what takes progress, and where it keeps its state if it does; as `train_one`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ def run_grid(
     data_dir: str | None = None,
     at_once: int = 1,
     silence: float | None = None,
+    keep: float | None = None,
     stream: TextIO | None = None,
     train: Train = train_one,
     in_process: bool = False,
@@ -78,6 +81,7 @@ def run_grid(
     Args:
         at_once: worker processes, each with one thread.
         silence: seconds without a word after which a run is taken to hang; it is ended and counts as failed. None waits for ever.
+        keep: seconds between checkpoints of each run, in a folder beside the file, from which it goes on after a kill; None keeps none.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
         in_process: train here, one run after the other, and not in workers that may be killed without harm.
@@ -112,12 +116,14 @@ def run_grid(
             if in_process:
                 with threads(1):
                     for run in left:
-                        take("done", run, train(run, data_dir, board.update))
+                        take("done", run, train(run, data_dir, board.update, **_kept(out, run, keep)))
             else:
-                jobs = [(train, run, data_dir) for run in left]
+                jobs = [(train, run, data_dir, _kept(out, run, keep)) for run in left]
                 run_in_workers(_job, jobs, lambda kind, job, content: take(kind, job[1], content), count=at_once, silence=silence)
         finally:
             board.close()
+            with suppress(OSError):  # not there, or with checkpoints in it
+                _folder(out).rmdir()
             if file.unsaved:
                 _save_or_show(file, stream)
         return Outcome(**count, stood=stood, unsaved=len(file.unsaved))
@@ -159,10 +165,20 @@ def _record_of_death(run: RunConfig, how: str) -> dict[str, Any]:
     return record
 
 
-def _job(job: tuple[Train, RunConfig, str | None], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    train, run, data_dir = job
+def _job(job: tuple[Train, RunConfig, str | None, dict[str, Any]], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    train, run, data_dir, kept = job
     with threads(1):
-        return train(run, data_dir, send)
+        return train(run, data_dir, send, **kept)
+
+
+def _folder(out: Path) -> Path:
+    """Of checkpoints of the runs under way."""
+    return out.with_name(f"{out.name}.running")
+
+
+def _kept(out: Path, run: RunConfig, keep: float | None) -> dict[str, Any]:
+    """Where and how often a run keeps its state."""
+    return {} if keep is None else {"checkpoint": _folder(out) / f"{run.key[:24]}.ckpt", "every": keep}
 
 
 class _Clock:

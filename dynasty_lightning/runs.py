@@ -32,6 +32,7 @@ from .callback import DynastyCallback
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
 from .models.schedule import Decay
+from .run_checkpoint import RunCheckpoint
 from .tasks import Task, build_task, check_decay, check_pair
 
 Send = Callable[[dict[str, Any]], None]
@@ -152,13 +153,18 @@ class Trained:
     task: Task
     callback: DynastyCallback | None
     core: "_CoreWatch | None"
+    earlier_seconds: float = 0.0
 
 
-def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> Trained:
+def train(
+    config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None, *, checkpoint: Path | None = None, every: float = 600.0
+) -> Trained:
     """Train a network and test it with the numbers it was trained in.
 
     Args:
         data_dir: folder of the data files; None looks where `load_data` does.
+        checkpoint: file that the state of the run is kept in meanwhile, and gone on from where it is there already; None keeps none.
+        every: seconds between two states.
 
     Raises:
         FileNotFoundError, ValueError: data that is missing or damaged, or fewer images than asked for.
@@ -177,13 +183,14 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
     callback = method.make_callback(interval=config.interval)
     watch = _Watch(config, callback, progress)
     core = _CoreWatch(callback) if callback else None
+    kept = RunCheckpoint(checkpoint, seconds=every, identity=_identity(config)) if checkpoint else None
     trainer = L.Trainer(
         max_epochs=config.epochs,
         accelerator=config.accelerator,
         devices=1,
         plugins=[] if plugin is None else [plugin],
         precision=FLOATS.get(method.name) if plugin is None else None,  # type: ignore[arg-type]
-        callbacks=[*([callback] if callback else []), *([core] if core else []), watch],
+        callbacks=[*([callback] if callback else []), *([core] if core else []), watch, *([kept] if kept else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -193,10 +200,11 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        begin = time.monotonic()
+        begun = kept.found() if kept else None
+        watch.begin()
         try:
-            trainer.fit(module, data)
-            seconds = time.monotonic() - begin - (core.seconds if core else 0.0)
+            trainer.fit(module, data, ckpt_path=begun, weights_only=True if begun else None)
+            seconds = watch.seconds - (core.seconds if core else 0.0)
             figures = callback.summary() if callback else {}
             tested: Mapping[str, float] = {}
             if config.evaluate_on == "test":
@@ -221,16 +229,24 @@ def train(config: RunConfig, data_dir: str | None = None, progress: Send = lambd
         "seconds": seconds,
         # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
         "warnings": sorted({str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}),
+        **({"parts": kept.parts} if kept and kept.parts > 1 else {}),
     }
-    return Trained(figures=figures, trainer=trainer, task=task, callback=callback, core=core)
+    return Trained(figures=figures, trainer=trainer, task=task, callback=callback, core=core, earlier_seconds=watch.earlier_seconds)
 
 
-def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None) -> dict[str, Any]:
-    """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed", or "diverged" after NaN losses."""
+def train_one(
+    config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None, *, checkpoint: Path | None = None, every: float = 600.0
+) -> dict[str, Any]:
+    """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed", or "diverged" after NaN losses.
+
+    A checkpoint is there to outlive a kill: with any result it is removed, and a run that failed starts over.
+    """
     began = time.monotonic()
     record = record_of(config)
+    earlier = 0.0
     try:
-        done = train(config, data_dir, progress)
+        done = train(config, data_dir, progress, checkpoint=checkpoint, every=every)
+        earlier = done.earlier_seconds
         status = DIVERGED if _has_diverged(done, config) else COMPLETE
         history = thinned(done.callback.history if done.callback else [])
         record |= {
@@ -244,9 +260,20 @@ def train_one(config: RunConfig, data_dir: str | None = None, progress: Send = l
         # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
         lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
         record |= failure(error, DIVERGED if lost else FAILED)
-    record["wall_seconds"] = time.monotonic() - began
+    record["wall_seconds"] = time.monotonic() - began + earlier
+    if checkpoint:
+        for path in (checkpoint, checkpoint.with_suffix(".new")):
+            path.unlink(missing_ok=True)
     clean: dict[str, Any] = finite(record)
     return clean
+
+
+def _identity(config: RunConfig) -> dict[str, str]:
+    """What must be the same for a run to go on to the same figures; of changed files nobody knows whether they are the same changes."""
+    code = commit() or "none"
+    code += f" in process {os.getpid()}" if code.endswith("+changes") else ""
+    where = {name: value for name, value in machine().items() if value is not None} | {"threads": torch.get_num_threads()}
+    return {"run": config.key, "code": code, **versions(), **{name: str(value) for name, value in where.items()}}
 
 
 def record_of(config: RunConfig) -> dict[str, Any]:
@@ -329,7 +356,18 @@ class _CoreWatch(Callback):
         self._steps = int(trainer.estimated_stepping_batches)
         self._warmup = min(self._warmup, self._steps)
         part = (self._steps - self._warmup) / _CORE_PARTS
-        self._due = sorted({max(1, self._warmup + round((i + 0.5) * part)) for i in range(_CORE_PARTS)}, reverse=True)
+        due = {max(1, self._warmup + round((i + 0.5) * part)) for i in range(_CORE_PARTS)}
+        ended = self._error is not None or (self._samples > 0 and not self._found)
+        self._due = [] if ended else sorted((step for step in due if step > trainer.global_step), reverse=True)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self._samples, "found": self._found, "error": self._error, "seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._samples, self._error, self.seconds = (state_dict[name] for name in ("samples", "error", "seconds"))
+        self._found = [tuple(pair) for pair in state_dict["found"]]
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -376,6 +414,25 @@ class _Watch(Callback):
         self._begin = self._last = time.monotonic()
         self._losses: list[float] = []
         self.nonfinite_losses = 0
+        self.earlier_seconds = 0.0
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._begin = self._last = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without what was lost between a checkpoint and a kill."""
+        return time.monotonic() - self._begin + self.earlier_seconds
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self._losses), "nonfinite_losses": self.nonfinite_losses, "seconds": self.seconds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._losses, self.nonfinite_losses = list(state_dict["losses"]), state_dict["nonfinite_losses"]
+        self.earlier_seconds = state_dict["seconds"]
 
     @property
     def mean_loss(self) -> float:
@@ -412,7 +469,7 @@ class _Watch(Callback):
                 "steps": int(trainer.estimated_stepping_batches),
                 "loss": self.mean_loss,
                 "speedup": history[-1]["speedup_charged"] if history else None,
-                "seconds": self._last - self._begin,
+                "seconds": self.seconds,
             }
         )
 

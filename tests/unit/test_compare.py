@@ -581,6 +581,8 @@ def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
         (["--methods", "dynasty@5:frob=1", "--out", "f"], "frob"),
         (["--methods", "float32", "--out", "f", "--seeds", "0"], "--seeds must be at least 1"),
         (["--methods", "float32", "--out", "f", "--threads", "0"], "--threads must be at least 1"),
+        (["--methods", "float32", "--out", "f", "--silence", "0"], "--silence must be a positive number of minutes, or inf"),
+        (["--methods", "float32", "--out", "f", "--keep", "0"], "--keep must be a positive number of minutes, or inf"),
         (["--methods", "float32", "--out", "f", "--data", "mnist"], "unknown data 'mnist'"),
         (["--methods", "float32", "--out", "f", "--epochs", "0"], "epochs must be at least 1"),
         (["--methods", "float32", "--out", "f", "--block-shape", "44"], "invalid _shape value: '44'"),
