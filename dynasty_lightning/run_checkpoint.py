@@ -88,7 +88,7 @@ class RunCheckpoint(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._saved < self.seconds:
             return
-        new = self.path.with_suffix(".new")
+        new = _unfinished(self.path)
         loader: Any = trainer.train_dataloader
         self._loader = loader.state_dict()
         try:
@@ -103,4 +103,14 @@ class RunCheckpoint(Callback):
         self._saved = time.monotonic()
 
 
-__all__ = ["RunCheckpoint"]
+def remove_checkpoint(path: Path) -> None:
+    """Remove what a run left that has ended: its checkpoint, and one that was not written to its end."""
+    for file in (path, _unfinished(path)):
+        file.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+__all__ = ["RunCheckpoint", "remove_checkpoint"]

@@ -32,7 +32,7 @@ from .callback import DynastyCallback
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
 from .models.schedule import Decay
-from .run_checkpoint import RunCheckpoint
+from .run_checkpoint import RunCheckpoint, remove_checkpoint
 from .tasks import Task, build_task, check_decay, check_pair
 
 Send = Callable[[dict[str, Any]], None]
@@ -262,8 +262,7 @@ def train_one(
         record |= failure(error, DIVERGED if lost else FAILED)
     record["wall_seconds"] = time.monotonic() - began + earlier
     if checkpoint:
-        for path in (checkpoint, checkpoint.with_suffix(".new")):
-            path.unlink(missing_ok=True)
+        remove_checkpoint(checkpoint)
     clean: dict[str, Any] = finite(record)
     return clean
 
