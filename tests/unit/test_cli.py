@@ -287,7 +287,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 
 
 def test_lightning_turns_an_interrupt_into_an_exit_and_we_turn_it_back(tmp_path, monkeypatch, capsys):
-    def fit(self, *arguments):
+    def fit(self, *arguments, **options):
         raise SystemExit(1)
 
     monkeypatch.setattr("lightning.Trainer.fit", fit)
