@@ -244,6 +244,15 @@ def test_a_clock_that_the_pll_cannot_make_is_refused(overlay: Path) -> None:
         open_board(overlay, clock_mhz=430)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt: a shell that starts a job in the background has it ignored, and Python then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_a_device_that_must_be_reset(device: SimulatedPynqDevice) -> None:
     device.simulated.faults.hang = True
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
