@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from .core.roles import Gemm, Role
+from .core.formats import MAX_BITS
+from .core.roles import SHARED, Gemm, Role
 from .cost.analytics import AnalyticsCost, analytics_cost, analytics_share
 from .cost.bit_products import StepCost, layer_cost
 from .cost.energy import EnergyModel, energy_ratios
@@ -366,10 +367,10 @@ class DynastyCallback(Callback):
         for name, o in observations.items():
             cost = layer_cost(
                 o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
-                block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns,
+                block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns, backward_bits=o.backward_bits,
             )  # fmt: skip
             raw.append((name, o, cost))
-            widths = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned])
+            widths = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned] + self._backward_widths(name, o))
             total = sum(cost.values(), StepCost())
             parts += [t.flatten() for t in o.squares.values()] + [widths, torch.tensor(total.to_list(), dtype=torch.float64)]
             parts.append(ProbeRecord.flat(o.probe, present=self._probe_is_due))
@@ -380,8 +381,9 @@ class DynastyCallback(Callback):
         layers, costs, mean_bits = {}, {}, {}
         for name, o, cost in raw:
             squares = {s: next(pieces).view(t.shape).float() for s, t in o.squares.items()}
-            *means, x_unsigned = next(pieces).tolist()
-            mean_bits[name] = dict(zip(Role, means, strict=True))
+            widths = next(pieces).tolist()
+            mean_bits[name] = dict(zip(Role, widths, strict=False))
+            x_unsigned, *backward = widths[len(Role) :]
             costs[name] = StepCost.from_list(next(pieces).tolist())
             probe = ProbeRecord.from_flat(next(pieces))
             if not squares:
@@ -391,10 +393,18 @@ class DynastyCallback(Callback):
                 macs={g: int(c.macs) for g, c in cost.items()},
                 mean_bits=mean_bits[name],
                 x_unsigned=x_unsigned,
+                backward_bits=dict(zip(SHARED, backward, strict=False)),
+                unlimited=dict(zip(SHARED, backward[len(SHARED) :], strict=True)),
                 probe=probe,
                 **squares,
             )  # fmt: skip
         return layers, costs, mean_bits, finite
+
+    def _backward_widths(self, name: str, o: LayerObservation) -> list[float]:
+        """Mean width of X in WGRAD and of W in DGRAD, and the share of blocks whose width there is not at its limit."""
+        limits = {r: p.backward_bits if (p := self._layers[name].get_precision(r)) else MAX_BITS for r in SHARED}
+        means = [float(o.backward_bits[r].double().mean()) for r in SHARED]
+        return means + [float((o.bits[r] < limit).double().mean()) if limit < MAX_BITS else 1.0 for r, limit in limits.items()]
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""

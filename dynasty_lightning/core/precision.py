@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a policy asks of one operand: widths, or the finest LSB from which widths follow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -21,15 +21,18 @@ class OperandPrecision:
         lsb_exponent: int16, broadcasts to the grid: LSBs no finer than 2**lsb_exponent are needed.
         bits: uint8, broadcasts to the grid: the width itself, 0 or in [2, 8].
         least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets blocks be zero or dropped.
+        backward_bits: most bits, however they are asked for, of the operand as the backward GEMM reads it that shares it with FORWARD:
+            X in WGRAD, W in DGRAD. E has no other reader, and nothing to limit.
 
     Raises:
-        ValueError: both or none given, or a width outside {0, 2..8}.
+        ValueError: both or none given, a width outside {0, 2..8}, or limits that contradict each other.
     """
 
     lsb_exponent: Tensor | int | None = None
     bits: Tensor | int | None = None
     least_bits: int = 0
     most_bits: int = MAX_BITS
+    backward_bits: int = MAX_BITS
 
     def __post_init__(self) -> None:
         if (self.lsb_exponent is None) == (self.bits is None):
@@ -38,6 +41,8 @@ class OperandPrecision:
         check_bits(self.most_bits, name="most_bits")
         if self.most_bits == ZERO_BITS or self.least_bits > self.most_bits:
             raise ValueError(f"least_bits {self.least_bits} must not exceed most_bits {self.most_bits}, and most_bits not be 0")
+        if check_bits(self.backward_bits, name="backward_bits") < max(self.least_bits, MIN_BITS):
+            raise ValueError(f"backward_bits {self.backward_bits} must be at least {MIN_BITS} and not below least_bits {self.least_bits}")
         if self.bits is not None:
             bits = _integers(self.bits, "bits")
             wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
@@ -60,18 +65,21 @@ class OperandPrecision:
         assert isinstance(values, Tensor)
         return values
 
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """least_bits, most_bits and backward_bits."""
+        return self.least_bits, self.most_bits, self.backward_bits
+
     def to(self, device: torch.device | str) -> "OperandPrecision":
         """The same on another device."""
         moved = self.values.to(device)
-        if self.bits is None:
-            return OperandPrecision(lsb_exponent=moved, least_bits=self.least_bits, most_bits=self.most_bits)
-        return OperandPrecision(bits=moved, least_bits=self.least_bits, most_bits=self.most_bits)
+        return replace(self, lsb_exponent=moved) if self.bits is None else replace(self, bits=moved)
 
     def equals(self, other: "OperandPrecision") -> bool:
         """True if both ask the same of every block."""
         return (
             (self.bits is None) == (other.bits is None)
-            and (self.least_bits, self.most_bits) == (other.least_bits, other.most_bits)
+            and self.limits == other.limits
             and torch.equal(self.values.cpu(), other.values.cpu())
         )
 

@@ -42,3 +42,6 @@ READS: Final[Mapping[Gemm, tuple[Role, Role]]] = MappingProxyType(
         Gemm.WGRAD: (Role.ERROR, Role.ACTIVATION),
     }
 )
+
+SHARED: Final[Mapping[Role, Gemm]] = MappingProxyType({Role.ACTIVATION: Gemm.WGRAD, Role.WEIGHT: Gemm.DGRAD})
+"""The backward GEMM that reads an operand of FORWARD."""

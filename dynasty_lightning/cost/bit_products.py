@@ -150,6 +150,7 @@ def layer_cost(
     block_shape: tuple[int, int],
     has_dgrad: bool,
     first_columns: Tensor | None = None,
+    backward_bits: Mapping[Role, Tensor] | None = None,
 ) -> dict[Gemm, GemmCost]:
     """Cost of each GEMM that a layer's training step runs.
 
@@ -162,14 +163,16 @@ def layer_cost(
         block_shape: rows x channels of a block; channels a multiple of rows.
         has_dgrad: whether DGRAD runs: not in a first layer whose input needs no gradient.
         first_columns: int64 [row blocks], the first channel of each row block's band of a grouped W; else None.
+        backward_bits: of X as WGRAD reads it and W as DGRAD does, where they differ from FORWARD's.
 
     Raises:
         ValueError: shapes or grids that do not belong together.
     """
     block_rows, block_channels = block_shape
     x_shape, e_shape, w_shape = _grid_shapes(geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT])
+    backward = {**bits, **(backward_bits or {})}
     for role, shape in zip(Role, (x_shape, w_shape, e_shape), strict=True):
-        if tuple(bits[role].shape) != shape or tuple(occupied[role].shape) != shape:
+        if any(tuple(grid.shape) != shape for grid in (bits[role], backward[role], occupied[role])):
             raise ValueError(
                 f"the shapes need a grid {shape} of {role.letter}, not {tuple(bits[role].shape)} widths "
                 f"and {tuple(occupied[role].shape)} flags"
@@ -183,9 +186,17 @@ def layer_cost(
     channel_blocks = max(x_blocks, e_shape[geometry.channel_axis], len(band))
     largest = MAX_BITS * max(row_blocks, channel_blocks * math.prod(geometry.taps))
     dtype = torch.float32 if largest < 1 << 24 else torch.float64
-    x, e = (_rows_first(_factors(bits[r], occupied[r], dtype), geometry) for r in (Role.ACTIVATION, Role.ERROR))
-    w = _factors(bits[Role.WEIGHT], occupied[Role.WEIGHT], torch.float64).reshape(3, *band.shape, -1)
-    w *= is_stored.unsqueeze(-1)
+
+    def samples_of(role: Role, widths: Mapping[Role, Tensor]) -> Tensor:
+        return _rows_first(_factors(widths[role], occupied[role], dtype), geometry)
+
+    def weights(widths: Mapping[Role, Tensor]) -> Tensor:
+        factors = _factors(widths[Role.WEIGHT], occupied[Role.WEIGHT], torch.float64).reshape(3, *band.shape, -1)
+        return factors * is_stored.unsqueeze(-1)
+
+    x, e, w = samples_of(Role.ACTIVATION, bits), samples_of(Role.ERROR, bits), weights(bits)
+    x_backward = x if backward[Role.ACTIVATION] is bits[Role.ACTIVATION] else samples_of(Role.ACTIVATION, backward)
+    w_backward = w if backward[Role.WEIGHT] is bits[Role.WEIGHT] else weights(backward)
     x_total, e_total = x.sum(1).double(), e.sum(1).double()  # over samples: [3, channel blocks, *image]
     # Pairs meet E at W's row blocks: a block of one row spans the channels of several of them.
     e_block = torch.arange(len(band)) * block_rows // block_channels
@@ -193,10 +204,10 @@ def layer_cost(
     axes = _tap_axes(geometry, input_shape, output_shape)
     grams = {
         Gemm.FORWARD: _forward_gram(x_total, w, None if geometry.groups == 1 else band, axes),
-        Gemm.WGRAD: _wgrad_gram(e_rows, x, None if geometry.groups == 1 else band, axes),
+        Gemm.WGRAD: _wgrad_gram(e_rows, x_backward, None if geometry.groups == 1 else band, axes),
     }
     if has_dgrad:
-        grams[Gemm.DGRAD] = _gram(_per_tap(e_total, (axis.inside for axis in axes))[:, e_block], w.sum(2))
+        grams[Gemm.DGRAD] = _gram(_per_tap(e_total, (axis.inside for axis in axes))[:, e_block], w_backward.sum(2))
 
     reads_inside = math.prod(axis.reads_inside for axis in axes)
     samples = math.prod(input_shape[:-1]) if geometry.kind == "linear" else input_shape[0]
@@ -205,7 +216,10 @@ def layer_cost(
     elements = block_rows * block_channels
     blocks = {r: bits[r].numel() for r in Role} | {Role.WEIGHT: int(is_stored.sum()) * math.prod(geometry.taps)}
     pair_macs = block_rows * elements  # a pair has block_rows**2 outputs, each a dot product over block_channels
-    sums = {r: f.flatten(1).sum(1).long().tolist() for r, f in zip(Role, (x_total, w, e_total), strict=True)}
+    e_sums = _sums(e_total)
+    sums = {
+        Gemm.FORWARD: (_sums(x_total), _sums(w)), Gemm.DGRAD: (e_sums, _sums(w_backward)), Gemm.WGRAD: (e_sums, _sums(x_backward.double())),
+    }  # fmt: skip
     outputs = {Gemm.FORWARD: output_shape, Gemm.DGRAD: input_shape, Gemm.WGRAD: geometry.weight_shape}
     costs = {}
     for gemm, gram in sorted(grams.items()):
@@ -226,8 +240,8 @@ def layer_cost(
             dot_products_baseline=block_rows**2 * executed_baseline,
             read_bits=elements * (g[_BITS][_NONZERO] + g[_NONZERO][_BITS]),
             read_bits_baseline=elements * 2 * BASELINE_BITS * executed_baseline,
-            stored_bits=elements * sum(sums[r][_BITS] for r in READS[gemm]),
-            stored_bits_baseline=elements * BASELINE_BITS * sum(sums[r][_OCCUPIED] for r in READS[gemm]),
+            stored_bits=elements * sum(s[_BITS] for s in sums[gemm]),
+            stored_bits_baseline=elements * BASELINE_BITS * sum(s[_OCCUPIED] for s in sums[gemm]),
             stored_blocks=sum(blocks[r] for r in READS[gemm]),
             outputs=math.prod(outputs[gemm]),
         )
@@ -245,6 +259,11 @@ def _factors(bits: Tensor, occupied: Tensor, dtype: torch.dtype) -> Tensor:
     torch.clamp(factors[_BITS], max=1, out=factors[_NONZERO])
     factors[_OCCUPIED] = occupied
     return factors
+
+
+def _sums(factors: Tensor) -> list[int]:
+    """Of each factor over all blocks."""
+    return factors.flatten(1).sum(1).long().tolist()  # type: ignore[no-any-return]
 
 
 def _rows_first(factors: Tensor, geometry: LayerGeometry) -> Tensor:

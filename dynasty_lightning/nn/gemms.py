@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..core.blocks import BandedWeight
+from ..core.formats import MAX_BITS
 from ..core.matmul import exact_gemm, fast_gemm, finish
 from ..core.precision import OperandPrecision
 from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
 from ..core.random import StreamPosition
-from ..core.roles import Gemm, Role
+from ..core.roles import SHARED, Gemm, Role
 from .plan import LayerPlan
 
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
@@ -22,11 +23,26 @@ EXECUTORS: Final[dict[str, Executor]] = {}
 """What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) -> float32. A grouped W comes banded."""
 
 
+SETTINGS: Final = 4
+"""Numbers of a role among a layer's settings."""
+
+
 def settings_of(precision: OperandPrecision | None) -> list[int]:
-    """[thresholds?, least_bits, most_bits] of a request; absent is 8 bits."""
+    """[thresholds?, least_bits, most_bits, backward_bits] of a request; absent is 8 bits."""
     if precision is None:
-        return [0, 0, 8]
-    return [int(precision.bits is None), precision.least_bits, precision.most_bits]
+        return [0, 0, MAX_BITS, MAX_BITS]
+    return [int(precision.bits is None), *precision.limits]
+
+
+def role_settings(settings: Sequence[int], role: Role) -> tuple[bool, int, int, int]:
+    """What `settings_of` made of a role's request, out of those of all roles."""
+    thresholds, *limits = settings[SETTINGS * role : SETTINGS * (role + 1)]
+    return bool(thresholds), limits[0], limits[1], limits[2]
+
+
+def has_own_blocks(plan: LayerPlan, role: Role, settings: Sequence[int], *, training: bool) -> bool:
+    """Whether the backward GEMM reads other blocks of an operand than FORWARD does."""
+    return plan.format.requantizes or not training or role_settings(settings, role)[3] < MAX_BITS
 
 
 def quantize_operand(
@@ -44,7 +60,10 @@ def quantize_operand(
     scope: Scope = "tensor"
     if not training and role is not Role.WEIGHT:
         scope = "row" if plan.geometry.kind == "linear" else "sample"
-    thresholds, least, most = settings[3 * role : 3 * role + 3]
+    thresholds, least, most, backward = role_settings(settings, role)
+    if gemm is SHARED.get(role) and backward < MAX_BITS:
+        most = min(most, backward)
+        request = request if thresholds else request.clamp(max=backward)
     operand = operand.detach()
     blocks = quantize_blocks(
         operand if operand.dtype is torch.bfloat16 else operand.float(),
@@ -59,7 +78,8 @@ def quantize_operand(
         force_signed=False,
         stream=position or StreamPosition(),
         scope=scope,
-        values_slot=role.letter if plan.mode == "fast" and not plan.executor else None,
+        # What backward reads of FORWARD's operands is kept packed.
+        values_slot=role.letter if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role) else None,
     )
     if role.letter in plan.unquantized and blocks.passthrough is None:
         nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.formats import BlockFormat
+from ..core.formats import MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.quantize import header_bits, header_occupied, header_signed
-from ..core.roles import Gemm, Role
-from .gemms import settings_of
+from ..core.roles import SHARED, Gemm, Role
+from .gemms import SETTINGS, role_settings, settings_of
 from .ops import apply_layer
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
@@ -76,6 +76,7 @@ class StreamState:
 class LayerObservation:
     """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks.
 
+    `bits` has the widths of X and W in FORWARD and of E; `backward_bits` those of X in WGRAD and of W in DGRAD.
     `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only.
     """
 
@@ -84,6 +85,7 @@ class LayerObservation:
     output_shape: tuple[int, ...]
     has_dgrad: bool
     bits: Mapping[Role, Tensor]
+    backward_bits: Mapping[Role, Tensor]
     occupied: Mapping[Role, Tensor]
     nonfinite: Mapping[Role, int]
     x_unsigned: float
@@ -150,12 +152,16 @@ class DynamicLayer(nn.Module):
                     f"{self.layer_name}: {role.letter}'s map has shape {tuple(values.shape)}, not row axis 1, any positions and "
                     f"{self._channel_blocks(role)} channel blocks on axis {self.geometry.channel_axis}"
                 )
+            if role not in SHARED and precision.backward_bits < MAX_BITS:
+                raise ValueError(
+                    f"backward_bits limits what backward reads of X and W: {role.letter} takes none, not {precision.backward_bits}"
+                )
             self._precision[role] = precision
         else:
             self._precision.pop(role, None)
         request = _default_request(self.weight.device) if precision is None else precision.values
         setattr(self, _REQUESTS[role], request.to(self.weight.device))
-        self._settings[3 * role : 3 * role + 3] = settings_of(precision)
+        self._settings[SETTINGS * role : SETTINGS * (role + 1)] = settings_of(precision)
 
     def get_precision(self, role: Role) -> OperandPrecision | None:
         """What `set_precision` was given last."""
@@ -173,13 +179,15 @@ class DynamicLayer(nn.Module):
         record = self._slot.latest
         if record is None:
             return None
-        headers = dict(zip(Role, record.headers, strict=True))
+        headers = dict(zip(Role, record.headers[: len(Role)], strict=True))
+        backward = dict(zip(SHARED, record.headers[len(Role) :], strict=True))
         return LayerObservation(
             geometry=self.geometry,
             input_shape=record.input_shape,
             output_shape=self.plan.output_shape(record.input_shape),
             has_dgrad=record.has_dgrad,
             bits={r: header_bits(h) for r, h in headers.items()},
+            backward_bits={r: self._backward_bits(r, header_bits(headers[r]), header_bits(h)) for r, h in backward.items()},
             occupied={r: header_occupied(h) for r, h in headers.items()},
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
             x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
@@ -187,6 +195,10 @@ class DynamicLayer(nn.Module):
             probe=record.probe,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
+
+    def _backward_bits(self, role: Role, forward: Tensor, backward: Tensor) -> Tensor:
+        """On FORWARD's grid; blocks that are cut anew for each GEMM have one width, which a limit cuts alike."""
+        return forward.clamp(max=role_settings(self._settings, role)[3]) if self.plan.format.requantizes else backward
 
     def clear_observation(self) -> None:
         """Forget the last observation."""
@@ -214,7 +226,7 @@ class DynamicLayer(nn.Module):
             self.dynasty_w_request,
             self._request(Role.ERROR, self.plan.output_shape(shape)) if not self.exact_errors else _default_request(x.device),
             self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
-            [*self._settings[:-3], *settings_of(None)] if self.exact_errors else self._settings,
+            [*self._settings[:-SETTINGS], *settings_of(None)] if self.exact_errors else self._settings,
             self.plan.key,
             self._slot_key if observing else "",
             self.training,
@@ -228,12 +240,12 @@ class DynamicLayer(nn.Module):
         """Where to record, and what; harm is measured where every operand has thresholds that can be shifted."""
         if self.headers_only:
             return self._slot.key + HEADERS_ONLY
-        return self._slot.key + (PROBING if self.probing and all(self._settings[::3]) else "")
+        return self._slot.key + (PROBING if self.probing and all(self._settings[::SETTINGS]) else "")
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
         """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most bits."""
-        thresholds, least, most = self._settings[3 * Role.ACTIVATION : 3 * Role.ACTIVATION + 3]
-        return self._request(Role.ACTIVATION, shape), bool(thresholds), least, most
+        thresholds, least, most, _ = role_settings(self._settings, Role.ACTIVATION)
+        return self._request(Role.ACTIVATION, shape), thresholds, least, most
 
     def _request(self, role: Role, shape: tuple[int, ...]) -> Tensor:
         """The map for an operand of `shape`; one value for each channel block where the positions are not those of the map."""
@@ -244,7 +256,7 @@ class DynamicLayer(nn.Module):
         if request.ndim == len(shape) and all(request.shape[a] in (1, shape[a]) for a in positions):
             return request
         channel_first = request.movedim(self.geometry.channel_axis, 0).flatten(1)
-        coarse = channel_first.amin(1) if self._settings[3 * role] else channel_first.amax(1)
+        coarse = channel_first.amin(1) if self._settings[SETTINGS * role] else channel_first.amax(1)
         axis = self.geometry.channel_axis % len(shape)
         return coarse.view([-1 if a == axis else 1 for a in range(len(shape))])
 

@@ -17,8 +17,8 @@ from ..core.blocks import BlockLayout
 from ..core.native import empty_channels_innermost, empty_grid
 from ..core.quantize import QuantizedBlocks
 from ..core.random import StreamPosition
-from ..core.roles import Gemm, Role
-from .gemms import is_channels_last, quantize_operand, run_gemm
+from ..core.roles import SHARED, Gemm, Role
+from .gemms import has_own_blocks, is_channels_last, quantize_operand, role_settings, run_gemm
 from .plan import LayerPlan
 from .probe import probe_layer
 from .records import HEADERS_ONLY, PROBING, record_of, slot_of
@@ -64,7 +64,7 @@ def _weight_blocks(weight: Tensor, plan: LayerPlan, request: Tensor, settings: S
     layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
     kept: dict[str, _CachedWeight] = _WEIGHTS.setdefault(weight, {}) if epoch is not None else {}
     # The version notices every in-place change but those through .data; those belong to optimizers, whose steps are counted.
-    state = (epoch, weight._version, weight.data_ptr(), request, request._version, tuple(settings[3 * Role.WEIGHT : 3 * Role.WEIGHT + 3]))
+    state = (epoch, weight._version, weight.data_ptr(), request, request._version, role_settings(settings, Role.WEIGHT))
     found = kept.get(plan.key)
     if found is not None and all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(found.state, state, strict=True)):
         return _unpack(found.packed, layout)
@@ -106,21 +106,18 @@ def _layer_forward(
     )  # fmt: skip
     packed: list[Tensor] = []
     headers: list[Tensor] = []
-    own = has_own_blocks(plan, training=training)
     wanted = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w)
-    for role, gemm, keep, blocks, operand in (
-        (Role.ACTIVATION, Gemm.WGRAD, keep_x, x_blocks, x),
-        (Role.WEIGHT, Gemm.DGRAD, keep_w, w_blocks, weight),
-    ):
+    for role, keep, blocks, operand in ((Role.ACTIVATION, keep_x, x_blocks, x), (Role.WEIGHT, keep_w, w_blocks, weight)):
+        own = has_own_blocks(plan, role, settings, training=training)
         headers.append(blocks.headers if wanted and (own or not keep) else blocks.headers.new_empty(0))
         if not keep:
             packed += [torch.empty(0, dtype=t, device=x.device) for t in _PACKED_TYPES]
             continue
         if own:
-            # Gradients in eval mode: the prediction keeps its own blocks, WGRAD reads the ones that span samples.
+            # Fewer bits; or gradients in eval mode, where the prediction keeps its own blocks and WGRAD reads the ones that span samples.
             if role is Role.WEIGHT and plan.band is not None:
                 operand = plan.band.embed(weight.detach())
-            blocks = quantize_operand(operand, plan, role, gemm, x_request if role is Role.ACTIVATION else w_request, settings)
+            blocks = quantize_operand(operand, plan, role, SHARED[role], x_request if role is Role.ACTIVATION else w_request, settings)
         packed += _pack(blocks)
     return (y, *packed, *headers)  # type: ignore[return-value]
 
@@ -133,11 +130,6 @@ _PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch
 def wants_headers(slot_key: str, *, keep_x: bool, keep_w: bool) -> bool:
     """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a prediction; not to be saved for nothing."""
     return bool(slot_key) or not (keep_x or keep_w)
-
-
-def has_own_blocks(plan: LayerPlan, *, training: bool) -> bool:
-    """Whether the backward GEMMs read other blocks than FORWARD does."""
-    return plan.format.requantizes or not training
 
 
 def _layer_backward(
@@ -193,6 +185,7 @@ def _layer_backward(
         if probed and e.isfinite().all():
             x, weight, x_request, w_request = probed
             probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream)
+        headers = (*headers, x_packed[_HEADERS], w_packed[_HEADERS])
         slot.record(record_of(plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, probe=probe, moments=moments))
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 
@@ -276,14 +269,14 @@ def _layer_forward_fake(
 ) -> tuple[Tensor, ...]:
     plan = LayerPlan.from_key(plan_key)
     shape = tuple(x.shape)
-    own = has_own_blocks(plan, training=training)
     banded = weight if plan.band is None else weight.new_empty(plan.weight_shape())
-    operands = ((Role.ACTIVATION, Gemm.WGRAD, keep_x, x), (Role.WEIGHT, Gemm.DGRAD, keep_w, banded))
+    operands = ((Role.ACTIVATION, keep_x, x), (Role.WEIGHT, keep_w, banded))
     packed: list[Tensor] = []
     headers: list[Tensor] = []
-    for role, backward_gemm, keep, tensor in operands:
+    for role, keep, tensor in operands:
+        own = has_own_blocks(plan, role, settings, training=training)
         operand = tuple(tensor.shape)
-        layout = plan.layout(role, operand, backward_gemm if own else Gemm.FORWARD)
+        layout = plan.layout(role, operand, SHARED[role] if own else Gemm.FORWARD)
         if keep:
             packed += [
                 empty_channels_innermost(layout, torch.uint8, x.device),

@@ -26,12 +26,12 @@ HEADERS_ONLY: Final = "#"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one training step of a layer showed: headers, mean squares (none if only headers were wanted), how many operands were not
-    finite (of X, W, E), measured harm."""
+    """What one training step of a layer showed: headers (of X and W in FORWARD, E, X in WGRAD, W in DGRAD), mean squares (none if only
+    headers were wanted), how many operands were not finite (of X, W, E), measured harm."""
 
     input_shape: tuple[int, ...]
     has_dgrad: bool
-    headers: tuple[Tensor, Tensor, Tensor]
+    headers: tuple[Tensor, ...]
     squares: Mapping[str, Tensor]
     nonfinite: tuple[int, int, int]
     probe: ProbeRecord | None = None
@@ -119,7 +119,7 @@ def record_of(
     return StepRecord(
         input_shape=shape,
         has_dgrad=has_dgrad,
-        headers=(headers[0], headers[1], headers[2]),
+        headers=tuple(headers),
         squares=squares,
         nonfinite=(
             int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Final, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..core.formats import check_bits
+from ..core.formats import MAX_BITS, MIN_BITS, check_bits
 from ..core.precision import OperandPrecision
-from ..core.roles import Role
+from ..core.roles import SHARED, Role
 from .calibration import Calibration, measured_slopes
 from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
 from .sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
@@ -82,9 +82,10 @@ class Policy(Protocol):
 
 @dataclass
 class UniformPolicy:
-    """Fixed widths: one for all, or one for each role."""
+    """Fixed widths: one for all, or one for each role; `backward_bits` as in `ThresholdPolicy`."""
 
     bits: int | Mapping[str, int] = 8
+    backward_bits: Mapping[str, int] = field(default_factory=dict)
     name: str = "uniform"
     needs_statistics: bool = False
     wants_probes: bool = False
@@ -92,9 +93,13 @@ class UniformPolicy:
     def __post_init__(self) -> None:
         widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(self.bits)
         self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
+        self._backward = check_backward_bits(self.backward_bits)
 
     def initial(self, layers: Mapping[str, Any]) -> Entries:
-        return {name: {role: OperandPrecision(bits=bits) for role, bits in self._bits.items()} for name in layers}
+        return {
+            name: {r: OperandPrecision(bits=bits, backward_bits=self._backward.get(r, MAX_BITS)) for r, bits in self._bits.items()}
+            for name in layers
+        }
 
     def update(self, measurement: Measurement) -> Entries:
         return self.initial(measurement.layers)
@@ -119,6 +124,7 @@ class ThresholdPolicy(ABC):
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
         least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop, but of X and W a bias that harm in
             second moments does not see and training does (docs/thresholds.md, Measured harm).
+        backward_bits: most bits of X in WGRAD and of W in DGRAD, MAX_BITS where not given (docs/thresholds.md, Backward).
         calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
             which was best where we measured (docs/thresholds.md, Calibration).
         role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations, and for a split measured elsewhere.
@@ -128,6 +134,7 @@ class ThresholdPolicy(ABC):
     smoothing: float = 0.6
     hysteresis: float = 0.25
     least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 2, "W": 2, "E": 0})
+    backward_bits: Mapping[str, int] = field(default_factory=dict)
     calibrate: Literal["layers", "roles", "none"] = "none"
     role_weights: Mapping[str, float] = field(default_factory=dict)
     name: str
@@ -146,6 +153,10 @@ class ThresholdPolicy(ABC):
         if self.calibrate not in self.calibrations:
             raise ValueError(f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, not {self.calibrate!r}")
         self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in self.least_bits.items()}
+        self._backward = check_backward_bits(self.backward_bits)
+        for role, bits in self._backward.items():
+            if bits < self._least.get(role, 0):
+                raise ValueError(f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, {self._least[role]}")
         self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in self.role_weights.items()}
         for role, weight in self._role_weights.items():
             if not (weight > 0 and math.isfinite(weight)):
@@ -229,7 +240,9 @@ class ThresholdPolicy(ABC):
             rounded = torch.where((ideal - old).abs() <= 0.5 + self.hysteresis, old.double(), rounded)
         lsb = rounded.clamp(-LSB_LIMIT, LSB_LIMIT).to(torch.int16)
         self._thresholds[key] = lsb
-        return OperandPrecision(lsb_exponent=lsb, least_bits=self._least.get(role, 0))
+        return OperandPrecision(
+            lsb_exponent=lsb, least_bits=self._least.get(role, 0), backward_bits=self._backward.get(role, MAX_BITS)
+        )  # fmt: skip
 
     def _smooth(self, name: str, s: LayerStatistics) -> LayerStatistics:
         names = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
@@ -264,8 +277,13 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
+    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4).
 
+    What backward reads of X and W has 2 bits: that it should be what FORWARD reads gains nothing that was seen, and costs half of the
+    multiplier's work (docs/decisions/0006-backward-bits.md).
+    """
+
+    backward_bits: Mapping[str, int] = field(default_factory=lambda: {"X": MIN_BITS, "W": MIN_BITS})
     name: str = "dynasty"
 
     def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
@@ -294,6 +312,15 @@ def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
     noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
     per_element = s.harm * torch.minimum(noise, s.mean_square)
     return float(per_element.mean()) * s.elements
+
+
+def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
+    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is none."""
+    result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in backward_bits.items()}
+    for role, bits in result.items():
+        if role not in SHARED or bits < MIN_BITS:
+            raise ValueError(f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, not {role.letter} to {bits}")
+    return result
 
 
 def check_target(target_speedup: float) -> float:

@@ -134,7 +134,12 @@ class PrecisionMap:
         }
 
     def _limits(self) -> dict[str, list[int]]:
-        return {f"{n}/{r.letter}": [p.least_bits, p.most_bits] for n, roles in self.entries.items() for r, p in roles.items()}
+        """[least_bits, most_bits], and backward_bits where it limits anything."""
+        return {
+            f"{n}/{r.letter}": [*p.limits[: 3 if p.backward_bits < MAX_BITS else 2]]
+            for n, roles in self.entries.items()
+            for r, p in roles.items()
+        }
 
     def to_state(self) -> dict[str, Any]:
         """Tensors and plain values, which torch.load(weights_only=True) accepts."""
@@ -185,8 +190,8 @@ class PrecisionMap:
             if role in entries.get(name, {}):
                 raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
             try:
-                least, most = limits[f"{name}/{role.letter}"]
-                precision = OperandPrecision(**{kind: value}, least_bits=least, most_bits=most)
+                least, most, backward = (*limits[f"{name}/{role.letter}"], MAX_BITS)[:3]
+                precision = OperandPrecision(**{kind: value}, least_bits=least, most_bits=most, backward_bits=backward)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: {key}: {error}") from error
             entries.setdefault(name, {})[role] = precision

@@ -3,14 +3,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
 from ..core.formats import MAX_BITS, MIN_BITS
-from ..core.roles import READS, Gemm, Role
+from ..core.roles import READS, SHARED, Gemm, Role
 from .generator import DynastyPolicy, Entries, Measurement
 from .sensitivity import LayerStatistics, Sensitivity, operand_elements
 from .widths import LEGAL_WIDTHS, fixed_entries, mac_shares, noise_levels, width_cost
@@ -31,6 +31,7 @@ class PerLayerPolicy(DynastyPolicy):
         hysteresis: a width moves only as far as it must for lambda within this many binades of LSB, 4**-h to 4**h times its value.
     """
 
+    backward_bits: Mapping[str, int] = field(default_factory=dict)
     name: str = "per_layer"
 
     calibrations: ClassVar[tuple[str, ...]] = ("none",)  # fixed widths have no thresholds for probes to shift
@@ -46,7 +47,7 @@ class PerLayerPolicy(DynastyPolicy):
             [torch.stack([self._harm(smooth[name], role, roles[role]) for role in Role]) for name, roles in sensitivities.items()]
         )
         shares = mac_shares(smooth)
-        cost = torch.stack([_combination_costs(shares[name]) for name in sensitivities])
+        cost = torch.stack([_combination_costs(shares[name], self._backward) for name in sensitivities])
         x, w, e = harm.unbind(1)
         total = x[:, :, None, None] + w[:, None, :, None] + e[:, None, None, :]
         drift = self._drift(sensitivities)
@@ -65,7 +66,7 @@ class PerLayerPolicy(DynastyPolicy):
         self.predicted_harm = float(harm.gather(2, chosen.unsqueeze(2)).sum())
         for i, name in enumerate(sensitivities):
             self._widths[name] = {role: LEGAL_WIDTHS[int(chosen[i, role])] for role in Role}
-        return fixed_entries(self._widths)
+        return fixed_entries(self._widths, self._backward)
 
     def _harm(self, s: LayerStatistics, role: Role, sensitivity: Sensitivity) -> Tensor:
         """float64 [7]: predicted harm of the whole operand at 2 to 8 bits; infinite below `least_bits`."""
@@ -94,14 +95,14 @@ class PerLayerPolicy(DynastyPolicy):
         self._widths = _loaded_widths(state["widths"])
 
 
-def _combination_costs(shares: Mapping[Gemm, float]) -> Tensor:
-    """float64 [7, 7, 7]: a layer's cost at each combination of widths of X, W and E."""
+def _combination_costs(shares: Mapping[Gemm, float], backward: Mapping[Role, int]) -> Tensor:
+    """float64 [7, 7, 7]: a layer's cost at each combination of widths of X, W and E, of which `backward` limits what backward reads."""
     bits = torch.tensor(LEGAL_WIDTHS, dtype=torch.float64)
     axes = {role: bits.view([-1 if r is role else 1 for r in Role]) for role in Role}
     result = torch.zeros(len(bits), len(bits), len(bits), dtype=torch.float64)
     for gemm, share in shares.items():
-        a, b = READS[gemm]
-        result += share / MAX_BITS**2 * axes[a] * axes[b]
+        a, b = (axes[r].clamp(max=backward.get(r, MAX_BITS)) if gemm is SHARED.get(r) else axes[r] for r in READS[gemm])
+        result += share / MAX_BITS**2 * a * b
     return result
 
 

@@ -3,14 +3,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.geometry import LayerGeometry
-from ..core.roles import READS, Gemm, Role
+from ..core.roles import READS, SHARED, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .14 to .25 (docs/thresholds.md)."""
@@ -45,6 +45,8 @@ class LayerStatistics:
         x_square, e_square, dx_square, w_square, dw_square: second moments.
         channels_per_block: columns of an exponent block.
         x_unsigned: share of X's nonzero blocks that have no negative element.
+        backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
+        unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1 where absent.
         probe: harm measured in this step, if it was.
     """
 
@@ -60,6 +62,8 @@ class LayerStatistics:
     dw_square: Tensor
     channels_per_block: int
     x_unsigned: float = 0.0
+    backward_bits: Mapping[Role, float] = field(default_factory=dict)
+    unlimited: Mapping[Role, float] = field(default_factory=dict)
     probe: Probe | None = None
 
 
@@ -169,10 +173,15 @@ def operand_elements(s: LayerStatistics) -> dict[Role, float]:
 
 
 def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) -> float:
-    """Share of an 8-bit step's cost that one more bit of one element costs, at the partners' present widths."""
+    """Share of an 8-bit step's cost that one more bit of one element costs, at the partners' present widths.
+
+    A GEMM of backward that reads a limited operand costs what the limit lets it, and no more for a bit more in FORWARD.
+    """
     price = 0.0
     for gemm, operands in READS.items():
         if role in operands and s.macs.get(gemm, 0):
             partner = operands[0] if operands[1] is role else operands[1]
-            price += s.macs[gemm] * max(s.mean_bits[partner], MIN_PARTNER_BITS)
+            partner_bits = s.backward_bits.get(partner, s.mean_bits[partner]) if gemm is SHARED.get(partner) else s.mean_bits[partner]
+            follows = s.unlimited.get(role, 1.0) if gemm is SHARED.get(role) else 1.0
+            price += s.macs[gemm] * follows * max(partner_bits, MIN_PARTNER_BITS)
     return price / (elements * 64.0 * max(total_macs, 1))

@@ -2,6 +2,7 @@
 """Operands of one width each: what they cost and how noisy they are, for policies that choose such widths."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -42,6 +43,9 @@ def noise_levels(s: LayerStatistics, role: Role) -> Tensor:
     return s.x_unsigned * unsigned + (1 - s.x_unsigned) * signed
 
 
-def fixed_entries(widths: Mapping[str, Mapping[Role, int]]) -> Entries:
-    """A map that asks for these widths."""
-    return {name: {role: OperandPrecision(bits=bits) for role, bits in roles.items()} for name, roles in widths.items()}
+def fixed_entries(widths: Mapping[str, Mapping[Role, int]], backward: Mapping[Role, int] = MappingProxyType({})) -> Entries:
+    """A map that asks for these widths, of which `backward` limits what backward reads."""
+    return {
+        name: {role: OperandPrecision(bits=bits, backward_bits=backward.get(role, MAX_BITS)) for role, bits in roles.items()}
+        for name, roles in widths.items()
+    }
