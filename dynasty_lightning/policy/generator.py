@@ -277,13 +277,8 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4).
+    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
 
-    What backward reads of X and W has 2 bits: that it should be what FORWARD reads gains nothing that was seen, and costs half of the
-    multiplier's work (docs/decisions/0006-backward-bits.md).
-    """
-
-    backward_bits: Mapping[str, int] = field(default_factory=lambda: {"X": MIN_BITS, "W": MIN_BITS})
     name: str = "dynasty"
 
     def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 import torch
@@ -31,7 +31,6 @@ class PerLayerPolicy(DynastyPolicy):
         hysteresis: a width moves only as far as it must for lambda within this many binades of LSB, 4**-h to 4**h times its value.
     """
 
-    backward_bits: Mapping[str, int] = field(default_factory=dict)
     name: str = "per_layer"
 
     calibrations: ClassVar[tuple[str, ...]] = ("none",)  # fixed widths have no thresholds for probes to shift

@@ -132,7 +132,8 @@ def test_every_kind_of_layer_has_the_bits_of_exact_mode(name: str, block: int) -
     convert(model, mode="exact", block_shape=(block, block))
     layer = next(iter(dynamic_layers(model).values()))
     for role, threshold in zip(Role, (-4, -6, -5), strict=True):
-        layer.set_precision(role, OperandPrecision(lsb_exponent=torch.tensor(threshold), least_bits=0, most_bits=8))
+        limit = 8 if role is Role.ERROR else 3
+        layer.set_precision(role, OperandPrecision(lsb_exponent=torch.tensor(threshold), least_bits=0, most_bits=8, backward_bits=limit))
     x = torch.randn(shape).requires_grad_()
     outcomes = []
     for device in (None, "csim"):

@@ -1,6 +1,7 @@
 """Converted layers against the oracle: Y, dX and dW of random Linear and Conv layers, exact to the bit and fast within its bound."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def random_layer(g: np.random.Generator):
 
 
 def random_precision(g, layer: DynamicLayer, role: Role, shape):
+    precision = random_widths(g, layer, role, shape)
+    if role is Role.ERROR or g.random() < 0.5:
+        return precision
+    return dataclasses.replace(precision, backward_bits=int(g.integers(2, 7)))
+
+
+def random_widths(g, layer: DynamicLayer, role: Role, shape):
     if layer.plan.format.requantizes or g.random() < 0.2:
         return OperandPrecision(bits=int(g.choice([2, 3, 4, 5, 6, 7, 8])))
     grid = list(layer.grid_shape(role, shape))
@@ -78,9 +86,13 @@ def oracle_operands(layer, x, e):
         if role is Role.WEIGHT and geometry.groups > 1 and values.ndim:
             values = spread_band(values, layer)
         axis = 1 if role is Role.WEIGHT else geometry.channel_axis
+        most = precision.most_bits
+        if gemm is not Gemm.FORWARD:
+            most = min(most, precision.backward_bits)
+            values = values if precision.bits is None else np.minimum(values, precision.backward_bits)
         quantized = oracle.quantize(
             tensor, role.letter, block=plan.block_shape(role, gemm), axis=axis, group=plan.format.width_group,
-            least=precision.least_bits, most=precision.most_bits, stream={"layer": layer.layer_index, "seed": 17},
+            least=precision.least_bits, most=most, stream={"layer": layer.layer_index, "seed": 17},
             **{"lsb" if precision.bits is None else "bits": values},
         )  # fmt: skip
         operands[gemm, role] = quantized.values

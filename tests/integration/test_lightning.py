@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role
+from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.data import TensorDataModule, load_data
 from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
@@ -45,6 +46,28 @@ def digits(**options):
 def small_classifier(seed=0):
     torch.manual_seed(seed)
     return Classifier(CifarResNet(8, in_channels=1, width=8), classes=10, learning_rate=0.05)
+
+
+def test_what_backward_reads_has_widths_and_a_price_of_its_own():
+    """Of 5 x 4 bits in FORWARD, 6 x 2 in WGRAD and, but for the first layer, 6 x 3 in DGRAD."""
+    callback = DynastyCallback(
+        policy="uniform", bits={"X": 5, "W": 4, "E": 6}, backward_bits={"X": 2, "W": 3}, interval=4, table=False
+    )  # fmt: skip
+    model = BoringModel()
+    model.layer = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2))
+    t = trainer(callback=callback, max_steps=8)
+    t.fit(model, DataLoader(torch.randn(64, 32), batch_size=8))
+    first, second = 32 * 8, 8 * 4  # MACs a sample of a GEMM, the 2 outputs as the block of 4 that they fill
+    ours = first * (5 * 4 + 6 * 2) + second * (5 * 4 + 6 * 2 + 6 * 3)
+    assert callback.history[-1]["speedup_ideal"] == pytest.approx(64 * (2 * first + 3 * second) / ours)
+    layer = next(iter(dynamic_layers(model).values()))
+    layer.observing = True
+    model(torch.randn(8, 32)).sum().backward()
+    seen = layer.observation()
+    assert [int(seen.bits[r].max()) for r in Role] == [5, 4, 6]
+    assert [int(seen.backward_bits[r].max()) for r in (Role.ACTIVATION, Role.WEIGHT)] == [2, 3]
+    with pytest.raises(ValueError, match="backward_bits limits what backward reads of X and W: E takes none, not 3"):
+        layer.set_precision(Role.ERROR, OperandPrecision(bits=4, backward_bits=3))
 
 
 def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):

@@ -71,7 +71,9 @@ def case_of(g, geometry, input_shape, output_shape, block_shape):
     if first is not None:
         beyond = first[:, None] // channels + torch.arange(shapes[W][1]) >= shapes[X][1]
         bits[W][beyond], occupied[W][beyond] = 0, False
+    backward = {r: torch.minimum(bits[r], torch.full_like(bits[r], int(g.integers(2, 9)))) for r in (X, W) if g.random() < 0.5}
     return {
+        "backward_bits": backward,
         "geometry": geometry, "input_shape": input_shape, "output_shape": output_shape, "bits": bits, "occupied": occupied,
         "block_shape": block_shape, "has_dgrad": True, "first_columns": first,
     }  # fmt: skip
@@ -88,6 +90,9 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
     for r in (X, E):
         grids[r] = [t.movedim(-1, 1).numpy() if geometry.kind == "linear" else t.numpy() for t in (case["bits"][r], case["occupied"][r])]
     grids[W] = [case["bits"][W].numpy(), case["occupied"][W].numpy()]
+    behind = dict(grids)
+    for r, bits in case["backward_bits"].items():
+        behind[r] = [(bits.movedim(-1, 1) if r is X and geometry.kind == "linear" else bits).numpy(), grids[r][1]]
     first = [0] * len(grids[W][0]) if case["first_columns"] is None else case["first_columns"].tolist()
     result = {g: dict.fromkeys(COUNTS, 0) for g in Gemm}
     dot_macs = rows * rows * channels
@@ -104,8 +109,8 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
         cost["baseline"] += 64 * both_occupied * dot_macs
         cost["baseline_charged"] += (64 if both_occupied else 4) * dot_macs
 
-    def at(role, index):
-        return tuple(grid[index] for grid in grids[role])
+    def at(role, index, of=grids):
+        return tuple(grid[index] for grid in of[role])
 
     image = grids[X][0].shape[2:]
     for n, row, j in itertools.product(range(len(grids[X][0])), range(len(grids[W][0])), range(grids[W][0].shape[1])):
@@ -124,8 +129,8 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
                     continue
                 x, w, e = at(X, (n, c, *read)), at(W, (row, j, *tap)), at(E, (n, row * rows // channels, *position))
                 count(Gemm.FORWARD, x, w)
-                count(Gemm.DGRAD, e, w)
-                count(Gemm.WGRAD, e, x)
+                count(Gemm.DGRAD, e, at(W, (row, j, *tap), behind))
+                count(Gemm.WGRAD, e, at(X, (n, c, *read), behind))
     return result
 
 
@@ -171,7 +176,7 @@ def fill(case, width):
     for r in Role:
         case["bits"][r].fill_(width)
         case["occupied"][r].fill_(width > 0)
-    return case
+    return case | {"backward_bits": {}}
 
 
 def test_uniform_8_is_the_baseline():
@@ -213,6 +218,7 @@ def test_traffic_of_one_layer_by_hand():
     case = case_of(np.random.default_rng(0), geometry, (4, 8), (4, 4), (4, 4))
     case["bits"] = {X: torch.tensor([[3, 0]]), W: torch.tensor([[5, 7]]), E: torch.tensor([[2]])}
     case["occupied"] = {X: torch.tensor([[True, True]]), W: torch.tensor([[True, True]]), E: torch.tensor([[True]])}
+    case["backward_bits"] = {}
     cost = cost_of(case)
     forward = cost[Gemm.FORWARD]
     assert (forward.block_products, forward.block_products_baseline) == (1, 2)
@@ -224,6 +230,15 @@ def test_traffic_of_one_layer_by_hand():
     assert cost[Gemm.DGRAD].products == 64 * (2 * 5 + 2 * 7)
     assert cost[Gemm.WGRAD].products == 64 * 2 * 3
     assert (cost[Gemm.DGRAD].outputs, cost[Gemm.WGRAD].outputs) == (32, 32)
+    case["backward_bits"] = {X: torch.tensor([[2, 0]]), W: torch.tensor([[3, 4]])}
+    limited = cost_of(case)
+    assert limited[Gemm.FORWARD] == forward
+    assert limited[Gemm.DGRAD].products == 64 * (2 * 3 + 2 * 4)
+    assert limited[Gemm.WGRAD].products == 64 * 2 * 2
+    assert [limited[g].stored_bits for g in (Gemm.DGRAD, Gemm.WGRAD)] == [16 * (2 + 7), 16 * (2 + 2)]
+    case["backward_bits"] = {X: torch.tensor([2, 0])}
+    with pytest.raises(ValueError, match="the shapes need a grid"):
+        cost_of(case)
 
 
 def test_columns_beyond_the_last_channel_are_not_stored():

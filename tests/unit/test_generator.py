@@ -1,12 +1,14 @@
 """How lambda moves: with the level of harm at once, toward the target by bounded steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dynasty_lightning.core.roles import Role
-from dynasty_lightning.policy.generator import DynastyPolicy, Measurement
+from dynasty_lightning.policy.generator import DynastyPolicy, Measurement, UniformPolicy
+from dynasty_lightning.policy.sensitivity import bit_price
 
 from .layer_statistics import linear
 
@@ -71,3 +73,22 @@ def test_statistics_without_harm_leave_lambda_alone():
     entries = policy.update(Measurement(layers=still, loss=2.0, speedup=5.0, target_speedup=5.0))
     assert policy.multiplier == pytest.approx(before)
     assert all(torch.isfinite(p.values.float()).all() for roles in entries.values() for p in roles.values())
+
+
+def test_what_backward_reads_is_asked_for_with_each_entry():
+    policy = DynastyPolicy(backward_bits={"X": 2, "W": 4})
+    entries = policy.update(measured(loss=2.0))
+    assert [[entries[name][role].backward_bits for role in Role] for name in LAYERS] == [[2, 4, 8]] * 2
+    fixed = UniformPolicy(bits={"X": 5, "W": 6, "E": 4}, backward_bits={"W": 3}).initial(LAYERS)["a"]
+    assert [(int(fixed[role].bits), fixed[role].backward_bits) for role in Role] == [(5, 8), (6, 3), (4, 8)]
+
+
+def test_a_bit_costs_what_its_partners_have_where_it_is_read():
+    """A Linear of 8 x 8 x 4 MACs a GEMM with X 4, W 5, E 3 bits; in units of MACs / (64 * all MACs)."""
+    layer = LAYERS["a"]
+    unit = layer.macs[0] / 64 / sum(layer.macs.values())
+    x, w, _ = Role
+    assert [bit_price(layer, r, 1.0, sum(layer.macs.values())) / unit for r in Role] == pytest.approx([5 + 3, 4 + 3, 4 + 5])
+    limited = replace(layer, backward_bits={x: 2.0, w: 3.5}, unlimited={x: 0.0, w: 0.25})
+    # WGRAD costs E two bits of X and nothing for another one of X; DGRAD 3.5 of W, of whose blocks a quarter would follow.
+    assert [bit_price(limited, r, 1.0, sum(layer.macs.values())) / unit for r in Role] == pytest.approx([5 + 0, 4 + 0.25 * 3, 2 + 3.5])

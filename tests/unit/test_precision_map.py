@@ -40,7 +40,8 @@ def example() -> PrecisionMap:
                 W: OperandPrecision(lsb_exponent=torch.randint(-9, 9, (2, 1, 3, 3)), least_bits=2, most_bits=6),
                 E: OperandPrecision(bits=torch.tensor([0, 2, 3, 4, 5, 6, 7, 8]).view(1, 2, 2, 2)),
             },
-            "head": {W: OperandPrecision(bits=torch.randint(2, 9, (3, 5))), X: OperandPrecision(bits=5)},
+            "depth": {X: OperandPrecision(lsb_exponent=-3, least_bits=2, backward_bits=3)},
+            "head": {W: OperandPrecision(bits=torch.randint(2, 9, (3, 5))), X: OperandPrecision(bits=5, backward_bits=2)},
         },
     )
 
@@ -77,6 +78,7 @@ def test_equals_and_to():
     assert a.equals(a.to("cpu"))
     assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([1, 2]), least_bits=2))
     assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([[1, 2]]), least_bits=2, most_bits=5))
+    assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([1, 2]), least_bits=2, most_bits=5, backward_bits=2))
     assert not OperandPrecision(bits=2).equals(OperandPrecision(lsb_exponent=2))
 
 
@@ -98,6 +100,9 @@ def test_widths_are_checked(bits):
         ({"bits": 4, "lsb_exponent": 1}, "exactly one of lsb_exponent and bits, not both"),
         ({"bits": 4, "least_bits": 5, "most_bits": 4}, "least_bits 5 must not exceed most_bits 4"),
         ({"bits": 4, "most_bits": 0}, "most_bits not be 0"),
+        ({"bits": 4, "backward_bits": 0}, "backward_bits 0 must be at least 2"),
+        ({"bits": 4, "backward_bits": 9}, "backward_bits must be 0 .* not 9"),
+        ({"lsb_exponent": 4, "least_bits": 4, "backward_bits": 3}, "not below least_bits 4"),
         ({"bits": torch.tensor([2, 256])}, "not 256"),  # 256 would wrap to 0
         ({"bits": torch.tensor([2.0])}, "integers, not torch.float32"),
         ({"lsb_exponent": torch.tensor([True])}, "integers, not torch.bool"),
@@ -389,6 +394,7 @@ def rewrite(path: Path, change, tensors=None) -> None:
         (lambda h: h["limits"].update({"head/W": [1, 8]}), "least_bits must be 0"),
         (lambda h: h["limits"].update({"head/W": [5, 4]}), "least_bits 5 must not exceed most_bits 4"),
         (lambda h: h["limits"].update({"head/W": 4}), "head/W/bits"),
+        (lambda h: h["limits"].update({"head/W": [0, 8, 1]}), "backward_bits must be 0"),
         (lambda h: h["limits"].update({"head/W": ["2", "8"]}), "least_bits must be 0"),
     ],
 )

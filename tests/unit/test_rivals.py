@@ -10,7 +10,7 @@ from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.policy.generator import Measurement
 from dynasty_lightning.policy.registry import POLICIES, make_policy
-from dynasty_lightning.policy.rivals import AmpaPolicy, PerLayerPolicy
+from dynasty_lightning.policy.rivals import AmpaPolicy, PerLayerPolicy, _combination_costs
 from dynasty_lightning.policy.scheduled import CptPolicy, PfqPolicy
 from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity
 from dynasty_lightning.policy.widths import EQUAL_SHARES, noise_levels, width_cost
@@ -110,6 +110,15 @@ def test_per_layer_keeps_a_width_until_it_must_move():
     # X moves, W need not.
     policy.multiplier = 0.19
     assert bits(policy.update(measure(layers))) == (4, 5, 2)
+
+
+def test_per_layer_counts_what_backward_reads():
+    costs = _combination_costs({Gemm.FORWARD: 0.5, Gemm.WGRAD: 0.25, Gemm.DGRAD: 0.25}, {X: 2, W: 4})
+    # X 5, W 6, E 3: FORWARD 5 * 6, WGRAD 3 * 2, DGRAD 3 * 4.
+    assert float(costs[5 - 2, 6 - 2, 3 - 2]) == pytest.approx((0.5 * 30 + 0.25 * 6 + 0.25 * 12) / 64)
+    policy, layers = per_layer_of_unit_harm(backward_bits={"W": 3})
+    entries = policy.update(measure(layers))["a"]
+    assert [entries[role].backward_bits for role in Role] == [8, 3, 8]
 
 
 def test_per_layer_begins_at_the_cost_that_was_asked_for():
@@ -540,6 +549,10 @@ def test_layers_that_a_batch_does_not_use_keep_their_widths():
         ("per_layer", {"calibrate": "roles"}, "calibrate of per_layer must be 'none', not 'roles'"),
         ("dynasty", {"calibrate": "all"}, "calibrate of dynasty must be 'layers' or 'roles' or 'none', not 'all'"),
         ("dynasty", {"role_weights": {"E": -1.0}}, "weights of roles must be positive and finite, not -1.0 for E"),
+        ("dynasty", {"backward_bits": {"X": 0}}, "to 2 bits or more, not X to 0"),
+        ("dynasty", {"backward_bits": {"E": 4}}, "limits X in WGRAD and W in DGRAD .* not E to 4"),
+        ("dynasty", {"backward_bits": {"X": 9}}, r"backward_bits\[X\] must be 0"),
+        ("magnitude", {"backward_bits": {"W": 3}, "least_bits": {"W": 4}}, "backward_bits of W, 3, must not be below its least_bits, 4"),
         ("per_layer", {"noise_budget": 1.0}, "takes target_speedup, not noise_budget"),
         ("ampa", {"tempo": 3}, "policy 'ampa': .*tempo"),
     ],
