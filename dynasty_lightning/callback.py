@@ -403,7 +403,7 @@ class DynastyCallback(Callback):
     def _backward_widths(self, name: str, o: LayerObservation) -> list[float]:
         """Mean width of X in WGRAD and of W in DGRAD, and the share of blocks whose width there is not at its limit."""
         limits = {r: p.backward_bits if (p := self._layers[name].get_precision(r)) else MAX_BITS for r in SHARED}
-        means = [float(o.backward_bits[r].double().mean()) for r in SHARED]
+        means = [float(o.backward_bits.get(r, o.bits[r]).double().mean()) for r in SHARED]
         return means + [float((o.bits[r] < limit).double().mean()) if limit < MAX_BITS else 1.0 for r, limit in limits.items()]
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:

@@ -82,7 +82,8 @@ def analytics_cost(
         geometry: the layer.
         input_shape: X's shape after explicit padding.
         output_shape: Y's shape.
-        bits: grids of X, W and E; only their shapes count. A map of X or E has one entry for all row blocks.
+        bits: grids of X, W and E; only their shapes count. A map of X or E has one entry for all row blocks. A copy that backward
+            reads (`backward_bits`) chooses its widths once more, which is not counted.
         has_dgrad: whether there is a dX to observe.
         interval: steps from one event to the next.
 

@@ -44,6 +44,7 @@ class GemmCost:
         read_bits: element bits that block products read on chip, before reuse; headers not included.
         stored_bits: element bits of both operands, each once; blocks that are zero take none.
         stored_blocks: blocks of both operands, each with a header in either run.
+        single_bits, single_blocks: of these, what no second GEMM reads: X and W where backward has copies of its own.
         outputs: float32 results, the same in either run.
     """
 
@@ -63,6 +64,8 @@ class GemmCost:
     stored_bits: float = 0
     stored_bits_baseline: float = 0
     stored_blocks: float = 0
+    single_bits: float = 0
+    single_blocks: float = 0
     outputs: float = 0
 
     def __add__(self, other: "GemmCost") -> "GemmCost":
@@ -163,14 +166,15 @@ def layer_cost(
         block_shape: rows x channels of a block; channels a multiple of rows.
         has_dgrad: whether DGRAD runs: not in a first layer whose input needs no gradient.
         first_columns: int64 [row blocks], the first channel of each row block's band of a grouped W; else None.
-        backward_bits: of X as WGRAD reads it and W as DGRAD does, where they differ from FORWARD's.
+        backward_bits: of X as WGRAD reads it and W as DGRAD does, where that is a copy of its own with other widths than FORWARD's.
 
     Raises:
         ValueError: shapes or grids that do not belong together.
     """
     block_rows, block_channels = block_shape
     x_shape, e_shape, w_shape = _grid_shapes(geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT])
-    backward = {**bits, **(backward_bits or {})}
+    copies = backward_bits or {}
+    backward = {**bits, **copies}
     for role, shape in zip(Role, (x_shape, w_shape, e_shape), strict=True):
         if any(tuple(grid.shape) != shape for grid in (bits[role], backward[role], occupied[role])):
             raise ValueError(
@@ -195,8 +199,8 @@ def layer_cost(
         return factors * is_stored.unsqueeze(-1)
 
     x, e, w = samples_of(Role.ACTIVATION, bits), samples_of(Role.ERROR, bits), weights(bits)
-    x_backward = x if backward[Role.ACTIVATION] is bits[Role.ACTIVATION] else samples_of(Role.ACTIVATION, backward)
-    w_backward = w if backward[Role.WEIGHT] is bits[Role.WEIGHT] else weights(backward)
+    x_backward = samples_of(Role.ACTIVATION, backward) if Role.ACTIVATION in copies else x
+    w_backward = weights(backward) if Role.WEIGHT in copies else w
     x_total, e_total = x.sum(1).double(), e.sum(1).double()  # over samples: [3, channel blocks, *image]
     # Pairs meet E at W's row blocks: a block of one row spans the channels of several of them.
     e_block = torch.arange(len(band)) * block_rows // block_channels
@@ -243,6 +247,8 @@ def layer_cost(
             stored_bits=elements * sum(s[_BITS] for s in sums[gemm]),
             stored_bits_baseline=elements * BASELINE_BITS * sum(s[_OCCUPIED] for s in sums[gemm]),
             stored_blocks=sum(blocks[r] for r in READS[gemm]),
+            single_bits=elements * sum(s[_BITS] for r, s in zip(READS[gemm], sums[gemm], strict=True) if r in copies),
+            single_blocks=sum(blocks[r] for r in READS[gemm] if r in copies),
             outputs=math.prod(outputs[gemm]),
         )
     return costs

@@ -9,6 +9,7 @@ from .bit_products import BASELINE_BITS, GemmCost
 
 _BITS_PER_BYTE: Final = 8
 _FLOAT32_BITS: Final = 32
+_HALF_WRITE: Final = 0.5  # of an operand, which the other GEMM that reads it would bear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class EnergyModel:
         sram_reuse: block products that one on-chip read of a block serves. *Assumed*.
         dram_per_byte: off-chip transfer (1300 to 2600 for 64 bits; the lower end).
         dram_passes: off-chip transfers of an operand for each GEMM that reads it: one read, and half of the one write
-            that two GEMMs share. *Assumed*.
+            that two GEMMs share; what one GEMM alone reads is written whole. *Assumed*.
         float32_multiply: for second moments and map entries (3.7).
         float32_add: for second moments (0.9).
         integer_op: an 8-bit add (0.03), for the choice of each block's width.
@@ -90,8 +91,11 @@ def traffic(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool 
     stored_bits = cost.stored_bits_baseline if baseline else cost.stored_bits
     read_bytes = (read_bits + 2 * m.header_bits * blocks) / _BITS_PER_BYTE
     operand_bytes = (stored_bits + m.header_bits * cost.stored_blocks) / _BITS_PER_BYTE
+    alone_bytes = 0.0 if baseline else (cost.single_bits + m.header_bits * cost.single_blocks) / _BITS_PER_BYTE
     output_bytes = _FLOAT32_BITS * cost.outputs / _BITS_PER_BYTE
-    return Traffic(sram_bytes=read_bytes / m.sram_reuse, dram_bytes=operand_bytes * m.dram_passes + output_bytes)
+    return Traffic(
+        sram_bytes=read_bytes / m.sram_reuse, dram_bytes=operand_bytes * m.dram_passes + alone_bytes * _HALF_WRITE + output_bytes
+    )
 
 
 def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Energy:

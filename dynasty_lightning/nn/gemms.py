@@ -42,7 +42,13 @@ def role_settings(settings: Sequence[int], role: Role) -> tuple[bool, int, int, 
 
 def has_own_blocks(plan: LayerPlan, role: Role, settings: Sequence[int], *, training: bool) -> bool:
     """Whether the backward GEMM reads other blocks of an operand than FORWARD does."""
-    return plan.format.requantizes or not training or role_settings(settings, role)[3] < MAX_BITS
+    return plan.format.requantizes or not training or has_limit(settings, role)
+
+
+def has_limit(settings: Sequence[int], role: Role) -> bool:
+    """Whether a request lets backward have fewer bits of an operand than FORWARD."""
+    thresholds, _, most, backward = role_settings(settings, role)
+    return backward < (most if thresholds else MAX_BITS)
 
 
 def quantize_operand(
@@ -61,7 +67,7 @@ def quantize_operand(
     if not training and role is not Role.WEIGHT:
         scope = "row" if plan.geometry.kind == "linear" else "sample"
     thresholds, least, most, backward = role_settings(settings, role)
-    if gemm is SHARED.get(role) and backward < MAX_BITS:
+    if gemm is SHARED.get(role) and has_limit(settings, role):
         most = min(most, backward)
         request = request if thresholds else request.clamp(max=backward)
     operand = operand.detach()

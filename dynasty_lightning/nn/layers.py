@@ -17,7 +17,7 @@ from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.quantize import header_bits, header_occupied, header_signed
 from ..core.roles import SHARED, Gemm, Role
-from .gemms import SETTINGS, role_settings, settings_of
+from .gemms import SETTINGS, has_limit, role_settings, settings_of
 from .ops import apply_layer
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
@@ -76,7 +76,7 @@ class StreamState:
 class LayerObservation:
     """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks.
 
-    `bits` has the widths of X and W in FORWARD and of E; `backward_bits` those of X in WGRAD and of W in DGRAD.
+    `bits` has the widths of X and W in FORWARD and of E; `backward_bits` those of X in WGRAD and of W in DGRAD, where they are limited.
     `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only.
     """
 
@@ -181,13 +181,14 @@ class DynamicLayer(nn.Module):
             return None
         headers = dict(zip(Role, record.headers[: len(Role)], strict=True))
         backward = dict(zip(SHARED, record.headers[len(Role) :], strict=True))
+        copies = [r for r in SHARED if has_limit(self._settings, r)]
         return LayerObservation(
             geometry=self.geometry,
             input_shape=record.input_shape,
             output_shape=self.plan.output_shape(record.input_shape),
             has_dgrad=record.has_dgrad,
             bits={r: header_bits(h) for r, h in headers.items()},
-            backward_bits={r: self._backward_bits(r, header_bits(headers[r]), header_bits(h)) for r, h in backward.items()},
+            backward_bits={r: self._backward_bits(r, header_bits(headers[r]), header_bits(backward[r])) for r in copies},
             occupied={r: header_occupied(h) for r, h in headers.items()},
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
             x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),

@@ -311,6 +311,8 @@ def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
 
 def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
     """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is none."""
+    if not isinstance(backward_bits, Mapping):
+        raise ValueError(f"backward_bits is a width for X, for W or for both, e.g. {{'X': 2, 'W': 4}}, not {backward_bits!r}")
     result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in backward_bits.items()}
     for role, bits in result.items():
         if role not in SHARED or bits < MIN_BITS:

@@ -24,7 +24,7 @@ from ..core.blocks import BandedWeight
 from ..core.formats import LINE_BLOCKS, MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
-from ..core.roles import Role
+from ..core.roles import SHARED, Role
 
 FORMAT_VERSION: Final = 1
 _PRECISION_FORMAT: Final = "dynasty-lightning/precision-map"
@@ -120,6 +120,10 @@ class PrecisionMap:
         for name, roles in self.entries.items():
             for role, precision in roles.items():
                 _check_shape(self.structure, name, role, tuple(precision.values.shape), kind="map")
+                if role not in SHARED and precision.backward_bits < MAX_BITS:
+                    raise ValueError(
+                        f"{name!r} {role.letter} has backward_bits {precision.backward_bits}: only X and W take fewer than {MAX_BITS}"
+                    )
 
     def hash(self) -> str:
         """sha256 over structure, names and contents, whatever their order: equal on all ranks that hold the same map."""
@@ -190,7 +194,8 @@ class PrecisionMap:
             if role in entries.get(name, {}):
                 raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
             try:
-                least, most, backward = (*limits[f"{name}/{role.letter}"], MAX_BITS)[:3]
+                least, most, *rest = limits[f"{name}/{role.letter}"]
+                (backward,) = rest or (MAX_BITS,)
                 precision = OperandPrecision(**{kind: value}, least_bits=least, most_bits=most, backward_bits=backward)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{source}: {key}: {error}") from error

@@ -17,6 +17,7 @@ from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.data import TensorDataModule, load_data
 from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
+from dynasty_lightning.policy.generator import DynastyPolicy
 
 QUIET = {
     "logger": False,
@@ -68,6 +69,28 @@ def test_what_backward_reads_has_widths_and_a_price_of_its_own():
     assert [int(seen.backward_bits[r].max()) for r in (Role.ACTIVATION, Role.WEIGHT)] == [2, 3]
     with pytest.raises(ValueError, match="backward_bits limits what backward reads of X and W: E takes none, not 3"):
         layer.set_precision(Role.ERROR, OperandPrecision(bits=4, backward_bits=3))
+
+
+def test_a_policy_is_told_what_backward_reads():
+    """At first what FORWARD does, since no limits are in force; later X at its limit everywhere, W at one that most blocks do not reach."""
+    seen = []
+
+    class Watched(DynastyPolicy):
+        def update(self, measurement):
+            seen.append(measurement.layers)
+            return super().update(measurement)
+
+    callback = dynasty(target_speedup=5.0, policy=Watched(backward_bits={"X": 2, "W": 7}))
+    trainer(callback=callback).fit(small_classifier(), digits())
+    x, w, _ = Role
+    for s in seen[0].values():
+        assert s.backward_bits == {r: pytest.approx(s.mean_bits[r], rel=0.01) for r in (x, w)}
+        assert s.unlimited == {x: 1.0, w: 1.0}
+    for s in seen[-1].values():
+        assert 1.5 < s.backward_bits[x] <= 2 < s.mean_bits[x]
+        assert s.unlimited[x] < 0.3  # blocks of zeros alone have no bits to limit
+        assert s.backward_bits[w] == pytest.approx(s.mean_bits[w], rel=0.1)
+        assert s.unlimited[w] > 0.7
 
 
 def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning.core import native
 from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
+from dynasty_lightning.core.roles import SHARED, Role
 from dynasty_lightning.nn import ops
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
@@ -197,8 +197,8 @@ def test_a_dilated_single_tap_is_a_plain_one():
         torch.testing.assert_close(y, plain(x), rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("observing", [False, True])
-def test_a_network_compiles_to_one_graph(observing):
+@pytest.mark.parametrize(("observing", "backward_bits"), [(False, 8), (True, 8), (True, 3)])
+def test_a_network_compiles_to_one_graph(observing, backward_bits):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     report = convert(model)
@@ -208,6 +208,8 @@ def test_a_network_compiles_to_one_graph(observing):
     for network in (model, eager):
         for layer in dynamic_layers(network).values():
             layer.observing = observing
+            for role in SHARED:
+                layer.set_precision(role, OperandPrecision(bits=5, backward_bits=backward_bits))
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(8, 3, 8, 8).contiguous(memory_format=memory_format)
         for network, stream in ((compiled, report.stream), (eager, eager_stream)):
@@ -221,6 +223,7 @@ def test_a_network_compiles_to_one_graph(observing):
         if observing:
             torch.testing.assert_close(record.squares["dw_square"], wanted.squares["dw_square"], rtol=1e-3, atol=1e-6)
             assert torch.equal(record.bits[Role.ACTIVATION], wanted.bits[Role.ACTIVATION])
+            assert {r: int(b.max()) for r, b in record.backward_bits.items()} == ({} if backward_bits == 8 else dict.fromkeys(SHARED, 3))
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])

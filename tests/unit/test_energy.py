@@ -53,6 +53,24 @@ def test_one_block_product_by_hand():
     }
 
 
+def test_a_copy_for_backward_alone_bears_its_own_write():
+    """X of 5 bits in FORWARD and 2 in WGRAD, one block of 16 elements each; W and E of 4 bits as ever."""
+    grids = {r: torch.full((1, 1), b) for r, b in zip(Role, (5, 4, 4), strict=True)}
+    layer = layer_cost(
+        LayerGeometry(kind="linear", weight_shape=(4, 4)), input_shape=(4, 4), output_shape=(4, 4), bits=grids,
+        occupied={r: torch.ones(1, 1, dtype=torch.bool) for r in Role}, block_shape=(4, 4), has_dgrad=True,
+        backward_bits={Role.ACTIVATION: torch.full((1, 1), 2)},
+    )  # fmt: skip
+    cost = sum(layer.values(), GemmCost())
+    assert (cost.single_bits, cost.single_blocks) == (16 * (5 + 2), 2)
+    header = 16  # of each block; UNIT's is 8
+    model = dataclasses.replace(UNIT, header_bits=header)
+    shared = [4, 4, 4, 4]  # W and E, each read by two GEMMs: a read and half a write at each
+    expected = sum(16 * b + header for b in shared) * 1.5 / 8 + sum(16 * b + header for b in (5, 2)) * 2 / 8
+    assert traffic(cost, model).dram_bytes == expected + 4 * 3 * 16
+    assert traffic(cost, model, baseline=True).dram_bytes == 6 * (16 * 8 + header) * 1.5 / 8 + 4 * 3 * 16
+
+
 def test_uniform_8_has_ratio_1_and_narrower_is_cheaper():
     assert set(energy_ratios(linear_cost(8)).values()) == {1.0}
     ratios = [energy_ratios(linear_cost(width)) for width in (8, 6, 4, 2)]

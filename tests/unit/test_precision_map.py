@@ -175,6 +175,7 @@ def test_hash_depends_on_contents_not_on_order():
         one(lsb_exponent=4),
         one(bits=4, least_bits=2),
         one(bits=4, most_bits=6),
+        one(bits=4, backward_bits=6),
         one(bits=5),
         PrecisionMap(structure=STRUCTURE).hash(),
         PrecisionMap(structure=ModelStructure(layers=LAYERS, width_group=(16, 16))).hash(),
@@ -246,6 +247,11 @@ def test_maps_that_do_not_fit(layer, role, shape):
     precision = OperandPrecision(bits=torch.full(shape, 4))
     with pytest.raises(ValueError, match=rf"'{layer}' {role.letter} has shape .*does not fit its grid"):
         PrecisionMap(structure=STRUCTURE, entries={layer: {role: precision}})
+
+
+def test_an_error_has_no_backward_of_its_own():
+    with pytest.raises(ValueError, match="'head' E has backward_bits 3: only X and W take fewer than 8"):
+        PrecisionMap(structure=STRUCTURE, entries={"head": {E: OperandPrecision(bits=4, backward_bits=3)}})
 
 
 def test_unknown_layer():
@@ -395,6 +401,7 @@ def rewrite(path: Path, change, tensors=None) -> None:
         (lambda h: h["limits"].update({"head/W": [5, 4]}), "least_bits 5 must not exceed most_bits 4"),
         (lambda h: h["limits"].update({"head/W": 4}), "head/W/bits"),
         (lambda h: h["limits"].update({"head/W": [0, 8, 1]}), "backward_bits must be 0"),
+        (lambda h: h["limits"].update({"head/W": [0, 8, 4, 99]}), "head/W/bits: too many values"),
         (lambda h: h["limits"].update({"head/W": ["2", "8"]}), "least_bits must be 0"),
     ],
 )

@@ -550,6 +550,7 @@ def test_layers_that_a_batch_does_not_use_keep_their_widths():
         ("dynasty", {"calibrate": "all"}, "calibrate of dynasty must be 'layers' or 'roles' or 'none', not 'all'"),
         ("dynasty", {"role_weights": {"E": -1.0}}, "weights of roles must be positive and finite, not -1.0 for E"),
         ("dynasty", {"backward_bits": {"X": 0}}, "to 2 bits or more, not X to 0"),
+        ("dynasty", {"backward_bits": 2}, "a width for X, for W or for both, .* not 2"),
         ("dynasty", {"backward_bits": {"E": 4}}, "limits X in WGRAD and W in DGRAD .* not E to 4"),
         ("dynasty", {"backward_bits": {"X": 9}}, r"backward_bits\[X\] must be 0"),
         ("magnitude", {"backward_bits": {"W": 3}, "least_bits": {"W": 4}}, "backward_bits of W, 3, must not be below its least_bits, 4"),
