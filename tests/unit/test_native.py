@@ -446,12 +446,12 @@ def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
     plan = LayerPlan(geometry=geometry, mode=mode)
     bits, position = torch.tensor(5, dtype=torch.uint8), torch.tensor([3, 0, 5, 1, 9])
     y, *kept = torch.ops.dynasty.layer_forward(
-        torch.randn(2, 8, 5, 5), torch.randn(12, 8, 3, 3), None, bits, bits, bits, position, [0, 0, 8] * 3, plan.key, "",
+        torch.randn(2, 8, 5, 5), torch.randn(12, 8, 3, 3), None, bits, bits, bits, position, [0, 0, 8, 8] * 3, plan.key, "",
         True, True, True, torch.float32,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"\(2, 12, 5, 5\)|zip"):
         torch.ops.dynasty.layer_backward(
-            torch.randn_like(y), kept[:5], kept[5:10], bits, position, [0, 0, 8] * 3, plan.key, input_shape, torch.float32, False,
+            torch.randn_like(y), kept[:5], kept[5:10], bits, position, [0, 0, 8, 8] * 3, plan.key, input_shape, torch.float32, False,
             True, True, "", [kept[2], kept[7]], [],
         )  # fmt: skip
 
@@ -523,11 +523,11 @@ geometry = LayerGeometry(kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1),
 plan = LayerPlan(geometry=geometry, mode="exact")
 request, position = torch.tensor(-3, dtype=torch.int16), torch.tensor([3, 0, 5, 1, 9])
 y, *kept = torch.ops.dynasty.layer_forward(
-    x, torch.randn(12, 8, 3, 3), torch.randn(12), request, request, request, position, [1, 0, 8] * 3, plan.key, "",
+    x, torch.randn(12, 8, 3, 3), torch.randn(12), request, request, request, position, [1, 0, 8, 8] * 3, plan.key, "",
     True, True, True, torch.float32)
 note(y)
 dx, dw = torch.ops.dynasty.layer_backward(
-    torch.randn_like(y), kept[:5], kept[5:10], request, position, [1, 0, 8] * 3, plan.key, list(x.shape), torch.float32,
+    torch.randn_like(y), kept[:5], kept[5:10], request, position, [1, 0, 8, 8] * 3, plan.key, list(x.shape), torch.float32,
     False, True, True, "", [kept[2], kept[7]], [])
 note(dx, dw)
 print(native.available(), digest.hexdigest())
