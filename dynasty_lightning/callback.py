@@ -27,7 +27,7 @@ from .nn.probe import ProbeRecord
 from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
-from .policy.schedule import Allocation, AnalysisSchedule, LossGuard
+from .policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
 from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
 from .step_size import effective_step_sizes
@@ -272,11 +272,22 @@ class DynastyCallback(Callback):
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
             f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time here; "
             f"on hardware {100 * s['analytics_hardware']['energy']:.2f}% of the energy (model)",
+            *self._missed_target(s["speedup_charged"]),
             "  layer                          bits X   bits W   bits E",
         ]
         for name, bits in (self.history[-1]["bits"] if self.history else {}).items():
             lines.append(f"  {name[:28]:28s} " + "".join(f"{bits[r.letter]:9.2f}" for r in Role))
         return "\n".join(lines)
+
+    def _missed_target(self, speedup: float) -> list[str]:
+        """A line of the table when cost was to be steered and the run ended short of its target by more than settling leaves."""
+        target = self.target_speedup
+        if target is None or speedup >= target * (1.0 - SETTLED):
+            return []
+        return [
+            f"  target          {target:6.2f}x was missed: to make up for steps at 8 bits (warm-up: "
+            f"{self.schedule.warmup_steps}; loss guard), others are asked for {_TARGET_SLACK:g} times it at most",
+        ]
 
     # -- Analysis
 

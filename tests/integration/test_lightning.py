@@ -107,7 +107,16 @@ def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):
     assert 0.5 < summary["bits"]["E"] < 8  # with the learning rate at its end, E's noise matters little
     assert summary["nonfinite"] == 0
     assert all(0 < share < 0.2 for share in summary["analytics_hardware"].values())
-    assert "speedup" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "speedup" in table
+    assert "missed" not in table
+
+
+def test_the_table_says_that_a_long_warm_up_missed_the_target(capsys):
+    callback = dynasty(target_speedup=4.0, warmup_steps=20, table=True)
+    trainer(callback=callback, max_steps=24, max_epochs=-1).fit(small_classifier(), digits())
+    assert callback.summary()["speedup_charged"] < 2
+    assert "  target            4.00x was missed: to make up for steps at 8 bits (warm-up: 20;" in capsys.readouterr().out
 
 
 def test_the_table_can_be_switched_off(capsys):
