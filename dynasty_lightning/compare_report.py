@@ -78,6 +78,7 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
         f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; the intervals are Student's t, "
         f"each for itself, not corrected for their number ({max(len(setting.rows) - 1, 0)}).\n"
     )
+    lines += _rivals(setting)
     header = [
         "method",
         "speedup charged",
@@ -96,6 +97,17 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     )
     lines += _failures(setting)
     return "\n".join(lines)
+
+
+def _rivals(setting: Setting) -> list[str]:
+    """Ours minus each other method that was steered to the same target."""
+    cases = setting.against_rivals()
+    if not cases:
+        return []
+    header = ["at the same target", "pairs", f"difference, points [{CONFIDENCE:.0%} interval]", "which says, of the first"]
+    return _table(
+        header, [[f"{row.label} minus {rival.label}", str(d.spread.n), d.text(), d.reading()] for row, rival, d in cases]
+    )  # fmt: skip
 
 
 def _accuracy_cells(setting: Setting, row: Row) -> list[str]:

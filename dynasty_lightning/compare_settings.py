@@ -3,6 +3,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -12,6 +13,7 @@ from .runs import COMPLETE
 
 CONFIDENCE: Final = 0.95
 CORE: Final = "speedup_core"
+OURS: Final = "dynasty"
 
 _SETTING: Final = ("data", "model", "epochs", "batch_size", "train_samples", "validation_samples", "learning_rate", "evaluate_on")
 _LATER_SETTING: Final = {"decay": "cosine", "accelerator": "cpu"}
@@ -19,6 +21,7 @@ _LATER_SETTING: Final = {"decay": "cosine", "accelerator": "cpu"}
 _OF_BLOCKS: Final = {"mode": "fast", "block_shape": [4, 4], "width_group": None, "interval": 50}
 """Settings that belong to a row's name, with the values that are not told."""
 _FLOATS: Final = ("float32", "bf16")
+_NUMBER: Final = "0123456789."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,23 @@ class Row:
     def series(self) -> str:
         """The label without its target: what a line joins."""
         name, _, rest = self.label.partition("@")
-        return name + rest.lstrip("0123456789.")
+        return name + rest.lstrip(_NUMBER)
+
+    @property
+    def method(self) -> str:
+        """The first word of the label: no target, no options."""
+        return re.split("[@: ]", self.label, maxsplit=1)[0]
+
+    @property
+    def target(self) -> str | None:
+        """The speedup that the label names, as written."""
+        rest = self.label.partition("@")[2]
+        return rest[: len(rest) - len(rest.lstrip(_NUMBER))] or None
+
+    @property
+    def blocks(self) -> str:
+        """What the label tells of blocks and intervals, in brackets; empty where all is as usual."""
+        return self.label.partition(" ")[2]
 
     @property
     def is_float(self) -> bool:
@@ -119,7 +138,7 @@ class Setting:
     def baseline_of(self, row: Row) -> Row | None:
         """Uniform 8 bits with the same blocks where there is one, else plain, else any."""
         candidates = [r for r in self.rows if r.label.split(" ")[0] == BASELINE]
-        for label in (BASELINE + row.label.partition(" ")[1] + row.label.partition(" ")[2], BASELINE):
+        for label in (f"{BASELINE} {row.blocks}".rstrip(), BASELINE):
             for candidate in candidates:
                 if candidate.label == label:
                     return candidate
@@ -128,15 +147,29 @@ class Setting:
     def pairs(self, row: Row) -> list[float] | None:
         """Accuracy minus the baseline's with the same seed, in points; None for the baseline itself and where there is none."""
         baseline = self.baseline_of(row)
-        if baseline is None or baseline is row:
-            return None
-        reference = {r["seed"]: r["accuracy"] for r in baseline.complete}
-        return [100 * (r["accuracy"] - reference[r["seed"]]) for r in row.complete if r["seed"] in reference]
+        return None if baseline is None or baseline is row else _paired(row, baseline)
 
     def difference(self, row: Row) -> Difference | None:
         """Mean and interval of `pairs`."""
         pairs = self.pairs(row)
         return None if pairs is None else Difference.of(pairs)
+
+    def against_rivals(self) -> list[tuple[Row, Row, Difference]]:
+        """Ours and each other method with the same target and blocks, where a seed has both: accuracy of ours minus the other's."""
+        ours = [row for row in self.rows if row.method == OURS and row.target]
+        cases = [
+            (row, rival, Difference.of(_paired(row, rival)))
+            for row in ours
+            for rival in self.rows
+            if rival.method != OURS and (rival.target, rival.blocks) == (row.target, row.blocks)
+        ]
+        return [case for case in cases if case[2].spread.n]
+
+
+def _paired(row: Row, reference: Row) -> list[float]:
+    """Accuracies minus those of the reference with the same seed, in points."""
+    accuracies = {r["seed"]: r["accuracy"] for r in reference.complete}
+    return [100 * (r["accuracy"] - accuracies[r["seed"]]) for r in row.complete if r["seed"] in accuracies]
 
 
 def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:

@@ -112,6 +112,34 @@ def test_pairs_are_by_seed_and_of_completed_runs_only():
     assert difference.spread.mean == pytest.approx(-1.5)
 
 
+def test_rivals_are_those_with_the_same_target_and_blocks():
+    records = [run("dynasty@5.1", s, a) for s, a in enumerate((0.50, 0.52, 0.55))] + [run("per_layer@5.1", s, 0.50) for s in (0, 1)]
+    records += [
+        run("dynasty@5.1:smoothing=0", 0, 0.51),
+        run("dynasty@5", 0, 0.6),
+        run("cpt@5.1:interval=10", 2, 0.45),
+        run("uniform4", 0, 0.4),
+    ]
+    records += [run("pfq@5", 1, 0.9), run("per_layer@6", 0, 0.1), run("random@5.1", 0, 0.1, settings={"block_shape": (8, 8)})]
+    (setting,) = settings_of(records)
+    found = {(ours.label, rival.label): (d.spread.n, round(d.spread.mean, 6)) for ours, rival, d in setting.against_rivals()}
+    assert found == {
+        ("dynasty@5.1", "per_layer@5.1"): (2, 1.0),  # 0 and 2 points
+        ("dynasty@5.1", "cpt@5.1:interval=10"): (1, 10.0),
+        ("dynasty@5.1:smoothing=0", "per_layer@5.1"): (1, 1.0),
+    }
+
+
+def test_rivals_in_the_report(report):
+    text, _ = report(study())
+    assert "at the same target" not in text
+    text, _ = report(study() + [run("per_layer@5.1", seed, 0.59) for seed in range(3)])
+    # 59.8, 60.4 and 61.6 minus 59: mean 1.6, sd .916515, half = 4.302653 * .916515 / sqrt(3) = 2.2768.
+    assert rows(text, "| at the same target") == {
+        "dynasty@5.1 minus per_layer@5.1": ["3", "+1.60 [-0.68, +3.88]", "no drop larger than 0.68 points"]
+    }
+
+
 def test_what_was_trained_otherwise_stands_apart():
     records = [run("uniform8", 0, 0.5), run("float32", 0, 0.5), run("uniform8", 0, 0.7, settings={"epochs": 20})]
     records.append(run("uniform8", 0, 0.6, settings={"validation_samples": 5000, "evaluate_on": "validation"}))
