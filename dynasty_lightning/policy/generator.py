@@ -3,7 +3,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, Literal, Protocol
 
@@ -91,7 +91,7 @@ class UniformPolicy:
     wants_probes: bool = False
 
     def __post_init__(self) -> None:
-        widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(self.bits)
+        widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(_by_letter("bits", self.bits))
         self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
         self._backward = check_backward_bits(self.backward_bits)
 
@@ -152,15 +152,15 @@ class ThresholdPolicy(ABC):
             raise ValueError(f"hysteresis must be in [0, 0.5) binades, not {self.hysteresis}")
         if self.calibrate not in self.calibrations:
             raise ValueError(f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, not {self.calibrate!r}")
-        self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in self.least_bits.items()}
+        self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in _by_letter("least_bits", self.least_bits)}
         self._backward = check_backward_bits(self.backward_bits)
         for role, bits in self._backward.items():
             if bits < self._least.get(role, 0):
                 raise ValueError(f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, {self._least[role]}")
-        self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in self.role_weights.items()}
+        self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in _by_letter("role_weights", self.role_weights)}
         for role, weight in self._role_weights.items():
-            if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(f"weights of roles must be positive and finite, not {weight} for {role.letter}")
+            if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+                raise ValueError(f"weights of roles must be positive and finite, not {weight!r} for {role.letter}")
         self.calibration = Calibration(by_layer=self.calibrate == "layers")
         self.multiplier: float | None = None
         self._level: float | None = None
@@ -309,11 +309,17 @@ def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
     return float(per_element.mean()) * s.elements
 
 
+def _by_letter(name: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The items of an option that has a value for each role. Raises ValueError for what is no mapping."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} takes a value for each role that it names, e.g. {{'X': 2, 'W': 4}} (X:2/W:4 as text), not {given!r}")
+    return given.items()
+
+
 def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
     """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is none."""
-    if not isinstance(backward_bits, Mapping):
-        raise ValueError(f"backward_bits is a width for X, for W or for both, e.g. {{'X': 2, 'W': 4}}, not {backward_bits!r}")
-    result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in backward_bits.items()}
+    items = _by_letter("backward_bits", backward_bits)
+    result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in items}
     for role, bits in result.items():
         if role not in SHARED or bits < MIN_BITS:
             raise ValueError(f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, not {role.letter} to {bits}")
