@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare_pictures import draw_course, draw_setting
-from .compare_settings import CONFIDENCE, CORE, Row, Setting, courses, settings_of, titles
+from .compare_settings import CONFIDENCE, CORE, Difference, Row, Setting, courses, settings_of, titles
 from .report import BASELINE, DIGITS_NOTE, Spread
 from .results_file import read_records
 from .runs import COMPLETE, DIVERGED
@@ -74,11 +74,12 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     lines += [f"![{title}: {path.stem.rpartition('-')[2]}]({path.name})\n" for path in pictures]
     header = ["method", "runs", "accuracy %", "loss", f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]", "which says"]
     lines += _table(header, [_accuracy_cells(setting, row) for row in setting.rows])
+    cases = setting.against_rivals()
+    lines += _rivals(cases)
     lines.append(
         f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; the intervals are Student's t, "
-        f"each for itself, not corrected for their number ({max(len(setting.rows) - 1, 0)}).\n"
+        f"each for itself, not corrected for their number ({max(len(setting.rows) - 1, 0) + len(cases)}).\n"
     )
-    lines += _rivals(setting)
     header = [
         "method",
         "speedup charged",
@@ -99,9 +100,8 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _rivals(setting: Setting) -> list[str]:
+def _rivals(cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
     """Ours minus each other method that was steered to the same target."""
-    cases = setting.against_rivals()
     if not cases:
         return []
     header = ["at the same target", "pairs", f"difference, points [{CONFIDENCE:.0%} interval]", "which says, of the first"]

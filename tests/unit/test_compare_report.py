@@ -138,6 +138,7 @@ def test_rivals_in_the_report(report):
     assert rows(text, "| at the same target") == {
         "dynasty@5.1 minus per_layer@5.1": ["3", "+1.60 [-0.68, +3.88]", "no drop larger than 0.68 points"]
     }
+    assert "not corrected for their number (5)." in text  # four methods minus uniform 8 bits, and this one
 
 
 def test_what_was_trained_otherwise_stands_apart():
