@@ -285,8 +285,8 @@ class DynastyCallback(Callback):
         if target is None or speedup >= target * (1.0 - SETTLED):
             return []
         return [
-            f"  target          {target:6.2f}x was missed: a long warm-up (here {self.schedule.warmup_steps} steps), the loss guard or an early "
-            f"end can cost it; to make up for them, other steps are asked for {_TARGET_SLACK:g} times their plan at most",
+            f"  target          {target:6.2f}x was missed: a long warm-up (here {self.schedule.warmup_steps} steps), the loss guard or an "
+            f"early end can cost it; to make up for them, other steps are asked for {_TARGET_SLACK:g} times their plan at most",
         ]
 
     # -- Analysis
