@@ -11,7 +11,13 @@ from .mobilenet import MobileNetV2
 from .vgg import VggSmall
 from .vit import VisionTransformer
 
-_CIFAR_RESNETS: Final = {"resnet8": 8, "resnet20": 20, "resnet38": 38, "resnet74": 74}
+_CIFAR_RESNETS: Final[dict[str, dict[str, int]]] = {
+    "resnet8": {"depth": 8},
+    "resnet20": {"depth": 20},
+    "resnet38": {"depth": 38},
+    "resnet74": {"depth": 74},
+    "resnet8x4": {"depth": 8, "width": 64, "stem_width": 32},
+}
 MODELS: Final = (*_CIFAR_RESNETS, "mlp", "resnet18", "vit", "mlp1024", "mobilenetv2", "vgg-small")
 
 
@@ -38,18 +44,30 @@ class CifarResNet(nn.Module):
         depth: 8, 14, 20, ...
         stem_stride: 2 halves the image at once.
         width: channels of the first stage; the second and third have 2 and 4 times as many.
+        stem_width: channels of the stem; None for those of the first stage. ResNet-8x4 (Tian et al., "Contrastive Representation
+            Distillation", 2020) has width 64 behind a stem of 32, whose first block then has a shortcut of its own.
 
     Raises:
         ValueError: a depth that is not 6n + 2.
     """
 
-    def __init__(self, depth: int = 8, *, in_channels: int = 3, classes: int = 10, stem_stride: int = 1, width: int = 16) -> None:
+    def __init__(
+        self,
+        depth: int = 8,
+        *,
+        in_channels: int = 3,
+        classes: int = 10,
+        stem_stride: int = 1,
+        width: int = 16,
+        stem_width: int | None = None,
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), not {depth}")
-        self.stem = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        blocks, inputs = [], width
+        inputs = stem_width or width
+        self.stem = nn.Conv2d(in_channels, inputs, 3, stride=stem_stride, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(inputs)
+        blocks = []
         for stage in range(3):
             for i in range((depth - 2) // 6):
                 blocks.append(_Block(inputs, width << stage, 2 if stage and not i else 1))
@@ -100,7 +118,7 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
     """A network for images by name, shaped for the data. Raises ValueError for an unknown name."""
     if name in _CIFAR_RESNETS:
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
-        return CifarResNet(_CIFAR_RESNETS[name], in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
+        return CifarResNet(**_CIFAR_RESNETS[name], in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
     if name == "resnet18":
         return ResNet18(in_channels=in_channels, classes=classes)
     if name == "mobilenetv2":

@@ -26,12 +26,13 @@ def parameters(network):
     return sum(p.numel() for p in network.parameters())
 
 
+def conv(inputs, outputs, size):
+    """Parameters of a convolution without bias and the BatchNorm behind it."""
+    return inputs * outputs * size * size + 2 * outputs
+
+
 def resnet_parameters(depth, in_channels, classes, width=16):
     """Counted from the description: 3x3 convolutions with BatchNorm, 1x1 shortcuts where a stage begins, one linear head."""
-
-    def conv(inputs, outputs, size):
-        return inputs * outputs * size * size + 2 * outputs
-
     total, inputs = conv(in_channels, width, 3), width
     for outputs in (width, 2 * width, 4 * width):
         for _ in range((depth - 2) // 6):
@@ -56,6 +57,14 @@ def test_resnet_parameters(depth, in_channels, classes, count):
     assert parameters(network) == count == resnet_parameters(depth, in_channels, classes)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(convolutions) + 1 == depth
+
+
+def test_resnet8x4():
+    """Channels 32, 64, 128, 256 as in github.com/HobbitLong/RepDistiller, models/resnet.py; the count follows from them."""
+    pairs = ((32, 64), (64, 128), (128, 256))
+    blocks = sum(conv(i, o, 3) + conv(o, o, 3) + conv(i, o, 1) for i, o in pairs)
+    count = parameters(build_model("resnet8x4", in_channels=3, image_size=32, classes=100))
+    assert count == conv(3, 32, 3) + blocks + 256 * 100 + 100 == 1_233_540
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
@@ -195,8 +204,11 @@ def test_vit_checks_its_sizes(options):
 
 @pytest.mark.parametrize(
     ("model", "layers"),
-    [("resnet18", 21), ("vit", 26), ("mlp1024", 4), ("resnet38", 40), ("resnet74", 76), ("mobilenetv2", 53), ("vgg-small", 7)],
-)
+    [
+        ("resnet18", 21), ("vit", 26), ("mlp1024", 4), ("resnet8x4", 11), ("resnet38", 40), ("resnet74", 76), ("mobilenetv2", 53),
+        ("vgg-small", 7),
+    ],
+)  # fmt: skip
 def test_every_gemm_with_a_weight_converts(model, layers):
     network = build_model(model, in_channels=3, image_size=32, classes=10)
     report = convert(network)
