@@ -163,6 +163,7 @@ def test_mlp1024_has_three_hidden_layers():
     assert parameters(network) == 3072 * 1024 + 1024 + 2 * (1024 * 1024 + 1024) + 10240 + 10
 
 
+# What summaries of the ResNet18 of github.com/kuangliu/pytorch-cifar (models/resnet.py) print for 10 and for 100 classes.
 @pytest.mark.parametrize(("classes", "count"), [(10, 11_173_962), (100, 11_220_132)])
 def test_resnet18_parameters(classes, count):
     network = ResNet18(classes=classes)

@@ -198,6 +198,20 @@ def test_bad_tensors():
         quantize(torch.randn(4, 4).double(), 4, role=Role.WEIGHT)
 
 
+def test_a_line_of_32_at_8_bits_is_mxint8():
+    """OCP Microscaling Formats v1.0, sections 5.3.4 and 6.3: X = 2**floor(log2 amax), elements of value k * 2**-6, nearest-even, saturating.
+
+    Worked by hand: the largest element of the first row is 1.9999, so X = 1 and the LSB 1/64; of the second 0.3, so X = 1/4, LSB 1/256.
+    """
+    rows = torch.zeros(2, 32)
+    rows[0, :6] = torch.tensor([1.5, -0.7, 1.9999, 1 / 128, 3 / 128, -1.0])  # 96, -44.8, 127.99, .5, 1.5, -64 LSBs
+    rows[1, 26:] = torch.tensor([0.3, -0.1, 0.01, 0.0, -0.3, 0.25])  # 76.8, -25.6, 2.56, 0, -76.8, 64 LSBs
+    blocks = quantize(rows, 8, role=Role.WEIGHT, block_shape=(1, 32))
+    assert blocks.scale_exponents.tolist() == [[-6], [-8]]
+    assert blocks.mantissas[0, :6].tolist() == [96, -45, 127, 0, 2, -64]
+    assert blocks.mantissas[1, 26:].tolist() == [77, -26, 3, 0, -77, 64]
+
+
 def test_block_formats():
     with pytest.raises(ValueError, match="block_shape must be one of"):
         BlockFormat(block_shape=(4, 3))
