@@ -199,7 +199,7 @@ def test_bad_tensors():
 
 
 def test_a_line_of_32_at_8_bits_is_mxint8():
-    """OCP Microscaling Formats v1.0, sections 5.3.4 and 6.3: X = 2**floor(log2 amax), elements of value k * 2**-6, nearest-even, saturating.
+    """OCP Microscaling Formats v1.0, sections 5.3.4 and 6.3: X = 2**floor(log2 amax), elements k * 2**-6, nearest-even, saturating.
 
     Worked by hand: the largest element of the first row is 1.9999, so X = 1 and the LSB 1/64; of the second 0.3, so X = 1/4, LSB 1/256.
     """
