@@ -3,10 +3,9 @@
 
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import lightning.pytorch as pl
@@ -16,19 +15,17 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from .core.formats import MAX_BITS
-from .core.roles import SHARED, Gemm, Role
+from .analysis import Look, StepClock, Widths, look_at
+from .core.roles import Role
 from .cost.analytics import AnalyticsCost, analytics_cost, analytics_share
-from .cost.bit_products import StepCost, layer_cost
+from .cost.bit_products import StepCost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
 from .nn.layers import DynamicLayer, LayerObservation
-from .nn.probe import ProbeRecord
 from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
 from .policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
-from .policy.sensitivity import LayerStatistics
 from .precision import DynastyPrecision
 from .step_size import effective_step_sizes
 
@@ -94,7 +91,7 @@ class DynastyCallback(Callback):
         self.probe_interval = probe_interval
         self._analyses = 0
         self._seen_step = -1
-        self._costed: _Widths | None = None
+        self._costed: Widths | None = None
         self._clean = False
         self._overhead = 0.0
         self.guard = LossGuard(ratio=loss_guard)
@@ -110,7 +107,7 @@ class DynastyCallback(Callback):
         self._loss_count = 0
         self._nonfinite = 0
         self._raised = False
-        self._clock = _StepClock()
+        self._clock = StepClock()
         self._bits: dict[str, dict[Role, Tensor]] = {}
         self._analytics = AnalyticsCost()
 
@@ -220,7 +217,7 @@ class DynastyCallback(Callback):
         self._loss_sum = torch.tensor(loss_sum)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
         self._analyses, self._overhead = state_dict["analyses"], state_dict["overhead"]
-        self._costed = None if state_dict["costed"] is None else _Widths.from_state(state_dict["costed"])
+        self._costed = None if state_dict["costed"] is None else Widths.from_state(state_dict["costed"])
         self.history = list(state_dict["history"])
         self._restored = True
 
@@ -307,7 +304,7 @@ class DynastyCallback(Callback):
         if look is None and (costed is None or step < last_step):  # a batch that used no converted layer, or a smaller one than before
             self.schedule.postpone(step)
             return
-        widths = costed if costed is not None and (self._clean or look is None) else cast(_Look, look).widths
+        widths = costed if costed is not None and (self._clean or look is None) else cast(Look, look).widths
         cost, steps = widths.cost, step - self._last_event_step
         if look is not None and self._clean:
             self.run_cost.add(look.widths.cost, 1)
@@ -341,88 +338,33 @@ class DynastyCallback(Callback):
             layer.observing = layer.headers_only = layer.probing = layer.exact_errors = False
         self._log(pl_module)
 
-    def _look(self, trainer: "pl.Trainer") -> "_Look | None":
-        """What the step showed, averaged over ranks, and forget it; None if nothing was recorded."""
-        observations = {name: o for name, layer in self._layers.items() if (o := layer.observation()) is not None}
-        if not observations:
-            return None
-        layers, costs, mean_bits, finite = self._collect(trainer, observations)
-        cost = sum(costs.values(), StepCost())
-        if not finite and self._last_cost is not None:
-            cost = self._last_cost  # an operand that passed unquantized has no blocks to count: its step costs what the last one did
-        if self.policy.needs_statistics:
-            self._analytics = sum((self._analytics_of(o) for o in observations.values()), AnalyticsCost())
-        if not self._clean:
-            self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in observations.items()}
-        for layer in self._layers.values():
-            layer.clear_observation()
-        blocks = {r: sum(o.bits[r].numel() for o in observations.values()) for r in Role}
-        widths = _Widths(
-            cost=cost,
-            layers={name: {r.letter: b for r, b in bits.items()} for name, bits in mean_bits.items()},
-            mean_bits={r.letter: sum(mean_bits[n][r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role},
-            zero_share={r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
+    def _look(self, trainer: "pl.Trainer") -> Look | None:
+        """What the step showed, over all ranks; the layers forget it. None if nothing was recorded."""
+        look = look_at(
+            self._layers,
+            block_shape=self._require_plugin().format.block_shape,
+            step_sizes=self._step_sizes(trainer),
+            probes=self._probe_is_due,
+            reduce=lambda tensor: self._reduce(trainer, tensor),
         )
-        return _Look(layers=layers, finite=finite, widths=widths)
-
-    def _collect(
-        self, trainer: "pl.Trainer", observations: Mapping[str, LayerObservation]
-    ) -> tuple[dict[str, LayerStatistics], dict[str, StepCost], dict[str, dict[Role, float]], bool]:
-        """Statistics of layers that recorded second moments, costs and mean bits of all, averaged over ranks in one reduction, and whether
-        all operands of all ranks were finite."""
-        block_shape = self._require_plugin().format.block_shape
-        raw: list[tuple[str, LayerObservation, dict[Gemm, StepCost]]] = []
-        nonfinite = sum(sum(o.nonfinite.values()) for o in observations.values())
-        self._nonfinite += nonfinite
-        parts = [torch.tensor([float(nonfinite)])]
-        for name, o in observations.items():
-            cost = layer_cost(
-                o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
-                block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns, backward_bits=o.backward_bits,
-            )  # fmt: skip
-            raw.append((name, o, cost))
-            widths = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned] + self._backward_widths(name, o))
-            total = sum(cost.values(), StepCost())
-            parts += [t.flatten() for t in o.squares.values()] + [widths, torch.tensor(total.to_list(), dtype=torch.float64)]
-            parts.append(ProbeRecord.flat(o.probe, present=self._probe_is_due))
-        flat = self._reduce(trainer, torch.cat([p.to("cpu", torch.float64) for p in parts]))
-        pieces = iter(flat.split([p.numel() for p in parts]))
-        finite = not bool(next(pieces))
-        step_sizes = self._step_sizes(trainer)
-        layers, costs, mean_bits = {}, {}, {}
-        for name, o, cost in raw:
-            squares = {s: next(pieces).view(t.shape).float() for s, t in o.squares.items()}
-            widths = next(pieces).tolist()
-            mean_bits[name] = dict(zip(Role, widths, strict=False))
-            x_unsigned, *backward = widths[len(Role) :]
-            costs[name] = StepCost.from_list(next(pieces).tolist())
-            probe = ProbeRecord.from_flat(next(pieces))
-            if not squares:
-                continue
-            layers[name] = LayerStatistics(
-                geometry=o.geometry, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
-                macs={g: int(c.macs) for g, c in cost.items()},
-                mean_bits=mean_bits[name],
-                x_unsigned=x_unsigned,
-                backward_bits=dict(zip(SHARED, backward, strict=False)),
-                unlimited=dict(zip(SHARED, backward[len(SHARED) :], strict=True)),
-                probe=probe,
-                **squares,
-            )  # fmt: skip
-        return layers, costs, mean_bits, finite
-
-    def _backward_widths(self, name: str, o: LayerObservation) -> list[float]:
-        """Mean width of X in WGRAD and of W in DGRAD, and the share of blocks whose width there is not at its limit."""
-        limits = {r: p.backward_bits if (p := self._layers[name].get_precision(r)) else MAX_BITS for r in SHARED}
-        means = [float(o.backward_bits.get(r, o.bits[r]).double().mean()) for r in SHARED]
-        return means + [float((o.bits[r] < limit).double().mean()) if limit < MAX_BITS else 1.0 for r, limit in limits.items()]
+        if look is None:
+            return None
+        self._nonfinite += look.nonfinite
+        if not look.finite and self._last_cost is not None:
+            # An operand that passed unquantized has no blocks to count: its step costs what the last one did.
+            look = replace(look, widths=replace(look.widths, cost=self._last_cost))
+        if self.policy.needs_statistics:
+            self._analytics = sum((self._analytics_of(o) for o in look.observations.values()), AnalyticsCost())
+        if not self._clean:
+            self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in look.observations.items()}
+        return look
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""
         sizes = effective_step_sizes(trainer.optimizers)
         return {name: sizes.get(id(layer.weight), 0.0) for name, layer in self._layers.items()}
 
-    def _record(self, step: int, widths: "_Widths", loss: float) -> None:
+    def _record(self, step: int, widths: Widths, loss: float) -> None:
         cost = widths.cost
         self.history.append(
             {
@@ -502,57 +444,3 @@ class DynastyCallback(Callback):
             values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
         pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
         pl_module.log_dict(values, on_step=True, on_epoch=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Widths:
-    """What the blocks of a step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks."""
-
-    cost: StepCost
-    layers: dict[str, dict[str, float]]
-    mean_bits: dict[str, float]
-    zero_share: dict[str, float]
-
-    def of(self, name: str, statistics: LayerStatistics) -> dict[Role, float]:
-        """A layer's mean bits; the statistics' own for a layer that was not used in that step."""
-        found = self.layers.get(name)
-        return dict(statistics.mean_bits) if found is None else {r: found[r.letter] for r in Role}
-
-    def to_state(self) -> dict[str, Any]:
-        return {"cost": self.cost.to_list(), "layers": self.layers, "mean_bits": self.mean_bits, "zero_share": self.zero_share}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "_Widths":
-        return cls(**{**state, "cost": StepCost.from_list(state["cost"])})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Look:
-    """What one recorded step showed."""
-
-    layers: Mapping[str, LayerStatistics]
-    finite: bool
-    widths: _Widths
-
-
-class _StepClock:
-    """Wall time of steps with and without analysis; from their difference, the share that analysis takes."""
-
-    def __init__(self) -> None:
-        self._plain: list[float] = []
-        self._observed: list[float] = []
-        self._begin = 0.0
-        self._is_observed = False
-
-    def start(self, *, observed: bool) -> None:
-        self._begin, self._is_observed = time.perf_counter(), observed
-
-    def stop(self) -> None:
-        (self._observed if self._is_observed else self._plain).append(time.perf_counter() - self._begin)
-
-    def share(self) -> float:
-        """Extra seconds of observed steps over all seconds; NaN before both kinds have run."""
-        if not self._plain or not self._observed:
-            return math.nan
-        extra = sum(self._observed) - len(self._observed) * statistics.median(self._plain)
-        return max(extra, 0.0) / (sum(self._plain) + sum(self._observed))

@@ -76,6 +76,8 @@ class StreamState:
 class LayerObservation:
     """What one training step of a layer showed; grids and maps as in docs/architecture.md. `x_unsigned`: share of X's nonzero blocks.
 
+    `has_dgrad`, `has_wgrad`: whether a gradient of X, and of W, was wanted. `order` is larger the later the layer's backward ran.
+
     `bits` has the widths of X and W in FORWARD and of E; `backward_bits` those of X in WGRAD and of W in DGRAD, where they are limited.
     `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only.
     """
@@ -84,6 +86,8 @@ class LayerObservation:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     has_dgrad: bool
+    has_wgrad: bool
+    order: int
     bits: Mapping[Role, Tensor]
     backward_bits: Mapping[Role, Tensor]
     occupied: Mapping[Role, Tensor]
@@ -187,6 +191,8 @@ class DynamicLayer(nn.Module):
             input_shape=record.input_shape,
             output_shape=self.plan.output_shape(record.input_shape),
             has_dgrad=record.has_dgrad,
+            has_wgrad=record.has_wgrad,
+            order=record.order,
             bits={r: header_bits(h) for r, h in headers.items()},
             backward_bits={r: self._backward_bits(r, header_bits(headers[r]), header_bits(backward[r])) for r in copies},
             occupied={r: header_occupied(h) for r, h in headers.items()},

@@ -31,6 +31,8 @@ class StepRecord:
 
     input_shape: tuple[int, ...]
     has_dgrad: bool
+    has_wgrad: bool
+    order: int
     headers: tuple[Tensor, ...]
     squares: Mapping[str, Tensor]
     nonfinite: tuple[int, int, int]
@@ -67,6 +69,7 @@ class ObservationSlot:
 
 
 _slot_numbers: Final = itertools.count(1)
+_backward_numbers: Final = itertools.count(1)
 SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
 
 
@@ -86,6 +89,7 @@ def record_of(
     dw: Tensor,
     *,
     has_dgrad: bool,
+    has_wgrad: bool,
     probe: ProbeRecord | None,
     moments: bool = True,
 ) -> StepRecord:
@@ -119,6 +123,8 @@ def record_of(
     return StepRecord(
         input_shape=shape,
         has_dgrad=has_dgrad,
+        has_wgrad=has_wgrad,
+        order=next(_backward_numbers),
         headers=tuple(headers),
         squares=squares,
         nonfinite=(
