@@ -87,7 +87,6 @@ class DynastyPrecision(Precision):
             seed=_default_seed() if self.seed is None else self.seed,
             rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
         )
-        self.report.stream.counts_optimizer_steps = True
         self._module = ref(module)
         # DDP would broadcast rank 0's maps before each forward and so hide maps that differ.
         names = [n for n, _ in module.named_buffers() if n.rpartition(".")[2].startswith("dynasty_")]
@@ -106,13 +105,6 @@ class DynastyPrecision(Precision):
         if self.report is not None:
             self.report.stream.advance()
         return super().post_backward(tensor, module)
-
-    @override
-    def optimizer_step(self, optimizer: Any, model: "pl.LightningModule", closure: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        result = super().optimizer_step(optimizer, model, closure, **kwargs)
-        if self.report is not None:
-            self.report.stream.weights_changed()
-        return result
 
     @property
     def layers(self) -> dict[str, DynamicLayer]:

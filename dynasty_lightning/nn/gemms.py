@@ -106,7 +106,13 @@ def run_gemm(
 ) -> Tensor:
     """One GEMM in `dtype`, contiguous or channels_last, plus a bias."""
     if plan.executor:
-        result = EXECUTORS[plan.executor](gemm, left, right, plan, input_shape)
+        execute = EXECUTORS.get(plan.executor)
+        if execute is None:
+            raise RuntimeError(
+                f"the offload {plan.executor!r} that computes {gemm.name} of layer {plan.layer_index} is closed, or of another process: "
+                "finish backward passes, and copy or save the model, outside of it"
+            )
+        result = execute(gemm, left, right, plan, input_shape)
     else:
         # A grouped W comes out of its band, which leaves it no block layout.
         if plan.band is not None and gemm is not Gemm.WGRAD:

@@ -38,16 +38,14 @@ class StreamState:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
         self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64)
         self.calls = torch.zeros(layers, dtype=torch.int64)
-        self.weight_epoch = torch.zeros(1, dtype=torch.int64)
-        self.counts_optimizer_steps = False
 
     @property
     def backward_count(self) -> int:
         return int(self.counters[2])
 
     def position(self, layer_index: int) -> Tensor:
-        """int64 [seed, rank, backward_count, call_index, weight_epoch] of a layer's next call, which it counts."""
-        position = torch.cat([self.counters, self.calls[layer_index : layer_index + 1], self.weight_epoch])
+        """int64 [seed, rank, backward_count, call_index] of a layer's next call, which it counts."""
+        position = torch.cat([self.counters, self.calls[layer_index : layer_index + 1]])
         self.calls[layer_index] += 1
         return position
 
@@ -55,13 +53,6 @@ class StreamState:
         """Count a backward pass."""
         self.counters[2] += 1
         self.calls.zero_()
-        if not self.counts_optimizer_steps:
-            self.weights_changed()
-
-    def weights_changed(self) -> None:
-        """Weights that were quantized before may be out of date: the precision plugin says so after each optimizer step, and then
-        `advance` does not (set `counts_optimizer_steps`); without it each backward pass counts as one."""
-        self.weight_epoch += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Seed and counts; the rank belongs to the process, not to the checkpoint."""

@@ -6,19 +6,17 @@ An operand travels between them packed: one byte an element, and for each block 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..core.blocks import BlockLayout
 from ..core.native import empty_channels_innermost, empty_grid
 from ..core.quantize import QuantizedBlocks
 from ..core.random import StreamPosition
 from ..core.roles import SHARED, Gemm, Role
-from .gemms import has_own_blocks, is_channels_last, quantize_operand, role_settings, run_gemm
+from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
 from .probe import probe_layer
 from .records import HEADERS_ONLY, PROBING, record_of, slot_of
@@ -47,34 +45,6 @@ def _unpack(packed: Sequence[Tensor], layout: BlockLayout) -> QuantizedBlocks:
     )
 
 
-@dataclass(slots=True)
-class _CachedWeight:
-    """A quantized weight and what it was made from."""
-
-    state: tuple[Any, ...]
-    packed: Packed
-
-
-# A weight -> its quantized forms by plan, so that micro-batches between two optimizer steps quantize it once.
-_WEIGHTS: Final = WeakIdKeyDictionary()
-
-
-def _weight_blocks(weight: Tensor, plan: LayerPlan, request: Tensor, settings: Sequence[int], epoch: int | None) -> QuantizedBlocks:
-    """W as FORWARD reads it. `epoch` counts optimizer steps; None: whatever is kept may be out of date and nothing is kept."""
-    layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
-    kept: dict[str, _CachedWeight] = _WEIGHTS.setdefault(weight, {}) if epoch is not None else {}
-    # The version notices every in-place change but those through .data; those belong to optimizers, whose steps are counted.
-    state = (epoch, weight._version, weight.data_ptr(), request, request._version, role_settings(settings, Role.WEIGHT))
-    found = kept.get(plan.key)
-    if found is not None and all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(found.state, state, strict=True)):
-        return _unpack(found.packed, layout)
-    banded = weight if plan.band is None else plan.band.embed(weight.detach())
-    blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, request, settings)
-    if epoch is not None:
-        kept[plan.key] = _CachedWeight(state, _pack(blocks))
-    return blocks
-
-
 def _layer_forward(
     x: Tensor,
     weight: Tensor,
@@ -99,7 +69,9 @@ def _layer_forward(
     """
     plan = LayerPlan.from_key(plan_key)
     x_blocks = quantize_operand(x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training)
-    w_blocks = _weight_blocks(weight, plan, w_request, settings, int(position[_EPOCH]) if training and position.numel() > _EPOCH else None)
+    # Anew at every call: what changed a weight since the last one need not have told (fused optimizers, `.data`).
+    banded = weight if plan.band is None else plan.band.embed(weight.detach())
+    w_blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
     y = run_gemm(
         Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape), dtype=dtype, channels_last=is_channels_last(x),
         bias=None if bias is None else bias.detach(),
@@ -107,7 +79,7 @@ def _layer_forward(
     packed: list[Tensor] = []
     headers: list[Tensor] = []
     wanted = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w)
-    for role, keep, blocks, operand in ((Role.ACTIVATION, keep_x, x_blocks, x), (Role.WEIGHT, keep_w, w_blocks, weight)):
+    for role, keep, blocks, operand in ((Role.ACTIVATION, keep_x, x_blocks, x), (Role.WEIGHT, keep_w, w_blocks, banded)):
         own = has_own_blocks(plan, role, settings, training=training)
         headers.append(blocks.headers if wanted and (own or not keep) else blocks.headers.new_empty(0))
         if not keep:
@@ -115,15 +87,12 @@ def _layer_forward(
             continue
         if own:
             # Fewer bits; or gradients in eval mode, where the prediction keeps its own blocks and WGRAD reads the ones that span samples.
-            if role is Role.WEIGHT and plan.band is not None:
-                operand = plan.band.embed(weight.detach())
             blocks = quantize_operand(operand, plan, role, SHARED[role], x_request if role is Role.ACTIVATION else w_request, settings)
         packed += _pack(blocks)
     return (y, *packed, *headers)  # type: ignore[return-value]
 
 
 _HEADERS: Final = 2  # in `Packed`
-_EPOCH: Final = 4  # in `position`: optimizer steps so far
 _PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch.float32)
 
 
@@ -163,7 +132,7 @@ def _layer_backward(
     shape = tuple(input_shape)
     if tuple(e.shape) != plan.output_shape(shape) or shape[plan.geometry.channel_axis] != plan.geometry.in_channels:
         raise ValueError(f"E of shape {tuple(e.shape)} does not belong to an input {shape} of {plan.geometry}")
-    seed, rank, backward_count, call_index = position.tolist()[:_EPOCH]
+    seed, rank, backward_count, call_index = position.tolist()
     stream = StreamPosition(seed=seed, rank=rank, backward_count=backward_count, call_index=call_index, layer=plan.layer_index)
     e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream)
     headers = (*forward_headers, e_blocks.headers)

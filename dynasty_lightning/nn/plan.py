@@ -3,8 +3,9 @@
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Final, Literal
+from weakref import WeakValueDictionary
 
 from ..core.blocks import BandedWeight, BlockLayout
 from ..core.formats import BlockFormat
@@ -41,15 +42,21 @@ class LayerPlan:
 
     @cached_property
     def key(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        key = json.dumps(asdict(self), sort_keys=True)
+        _PLANS.setdefault(key, self)
+        return key
 
     @staticmethod
-    @cache
     def from_key(key: str) -> "LayerPlan":
+        """The plan of a layer that lives, or a new one."""
+        return _PLANS.get(key) or LayerPlan._parsed(key)
+
+    @staticmethod
+    def _parsed(key: str) -> "LayerPlan":
         data = json.loads(key)
         geometry: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
         block_format: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()}
-        return LayerPlan(
+        plan = LayerPlan(
             geometry=LayerGeometry(**geometry),
             format=BlockFormat(**block_format),
             mode=data["mode"],
@@ -57,6 +64,14 @@ class LayerPlan:
             executor=data["executor"],
             unquantized=tuple(data["unquantized"]),
         )
+        _ = plan.key
+        return plan
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerPlan":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerPlan.from_key, (self.key,)  # what is derived from it (a band's indices) is made anew
 
     @cached_property
     def band(self) -> BandedWeight | None:
@@ -110,6 +125,9 @@ class LayerPlan:
         )
         return (input_shape[0], g.out_channels, *spatial)
 
+
+# Plans in use, by key: an operator finds its layer's, with all that was derived from it. Weak, so that those of an offload end with it.
+_PLANS: Final[WeakValueDictionary[str, LayerPlan]] = WeakValueDictionary()
 
 # Where a GEMM contracts the operand's rows: W in DGRAD; X and E in WGRAD.
 _ROWS_CONTRACTED = frozenset({(Gemm.DGRAD, Role.WEIGHT), (Gemm.WGRAD, Role.ACTIVATION), (Gemm.WGRAD, Role.ERROR)})

@@ -1,5 +1,7 @@
 """Training and predicting through the C simulation, against exact mode, bit for bit."""
 
+import copy
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -15,6 +17,7 @@ from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.nn.plan import LayerPlan
 from fpga import DeviceError, DeviceTimeout, GemmConfig, open_device
 
 
@@ -111,6 +114,32 @@ def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact
     # Widths moved: the map was at work, not 8 bits everywhere.
     widths = {(layer.layer_name, r): layer.get_precision(r) for layer in dynamic_layers(module).values() for r in Role}
     assert any(w is not None for w in widths.values())
+
+
+def test_offloading_again_and_again_keeps_nothing() -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(24, 4))
+    convert(model, mode="exact")
+    kept = []
+    for _ in range(4):
+        with offload(model, "reference"):
+            model(torch.randn(4, 8, 5)).sum().backward()
+        model.zero_grad()
+        gc.collect()
+        found = gc.get_objects()
+        kept.append((sum(type(o) is LayerPlan for o in found), sum(o.numel() for o in found if type(o) is Tensor)))
+    assert kept[1:] == kept[:1] * 3
+
+
+def test_a_gemm_of_a_closed_offload_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    convert(model, mode="exact")
+    with offload(model, "reference"):
+        twin = copy.deepcopy(model)
+        output = model(torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="is closed"):
+        output.sum().backward()
+    with pytest.raises(RuntimeError, match="is closed"):
+        twin(torch.randn(4, 8))
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -120,7 +120,7 @@ def layer_calls(g: np.random.Generator) -> list[Call]:
     thresholds = bool(g.random() < 0.5)
     request = torch.tensor(-4, dtype=torch.int16) if thresholds else torch.tensor(5, dtype=torch.uint8)
     settings = [int(thresholds), 0, 8, int(g.integers(2, 9))] * 3
-    position = torch.tensor([3, 0, 5, 1, 9])
+    position = torch.tensor([3, 0, 5, 1])
     forward = {
         "x": torch.randn(x_shape), "weight": torch.randn(geometry.weight_shape), "bias": torch.randn(12), "x_request": request,
         "w_request": request.clone(), "e_request": request.clone(), "position": position, "settings": settings, "plan_key": plan.key,
