@@ -26,7 +26,7 @@ from .core.geometry import LayerGeometry
 from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks, make_headers
 from .core.roles import READS, Gemm, Role
-from .nn.gemms import EXECUTORS, ExtractedWeight
+from .nn.gemms import EXECUTORS
 from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.plan import LayerPlan
 
@@ -328,7 +328,7 @@ def _add_cost(use: GemmUse, job: GemmJob, baseline: GemmJob, config: GemmConfig,
 
 def _on_host(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
     if plan.band is not None and gemm is not Gemm.WGRAD:
-        right = ExtractedWeight(right, plan)
+        right = replace(right, band=plan.band)
     with torch.autocast(left.codes.device.type, enabled=False):
         return exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
 

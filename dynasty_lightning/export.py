@@ -20,7 +20,7 @@ from .bridge import config_for, operand_of
 from .core.matmul import exact_gemm
 from .core.quantize import QuantizedBlocks
 from .core.roles import Gemm, Role
-from .nn.gemms import EXECUTORS, ExtractedWeight
+from .nn.gemms import EXECUTORS
 from .nn.layers import DynamicLayer, dynamic_layers, pads_explicitly
 from .nn.plan import LayerPlan
 
@@ -85,8 +85,7 @@ def _run_once(network: nn.Module, graph: fx.Graph, example: Tensor) -> tuple[dic
 
     def execute(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
         weights[plan.layer_index] = operand_of(right, Role.WEIGHT, plan)
-        banded = right if plan.band is None else ExtractedWeight(right, plan)
-        return exact_gemm(gemm, left, banded, plan.geometry, input_shape, plan.output_shape(input_shape))
+        return exact_gemm(gemm, left, replace(right, band=plan.band), plan.geometry, input_shape, plan.output_shape(input_shape))
 
     shapes: dict[str, tuple[int, ...]] = {}
 

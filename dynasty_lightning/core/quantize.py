@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native, triton_quantizer
-from .blocks import BlockLayout
+from .blocks import BandedWeight, BlockLayout
 from .formats import MAX_BITS, MAX_DROP_DEPTH, MIN_BITS, WINDOW, BlockTensor, check_bits
 from .random import StreamPosition, drop_code, stream_numbers
 from .roles import Role
@@ -130,6 +130,7 @@ class QuantizedBlocks:
         largest_exponents: int32, an entry for each scope, and so broadcastable to grid and operand; far below any exponent if all is zero.
         passthrough, finite: see `BlockTensor`.
         bfloat16: the dequantized operand, where the quantizer wrote it along; good until the next operand is quantized.
+        band: where a grouped W lies within the layout; its values then come out of it, as [O, I / groups, *taps]. All else is the layout's.
     """
 
     layout: BlockLayout
@@ -140,6 +141,7 @@ class QuantizedBlocks:
     passthrough: Tensor | None = None
     finite: Tensor | None = None
     bfloat16: Tensor | None = None
+    band: BandedWeight | None = None
 
     @property
     def bits(self) -> Tensor:
@@ -194,12 +196,14 @@ class QuantizedBlocks:
     def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
         """The dequantized operand times 2**shift, a number or one for each scope; unquantized scopes are zero."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return _scale(self.layout, self.integers.to(wide), self.scale_exponents.to(torch.int32) + shift).to(dtype)
+        return self._out_of_band(_scale(self.layout, self.integers.to(wide), self.scale_exponents.to(torch.int32) + shift).to(dtype))
 
     def with_passthrough(self, dtype: torch.dtype) -> Tensor:
         """The dequantized operand, its unquantized scopes as they came."""
         values = self.values(dtype)
-        return values if self.passthrough is None else torch.where(self.finite, values, self.passthrough.to(dtype))  # type: ignore[arg-type]
+        if self.passthrough is None:
+            return values
+        return torch.where(self.finite, values, self._out_of_band(self.passthrough).to(dtype))  # type: ignore[arg-type]
 
     def fast_values(self, slot: str) -> Tensor:
         """The dequantized operand in bfloat16, as cheaply as there is a way; exponents must be those of normal numbers.
@@ -207,18 +211,26 @@ class QuantizedBlocks:
         Args:
             slot: the workspace it may be written to: it is good until the slot is used again on this thread.
         """
-        if self.bfloat16 is not None:
-            return self.bfloat16
-        if self.largest_exponents.numel() == 1 and self.codes.device.type == "cpu" and native.supports(self.layout) and native.available():
+        fast = self.bfloat16 if self.bfloat16 is not None else self._dequantized_by_kernel(slot)
+        return self.values(torch.bfloat16) if fast is None else self._out_of_band(fast)
+
+    def _dequantized_by_kernel(self, slot: str) -> Tensor | None:
+        """The layout's values in bfloat16; None where no kernel takes them."""
+        if self.largest_exponents.numel() > 1:
+            return None
+        if self.codes.device.type == "cpu" and native.supports(self.layout) and native.available():
             largest = max(int(self.largest_exponents), _LEAST_NORMAL)  # all zero: any exponent will do
             return native.dequantize(
                 self.codes, self.relative_exponents, self.headers, largest, self.layout, native.workspace_values(slot, self.layout)
             )
-        if self.codes.is_cuda and self.largest_exponents.numel() == 1 and triton_quantizer.available():
+        if self.codes.is_cuda and triton_quantizer.available():
             return triton_quantizer.dequantize_cuda(
                 self.codes, self.relative_exponents, self.headers, self.largest_exponents, self.layout, torch.bfloat16
             )
-        return self.values(torch.bfloat16)
+        return None
+
+    def _out_of_band(self, values: Tensor) -> Tensor:
+        return values if self.band is None else self.band.extract(values)
 
 
 def header_bits(headers: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..core.blocks import BandedWeight
 from ..core.formats import MAX_BITS
 from ..core.matmul import exact_gemm, fast_gemm, finish
 from ..core.precision import OperandPrecision
@@ -114,9 +113,9 @@ def run_gemm(
             )
         result = execute(gemm, left, right, plan, input_shape)
     else:
-        # A grouped W comes out of its band, which leaves it no block layout.
+        # A grouped W comes out of its band; an executor takes it as it is cut.
         if plan.band is not None and gemm is not Gemm.WGRAD:
-            right = ExtractedWeight(right, plan)
+            right = replace(right, band=plan.band)
         # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
         kind = left.codes.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
@@ -126,33 +125,6 @@ def run_gemm(
                 result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
     axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
     return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
-
-
-class ExtractedWeight(QuantizedBlocks):
-    """A banded weight whose values come out as [O, I / groups, *taps]."""
-
-    __slots__ = ("_plan",)
-
-    def __init__(self, weight: QuantizedBlocks, plan: LayerPlan) -> None:
-        super().__init__(**{name: getattr(weight, name) for name in QuantizedBlocks.__slots__})
-        self._plan = plan
-
-    def values(self, dtype: torch.dtype, *, shift: int | Tensor = 0) -> Tensor:
-        return self._band.extract(QuantizedBlocks.values(self, dtype, shift=shift))
-
-    def fast_values(self, slot: str) -> Tensor:
-        return self._band.extract(QuantizedBlocks.fast_values(self, slot))
-
-    def with_passthrough(self, dtype: torch.dtype) -> Tensor:
-        values = QuantizedBlocks.values(self, dtype)
-        if self.passthrough is not None and self.finite is not None:
-            values = torch.where(self.finite, values, self.passthrough.to(dtype))
-        return self._band.extract(values)
-
-    @property
-    def _band(self) -> BandedWeight:
-        assert self._plan.band is not None
-        return self._plan.band
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ Nothing of the user's runs again and nothing that training uses changes: the lay
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -15,7 +15,7 @@ from ..core.matmul import fast_dtype, multiply
 from ..core.quantize import QuantizedBlocks
 from ..core.random import StreamPosition
 from ..core.roles import READS, Gemm, Role
-from .gemms import ExtractedWeight, quantize_operand
+from .gemms import quantize_operand
 from .plan import LayerPlan
 
 PROBED_ROWS: Final = 32
@@ -119,7 +119,7 @@ _READER: Final = {Role.ACTIVATION: Gemm.FORWARD, Role.WEIGHT: Gemm.FORWARD, Role
 
 def _values(blocks: QuantizedBlocks, plan: LayerPlan, role: Role) -> Tensor:
     if role is Role.WEIGHT and plan.band is not None:
-        blocks = ExtractedWeight(blocks, plan)
+        blocks = replace(blocks, band=plan.band)
     return blocks.values(torch.float32)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dynasty_lightning.core import native
 from dynasty_lightning.core.blocks import BandedWeight
 from dynasty_lightning.core.matmul import exact_gemm, fast_dtype, round_once
 from dynasty_lightning.core.precision import OperandPrecision
@@ -20,7 +23,14 @@ from dynasty_lightning.nn.layers import DynamicLayer, geometry_of, pads_explicit
 from dynasty_lightning.nn.plan import LayerPlan
 from tests import oracle
 
+PATHS = {}
+"""What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where nothing was compiled."""
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def paths():
+    PATHS.update(vectors=native.load(native.build()), plain=native.load(native.build(plain_lanes=True)), torch=None)
 
 
 def random_layer(g: np.random.Generator):
@@ -144,11 +154,13 @@ def test_three_gemms_equal_the_oracle(seed):
         for layer in layers.values():
             layer.set_precision(role, precision)
     results = {}
-    for mode, m in models.items():
+    for mode, (path, library) in itertools.product(models, PATHS.items()):
+        layer = copy.deepcopy(layers[mode])
         inputs = padded.clone().requires_grad_()
-        y = layers[mode].multiply(inputs)
-        y.backward(e)
-        results[mode] = (y.detach(), inputs.grad, m[0].weight.grad)
+        with mock.patch.object(native, "_library", lambda library=library: library):
+            y = layer.multiply(inputs)
+            y.backward(e)
+        results[mode, path] = (y.detach(), inputs.grad, layer.weight.grad)
     operands = oracle_operands(layers["exact"], padded.numpy(), e.numpy())
     geometry = layers["exact"].geometry
 
@@ -168,16 +180,19 @@ def test_three_gemms_equal_the_oracle(seed):
         return parts
 
     exact = gemms(lambda v: v)
-    for name, got, want in zip(("Y", "dX", "dW"), results["exact"], exact, strict=True):
-        np.testing.assert_array_equal(got.numpy(), oracle.rounded(want), err_msg=name)
+    for name, want, *got in zip(("Y", "dX", "dW"), exact, *(results["exact", path] for path in PATHS), strict=True):
+        want = oracle.rounded(want)
+        for path, values in zip(PATHS, got, strict=True):
+            np.testing.assert_array_equal(values.numpy(), want, err_msg=f"{name} of {path}")
     # docs/numerics.md, "Sums": K <= 10**4 here.
     magnitude = gemms(np.abs)
     relative = 2.0**-8 if fast_dtype(torch.device("cpu")) == torch.bfloat16 else 0.0
-    for name, got, want, size in zip(("Y", "dX", "dW"), results["fast"], exact, magnitude, strict=True):
+    for name, want, size, *got in zip(("Y", "dX", "dW"), exact, magnitude, *(results["fast", path] for path in PATHS), strict=True):
         want, size = want.astype(float), size.astype(float)
         terms = max(x.numel(), module.weight.numel(), e.numel())
         bound = terms * 2 * 2.0**-24 * size * (1 + relative) + relative * np.abs(want) + 1e-40
-        assert (np.abs(got.double().numpy() - want) <= bound).all(), name
+        for path, values in zip(PATHS, got, strict=True):
+            assert (np.abs(values.double().numpy() - want) <= bound).all(), f"{name} of {path}"
 
 
 def test_bias_and_its_gradient():
@@ -246,10 +261,8 @@ def test_splitting_k_changes_nothing(gemm, make):
 
 
 def _unbanded(module, plan):
-    from dynasty_lightning.nn.gemms import ExtractedWeight
-
     banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(module.weight.detach())
-    return ExtractedWeight(_blocks(banded, Role.WEIGHT, plan.geometry), plan)
+    return dataclasses.replace(_blocks(banded, Role.WEIGHT, plan.geometry), band=plan.band)
 
 
 def test_sums_beyond_float64_are_split_and_exact():
