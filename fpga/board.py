@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `pynq` device: the core on a PYNQ board, driven through its registers and contiguous buffers by the `pynq` package."""
 
+import contextlib
 import fcntl
 import os
+import re
+import stat
 import tempfile
 import time
 import warnings
-import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from .board_files import Board, load_board
+from .board_files import Board, checked_clock, load_board
 from .config import GemmConfig
 from .device import CoreDevice, CoreStatus
 from .errors import DeviceError, DeviceTimeout, ToolMissing
+from .fields import read_xml, shown
 from .job import GemmJob
 from .operand import Operand
 from .overlay_files import CORE_VLNV, bit_part
@@ -30,6 +34,8 @@ _FIRST_POLL_S: Final = 20e-6
 _LONGEST_POLL_S: Final = 5e-3
 _PROBE_SECONDS: Final = 5.0
 _ALL_ONES: Final = 0xFFFFFFFF  # what a bus reads where nothing answers
+_LOCK_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHARED_LOCKS: Final = Path("/run/lock")
 
 
 class PynqDevice(CoreDevice):
@@ -46,6 +52,7 @@ class PynqDevice(CoreDevice):
     Raises:
         ToolMissing: no pynq.
         FileNotFoundError: no .bit or no .hwh.
+        ValueError: an unknown board, a clock out of range, or a lock's name that is no file name.
         DeviceError: a bitstream for another part or another core, a clock that does not lock, a core that does not answer, or another
             process that has the board.
     """
@@ -71,12 +78,12 @@ class PynqDevice(CoreDevice):
             ) from None
         self.board = load_board(board)
         self.overlay = Path(overlay).resolve()
-        self.clock_mhz = self.board.clock_mhz if clock_mhz is None else clock_mhz
+        self.clock_mhz = checked_clock(clock_mhz, self.board)
         _check_files(self.overlay, self.board)
         self._pynq, self._pynq_device = pynq, pynq_device
         self._buffers: dict[str, Any] = {}
         self._busy = False
-        self._lock: IO[str] | None = _take_board(lock or self.board.name)
+        self._lock: int | None = _take_board(lock or self.board.name, self._lock_folder())
         try:
             self._configure()
         except BaseException:
@@ -87,8 +94,11 @@ class PynqDevice(CoreDevice):
         super().close()
         self._buffers.clear()
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
+
+    def _lock_folder(self) -> Path:
+        return _lock_folder()
 
     def reset(self) -> None:
         """Load the bitstream again and see that the core answers; after a timeout, an interrupted call or a power cycle.
@@ -102,20 +112,26 @@ class PynqDevice(CoreDevice):
     def _configure(self) -> None:
         """Bitstream, clock, registers by name, and one small job, whose registers say which core this is."""
         try:
-            self._loaded = self._pynq.Overlay(str(self.overlay), device=self._pynq_device)
+            self._loaded = self._load()
         except DeviceError:
             raise
-        except (RuntimeError, OSError) as error:
-            raise DeviceError(f"{self.name}: the bitstream {self.overlay} could not be loaded: {error}") from error
-        cores = {
-            name: ip for name, ip in self._loaded.ip_dict.items() if str(ip["type"]).rpartition(":")[0] == CORE_VLNV.rpartition(":")[0]
-        }
+        except Exception as error:  # pynq and its metadata parser raise what they meet in a file
+            problem = f"{type(error).__name__}: {error}" if not isinstance(error, (RuntimeError, OSError)) else error
+            raise DeviceError(f"{self.name}: the bitstream {self.overlay} could not be loaded: {problem}") from error
+        cores = {name: ip for name, ip in self._loaded.ip_dict.items() if _vlnv(ip).rpartition(":")[0] == CORE_VLNV.rpartition(":")[0]}
         if len(cores) != 1:
-            held = ", ".join(sorted(str(ip["type"]) for ip in self._loaded.ip_dict.values()))
+            held = ", ".join(sorted(_vlnv(ip) for ip in self._loaded.ip_dict.values()))
             raise DeviceError(f"{self.name}: {self.overlay.with_suffix('.hwh')} has {len(cores)} cores {CORE_VLNV}, not one; it has {held}")
         ((_, ip),) = cores.items()
-        self._offsets = _offsets(ip["registers"])
-        self._mmio = self._pynq.MMIO(ip["phys_addr"], ip["addr_range"], device=self._loaded.device)
+        try:
+            address, size = int(ip["phys_addr"]), int(ip["addr_range"])
+            self._offsets = _offsets(ip["registers"], size)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeviceError(
+                f"{self.name}: {self.overlay.with_suffix('.hwh')} does not say where the core's registers are "
+                f"({type(error).__name__}: {error}): it is damaged, or of another version of the core"
+            ) from None
+        self._mmio = self._pynq.MMIO(address, size, device=self._loaded.device)
         self._set_clock()
         self._busy = False
         if not self._mmio.read(self._offsets["CTRL"]) & AP_IDLE:
@@ -134,16 +150,29 @@ class PynqDevice(CoreDevice):
                 f"{self.name}: 1 x 1 is {value} on this core: its memory ports do not see the processor's memory as they should"
             )
 
+    def _load(self) -> Any:
+        """The overlay with its bitstream in the chip."""
+        loaded = self._pynq.Overlay(str(self.overlay), download=False, device=self._pynq_device)
+        # pynq 4.0.0 sets clocks by frequency, where 3.1 took divisors, and finds none in the .hwh of a Zynq-7000. Ours is set below.
+        loaded.clock_dict = {
+            index: {**clock, "frequency": clock.get("frequency") or self.clock_mhz} for index, clock in loaded.clock_dict.items()
+        }
+        loaded.download()
+        return loaded
+
     def _set_clock(self) -> None:
         clocks = self._pynq.Clocks
         clocks.set_device(self._loaded.device)
         # pynq keeps the first device's clock registers for ever.
         if hasattr(clocks, "_real_instance"):
             del clocks._real_instance
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it could not be met: below it is an error
-            clocks.fclk0_mhz = self.clock_mhz
-        read = float(clocks.fclk0_mhz)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it could not be met: below it is an error
+                clocks.fclk0_mhz = self.clock_mhz
+            read = float(clocks.fclk0_mhz)
+        except (ArithmeticError, ValueError) as error:  # of divisors that read zero
+            raise DeviceError(f"{self.name}: the clock registers make no sense ({error}): is the bitstream for this board?") from error
         if abs(read - self.clock_mhz) > _CLOCK_TOLERANCE * self.clock_mhz:
             raise DeviceError(
                 f"{self.name}: asked for a clock of {self.clock_mhz:g} MHz, the board reads {read:g} MHz: choose one that its PLL makes"
@@ -258,20 +287,24 @@ class SimulatedPynqDevice(PynqDevice):
         self._folder = tempfile.TemporaryDirectory(prefix="dpgemm-overlay-")
         self.simulated = SimulatedBoard(load_board(board), config, **options)
         overlay = write_overlay(Path(self._folder.name), load_board(board), clock_mhz=clock_mhz)
-        own = Path(self._folder.name).name
-        self._own_lock = None if lock else _lock_file(own)  # nobody else can want it: it goes with the board
-        lock = lock or own
+        self._has_own_lock = lock is None
         super().__init__(config, overlay=overlay, board=board, clock_mhz=clock_mhz, pynq_device=self.simulated, lock=lock)
+
+    def _lock_folder(self) -> Path:
+        # Nobody else can want this board: its lock goes with it.
+        return Path(self._folder.name) if self._has_own_lock else super()._lock_folder()
 
     def close(self) -> None:
         super().close()
         self._folder.cleanup()
-        if self._own_lock is not None:
-            self._own_lock.unlink(missing_ok=True)
 
 
-def _offsets(registers: dict[str, Any]) -> dict[str, int]:
-    """Byte offsets by our names. The vendor tool may append _r to a name, or split 64 bits into _1 and _2."""
+def _vlnv(ip: Any) -> str:
+    return str(ip.get("type", "")) if isinstance(ip, Mapping) else ""
+
+
+def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
+    """Byte offsets by our names, within `size`. The vendor tool may append _r to a name, or split 64 bits into _1 and _2."""
     found: dict[str, int] = {}
     for name in ("CTRL", *(argument for argument, *_ in ARGUMENTS)):
         for candidate in (name, f"{name}_r", f"{name}_1", f"{name}_r_1", f"{name}_o"):
@@ -287,6 +320,9 @@ def _offsets(registers: dict[str, Any]) -> dict[str, int]:
             found[f"{name}_high"] = int(registers[second]["address_offset"])
         elif int(registers[candidate]["size"]) == 64:
             found[f"{name}_high"] = found[name] + 4
+    for name, offset in found.items():
+        if offset % 4 or not 0 <= offset <= size - 4:
+            raise ValueError(f"register {name} at {offset:#x} of {size:#x} bytes")
     return found
 
 
@@ -303,32 +339,76 @@ def _check_files(overlay: Path, board: Board) -> None:
     if part.partition("-")[0] != chip:
         raise DeviceError(f"{overlay} was built for {part}, but {board.title} has {board.part}")
     try:
-        info = ElementTree.parse(hwh).getroot().find("SYSTEMINFO")
-    except ElementTree.ParseError as error:
-        raise DeviceError(f"{hwh} is damaged: {error}") from None
+        info = read_xml(hwh).find("SYSTEMINFO")
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
     described = "" if info is None else info.get("DEVICE", "")
     described = described if described.startswith("xc") else f"xc{described}"  # 7z020, but xczu3eg
     if described == "xc" or not chip.startswith(described):
         raise DeviceError(f"{hwh} describes {described}, but the bitstream beside it is for {part}: they do not belong together")
 
 
-def _lock_file(name: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"dynasty-dpgemm-{name}.lock"
+def _lock_folder() -> Path:
+    """`/run/lock`, which the users of a machine share; where there is none, a folder of one's own.
+
+    Raises:
+        DeviceError: somebody else's folder is in its place.
+    """
+    if _SHARED_LOCKS.is_dir() and os.access(_SHARED_LOCKS, os.W_OK | os.X_OK):
+        return _SHARED_LOCKS
+    folder = Path(tempfile.gettempdir()) / f"dynasty-dpgemm-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise DeviceError(f"{folder}, for locks, is no folder of this user's alone: remove it, or set TMPDIR")
+    return folder
 
 
-def _take_board(name: str) -> IO[str]:
-    """A lock file that this process holds while it has the board. Raises DeviceError if another has it."""
-    path = _lock_file(name)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    file = os.fdopen(handle, "r+")
+def _take_board(name: str, folder: Path) -> int:
+    """Descriptor of a lock file that this process holds while it has the board. Nothing is ever written to that file.
+
+    Raises:
+        DeviceError: another process has it, or something else lies in its place.
+        ValueError: `name` is no file name.
+    """
+    if not _LOCK_NAME.fullmatch(name):
+        raise ValueError(f"a lock's name must be up to 100 letters, digits, '.', '_' and '-', not {shown(name)}")
+    path = folder / f"dynasty-dpgemm-{name}.lock"
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise DeviceError(f"{name} is in use by process {holder}: close that one, or wait (lock: {path})") from None
-    file.seek(0)
-    file.truncate()
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+        handle = _open_lock(path)
+    except OSError as error:
+        raise DeviceError(f"the lock of {name} cannot be opened: {path}: {error.strerror}: remove what lies there") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise DeviceError(f"{path} is no lock of ours, but a device, a folder or another name of some file: remove it")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DeviceError(f"{name} is in use by process {_holder(found)}: close that one, or wait (lock: {path})") from None
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _open_lock(path: Path) -> int:
+    """The lock file, made if it is not there; never through a link. Another user's can be locked too, so it is opened to read."""
+    safe = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        handle = os.open(path, safe | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return os.open(path, safe)
+    os.fchmod(handle, 0o644)  # whatever the umask: others must be able to wait for it
+    return handle
+
+
+def _holder(lock: os.stat_result) -> str:
+    """Process that holds a lock, as the kernel says."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(lock.st_ino):
+                return words[4]
+    return "unknown"

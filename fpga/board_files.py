@@ -1,14 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boards as data: `boards/*.json`, checked key by key."""
 
-import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from .fields import Field, check_fields, matching, number, one_of, read_json, shown, whole
+
 FOLDER: Final = Path(__file__).parent / "boards"
-_PROCESSORS: Final = ("processing_system7", "zynq_ultra_ps_e")
+MAX_BOARD_BYTES: Final = 64 << 10
+CLOCK_MHZ: Final = number(10, 500)
+"""What may be asked of a clock, for any board."""
 _RESOURCES: Final = ("LUT", "FF", "DSP", "BRAM_18K")
+_MAX_SOURCES, _MAX_SOURCE = 100, 1000
+
+
+def _is_resources(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == set(_RESOURCES) and all(map(whole(1, 10**8).holds, value.values()))
+
+
+def _is_sources(value: Any) -> bool:
+    texts = isinstance(value, (list, tuple)) and 1 <= len(value) <= _MAX_SOURCES
+    return texts and all(isinstance(s, str) and 1 <= len(s) <= _MAX_SOURCE for s in value)
+
+
+# What these texts are rendered into (Tcl, Python, Markdown, shell, XML) has a quoting function each; none of it needs one.
+_FIELDS: Final[Mapping[str, Field]] = {
+    "name": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a file name of up to 64 letters, digits, '.', '_' and '-'"),
+    "title": matching(r"(?! )[\w .,()+/&'-]{1,80}(?<! )", "a text of up to 80 letters, digits, spaces and .,()+/&'-"),
+    "part": matching(r"xc[0-9a-z]{3,40}(-[0-9A-Za-z]{1,16}){0,4}", "a text such as xc7z020clg400-1"),
+    "board_part": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[A-Za-z0-9._-]{1,64}){3}", "a text such as tul.com.tw:pynq-z2:part0:1.0"),
+    "processor": one_of("processing_system7", "zynq_ultra_ps_e"),
+    "architecture": matching(r"[a-z0-9_]{1,32}", "a text such as armv7l"),
+    "address_bits": one_of(32, 40),
+    "clock_mhz": whole(10, 500),
+    "hp_ports": whole(1, 64),
+    "hp_port_bits": whole(8, 4096),
+    "memory_bytes_per_second": whole(1, 10**14),
+    "resources": Field(rule=f"whole numbers in [1, {10**8}] for {', '.join(_RESOURCES)}", holds=_is_resources),
+    "sources": Field(rule=f"a list of up to {_MAX_SOURCES} texts of up to {_MAX_SOURCE} characters", holds=_is_sources),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +59,9 @@ class Board:
         memory_bytes_per_second: of the DRAM.
         resources: LUT, FF, DSP, BRAM_18K.
         sources: where the figures come from.
+
+    Raises:
+        ValueError: a field that is not as its rule in `_FIELDS` says.
     """
 
     name: str
@@ -43,6 +78,9 @@ class Board:
     resources: dict[str, int]
     sources: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        check_fields("board", {name: getattr(self, name) for name in _FIELDS}, _FIELDS)
+
     @property
     def bytes_per_cycle(self) -> float:
         """What the memory moves in a cycle of the core: the DRAM's rate, or the ports' if that is less."""
@@ -57,44 +95,22 @@ def board_names() -> list[str]:
 def load_board(name: str) -> Board:
     """A board by name. Raises ValueError for an unknown one (the message lists the known) or a file that is not in order."""
     if name not in board_names():
-        raise ValueError(f"unknown board {name!r}: known are {', '.join(board_names())} (add one as a JSON file in {FOLDER})")
+        raise ValueError(f"unknown board {shown(name)}: known are {', '.join(board_names())} (add one as a JSON file in {FOLDER})")
     return read_board(FOLDER / f"{name}.json")
 
 
 def read_board(path: Path) -> Board:
     """A board from a file of one's own. Raises ValueError naming file and key, OSError if it cannot be read."""
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-    expected = {f.name for f in fields(Board)} - {"name"}
-    for what, keys in (("lacks", expected - values.keys()), ("has the unknown key", values.keys() - expected)):
-        if keys:
-            raise ValueError(f"{path} {what} {sorted(keys)[0]!r}")
-    for field in fields(Board):
-        if field.name != "name":
-            _check(path, field.name, values[field.name])
+    path = Path(path)
+    values = read_json(path, most_bytes=MAX_BOARD_BYTES)
+    check_fields(str(path), {**values, "name": path.stem}, _FIELDS)
     return Board(name=path.stem, **{**values, "sources": tuple(values["sources"])})
 
 
-def _check(path: Path, key: str, value: Any) -> None:
-    def is_positive(number: Any) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool) and number > 0
-
-    if key == "resources":
-        legal = isinstance(value, dict) and set(value) == set(_RESOURCES) and all(map(is_positive, value.values()))
-        rule = f"positive whole numbers for {', '.join(_RESOURCES)}"
-    elif key == "sources":
-        legal, rule = isinstance(value, list) and bool(value) and all(isinstance(s, str) for s in value), "a list of texts"
-    elif key == "processor":
-        legal, rule = value in _PROCESSORS, f"one of {', '.join(_PROCESSORS)}"
-    elif key == "address_bits":
-        legal, rule = value in (32, 40), "32 or 40"
-    elif key in ("title", "part", "board_part", "architecture"):
-        legal, rule = isinstance(value, str) and bool(value.strip()), "a text"
-    else:
-        legal, rule = is_positive(value), "a positive whole number"
-    if not legal:
-        raise ValueError(f"{path}: {key} must be {rule}, not {value!r}")
+def checked_clock(clock_mhz: float | None, board: Board) -> float:
+    """The clock to ask for: the board's unless one is given. Raises ValueError for one out of range."""
+    if clock_mhz is None:
+        return board.clock_mhz
+    if not CLOCK_MHZ.holds(clock_mhz):
+        raise ValueError(f"clock_mhz must be {CLOCK_MHZ.rule}, not {shown(clock_mhz)}")
+    return clock_mhz

@@ -3,12 +3,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from string import Template
 from typing import Any, Final
 
 from .engines import ENGINES, Engine
+from .fields import is_whole, shown
 from .registers import LAYOUT_VERSION
 
 EDGES: Final = (4, 8, 16)
@@ -18,6 +19,8 @@ ACCUMULATOR_BITS: Final = 48
 SHIFT_BITS: Final = 5
 """Width of a header's shift: exponents of one operand span at most 2**5 - 1 binades."""
 MAX_TILE: Final = 64
+MAX_GROUP: Final = 1 << 30
+"""`config.h` keeps a group's sides in an int."""
 _LINE_SHAPES: Final = ((1, 16), (1, 32))
 
 _HEADER: Final = Template(
@@ -76,25 +79,28 @@ class GemmConfig:
     burst_words: int = 64
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}")
+        if not isinstance(self.engine, str) or self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {shown(self.engine)}")
         if isinstance(self.block_edge, (tuple, list)):
             object.__setattr__(self, "block_edge", edge_of_shape(self.block_edge))
-        if self.block_edge not in EDGES:
-            raise ValueError(f"block_edge must be one of {EDGES}, not {self.block_edge}")
-        if not _is_int(self.tile) or not 1 <= self.tile <= MAX_TILE:
-            raise ValueError(f"tile must be in [1, {MAX_TILE}] blocks, not {self.tile!r}")
+        if not is_whole(self.block_edge) or self.block_edge not in EDGES:
+            raise ValueError(f"block_edge must be one of {EDGES}, not {shown(self.block_edge)}")
+        if not is_whole(self.tile) or not 1 <= self.tile <= MAX_TILE:
+            raise ValueError(f"tile must be in [1, {MAX_TILE}] blocks, not {shown(self.tile)}")
+        if not _is_pair(self.lanes, lambda n: n >= 1 and self.tile % n == 0):
+            raise ValueError(f"lanes (m, n) must both divide tile = {self.tile}, not {shown(self.lanes)}")
         object.__setattr__(self, "lanes", tuple(self.lanes))
-        if len(self.lanes) != 2 or not all(_is_int(n) and n >= 1 and self.tile % n == 0 for n in self.lanes):
-            raise ValueError(f"lanes (m, n) must both divide tile = {self.tile}, not {self.lanes}")
         if self.width_group is not None:
+            if not _is_pair(self.width_group, lambda n: 0 < n <= MAX_GROUP and n % self.block_edge == 0):
+                raise ValueError(
+                    f"width_group must be rows x channels in multiples of {self.block_edge} up to {MAX_GROUP}, "
+                    f"not {shown(self.width_group)}"
+                )
             object.__setattr__(self, "width_group", tuple(self.width_group))
-            if len(self.width_group) != 2 or not all(_is_int(n) and n > 0 and n % self.block_edge == 0 for n in self.width_group):
-                raise ValueError(f"width_group must be rows x channels in multiples of {self.block_edge}, not {self.width_group}")
         for name, least, most in (("stream_depth", 2, 1024), ("burst_words", 2, 256)):
             value = getattr(self, name)
-            if not _is_int(value) or not least <= value <= most:
-                raise ValueError(f"{name} must be in [{least}, {most}], not {value!r}")
+            if not is_whole(value) or not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], not {shown(value)}")
 
     @property
     def cost_law(self) -> Engine:
@@ -119,10 +125,14 @@ class GemmConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GemmConfig":
-        """The inverse of `to_dict`. Raises ValueError for an unknown key."""
+        """The inverse of `to_dict`. Raises ValueError for what is no mapping, an unknown key, or a value outside its range."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a configuration must be a mapping, not a {type(values).__name__}")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown configuration key {sorted(unknown)[0]!r}: known are {', '.join(f.name for f in fields(cls))}")
+            raise ValueError(
+                f"unknown configuration key {shown(sorted(map(str, unknown))[0])}: known are {', '.join(f.name for f in fields(cls))}"
+            )
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**arguments)
 
@@ -155,5 +165,6 @@ def edge_of_shape(block_shape: tuple[int, int] | list[int]) -> int:
     return shape[0]
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_pair(value: object, holds: Callable[[int], bool]) -> bool:
+    """Two whole numbers for each of which `holds` is true."""
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_whole(n) and holds(n) for n in value)

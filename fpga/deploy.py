@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 from .board_files import Board, board_names, load_board
 from .emit import emit
 from .overlay_files import bit_part
+from .quoting import markdown_code, markdown_text, python_literal, shell_word
 from .runtime import ARRAYS_FILE, GRAPH_FILE, Program
 
 IMAGES_FILE: Final = "images.npz"
@@ -84,24 +86,32 @@ def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: P
         shutil.copyfile(overlay.with_suffix(".hwh"), folder / "overlay" / "dpgemm.hwh")
         row = "`overlay/` | the bitstream and its handoff"
         step = "The overlay is in `overlay/`."
-    script = _filled("classify.py", title=board.title, device="pynq-sim", board=board.name)
+    script = _script(board)
     (folder / SCRIPT).write_text(script)
     (folder / NOTEBOOK).write_text(json.dumps(_notebook(script), indent=1) + "\n")
     readme = _filled(
         "README.md",
-        title=board.title,
+        title=markdown_text(board.title),
         steps=len(program.steps),
         images=_image_count(folder / "program" / IMAGES_FILE),
         overlay_row=row,
         overlay_step=step,
-        folder=name,
+        copy=markdown_code(f"scp -r {shell_word(name)} xilinx@pynq:"),
     )
     (folder / "README.md").write_text(readme)
     (folder / MARKER).write_text(json.dumps({"format": 1, "board": board.name, "config": program.config.to_dict()}, indent=1) + "\n")
 
 
 def _filled(name: str, **values: object) -> str:
-    return Template((_TEMPLATES / name).read_text()).substitute(values)
+    return Template((_TEMPLATES / name).read_text(encoding="utf-8")).substitute(values)
+
+
+def _script(board: Board) -> str:
+    """`classify.py` for a board; its template is Python too, so a whole literal takes the place of one with a placeholder."""
+    text = (_TEMPLATES / SCRIPT).read_text(encoding="utf-8")
+    for name, value in (("device", "pynq-sim"), ("board", board.name)):
+        text = text.replace(f'"${name}"', python_literal(value))
+    return Template(text).substitute(title=markdown_text(board.title))
 
 
 def _image_count(path: Path) -> int:
@@ -114,16 +124,17 @@ def _image_count(path: Path) -> int:
 def _notebook(script: str) -> dict[str, Any]:
     """A script in cells (`# %%`) as a notebook."""
     cells = []
-    for index, text in enumerate(script.split("# %%")[1:]):
+    for index, text in enumerate(re.split("^# %%", script, flags=re.MULTILINE)[1:]):
         is_text = text.startswith(" [markdown]")
-        lines = text.removeprefix(" [markdown]").strip().splitlines()
+        # Not splitlines, which also splits at what ends no line of Python and so would lay a comment's rest bare.
+        lines = text.removeprefix(" [markdown]").strip().split("\n")
         if is_text:
             lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
         cell: dict[str, Any] = {
             "cell_type": "markdown" if is_text else "code",
             "id": f"cell{index}",
             "metadata": {},
-            "source": "\n".join(lines).splitlines(keepends=True),
+            "source": [f"{line}\n" for line in lines[:-1]] + lines[-1:],
         }
         cells.append(cell if is_text else cell | {"execution_count": None, "outputs": []})
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -145,5 +156,5 @@ def run_deploy(options: argparse.Namespace) -> int:
     """The command; prints what to do next."""
     board = load_board(options.board)
     out = deploy(options.program, board, options.out, overlay=options.overlay, force=options.force)
-    print(f"{out}: for {board.title}. Try it here: python3 {out / SCRIPT} pynq-sim. On the board: {out / 'README.md'}")
+    print(f"{out}: for {board.title}. Try it here: python3 {shell_word(out / SCRIPT)} pynq-sim. On the board: {out / 'README.md'}")
     return 0

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import EDGES, MAX_BITS, MIN_BITS, GemmConfig, edge_of_shape
+from .fields import is_whole, shown
 
 Array = npt.NDArray[Any]
 
@@ -46,8 +47,8 @@ class Operand:
     def __post_init__(self) -> None:
         if isinstance(self.block_edge, (tuple, list)):
             object.__setattr__(self, "block_edge", edge_of_shape(self.block_edge))
-        if self.block_edge not in EDGES:
-            raise ValueError(f"block_edge must be one of {EDGES}, not {self.block_edge}")
+        if not is_whole(self.block_edge) or self.block_edge not in EDGES:
+            raise ValueError(f"block_edge must be one of {EDGES}, not {shown(self.block_edge)}")
         mantissas = np.asarray(self.mantissas)
         if mantissas.ndim != 3 or 0 in mantissas.shape or mantissas.dtype.kind not in "iu":
             raise OperandError(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands in for Vivado's output on a simulated board: a `.hwh` with our registers, and a `.bit` of nothing with an honest header."""
 
+import re
 import struct
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,6 +15,8 @@ CORE_NAME: Final = "core"
 CORE_ADDRESS: Final = 0x43C00000
 CORE_RANGE: Final = 0x10000
 OVERLAY: Final = "dpgemm"
+_HEADER_BYTES: Final = 4096
+_PART: Final = re.compile(r"[A-Za-z0-9]{3,42}(-[A-Za-z0-9]{1,16}){0,4}")
 
 
 def write_overlay(folder: Path, board: Board, *, clock_mhz: float | None = None) -> Path:
@@ -40,15 +43,21 @@ def bit_bytes(part: str) -> bytes:
 
 
 def bit_part(path: Path) -> str:
-    """The part that a .bit file's header names, with its prefix "xc". Raises ValueError if it has no such header."""
-    data = path.read_bytes()[:4096]
+    """The part that a .bit file's header names, with its prefix "xc".
+
+    Raises:
+        ValueError: it has no such header.
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(_HEADER_BYTES)
     try:
-        (length,) = struct.unpack_from(">h", data, 0)
+        (length,) = struct.unpack_from(">H", data, 0)
         at = 2 + length + 2
         while data[at] in (0x61, 0x62, 0x63, 0x64):
-            (length,) = struct.unpack_from(">h", data, at + 1)
+            (length,) = struct.unpack_from(">H", data, at + 1)
             value = data[at + 3 : at + 3 + length].decode("ascii").rstrip("\0")
-            if data[at] == 0x62 and value:
+            if data[at] == 0x62 and _PART.fullmatch(value):
                 return value if value.startswith("xc") else f"xc{value}"
             at += 3 + length
     except (struct.error, IndexError, UnicodeDecodeError):
@@ -73,7 +82,7 @@ def hwh_text(board: Board, *, clock_mhz: float | None = None) -> str:
 def _split_part(part: str) -> tuple[str, str]:
     """xc7z020clg400-1 -> 7z020, clg400."""
     name = part.removeprefix("xc").partition("-")[0]
-    at = next(i for i in range(2, len(name)) if name[i].isalpha() and name[i - 1].isdigit() and i > 3)
+    at = next((i for i in range(4, len(name)) if name[i].isalpha() and name[i - 1].isdigit()), len(name))
     return name[:at], name[at:]
 
 

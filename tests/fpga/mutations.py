@@ -110,7 +110,7 @@ MUTATIONS = (
     Mutation("driver: addresses beyond the bus taken", "board.py", 'if address + buffer.nbytes > 1 << self.board.address_bits:', 'if False:'),
     Mutation("driver: clock not read back", "board.py", 'if abs(read - self.clock_mhz) > _CLOCK_TOLERANCE * self.clock_mhz:', 'if False:'),
     Mutation("driver: started again after an interrupt", "board.py", '        if self._busy:', '        if False:'),
-    Mutation("driver: no lock between processes", "board.py", 'fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass'),
+    Mutation("driver: no lock between processes", "board.py", 'fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass'),
     Mutation("driver: all ones taken for an answer", "board.py", 'if control == _ALL_ONES:', 'if False:'),
     Mutation("driver: layout version not checked", "device.py", 'if status.version != LAYOUT_VERSION:', 'if False:'),
     Mutation("driver: error register not looked at", "device.py", '        if status.error:', '        if False:'),

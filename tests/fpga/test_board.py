@@ -231,7 +231,7 @@ def test_an_address_where_no_memory_is_ends_in_a_timeout(device: SimulatedPynqDe
 def test_a_clock_that_does_not_lock_is_seen(overlay: Path) -> None:
     board = SimulatedBoard(load_board("pynq-z2"), GemmConfig())
     board.faults.clock_stuck = True
-    with pytest.raises((DeviceError, ZeroDivisionError), match=r"clock of 100 MHz, the board reads|division"):
+    with pytest.raises(DeviceError, match=r"clock of 100 MHz, the board reads|the clock registers make no sense"):
         open_board(overlay, board)
     board.faults.clock_stuck = False
     with open_board(overlay, board, clock_mhz=50) as opened:
@@ -286,7 +286,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_a_simulated_board_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with SimulatedPynqDevice():
-        assert len([path for path in tmp_path.iterdir() if path.suffix == ".lock"]) == 1
+        assert len(list(tmp_path.glob("*/*.lock"))) == 1
     assert not [path.name for path in tmp_path.iterdir() if "dpgemm" in path.name]
 
 

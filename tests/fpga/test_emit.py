@@ -230,7 +230,7 @@ def test_a_source_with_a_misspelt_pragma_is_not_emitted(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("clock", [0, 9.9, 501, float("nan")])
 def test_a_clock_out_of_range_is_refused(clock: float, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"clock_mhz must be in \[10, 500\]"):
+    with pytest.raises(ValueError, match=r"clock_mhz must be a number in \[10, 500\]"):
         emit(GemmConfig(), load_board("pynq-z2"), tmp_path / "out", clock_mhz=clock)
 
 
@@ -288,13 +288,13 @@ def test_boards_are_checked_key_by_key(tmp_path: Path) -> None:
     assert replace(load_board("pynq-z2"), name="mine") == read_board(path)
     assert load_board("pynq-z2").bytes_per_cycle == 21
     for change, message in (
-        ({"part": ""}, "part must be a text, not ''"),
-        ({"address_bits": 64}, "address_bits must be 32 or 40, not 64"),
+        ({"part": ""}, "part must be a text such as xc7z020clg400-1, not ''"),
+        ({"address_bits": 64}, "address_bits must be one of 32, 40, not 64"),
         ({"processor": "risc"}, "processor must be one of"),
-        ({"clock_mhz": 0}, "clock_mhz must be a positive whole number, not 0"),
+        ({"clock_mhz": 0}, r"clock_mhz must be a whole number in \[10, 500\], not 0"),
         ({"clock_mhz": True}, "not True"),
-        ({"resources": {"LUT": 1}}, "resources must be positive whole numbers for LUT, FF"),
-        ({"sources": []}, "sources must be a list of texts"),
+        ({"resources": {"LUT": 1}}, r"resources must be whole numbers in \[1, 100000000\] for LUT, FF"),
+        ({"sources": []}, "sources must be a list of up to 100 texts"),
         ({"colour": "pink"}, "has the unknown key 'colour'"),
     ):
         path.write_text(json.dumps({**good, **change}))

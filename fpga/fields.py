@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JSON and XML files may hold: read within a size, then checked against a table of fields before anything is made of it."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+MAX_JSON_BYTES: Final = 4 << 20
+MAX_XML_BYTES: Final = 64 << 20
+_SHOWN_CHARACTERS: Final = 80
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """A rule for one value.
+
+    Attributes:
+        rule: in words, after "must be".
+        holds: whether a value keeps it; may be given anything that JSON can say.
+    """
+
+    rule: str
+    holds: Callable[[Any], bool]
+
+
+def is_whole(value: object) -> bool:
+    """An int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(least: int, most: int) -> Field:
+    """A whole number in [least, most]."""
+    return Field(rule=f"a whole number in [{least}, {most}]", holds=lambda v: is_whole(v) and least <= v <= most)
+
+
+def number(least: float, most: float) -> Field:
+    """A number in [least, most], which NaN is not."""
+    return Field(rule=f"a number in [{least}, {most}]", holds=lambda v: (is_whole(v) or isinstance(v, float)) and least <= v <= most)
+
+
+def matching(pattern: str, rule: str) -> Field:
+    """A text of a pattern, all of it."""
+    compiled = re.compile(pattern)
+    return Field(rule=rule, holds=lambda v: isinstance(v, str) and compiled.fullmatch(v) is not None)
+
+
+def one_of(*values: Any) -> Field:
+    """One of these texts or whole numbers; 1 is neither 1.0 nor True."""
+    return Field(rule=f"one of {', '.join(map(str, values))}", holds=lambda v: any(type(v) is type(w) and v == w for w in values))
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: cut, and on one line."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def check_fields(where: str, values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
+    """All of these fields and no other, each as its rule says.
+
+    Raises:
+        ValueError: naming `where`, the field, the rule and the value met.
+    """
+    for what, keys in (("lacks", fields.keys() - values.keys()), ("has the unknown key", values.keys() - fields.keys())):
+        if keys:
+            raise ValueError(f"{where} {what} {shown(sorted(keys)[0])}")
+    for name, field in fields.items():
+        if not field.holds(values[name]):
+            raise ValueError(f"{where}: {name} must be {field.rule}, not {shown(values[name])}")
+
+
+def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: naming the file: more than `most_bytes`, no UTF-8, no JSON, nested too deep, a key twice, NaN, or no object.
+        OSError: it cannot be read.
+    """
+    content = _read(path, most_bytes)
+    try:
+        values = json.loads(content.decode(), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep: it is no file of ours") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def read_xml(path: Path, *, most_bytes: int = MAX_XML_BYTES) -> ElementTree.Element:
+    """The root of an XML file. None of the vendor's has a document type, whose entities could make gigabytes of a few lines.
+
+    Raises:
+        ValueError: naming the file: more than `most_bytes`, no XML, a document type.
+        OSError: it cannot be read.
+    """
+    content = _read(path, most_bytes)
+    parser = ElementTree.XMLParser(target=_WithoutDoctype())
+    try:
+        parser.feed(content)
+        root = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that Python does not know
+        raise ValueError(f"{path} is damaged: {error}") from None
+    assert isinstance(root, ElementTree.Element)
+    return root
+
+
+class _WithoutDoctype(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str, system: str) -> None:
+        raise ValueError(f"it has a document type {shown(name)}, which no vendor tool writes")
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    with Path(path).open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path} has more than {most_bytes} bytes: it is not what it should be")
+    return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"the key {shown(next(k for k, _ in pairs if [q for q, _ in pairs].count(k) > 1))} stands there twice")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
