@@ -28,7 +28,7 @@ def _is_sources(value: Any) -> bool:
 # What these texts are rendered into (Tcl, Python, Markdown, shell, XML) has a quoting function each; none of it needs one.
 _FIELDS: Final[Mapping[str, Field]] = {
     "name": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a file name of up to 64 letters, digits, '.', '_' and '-'"),
-    "title": matching(r"(?! )[\w .,()+/&'-]{1,80}(?<! )", "a text of up to 80 letters, digits, spaces and .,()+/&'-"),
+    "title": matching(r"\w[\w .,()+/&-]{0,79}(?<! )", "a text of up to 80 letters, digits, spaces and .,()+/&-"),
     "part": matching(r"xc[0-9a-z]{3,40}(-[0-9A-Za-z]{1,16}){0,4}", "a text such as xc7z020clg400-1"),
     "board_part": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[A-Za-z0-9._-]{1,64}){3}", "a text such as tul.com.tw:pynq-z2:part0:1.0"),
     "processor": one_of("processing_system7", "zynq_ultra_ps_e"),

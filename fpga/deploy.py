@@ -109,9 +109,10 @@ def _filled(name: str, **values: object) -> str:
 def _script(board: Board) -> str:
     """`classify.py` for a board; its template is Python too, so a whole literal takes the place of one with a placeholder."""
     text = (_TEMPLATES / SCRIPT).read_text(encoding="utf-8")
-    for name, value in (("device", "pynq-sim"), ("board", board.name)):
-        text = text.replace(f'"${name}"', python_literal(value))
-    return Template(text).substitute(title=markdown_text(board.title))
+    literals = {"device": python_literal("pynq-sim"), "board": python_literal(board.name)}
+    for name in literals:
+        text = text.replace(f'"${name}"', f"${name}")
+    return Template(text).substitute(literals, title=markdown_text(board.title))
 
 
 def _image_count(path: Path) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .device import Device
 from .job import GemmJob
+from .quoting import xml_text
 from .reference import ReferenceDevice
 from .vectors import SEED, random_jobs
 
@@ -104,9 +105,10 @@ def write_junit(path: Path, suite: str, results: list[CaseResult]) -> None:
         time=f"{sum(r.seconds for r in results):.6f}",
     )
     for result in results:
-        case = ElementTree.SubElement(element, "testcase", classname=suite, name=result.name, time=f"{result.seconds:.6f}")
+        case = ElementTree.SubElement(element, "testcase", classname=suite, name=xml_text(result.name), time=f"{result.seconds:.6f}")
         if result.problem:
-            ElementTree.SubElement(case, "failure", message=result.problem).text = result.problem
+            problem = xml_text(result.problem)
+            ElementTree.SubElement(case, "failure", message=problem).text = problem
         ElementTree.SubElement(
             case, "system-out"
         ).text = f"values compared: {result.values}, core cycles: {result.cycles}, bytes moved: {result.bytes_moved}"
