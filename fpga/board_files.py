@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .fields import Field, check_fields, matching, number, one_of, read_json, shown, whole
+from .fields import Field, check_fields, matching, number, one_of, read_object, shown, whole
 
 FOLDER: Final = Path(__file__).parent / "boards"
 MAX_BOARD_BYTES: Final = 64 << 10
@@ -102,7 +102,7 @@ def load_board(name: str) -> Board:
 def read_board(path: Path) -> Board:
     """A board from a file of one's own. Raises ValueError naming file and key, OSError if it cannot be read."""
     path = Path(path)
-    values = read_json(path, most_bytes=MAX_BOARD_BYTES)
+    values = read_object(path, most_bytes=MAX_BOARD_BYTES)
     check_fields(str(path), {**values, "name": path.stem}, _FIELDS)
     return Board(name=path.stem, **{**values, "sources": tuple(values["sources"])})
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 from .board_files import CLOCK_MHZ, Board, board_names, checked_clock, load_board
 from .config import GemmConfig
 from .csim import HLS, KERNEL_SOURCES, sources
-from .fields import Field, check_fields, matching, one_of, read_json, whole
+from .fields import Field, check_fields, matching, one_of, read_object, whole
 from .pragmas import lint
 from .quoting import markdown_code, markdown_text, tcl_list, tcl_word
 from .registers import LAYOUT_VERSION, REGISTERS
@@ -248,7 +248,7 @@ def check_folder(folder: Path, *, allow_more: bool = True) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}: it is not empty and was not written by `python -m fpga emit`; choose another folder"
         )
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_object(folder / MANIFEST)
         check_fields(MANIFEST, manifest, _MANIFEST_FIELDS)
         GemmConfig.from_dict(manifest["config"])
     except ValueError as error:

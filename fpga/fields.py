@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What JSON and XML files may hold: read within a size, then checked against a table of fields before anything is made of it."""
+"""What JSON and XML files may hold: read within a size, then checked against a table of fields before anything is made of them."""
 
-import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from .files import DamagedFile, read_bounded, read_json
 
 MAX_JSON_BYTES: Final = 4 << 20
 MAX_XML_BYTES: Final = 64 << 20
@@ -73,24 +74,16 @@ def check_fields(where: str, values: Mapping[str, Any], fields: Mapping[str, Fie
             raise ValueError(f"{where}: {name} must be {field.rule}, not {shown(values[name])}")
 
 
-def read_json(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: naming the file: more than `most_bytes`, no UTF-8, no JSON, nested too deep, a key twice, NaN, or no object.
+        ValueError: naming the file: too large, no JSON, or no object.
         OSError: it cannot be read.
     """
-    content = _read(path, most_bytes)
-    try:
-        values = json.loads(content.decode(), object_pairs_hook=_without_doubles, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deep: it is no file of ours") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    values = read_json(path, most_bytes)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        raise DamagedFile(f"{path} must hold a JSON object, not a {type(values).__name__}")
     return values
 
 
@@ -98,16 +91,17 @@ def read_xml(path: Path, *, most_bytes: int = MAX_XML_BYTES) -> ElementTree.Elem
     """The root of an XML file. None of the vendor's has a document type, whose entities could make gigabytes of a few lines.
 
     Raises:
-        ValueError: naming the file: more than `most_bytes`, no XML, a document type.
+        ValueError: naming the file: too large, no XML, or one with a document type.
         OSError: it cannot be read.
     """
-    content = _read(path, most_bytes)
     parser = ElementTree.XMLParser(target=_WithoutDoctype())
     try:
-        parser.feed(content)
+        parser.feed(read_bounded(path, most_bytes))
         root = parser.close()
+    except DamagedFile:
+        raise
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that Python does not know
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise DamagedFile(f"{path} is damaged: {error}") from None
     assert isinstance(root, ElementTree.Element)
     return root
 
@@ -115,22 +109,3 @@ def read_xml(path: Path, *, most_bytes: int = MAX_XML_BYTES) -> ElementTree.Elem
 class _WithoutDoctype(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str, system: str) -> None:
         raise ValueError(f"it has a document type {shown(name)}, which no vendor tool writes")
-
-
-def _read(path: Path, most_bytes: int) -> bytes:
-    with Path(path).open("rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"{path} has more than {most_bytes} bytes: it is not what it should be")
-    return content
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError(f"the key {shown(next(k for k, _ in pairs if [q for q, _ in pairs].count(k) > 1))} stands there twice")
-    return values
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")

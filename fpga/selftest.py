@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the same jobs on a device and on the reference, compares every value and register, and reports it for people and for CI."""
 
-import os
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TextIO
 import numpy as np
 
 from .device import Device
+from .files import write_whole
 from .job import GemmJob
 from .quoting import xml_text
 from .reference import ReferenceDevice
@@ -112,9 +112,4 @@ def write_junit(path: Path, suite: str, results: list[CaseResult]) -> None:
         ElementTree.SubElement(
             case, "system-out"
         ).text = f"values compared: {result.values}, core cycles: {result.cycles}, bytes moved: {result.bytes_moved}"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        ElementTree.ElementTree(root).write(temporary, encoding="utf-8", xml_declaration=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))

@@ -7,7 +7,6 @@ A vector file holds little-endian 32-bit words:
     error, words_a, words_b, words_c, cycles low, cycles high; then the job words, A, B and the result.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from .config import GemmConfig
 from .cost import core_cost
 from .engines import BITS
+from .files import write_whole
 from .job import GemmJob, Geometry, Walk, job_words, round_once
 from .operand import Operand, pack
 from .reference import exact_sums
@@ -146,15 +146,9 @@ def write_vectors(config: GemmConfig, folder: Path) -> list[Path]:
     written, lines = [], []
     for number, (name, job) in enumerate(random_jobs(config)):
         path = folder / f"case{number:02d}.bin"
-        _write(path, vector(job, config).astype("<u4").tobytes())
+        write_whole(path, vector(job, config).astype("<u4").tobytes())
         written.append(path)
         lines.append(f"{path.name} {name}\n")
     index = folder / "index.txt"
-    _write(index, "".join(lines).encode())
+    write_whole(index, "".join(lines).encode())
     return [*written, index]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -2,6 +2,7 @@
 """Runs a vendor tool on a build folder, where one is installed, and reads its synthesis report."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,11 @@ from typing import Final, TextIO
 from .board_files import load_board
 from .emit import check_folder
 from .errors import CompileError, DeviceTimeout, ToolMissing
+from .fields import read_xml, shown
+from .files import write_whole
 
+_COUNT: Final = re.compile(r"[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 STEPS: Final = ("csim", "csynth", "cosim", "export")
 DEFAULT_STEPS: Final = ("csim", "csynth", "export")
 LOG: Final = "build.log"
@@ -32,6 +37,10 @@ _TOOLS: Final = {
     "vivado_hls": ("-f",),
 }
 _DEFAULT_TIMEOUT_S: Final = 4 * 3600.0
+_MAX_TIMEOUT_S: Final = 1e6
+_MAX_DEPTH: Final = 50  # of loops in loops
+_KILL_SECONDS: Final = 30.0
+_TAIL_BYTES: Final = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def build(
     unknown = [s for s in steps if s not in STEPS]
     if unknown or not steps:
         raise ValueError(f"steps are {', '.join(STEPS)}, not {unknown[0] if unknown else 'none'}")
+    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise ValueError(f"the timeout must be in (0, {_MAX_TIMEOUT_S:g}] seconds, not {timeout_s}")
     folder = Path(folder)
     check_folder(folder)
     tool = find_tool()
@@ -114,9 +125,7 @@ def build(
     if "csynth" not in steps:
         return None
     report = read_report(folder / REPORT, f"{tool.name} {tool.version}")
-    temporary = folder / f".{REPORT_JSON}"
-    temporary.write_text(json.dumps(asdict(report), indent=1) + "\n")
-    os.replace(temporary, folder / REPORT_JSON)
+    write_whole(folder / REPORT_JSON, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
@@ -138,35 +147,43 @@ def _run(command: list[str], folder: Path, environment: dict[str, str], timeout_
             progress.join()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a device that does not answer
+                    process.wait(_KILL_SECONDS)
     if status:
-        raise CompileError(command, str(folder), log.read_text(errors="replace"))
+        raise CompileError(command, str(folder), _tail(log))
 
 
 def _tell_progress(log: Path, begin: float, ended: threading.Event, stream: TextIO) -> None:
     """The log's last line, every half minute."""
     while not ended.wait(30):
-        lines = log.read_text(errors="replace").strip().splitlines() or ["(no output yet)"]
+        lines = _tail(log).strip().splitlines() or ["(no output yet)"]
         print(f"  {time.monotonic() - begin:.0f} s: {lines[-1][:120]}", file=stream, flush=True)
+
+
+def _tail(log: Path) -> str:
+    """The end of a log, which a tool may write for hours."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        return file.read(_TAIL_BYTES).decode(errors="replace")
 
 
 def read_report(path: Path, tool: str) -> SynthesisReport:
     """Read a csynth.xml. Raises ValueError if it is missing or not one."""
     try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+        root = read_xml(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"no synthesis report at {path}: {error}") from None
     if root.tag != "profile":
-        raise ValueError(f"{path} is no synthesis report: its root is {root.tag!r}, not 'profile'")
+        raise ValueError(f"{path} is no synthesis report: its root is {shown(root.tag)}, not 'profile'")
 
     def number(where: str) -> float | None:
         text = (root.findtext(where) or "").strip()
-        return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
+        return float(text) if _NUMBER.fullmatch(text) else None
 
     def resources(where: str) -> dict[str, int]:
         element = root.find(where)
         texts = {} if element is None else {e.tag: (e.text or "").strip() for e in element}
-        return {name: int(text) for name, text in texts.items() if text.isdigit()}
+        return {name: int(text) for name, text in texts.items() if _COUNT.fullmatch(text)}
 
     latency = number("PerformanceEstimates/SummaryOfOverallLatency/Worst-caseLatency")
     loops = root.find("PerformanceEstimates/SummaryOfLoopLatency")
@@ -181,13 +198,15 @@ def read_report(path: Path, tool: str) -> SynthesisReport:
     )
 
 
-def _intervals(element: ElementTree.Element, path: str = "") -> list[tuple[str, int]]:
-    found = []
+def _intervals(element: ElementTree.Element, path: str = "", depth: int = 0) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"the synthesis report names loops within loops more than {_MAX_DEPTH} deep: {shown(path)}")
     for child in element:
-        if interval := child.findtext("PipelineII"):
+        if _COUNT.fullmatch(interval := (child.findtext("PipelineII") or "").strip()):
             found.append((path + child.tag, int(interval)))
         if child.find("*/PipelineII") is not None or len(child):
-            found += _intervals(child, f"{path}{child.tag}/")
+            found += _intervals(child, f"{path}{child.tag}/", depth + 1)
     return found
 
 
@@ -201,11 +220,11 @@ def add_build_arguments(parser: argparse.ArgumentParser) -> None:
 def run_build(options: argparse.Namespace) -> int:
     """The command; prints the report."""
     steps = tuple(s.strip() for s in options.steps.split(",") if s.strip())
+    budget = load_board(check_folder(options.folder)["board"]).resources
     report = build(options.folder, steps, timeout_s=options.timeout)
     if report is None:
         print("done; no synthesis was asked for")
         return 0
-    budget = load_board(check_folder(options.folder)["board"]).resources
     print(f"clock: {report.clock_ns} ns estimated, {report.target_clock_ns} ns asked for; latency: {report.latency_cycles} cycles")
     for name, count in report.used.items():
         if name in budget:
