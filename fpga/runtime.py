@@ -1,38 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an exported network on any device: GEMMs there, everything else here in NumPy, in one defined float32 order.
+"""Runs a network program on any device: GEMMs there, everything else here in NumPy, in one defined order.
 
-A program is a folder: `program.json`, a graph of named steps, and `program.npz` (no pickle) with packed weights and constants.
 Activations are float32 arrays as the exporting framework has them, [N, C, *positions] or [N, features].
 """
 
-import io
-import json
+import itertools
 import math
-import os
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from .config import GemmConfig
 from .device import Device
 from .job import GemmJob, Geometry
-from .operand import Operand, PackedOperand, unpack
-from .quantizer import ActivationRequest, Scope, quantize_activations
+from .program import ARRAYS_FILE as ARRAYS_FILE
+from .program import GRAPH_FILE as GRAPH_FILE
+from .program import GemmLayer as GemmLayer
+from .program import Program as Program
+from .program import ProgramError as ProgramError
+from .program import Step, geometry_of, mean_axes, pool_dilation
 
 Array = npt.NDArray[Any]
-
-FORMAT: Final = 1
-GRAPH_FILE: Final = "program.json"
-ARRAYS_FILE: Final = "program.npz"
-
-
-class ProgramError(ValueError):
-    """A program that is damaged, of another version, or not meant for what it is given."""
 
 
 @dataclass
@@ -42,88 +32,6 @@ class StepReport:
     calls: int = 0
     cycles: int = 0
     bytes_moved: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """A network as a list of steps.
-
-    Attributes:
-        steps: dicts with "name", "op", "inputs" (names of earlier steps), and what the operation needs.
-        arrays: constants by name.
-        input_shape: of one sample.
-        config: of the core that the weights are packed for.
-        labels: names of the classes, or none.
-        source: what it was made from, for people.
-    """
-
-    steps: list[dict[str, Any]]
-    arrays: Mapping[str, Array]
-    input_shape: tuple[int, ...]
-    config: GemmConfig
-    labels: list[str] = field(default_factory=list)
-    source: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        known = {"input"}
-        for step in self.steps:
-            if step["op"] not in OPERATIONS:
-                raise ProgramError(
-                    f"step {step['name']!r} is a {step['op']!r}, which this runtime does not know: {', '.join(sorted(OPERATIONS))}"
-                )
-            for name in step["inputs"]:
-                if name not in known:
-                    raise ProgramError(f"step {step['name']!r} reads {name!r}, which no earlier step makes")
-            known.add(step["name"])
-            for name in step.get("arrays", {}).values():
-                if name not in self.arrays:
-                    raise ProgramError(f"step {step['name']!r} needs the array {name!r}, which {ARRAYS_FILE} lacks")
-        if not self.steps:
-            raise ProgramError("a program needs a step")
-
-    def save(self, folder: Path) -> None:
-        """Write both files, the graph last, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **dict(self.arrays))
-        graph = {
-            "format": FORMAT,
-            "input_shape": list(self.input_shape),
-            "config": self.config.to_dict(),
-            "labels": self.labels,
-            "source": dict(self.source),
-            "steps": self.steps,
-        }
-        for name, content in ((ARRAYS_FILE, buffer.getvalue()), (GRAPH_FILE, (json.dumps(graph, indent=1) + "\n").encode())):
-            temporary = folder / f".{name}"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
-
-    @staticmethod
-    def load(folder: Path) -> "Program":
-        """Read a program. Raises ProgramError naming what is wrong, FileNotFoundError if it is not there."""
-        folder = Path(folder)
-        for name in (GRAPH_FILE, ARRAYS_FILE):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: name a folder that `dynasty-lightning export` wrote")
-        try:
-            graph = json.loads((folder / GRAPH_FILE).read_text())
-            if graph.get("format") != FORMAT:
-                raise ProgramError(f"{folder / GRAPH_FILE} has format {graph.get('format')!r}, this runtime reads {FORMAT}: export it anew")
-            with np.load(folder / ARRAYS_FILE, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            return Program(
-                steps=graph["steps"],
-                arrays=arrays,
-                input_shape=tuple(graph["input_shape"]),
-                config=GemmConfig.from_dict(graph["config"]),
-                labels=list(graph["labels"]),
-                source=graph["source"],
-            )
-        except ProgramError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, zipfile.BadZipFile) as error:
-            raise ProgramError(f"{folder} is damaged ({type(error).__name__}: {error}): export it anew") from None
 
 
 class Runner:
@@ -143,7 +51,7 @@ class Runner:
             raise ProgramError(f"the program is packed for the core {program.config}, the device has {device.config}")
         self.program, self.device, self.timeout_s = program, device, timeout_s
         self.report: dict[str, StepReport] = {}
-        self.layers = {step["name"]: _load_layer(step, program) for step in program.steps if step["op"] in ("conv", "linear")}
+        self.layers = dict(program.layers)
 
     def __call__(self, images: Array) -> Array:
         """Outputs of the last step, float32, for images [N, *input_shape].
@@ -168,7 +76,8 @@ class Runner:
         for index, step in enumerate(self.program.steps):
             try:
                 inputs = [values[name] for name in step["inputs"]]
-                values[step["name"]] = OPERATIONS[step["op"]](self, step, *inputs)
+                with np.errstate(all="ignore"):  # as torch: what overflows is Inf, and a layer that reads it says so
+                    values[step["name"]] = OPERATIONS[step["op"]](self, step, *inputs)
             except (ValueError, IndexError) as error:
                 raise ProgramError(f"step {step['name']!r} ({step['op']}): {error}") from error
             for name in step["inputs"]:
@@ -177,15 +86,22 @@ class Runner:
         return values
 
     def classify(self, images: Array, *, batch: int = 16, progress: Callable[[int, int], None] | None = None) -> Array:
-        """Class of each image, int64, in batches; `progress` gets images done and in all."""
+        """Class of each image, int64, in batches; `progress` gets images done and in all.
+
+        Raises:
+            ValueError: `batch` is not positive.
+            ProgramError: as a call does.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, not {batch}")
         classes = []
-        for first in range(0, len(images), batch):
+        for first in range(0, max(len(images), 1), batch):  # no images: one call says so
             classes.append(self(images[first : first + batch]).argmax(axis=1))
             if progress:
                 progress(min(first + batch, len(images)), len(images))
         return np.concatenate(classes)
 
-    def _gemm(self, step: dict[str, Any], x: Array, geometry: Geometry) -> Array:
+    def _gemm(self, step: Step, x: Array, geometry: Geometry) -> Array:
         """Y [rows, positions, channels] of X on the device, with bias."""
         layer = self.layers[step["name"]]
         operand = layer.operand(x, self.program.config)
@@ -196,103 +112,187 @@ class Runner:
         report.bytes_moved += result.bytes_moved
         return result.values if layer.bias is None else result.values + layer.bias
 
-
-@dataclass(frozen=True)
-class GemmLayer:
-    """What a "conv" or "linear" step computes with: quantized W, float32 bias, widths of X."""
-
-    kind: Literal["conv", "linear"]
-    weight: Operand
-    bias: Array | None
-    request: ActivationRequest
-
-    def operand(self, x: Array, config: GemmConfig) -> Operand:
-        """X quantized, [rows, positions, channels], from float32 [N, C, *positions] (conv) or [N, .., features] (linear)."""
-        if self.kind == "conv":
-            rows = np.ascontiguousarray(np.moveaxis(x, 1, -1)).reshape(len(x), -1, x.shape[1])
-        else:
-            # Each row, at each token, has a window of its own: tokens become rows.
-            rows = np.ascontiguousarray(x).reshape(-1, 1, x.shape[-1])
-        scope: Scope = "sample" if self.kind == "conv" else "row"
-        return quantize_activations(rows, self.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
+    def _constant(self, step: Step, what: str) -> Array:
+        return self.program.arrays[step["arrays"][what]]
 
 
-def _load_layer(step: dict[str, Any], program: Program) -> GemmLayer:
-    arrays = {kind: program.arrays[name] for kind, name in step["arrays"].items()}
-    packed = PackedOperand(words=arrays["weight"], bases=arrays["weight_base"])
-    try:
-        weight = unpack(packed, tuple(step["weight_shape"]), program.config)
-        request = ActivationRequest(
-            values=arrays["request"], is_threshold=step["is_threshold"], least_bits=step["least_bits"], most_bits=step["most_bits"]
-        )
-    except ValueError as error:
-        raise ProgramError(f"step {step['name']!r}: {error}") from error
-    return GemmLayer(step["op"], weight, arrays.get("bias"), request)
-
-
-def geometry_of(step: Mapping[str, Any], spatial: Sequence[int]) -> Geometry:
-    """Of a "conv" step whose input has the positions `spatial`."""
-    return Geometry(input=spatial, **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")})
-
-
-def _conv(runner: Runner, step: dict[str, Any], x: Array) -> Array:
+def _conv(runner: Runner, step: Step, x: Array) -> Array:
     y = runner._gemm(step, x, geometry_of(step, x.shape[2:]))
     return np.ascontiguousarray(np.moveaxis(y.reshape(len(x), *step["output"], -1), -1, 1))
 
 
-def _linear(runner: Runner, step: dict[str, Any], x: Array) -> Array:
+def _linear(runner: Runner, step: Step, x: Array) -> Array:
     return runner._gemm(step, x, Geometry()).reshape(*x.shape[:-1], -1)
 
 
-def _affine(runner: Runner, step: dict[str, Any], x: Array) -> Array:
+def _affine(runner: Runner, step: Step, x: Array) -> Array:
     """x * scale + shift of each channel, rounded twice."""
     shape = (1, -1, *[1] * (x.ndim - 2))
-    scale, shift = (runner.program.arrays[step["arrays"][n]].reshape(shape) for n in ("scale", "shift"))
+    scale, shift = (runner._constant(step, n).reshape(shape) for n in ("scale", "shift"))
     result: Array = x * scale + shift
     return result
 
 
-def _mean(_: Runner, step: dict[str, Any], x: Array) -> Array:
-    """Over all positions: added up in C order in float32, then divided."""
-    flat = x.reshape(*x.shape[:2], -1)
-    # cumsum adds one after the other; sum would take an order that depends on the machine.
-    total = np.cumsum(flat, axis=2, dtype=np.float32)[..., -1] / np.float32(flat.shape[2])
-    return total.reshape(*x.shape[:2], *[1] * (x.ndim - 2)) if step.get("keepdims") else total
-
-
-def _pool_windows(step: dict[str, Any], x: Array, fill: float) -> Array:
-    """[N, C, *positions, taps] of a pooling."""
-    taps, stride, padding = step["taps"], step["stride"], step["padding"]
-    padded = np.pad(x, ((0, 0), (0, 0), *((p, p) for p in padding)), constant_values=fill)
-    windows: Array = np.lib.stride_tricks.sliding_window_view(padded, tuple(taps), axis=tuple(range(2, x.ndim)))  # type: ignore[call-overload]
-    windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in stride))]
-    result: Array = windows.reshape(*windows.shape[: x.ndim], math.prod(taps))
-    return result
-
-
-def _max_pool(_: Runner, step: dict[str, Any], x: Array) -> Array:
-    result: Array = _pool_windows(step, x, -np.inf).max(axis=-1)
-    return result
-
-
-def _average_pool(_: Runner, step: dict[str, Any], x: Array) -> Array:
-    """Added up in C order in float32, zero padding included, then divided."""
-    windows = _pool_windows(step, x, 0.0)
-    result: Array = np.cumsum(windows, axis=-1, dtype=np.float32)[..., -1] / np.float32(windows.shape[-1])
-    return result
-
-
-def _flatten(_: Runner, step: dict[str, Any], x: Array) -> Array:
-    return np.ascontiguousarray(x).reshape(len(x), -1)
-
-
-def _relu(_: Runner, step: dict[str, Any], x: Array) -> Array:
+def _relu(_: Runner, step: Step, x: Array) -> Array:
     result: Array = np.maximum(x, np.float32(0))
     return result
 
 
-def _add(_: Runner, step: dict[str, Any], x: Array, y: Array) -> Array:
+def _clip(_: Runner, step: Step, x: Array) -> Array:
+    if step["low"] is not None:
+        x = np.maximum(x, np.float32(step["low"]))
+    return x if step["high"] is None else np.minimum(x, np.float32(step["high"]))
+
+
+def _add(_: Runner, step: Step, x: Array, y: Array) -> Array:
     result: Array = x + y
+    return result
+
+
+def _subtract(_: Runner, step: Step, x: Array, y: Array) -> Array:
+    result: Array = x - y
+    return result
+
+
+def _multiply(_: Runner, step: Step, x: Array, y: Array) -> Array:
+    result: Array = x * y
+    return result
+
+
+def _add_constant(runner: Runner, step: Step, x: Array) -> Array:
+    result: Array = x + runner._constant(step, "value")
+    return result
+
+
+def _multiply_constant(runner: Runner, step: Step, x: Array) -> Array:
+    result: Array = x * runner._constant(step, "value")
+    return result
+
+
+def _divide_constant(runner: Runner, step: Step, x: Array) -> Array:
+    """A true division, not a product with the reciprocal."""
+    result: Array = x / runner._constant(step, "value")
+    return result
+
+
+def _mean(_: Runner, step: Step, x: Array) -> Array:
+    """Over its axes: added up in C order in float32, then divided."""
+    axes = mean_axes(step, x.ndim - 1)
+    moved = np.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    flat = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+    # cumsum adds one after the other; sum would take an order that depends on the machine.
+    total: Array = np.cumsum(flat, axis=-1, dtype=np.float32)[..., -1] / np.float32(flat.shape[-1])
+    return np.expand_dims(total, axes) if step.get("keepdims") else total
+
+
+def _windows(step: Step, x: Array, output: tuple[int, ...], fill: float) -> Iterator[Array]:
+    """What a pooling's taps read, one after the other in C order, each [N, C, *output]."""
+    taps, stride, padding, dilation = step["taps"], step["stride"], step["padding"], pool_dilation(step)
+    spans = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(output, stride, dilation, taps, strict=True)]
+    behind = [max(span - n - p, 0) for span, n, p in zip(spans, x.shape[2:], padding, strict=True)]
+    padded = np.pad(x, ((0, 0), (0, 0), *zip(padding, behind, strict=True)), constant_values=fill)
+    for tap in itertools.product(*map(range, taps)):
+        begins = [t * d for t, d in zip(tap, dilation, strict=True)]
+        cut: Any = (..., *(slice(b, b + (o - 1) * s + 1, s) for b, o, s in zip(begins, output, stride, strict=True)))
+        yield padded[cut]
+
+
+def _max_pool(runner: Runner, step: Step, x: Array) -> Array:
+    windows = _windows(step, x, runner.program.shapes[step["name"]][1:], -np.inf)
+    result: Array = next(windows).copy()
+    for window in windows:
+        np.maximum(result, window, out=result)
+    return result
+
+
+def _average_pool(runner: Runner, step: Step, x: Array) -> Array:
+    """Added up tap by tap in float32, then divided."""
+    output = runner.program.shapes[step["name"]][1:]
+    windows = _windows(step, x, output, 0.0)
+    result: Array = next(windows).copy()
+    for window in windows:
+        result += window
+    result /= _divisors(step, x.shape[2:], output)
+    return result
+
+
+def _divisors(step: Step, spatial: tuple[int, ...], output: tuple[int, ...]) -> Array:
+    """By what sums of windows are divided: the step's divisor, or the taps over the input and, with `count_padding`, over its padding."""
+    if "divisor" in step:
+        return np.array(step["divisor"], np.float32)
+    counts: Array = np.ones((), np.float32)
+    for n, o, k, s, p in zip(spatial, output, step["taps"], step["stride"], step["padding"], strict=True):
+        begin = np.arange(o) * s - p
+        end = np.minimum(begin + k, n + p)
+        if not step.get("count_padding", True):
+            begin, end = np.maximum(begin, 0), np.minimum(end, n)
+        counts = counts[..., None] * (end - begin).astype(np.float32)
+    return counts
+
+
+def _flatten(_: Runner, step: Step, x: Array) -> Array:
+    return np.ascontiguousarray(x).reshape(len(x), -1)
+
+
+def _reshape(_: Runner, step: Step, x: Array) -> Array:
+    return np.ascontiguousarray(x).reshape(len(x), *step["shape"])
+
+
+def _transpose(_: Runner, step: Step, x: Array) -> Array:
+    return np.ascontiguousarray(x.transpose(0, *step["axes"]))
+
+
+def _pad(_: Runner, step: Step, x: Array) -> Array:
+    values: Any = {"constant_values": np.float32(step.get("value", 0))} if step["mode"] == "constant" else {}
+    return np.pad(x, ((0, 0), *(tuple(pair) for pair in step["padding"])), mode=step["mode"], **values)
+
+
+def _concat(_: Runner, step: Step, *inputs: Array) -> Array:
+    return np.concatenate(inputs, axis=step["axis"])
+
+
+def _slice(_: Runner, step: Step, x: Array) -> Array:
+    return x[(*[slice(None)] * step["axis"], slice(step["begin"], step["end"]))]
+
+
+def _softmax(_: Runner, step: Step, x: Array) -> Array:
+    """In float64 with an exp and a log of sums and products alone, added up in order, rounded once: the same on every machine."""
+    if not np.isfinite(x).all():
+        raise ValueError("x holds NaN or Inf: look at the layer before")
+    wide = x.astype(np.float64)
+    wide -= wide.max(axis=step["axis"], keepdims=True)
+    powers = _exp(wide)
+    total = np.take(np.cumsum(powers, axis=step["axis"]), [-1], axis=step["axis"])
+    result: Array = wide - _log(total) if step.get("log") else powers / total
+    return result.astype(np.float32)
+
+
+_LN2_HIGH: Final = float.fromhex("0x1.62e42fee00000p-1")  # 32 bits: products with exponents are exact
+_LN2_LOW: Final = float.fromhex("0x1.a39ef35793c76p-33")
+
+
+def _exp(x: Array) -> Array:
+    """e**x for float64 x <= 0, within two units in the last place."""
+    x = np.maximum(x, -745.0)  # below, all is 0
+    power = np.rint(x * (1 / math.log(2)))
+    rest = (x - power * _LN2_HIGH) - power * _LN2_LOW
+    result = np.ones_like(rest)
+    for degree in range(13, 0, -1):  # Taylor's series; |rest| <= ln(2) / 2
+        result = 1 + result * rest / degree
+    scaled: Array = np.ldexp(result, power.astype(np.int32))
+    return scaled
+
+
+def _log(x: Array) -> Array:
+    """ln x for float64 x >= 1, within two units in the last place."""
+    fraction, power = np.frexp(x)
+    small = fraction < math.sqrt(0.5)
+    fraction, power = np.where(small, 2 * fraction, fraction), power - small
+    ratio = (fraction - 1) / (fraction + 1)  # ln f = 2 artanh(ratio), |ratio| < 0.172
+    square, series = ratio * ratio, np.zeros_like(ratio)
+    for odd in range(21, 0, -2):
+        series = 1 / odd + series * square
+    result: Array = power * _LN2_HIGH + (2 * ratio * series + power * _LN2_LOW)
     return result
 
 
@@ -301,11 +301,23 @@ OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
     "linear": _linear,
     "affine": _affine,
     "relu": _relu,
+    "clip": _clip,
     "add": _add,
+    "subtract": _subtract,
+    "multiply": _multiply,
+    "add_constant": _add_constant,
+    "multiply_constant": _multiply_constant,
+    "divide_constant": _divide_constant,
     "mean": _mean,
     "max_pool": _max_pool,
     "average_pool": _average_pool,
     "flatten": _flatten,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "pad": _pad,
+    "concat": _concat,
+    "slice": _slice,
+    "softmax": _softmax,
 }
 
 __all__ = ["OPERATIONS", "GemmLayer", "Program", "ProgramError", "Runner", "StepReport", "geometry_of"]
