@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`dynasty-lightning export`: a checkpoint and test images become a program that boards run, compared with torch on the way."""
 
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,11 +12,13 @@ from fpga.runtime import Program, Runner
 
 from .data import TensorDataModule, load_data
 from .export import export_program
+from .files import write_whole
 from .models import Classifier, build_model
 from .nn.convert import convert
 from .nn.layers import dynamic_layers
 from .policy.precision_map import PrecisionMap
 from .report import read_summary
+from .tasks import TEXT_DATA, TEXT_MODELS
 
 IMAGES_FILE = "images.npz"
 _BATCH = 50
@@ -46,6 +47,10 @@ def export_run(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist: `dynasty-lightning demo --checkpoints` leaves checkpoints in its run folder")
     arguments = read_summary(checkpoint.parent)["args"]
+    if arguments["data"] in TEXT_DATA or arguments["model"] in TEXT_MODELS:
+        raise ValueError(
+            f"{checkpoint} is of a text model, {arguments['model']}: programs take images, and have no embedding and no attention"
+        )
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         plugin = state["DynastyPrecision"]
@@ -116,7 +121,4 @@ def load_images(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
 
 
 def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, images=images, labels=labels)
-    os.replace(temporary, path)
+    write_whole(path, lambda file: np.savez_compressed(file, images=images, labels=labels))

@@ -36,6 +36,7 @@ _CALIBRATION_IMAGES: Final = 64
 _BATCH: Final = 50
 _FLAT: Final = "_flat"
 _SMOOTH: Final = ("relu", "max_pool", "flatten")
+_PLAIN: Final = ("add", "affine", "average_pool", "conv", "flatten", "linear", "max_pool", "mean", "relu")
 
 Array = np.ndarray[Any, Any]
 
@@ -168,6 +169,8 @@ def plain_network(program: Program, runner: Runner, *, core: Sequence[str] = ())
     for index, step in enumerate(program.steps):
         inputs = [nodes[name] for name in step["inputs"]]
         if step["op"] == "add":
+            if len({shapes[name] for name in step["inputs"]}) > 1:
+                raise Hls4mlExportError(f"step {step['name']!r} adds tensors of two shapes, which hls4ml's streams do not do")
             nodes[step["name"]] = graph.call_function(operator.add, tuple(inputs))
             continue
         name = f"{step['op']}{index}"
@@ -194,6 +197,10 @@ def _core_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -
 
 def _plain_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -> nn.Module:
     op, spatial = step["op"], tuple(shape[2:])
+    if op not in _PLAIN:
+        raise Hls4mlExportError(f"step {step['name']!r} is a {op}, which has no layer of hls4ml here: {', '.join(_PLAIN)} have")
+    if op == "mean" and step.get("axes", list(range(2, len(shape)))) != list(range(2, len(shape))):
+        raise Hls4mlExportError(f"step {step['name']!r} is a mean over axes {step['axes']}; hls4ml's layer takes all positions")
     if len(spatial) > 2:
         raise Hls4mlExportError(f"step {step['name']!r} works on {len(spatial)} axes; hls4ml knows one and two")
     two = len(spatial) == 2
@@ -223,6 +230,15 @@ def _plain_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) 
     if op in ("max_pool", "average_pool"):
         if op == "max_pool" and any(step["padding"]):
             raise Hls4mlExportError(f"step {step['name']!r} pads a max pooling, which hls4ml does with zeros")
+        # Beyond these an assertion of its C++ would end this process.
+        if step["stride"] != step["taps"]:
+            raise Hls4mlExportError(
+                f"step {step['name']!r} pools {step['taps']} at stride {step['stride']}; hls4ml's streams need them equal"
+            )
+        if any(step["padding"]) or set(step) & {"ceil", "dilation", "divisor"}:
+            raise Hls4mlExportError(
+                f"step {step['name']!r} pools with padding, ceil_mode, dilation or a divisor, which hls4ml's streams lack"
+            )
         kinds = {("max_pool", True): nn.MaxPool2d, ("max_pool", False): nn.MaxPool1d, ("average_pool", True): nn.AvgPool2d}
         kind: Any = kinds.get((op, two), nn.AvgPool1d)
         return kind(tuple(step["taps"]), tuple(step["stride"]), tuple(step["padding"]))  # type: ignore[no-any-return]

@@ -323,6 +323,13 @@ def test_the_network_runs_on_the_core_inside_hls4ml_and_coarser_percentiles_diff
         (nn.Conv2d(2, 4, 3, dilation=2), (2, 9, 9), r"dilated by \[2, 2\]"),
         (nn.Sequential(nn.Conv2d(2, 4, 1), nn.MaxPool2d(3, 2, 1)), (2, 8, 8), "pads a max pooling"),
         (nn.Linear(4, 4), (3, 4), "a linear layer over 2 axes"),
+        (
+            nn.Sequential(nn.Conv2d(2, 4, 1), nn.MaxPool2d(3, 2)),
+            (2, 9, 9),
+            r"pools \[3, 3\] at stride \[2, 2\]; hls4ml's streams need them equal",
+        ),
+        (nn.Sequential(nn.Conv2d(2, 4, 1), nn.AvgPool2d(2, 2, 1)), (2, 8, 8), "pools with padding"),
+        (nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU6()), (2, 8, 8), "is a clip, which has no layer of hls4ml here"),
     ],
 )
 def test_steps_without_a_layer_in_hls4ml_are_named(network: nn.Module, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
