@@ -31,7 +31,8 @@ def export_program(
     """The program of a converted network in eval mode.
 
     The network runs twice, on random samples, and its operations become steps in whichever form they are called: module, function, method,
-    operator, in place. What a step may be: `fpga.program.STEP_KINDS`. A softmax or log_softmax is a step like any other (docs/architecture.md).
+    operator, in place. What a step may be: `fpga.program.STEP_KINDS`. A softmax or log_softmax is a step like any other
+    (docs/architecture.md).
 
     Args:
         network: with converted layers, one float32 tensor in, one tensor out; both begin with the batch. It is not changed.

@@ -205,7 +205,7 @@ def test_a_deploy_folder_runs_by_itself(program_folder: Path, tmp_path: Path) ->
     assert "of 20 images right" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == str(out / "fpga" / "__init__.py")
     notebook = json.loads((out / "classify.ipynb").read_text())
-    assert 'DEVICE = "pynq-sim"' in "".join("".join(c["source"]) for c in notebook["cells"])
+    assert "DEVICE = 'pynq-sim'" in "".join("".join(c["source"]) for c in notebook["cells"])
     # An earlier deploy folder is replaced; somebody else's is not.
     deploy(program_folder, load_board("pynq-z2"), out)
     (tmp_path / "mine").mkdir()
