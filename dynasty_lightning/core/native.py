@@ -426,7 +426,7 @@ def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tens
     if tuple(x.shape) != layout.shape or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not supports(layout):
         raise ValueError(f"the kernel takes a float32 or bfloat16 CPU tensor of {layout}, not {x.dtype} {tuple(x.shape)} on {x.device}")
     x, extents, strides = _operand(x, layout)
-    out = torch.empty(layout.grid_shape, dtype=torch.float32)
+    out = torch.empty(layout.grid_shape, dtype=torch.float64)
     args = _MeanSquaresArgs(
         x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, _last(layout), out.data_ptr(),
         _threads(x.numel()),

@@ -9,10 +9,10 @@ from .blocks import BlockLayout
 
 
 def mean_squares(x: Tensor, layout: BlockLayout) -> Tensor:
-    """Mean of x**2 over each block's real elements, float32 on the grid.
+    """Mean of x**2 over each block's real elements, float64 on the grid.
 
-    Summed in float32 in one fixed order (each channel over its rows, then the channels), so that the result depends neither on the
-    memory format nor on threads or device.
+    Summed in float64 in one fixed order (each channel over its rows, then the channels), so that the result depends neither on the
+    memory format nor on threads or device. float64, because squares of gradients that float32 holds may be none that it does.
 
     Args:
         x: floating point, of the layout's shape. Blocks may have as many rows as x.
@@ -27,9 +27,9 @@ def mean_squares_in_torch(x: Tensor, layout: BlockLayout) -> Tensor:
     blocks = layout.split(x.float())
     # Zero padding of ragged edges adds nothing, +0 at that.
     rows, axis = blocks.shape[1], layout.channel_axis + 1
-    total = blocks.select(1, 0).square()
+    total = blocks.select(1, 0).double().square()
     for row in range(1, rows):
-        total += blocks.select(1, row).square()
+        total += blocks.select(1, row).double().square()
     sums = total.select(axis, 0).clone()
     for channel in range(1, layout.block_shape[1]):
         sums += total.select(axis, channel)

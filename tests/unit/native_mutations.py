@@ -85,8 +85,8 @@ MUTATIONS = (
     Mutation("plain: lower clip", "a.v[i] < -b.v[i] ? -b.v[i] : a.v[i]", "a.v[i]", plain=True),
     Mutation("plain: third byte of a lane", "(x2.v[i] & 0xFFu) << 16", "(x1.v[i] & 0xFFu) << 16", plain=True),
     Mutation("dequantize: no sign", "ShiftLeft<1>(low & Ints(0x80))", "(low & Ints(0))"),
-    Mutation("mean over padding", "float((last_row - first_row) * (end - c))", "float((last_row - first_row) * a.block_channels)"),
-    Mutation("squares summed the other way round", "total = c == first ? sum : total + sum;", "total = c == first ? sum : sum + total * Floats(1.0000001f);"),
+    Mutation("mean over padding", "double((last_row - first_row) * (end - c))", "double((last_row - first_row) * a.block_channels)"),
+    Mutation("squares summed the other way round", "          Add(total, sum);", "          total = c + 1 == last ? (Add(sum, total), sum) : sum;"),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
 )  # fmt: skip
 

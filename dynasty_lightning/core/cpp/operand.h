@@ -77,7 +77,7 @@ struct MeanSquaresArgs {
   int64_t stride_row, stride_position, stride_channel;
   int64_t group_rows, block_channels;
   int64_t grid_channels_last;
-  float* out;
+  double* out;
   int64_t threads;
 };
 

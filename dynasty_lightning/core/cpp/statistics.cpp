@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Second moments for the sensitivity analysis. Every sum has one order whatever the memory order and the number of threads.
+// In double: it holds the square of every float32, whose own range ends at 1.8e19 and 1e-23 for squares.
 #include <omp.h>
 
 #include <algorithm>
@@ -12,6 +13,20 @@
 namespace dynasty {
 namespace {
 
+struct Sums {
+  double v[kLanes];
+};
+
+inline void AddSquares(Sums& sums, Float values) {
+  float lanes[kLanes];
+  Store(lanes, values);
+  for (int i = 0; i < kLanes; ++i) sums.v[i] += double(lanes[i]) * double(lanes[i]);
+}
+
+inline void Add(Sums& sums, const Sums& others) {
+  for (int i = 0; i < kLanes; ++i) sums.v[i] += others.v[i];
+}
+
 template <typename T> void MeansByPosition(const MeanSquaresArgs& a, int64_t groups, int64_t channel_blocks) {
   const T* x = static_cast<const T*>(a.x);
 #pragma omp for collapse(2) schedule(static)
@@ -19,23 +34,18 @@ template <typename T> void MeansByPosition(const MeanSquaresArgs& a, int64_t gro
     for (int64_t block = 0; block < channel_blocks; ++block) {
       const int64_t first_row = group * a.group_rows, last_row = std::min(a.rows, first_row + a.group_rows);
       const int64_t first = block * a.block_channels, last = std::min(a.channels, first + a.block_channels);
-      const Float count = Floats(float((last_row - first_row) * (last - first)));
+      const double count = double((last_row - first_row) * (last - first));
       for (int64_t p = 0; p < a.positions; p += kLanes) {
         const Mask lanes = FirstLanes(a.positions - p);
-        Float total = Floats(0.0f);
+        Sums total = {};
         for (int64_t c = first; c < last; ++c) {
-          Float sum = Floats(0.0f);
-          for (int64_t r = first_row; r < last_row; ++r) {
-            const Float value = Load(x + r * a.stride_row + c * a.stride_channel + p, lanes);
-            sum = sum + value * value;
-          }
-          total = c == first ? sum : total + sum;
+          Sums sum = {};
+          for (int64_t r = first_row; r < last_row; ++r) AddSquares(sum, Load(x + r * a.stride_row + c * a.stride_channel + p, lanes));
+          Add(total, sum);
         }
         const int64_t step = a.grid_channels_last ? channel_blocks : 1;
-        float* out = a.out + group * channel_blocks * a.positions + (a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p);
-        float means[kLanes];
-        Store(means, total / count);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, a.positions - p); ++i) out[i * step] = means[i];
+        double* out = a.out + group * channel_blocks * a.positions + (a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p);
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, a.positions - p); ++i) out[i * step] = total.v[i] / count;
       }
     }
   }
@@ -52,23 +62,17 @@ template <typename T> void MeansByChannel(const MeanSquaresArgs& a, int64_t grou
       const int64_t first_row = group * a.group_rows, last_row = std::min(a.rows, first_row + a.group_rows);
       for (int64_t start = 0; start < a.channels; start += chunk) {
         const int64_t here = std::min(chunk, a.channels - start);
-        float sums[kVectors * kLanes];
-        Float sum[kVectors];
-        for (auto& s : sum) s = Floats(0.0f);
+        Sums sums[kVectors] = {};
         for (int64_t r = first_row; r < last_row; ++r) {
           const T* from = x + r * a.stride_row + p * a.stride_position + start;
-          for (int64_t v = 0; v * kLanes < here; ++v) {
-            const Float value = Load(from + v * kLanes, FirstLanes(here - v * kLanes));
-            sum[v] = sum[v] + value * value;
-          }
+          for (int64_t v = 0; v * kLanes < here; ++v) AddSquares(sums[v], Load(from + v * kLanes, FirstLanes(here - v * kLanes)));
         }
-        for (int64_t v = 0; v < kVectors; ++v) Store(sums + v * kLanes, sum[v]);
         for (int64_t c = 0; c < here; c += a.block_channels) {
           const int64_t end = std::min(here, c + a.block_channels), block = (start + c) / a.block_channels;
-          float total = sums[c];
-          for (int64_t i = c + 1; i < end; ++i) total = total + sums[i];
+          double total = 0.0;
+          for (int64_t i = c; i < end; ++i) total += sums[i / kLanes].v[i % kLanes];
           const int64_t at = a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p;
-          a.out[group * channel_blocks * a.positions + at] = total / float((last_row - first_row) * (end - c));
+          a.out[group * channel_blocks * a.positions + at] = total / double((last_row - first_row) * (end - c));
         }
       }
     }
