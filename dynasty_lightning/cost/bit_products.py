@@ -7,7 +7,7 @@ sums: no pair is ever formed. docs/cost.md gives the formulas and says what is c
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, reduce
 from typing import Final, TypeAlias
 
@@ -70,6 +70,18 @@ class GemmCost:
 
     def __add__(self, other: "GemmCost") -> "GemmCost":
         return GemmCost.from_list(a + b for a, b in zip(self.to_list(), other.to_list(), strict=True))
+
+    def at_baseline(self) -> "GemmCost":
+        """What the uniform 8-bit run of the same tensors has: of a step whose operands passed unquantized, which is no cheaper."""
+        return replace(
+            self,
+            products=self.baseline,
+            products_charged=self.baseline_charged,
+            block_products=self.block_products_baseline,
+            dot_products=self.dot_products_baseline,
+            read_bits=self.read_bits_baseline,
+            stored_bits=self.stored_bits_baseline,
+        )
 
     def scaled(self, factor: float) -> "GemmCost":
         """Every count times `factor`, e.g. a number of steps."""
@@ -152,6 +164,7 @@ def layer_cost(
     occupied: Mapping[Role, Tensor],
     block_shape: tuple[int, int],
     has_dgrad: bool,
+    has_wgrad: bool = True,
     first_columns: Tensor | None = None,
     backward_bits: Mapping[Role, Tensor] | None = None,
 ) -> dict[Gemm, GemmCost]:
@@ -165,6 +178,7 @@ def layer_cost(
         occupied: bool, the same grids: the input block was not all zero.
         block_shape: rows x channels of a block; channels a multiple of rows.
         has_dgrad: whether DGRAD runs: not in a first layer whose input needs no gradient.
+        has_wgrad: whether WGRAD runs: not where the weight is frozen.
         first_columns: int64 [row blocks], the first channel of each row block's band of a grouped W; else None.
         backward_bits: of X as WGRAD reads it and W as DGRAD does, where that is a copy of its own with other widths than FORWARD's.
 
@@ -206,10 +220,9 @@ def layer_cost(
     e_block = torch.arange(len(band)) * block_rows // block_channels
     e_rows = e if block_rows == block_channels else e.index_select(2, e_block)
     axes = _tap_axes(geometry, input_shape, output_shape)
-    grams = {
-        Gemm.FORWARD: _forward_gram(x_total, w, None if geometry.groups == 1 else band, axes),
-        Gemm.WGRAD: _wgrad_gram(e_rows, x_backward, None if geometry.groups == 1 else band, axes),
-    }
+    grams = {Gemm.FORWARD: _forward_gram(x_total, w, None if geometry.groups == 1 else band, axes)}
+    if has_wgrad:
+        grams[Gemm.WGRAD] = _wgrad_gram(e_rows, x_backward, None if geometry.groups == 1 else band, axes)
     if has_dgrad:
         grams[Gemm.DGRAD] = _gram(_per_tap(e_total, (axis.inside for axis in axes))[:, e_block], w_backward.sum(2))
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ..core.roles import READS, Role
 from ..cost.bit_products import ZERO_CHARGE
-from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, progress_and_share, step_progress
+from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, progress_and_share
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7
@@ -35,7 +35,7 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
-    progress, share = progress_and_share(layers)
+    progress, share = progress_and_share(layers, loss=loss)
     for name, s in layers.items():
         counts = operand_elements(s)
         probe = s.probe
@@ -43,9 +43,8 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
             continue
         for role in Role:
             # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
-            learns = step_progress(s) > 0
-            gradient = share * learns * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * progress * probe.forward[role]
-            harm = (probe.loss[role] + gradient) / max(loss, 1e-12)
+            gradient = share * s.learns * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * progress * probe.forward[role]
+            harm = (probe.loss[role] + gradient) / (loss if loss > 0 else 1.0)
             # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
             elements = counts[role]
             price = bit_price(s, role, elements, total_macs) * elements

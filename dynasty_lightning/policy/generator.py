@@ -2,6 +2,7 @@
 """The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a noise budget."""
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ GREATEST_SPEEDUP: Final = 16.0
 _MAX_LOG_STEP: Final = 1.5
 _COST_GAIN: Final = 2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
 _NOISE_GAIN: Final = 0.7
+_HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Policy(Protocol):
         ...
 
     def update(self, measurement: Measurement) -> Entries:
-        """The map for the next interval, after each analysis."""
+        """The map for the next interval, after each analysis; operands that it leaves out keep what they have."""
         ...
 
     def raise_precision(self) -> None:
@@ -200,9 +202,15 @@ class ThresholdPolicy(ABC):
             self.multiplier = self._level or 1.0
         else:
             self._steer(measurement, drift)
-        entries = {name: {role: self._entry(name, role, s) for role, s in roles.items()} for name, roles in sensitivities.items()}
+        # An operand without any harm is one that this step could not tell about, not one that needs nothing: it keeps what it has.
+        entries = {
+            name: {role: self._entry(name, role, s) for role, s in roles.items() if bool((s.harm > 0).any())}
+            for name, roles in sensitivities.items()
+        }
         self.predicted_harm = sum(
-            _predicted_harm(s, entries[name][role].values, role) for name, roles in sensitivities.items() for role, s in roles.items()
+            _predicted_harm(sensitivities[name][role], entry.values, role)
+            for name, roles in entries.items()
+            for role, entry in roles.items()
         )
         return entries
 
@@ -232,7 +240,9 @@ class ThresholdPolicy(ABC):
 
     def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
-        ideal = ideal_lsb_exponent(self.multiplier, s.price, s.harm, role) + 0.5  # ceil(t) = round(t + 0.5)
+        # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades above the mean's threshold at most.
+        harm = s.harm.clamp(min=_HARM_FLOOR * float(s.harm.mean()))
+        ideal = ideal_lsb_exponent(self.multiplier, s.price, harm, role) + 0.5  # ceil(t) = round(t + 0.5)
         key = f"{name}/{role.letter}"
         rounded = ideal.round()
         old = self._thresholds.get(key)
@@ -327,10 +337,27 @@ def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
 
 
 def check_target(target_speedup: float) -> float:
-    """Raise ValueError unless a cost target can be met with widths from 8 down to 2 bits."""
+    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what is no number, else ValueError."""
+    if isinstance(target_speedup, bool) or not isinstance(target_speedup, numbers.Real):
+        raise TypeError(f"target_speedup must be a number, not {target_speedup!r}")
     if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
         raise ValueError(
             f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: "
             f"1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
         )
     return float(target_speedup)
+
+
+_POLICY_ATTRIBUTES: Final = (
+    "name", "needs_statistics", "wants_probes", "initial", "update", "raise_precision", "state_dict", "load_state_dict",
+)  # fmt: skip
+
+
+def check_policy(policy: Any) -> Policy:
+    """Raises TypeError for a class in place of an object, and for an object that lacks what a `Policy` has."""
+    if isinstance(policy, type):
+        raise TypeError(f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}")
+    missing = [name for name in _POLICY_ATTRIBUTES if not hasattr(policy, name)]
+    if missing:
+        raise TypeError(f"{type(policy).__name__} is no Policy: it lacks {', '.join(missing)} (dynasty_lightning.policy.generator.Policy)")
+    return policy  # type: ignore[no-any-return]

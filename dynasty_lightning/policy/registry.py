@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policies by name: what each is, where it comes from, and which targets it can be given."""
 
+import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -81,6 +83,12 @@ POLICIES: Final = MappingProxyType(
     }
 )
 
+_OF_CALLBACK: Final = (
+    "target_speedup", "noise_budget", "policy", "bits", "interval", "warmup_steps", "probe_interval", "allocation", "loss_guard",
+    "energy_model", "table",
+)  # fmt: skip
+"""Options of the callback, which hands on what it does not know: misspelt, they arrive here."""
+
 
 def make_policy(name: str, *, target_speedup: float | None = None, noise_budget: float | None = None, **options: Any) -> Policy:
     """A policy by name.
@@ -103,7 +111,10 @@ def make_policy(name: str, *, target_speedup: float | None = None, noise_budget:
         raise ValueError(f"policy {name!r} needs {' or '.join(f'{key}=...' for key in taken)} (e.g. target_speedup=5.0)")
     if not kind.plans_speedup:
         targets.pop("target_speedup", None)
-    try:
-        return kind.make(**targets, **options)
-    except TypeError as error:  # an option of another policy, say
-        raise ValueError(f"policy {name!r}: {error}") from error
+    known = [n for n in inspect.signature(kind.make).parameters if n not in ("name", "needs_statistics", "wants_probes")]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, [*known, *_OF_CALLBACK], n=1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"policy {name!r}: no option {option!r}{hint}; it has {', '.join(known)}")
+    return kind.make(**targets, **options)

@@ -44,8 +44,10 @@ class AnalysisSchedule:
             self._settling_events += 1
             following = step + (self.interval if self._settled else max(self.interval // 10, 1))
         if step < last_step < math.inf:
-            # BatchNorm's averages need half an interval to follow a new map: none is made later than that before the end.
-            following = int(last_step) if following > last_step - self.interval // 2 else following
+            # BatchNorm's averages need half an interval to follow a new map: none is made later than that before the end, or than the last
+            # quarter of a run that is hardly longer.
+            tail = min(self.interval // 2, max(int(last_step) // 4, 1))
+            following = int(last_step) if following > last_step - tail else following
         self.next_step = max(following, step + 1)
 
     def postpone(self, step: int) -> None:

@@ -14,6 +14,11 @@ from ..core.roles import READS, SHARED, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .14 to .25 (docs/thresholds.md)."""
+NATURAL_LOSS: Final = 16.0
+"""In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch, a scale against underflow), whose
+square Fisher information would take for curvature, and leave E nothing."""
+ASSUMED_GAIN: Final = 0.01
+"""What a step takes off the loss, as a share of it, where no step size is known: of a prompt in front of a frozen network, say."""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
 
@@ -39,7 +44,8 @@ class LayerStatistics:
 
     Attributes:
         samples: N, rows of the batch.
-        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`), 0 without one.
+        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`); 0 of a weight whose gradient nobody
+            wanted, NaN of one that learns nobody knows how fast.
         macs: multiply-accumulates of each GEMM that training runs.
         mean_bits: mean width of each role's blocks, zero blocks included.
         x_square, e_square, dx_square, w_square, dw_square: second moments.
@@ -66,6 +72,16 @@ class LayerStatistics:
     unlimited: Mapping[Role, float] = field(default_factory=dict)
     probe: Probe | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether anybody wants the gradient of the weight."""
+        return self.step_size != 0
+
+    @property
+    def has_dgrad(self) -> bool:
+        """Whether anybody wants the gradient of X: a layer below, an embedding, a prompt, an adversary."""
+        return self.macs.get(Gemm.DGRAD, 0) > 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
@@ -89,11 +105,21 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
                            + number of layers below / (positions of E in a sample * sum E**2)); the first is 0 where it does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
+
+    M counts less where L exceeds `NATURAL_LOSS`, in proportion. "Below" counts the layers that learn and ran earlier, one at least where
+    DGRAD runs: somebody wants that gradient.
+
+    Args:
+        layers: in the order in which data ran through them.
+        loss: L; only its size matters.
+
+    Returns:
+        A harm of zero throughout an operand means that this step could not tell, not that it needs nothing.
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
-    scale = 1.0 / max(loss, 1e-12)
-    terms = loss_terms(layers)
-    progress, share = progress_and_share(layers)
+    scale = 1.0 / loss if loss > 0 else 1.0
+    terms = loss_terms(layers) * min(1.0, NATURAL_LOSS * scale)
+    progress, share = progress_and_share(layers, loss=loss)
     result: dict[str, dict[Role, Sensitivity]] = {}
     below = 0
     for name, s in layers.items():
@@ -103,14 +129,15 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         weighed = float(w.mean()) * counts[Role.WEIGHT]
         positions = output_positions(s) / s.samples
         spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
-        learns = step_progress(s) > 0
-        own = share / gradient_energy(s) if learns else 0.0
+        energy = gradient_energy(s)
+        own = share / energy if s.learns and energy > 0 else 0.0
+        reached = max(below, 1) if s.has_dgrad else 0
         harm = {
             Role.ACTIVATION: dx * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
             Role.WEIGHT: 0.5 * terms * s.dw_square.double() + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
-            Role.ERROR: own * patch_energy(s).expand_as(s.e_square) + (below * share / spread if spread > 0 else 0.0),
+            Role.ERROR: own * patch_energy(s).expand_as(s.e_square) + (reached * share / spread if spread > 0 else 0.0),
         }
-        below += learns
+        below += s.learns
         square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
         result[name] = {
             role: Sensitivity(
@@ -125,7 +152,7 @@ def loss_terms(layers: Mapping[str, LayerStatistics]) -> float:
     """Of how many terms the loss is the mean: positions of the last layer's output in the whole batch.
 
     So a sample of a classifier is one, and each token of a language model, whose errors are as independent as those of samples are. It is
-    the layer converted last that counts: of a network whose head is not converted, what feeds it.
+    the layer that ran last that counts: of a network whose head is not converted, what feeds it.
     """
     return output_positions(list(layers.values())[-1]) if layers else 1.0
 
@@ -140,15 +167,24 @@ def gradient_energy(s: LayerStatistics) -> float:
     return float(s.dw_square.double().mean()) * math.prod(s.geometry.weight_shape)
 
 
-def step_progress(s: LayerStatistics) -> float:
-    """eta G: what a step along a layer's gradient takes off the loss, to first order."""
-    return s.step_size * gradient_energy(s)
+def layer_gains(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, float]:
+    """eta G of each layer: what a step along its gradient takes off the loss, to first order; 0 of a layer that does not learn.
+
+    A layer whose step size is not known counts as the others do on average, or, where none is known, as its part of `ASSUMED_GAIN`.
+    """
+    gains = {name: s.step_size * gradient_energy(s) for name, s in layers.items() if s.learns}
+    known = [gain for gain in gains.values() if not math.isnan(gain)]
+    typical = sum(known) / len(known) if known else ASSUMED_GAIN * loss / max(len(gains), 1)
+    return {name: 0.0 if name not in gains else typical if math.isnan(gains[name]) else gains[name] for name in layers}
 
 
-def progress_and_share(layers: Mapping[str, LayerStatistics]) -> tuple[float, float]:
+def progress_and_share(layers: Mapping[str, LayerStatistics], *, loss: float) -> tuple[float, float]:
     """What a step takes off the loss to first order, and the same share of it that each layer has that learns."""
-    gains = [step_progress(s) for s in layers.values()]
-    return sum(gains), sum(gains) / max(sum(gain > 0 for gain in gains), 1)
+    learning = sum(s.learns for s in layers.values())
+    if not learning:  # what learns is no layer of ours
+        return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
+    progress = sum(layer_gains(layers, loss=loss).values())
+    return progress, progress / learning
 
 
 def patch_energy(s: LayerStatistics) -> Tensor:

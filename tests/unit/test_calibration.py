@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.policy.calibration import Calibration, Slope, measured_slopes
-from dynasty_lightning.policy.sensitivity import layer_sensitivities, loss_terms, patch_energy
+from dynasty_lightning.policy.sensitivity import layer_gains, layer_sensitivities, loss_terms, patch_energy
 
 from .layer_statistics import linear
 
@@ -19,7 +19,7 @@ X, W, E = Role
 
 
 def test_harm_of_two_layers_by_hand():
-    layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
+    layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1, dgrad=False), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
     found = layer_sensitivities(layers, loss=2.0)
     # P = sum of eta G: 0.5 * 32 * 0.1 + 1 * 32 * 0.2 = 1.6 + 6.4, half of it for each layer, a quarter for errors of X and W. N/2 = 4.
     noise, share = 8.0 / 4, 8.0 / 2
@@ -116,9 +116,36 @@ def test_a_layer_that_does_not_learn_has_no_harm_in_its_gradient():
         {"frozen": 0.0, "a": 6.4 * 0.3 / 2}
     )
     found = layer_sensitivities(layers, loss=2.0)
-    assert not found["frozen"][E].harm.any()
-    # All of P = 6.4 is a's, and no layer below a learns.
-    assert float(found["a"][E].harm[0, 0]) == pytest.approx(6.4 / 6.4 * 4 * 4 / 2)
+    # All of P = 6.4 is a's. Somebody below learns from dX, of a and of the frozen layer alike: E**2 sums to 128 and 64.
+    assert float(found["a"][E].harm[0, 0]) == pytest.approx((6.4 / 6.4 * 4 * 4 + 6.4 / 128) / 2)
+    assert float(found["frozen"][E].harm[0, 0]) == pytest.approx(6.4 / 64 / 2)
+    first = {**layers, "frozen": linear(outputs=4, inputs=8, step_size=0.0, dw=0.1, dgrad=False)}
+    assert not layer_sensitivities(first, loss=2.0)["frozen"][E].harm.any()
+
+
+def test_no_error_whose_gradient_is_wanted_is_without_harm():
+    """Step sizes that nobody knows, gradients that somebody wants who is no layer of ours, losses of any scale."""
+    a = linear(outputs=4, inputs=8, step_size=math.nan, dw=0.1)
+    b = linear(outputs=8, inputs=4, step_size=math.nan, dw=0.2)
+    for layers in ({"a": a, "b": b}, {"a": replace(a, step_size=0.0), "b": replace(b, step_size=0.0)}):
+        assert all((roles[E].harm > 0).all() for roles in layer_sensitivities(layers, loss=2.0).values())
+    # None known: all share what a step is assumed to take off the loss. One known: the other takes as much.
+    assert layer_gains({"a": a, "b": b}, loss=2.0) == {"a": pytest.approx(0.01), "b": pytest.approx(0.01)}
+    assert layer_gains({"a": a, "b": replace(b, step_size=1.0)}, loss=2.0) == {"a": pytest.approx(6.4), "b": pytest.approx(6.4)}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_loss_of_any_scale_leaves_every_operand_some_harm(scale):
+    """Of second moments that float32 could not hold."""
+
+    def scaled(s):
+        moments = {name: getattr(s, name).double() * scale**2 for name in ("e_square", "dx_square", "dw_square")}
+        return replace(s, step_size=s.step_size / scale, **moments)
+
+    layers = {"a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1), "b": linear(outputs=8, inputs=4, step_size=1.0, dw=0.2)}
+    found = layer_sensitivities({name: scaled(s) for name, s in layers.items()}, loss=2.0 * scale)
+    for roles in found.values():
+        assert all((s.harm > 0).all() and s.harm.isfinite().all() for s in roles.values())
 
 
 def test_no_probe_and_a_broken_probe_give_no_slopes():

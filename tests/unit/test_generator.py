@@ -8,7 +8,7 @@ import torch
 
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.policy.generator import DynastyPolicy, Measurement, UniformPolicy
-from dynasty_lightning.policy.sensitivity import bit_price
+from dynasty_lightning.policy.sensitivity import NATURAL_LOSS, bit_price, layer_sensitivities
 
 from .layer_statistics import linear
 
@@ -27,10 +27,18 @@ def thresholds(entries):
 @pytest.mark.parametrize("factor", [1e-6, 0.03, 1.0, 40.0, 1e5])
 def test_lambda_follows_the_level_of_harm_and_thresholds_stay(factor):
     policy = DynastyPolicy()
-    first = thresholds(policy.update(measured(loss=2.0)))
+    first = thresholds(policy.update(measured(loss=2e-6)))
     before = policy.multiplier
-    assert thresholds(policy.update(measured(loss=2.0 / factor))) == first
+    assert thresholds(policy.update(measured(loss=2e-6 / factor))) == first
     assert policy.multiplier == pytest.approx(before * factor, rel=1e-9)
+
+
+def test_a_loss_beyond_all_likelihoods_is_taken_for_a_scaled_one():
+    """At the same second moments: above `NATURAL_LOSS` W's own term falls with the square of the loss, E's harm as ever with the loss."""
+    harm = {c: layer_sensitivities(LAYERS, loss=c * NATURAL_LOSS)["a"] for c in (1.0, 8.0)}
+    weight = [harm[c][Role.WEIGHT].harm - 8.0 / 4 / 32 / (c * NATURAL_LOSS) for c in (1.0, 8.0)]
+    assert torch.allclose(weight[0] / weight[1], torch.tensor(64.0, dtype=torch.float64))
+    assert torch.allclose(harm[1.0][Role.ERROR].harm / harm[8.0][Role.ERROR].harm, torch.tensor(8.0, dtype=torch.float64))
 
 
 def test_lambda_steps_toward_the_target_by_what_cost_is_off():
@@ -67,12 +75,24 @@ def test_statistics_without_harm_leave_lambda_alone():
     policy.update(measured(loss=2.0))
     before = policy.multiplier
     still = {
-        name: linear(outputs=s.geometry.out_channels, inputs=s.geometry.in_channels, step_size=0.0, dw=0.0, dx=0.0)
+        name: replace(
+            linear(outputs=s.geometry.out_channels, inputs=s.geometry.in_channels, step_size=0.1, dw=0.0, dx=0.0),
+            e_square=torch.zeros_like(s.e_square),
+        )
         for name, s in LAYERS.items()
     }
     entries = policy.update(Measurement(layers=still, loss=2.0, speedup=5.0, target_speedup=5.0))
     assert policy.multiplier == pytest.approx(before)
-    assert all(torch.isfinite(p.values.float()).all() for roles in entries.values() for p in roles.values())
+    # A step without gradients (a last layer that begins at zero) tells nothing about any operand: all keep what they have.
+    assert not any(entries.values())
+
+
+def test_a_batch_that_shows_no_harm_somewhere_does_not_take_all_precision_there():
+    policy = DynastyPolicy(smoothing=0.0)
+    dark = replace(LAYERS["a"], dx_square=LAYERS["a"].dx_square * torch.tensor([[1.0, 0.0]]))
+    x = policy.update(Measurement(layers={"a": dark, "b": LAYERS["b"]}, loss=2.0, speedup=5.0, target_speedup=5.0))["a"][Role.ACTIVATION]
+    lit, unlit = x.values.flatten().tolist()
+    assert 8 <= unlit - lit <= 11
 
 
 def test_what_backward_reads_is_asked_for_with_each_entry():
