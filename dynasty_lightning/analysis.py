@@ -24,12 +24,16 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """What the blocks of a step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks."""
+    """What the blocks of a step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks.
+
+    `dropped`: of each layer's blocks of E, the share that its width made zero, of those that were not zero before.
+    """
 
     cost: StepCost
     layers: dict[str, dict[str, float]]
     mean_bits: dict[str, float]
     zero_share: dict[str, float]
+    dropped: dict[str, float]
 
     def of(self, name: str, statistics: LayerStatistics) -> dict[Role, float]:
         """A layer's mean bits; the statistics' own for a layer that was not used in that step."""
@@ -37,7 +41,7 @@ class Widths:
         return dict(statistics.mean_bits) if found is None else {r: found[r.letter] for r in Role}
 
     def to_state(self) -> dict[str, Any]:
-        return {"cost": self.cost.to_list(), "layers": self.layers, "mean_bits": self.mean_bits, "zero_share": self.zero_share}
+        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "cost": self.cost.to_list()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "Widths":
@@ -76,7 +80,7 @@ def look_at(
     Args:
         layers: all converted layers by name.
         block_shape: rows x channels of an exponent block.
-        step_sizes: of the optimizer at each layer's weight.
+        step_sizes: of the optimizer at each layer's weight; NaN where it is not known.
         probes: whether the step was to measure harm.
         reduce: over ranks; called equally often on each.
     """
@@ -93,10 +97,13 @@ def look_at(
     for name, o in observations.items():
         cost = layer_cost(
             o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
-            block_shape=block_shape, has_dgrad=o.has_dgrad, first_columns=o.first_columns, backward_bits=o.backward_bits,
+            block_shape=block_shape, has_dgrad=o.has_dgrad, has_wgrad=o.has_wgrad,
+            first_columns=o.first_columns, backward_bits=o.backward_bits,
         )  # fmt: skip
         raw.append((name, o, cost))
-        widths = torch.tensor([float(o.bits[r].double().mean()) for r in Role] + [o.x_unsigned] + _backward_widths(layers[name], o))
+        widths = torch.tensor(
+            [float(o.bits[r].double().mean()) for r in Role] + [_dropped_share(o), o.x_unsigned] + _backward_widths(layers[name], o)
+        )
         total = sum(cost.values(), StepCost())
         parts += [t.flatten() for t in o.squares.values()] + [widths, torch.tensor(total.to_list(), dtype=torch.float64)]
         parts.append(ProbeRecord.flat(o.probe, present=probes))
@@ -106,17 +113,20 @@ def look_at(
     found: dict[str, LayerStatistics] = {}
     costs: dict[str, StepCost] = {}
     mean_bits: dict[str, dict[Role, float]] = {}
+    dropped: dict[str, float] = {}
     for name, o, cost in raw:
         squares = {s: next(pieces).view(t.shape) for s, t in o.squares.items()}
         values = next(pieces).tolist()
         mean_bits[name] = dict(zip(Role, values, strict=False))
-        x_unsigned, *backward = values[len(Role) :]
+        dropped[name], x_unsigned, *backward = values[len(Role) :]
         costs[name] = StepCost.from_list(next(pieces).tolist())
         probe = ProbeRecord.from_flat(next(pieces))
         if not squares:
             continue
+        finite = finite and all(bool(t.isfinite().all()) for t in squares.values())  # a product of finite operands may overflow
         found[name] = LayerStatistics(
-            geometry=o.geometry, samples=o.input_shape[0], step_size=step_sizes[name], channels_per_block=block_shape[1],
+            geometry=o.geometry, samples=o.input_shape[0], channels_per_block=block_shape[1],
+            step_size=step_sizes[name] if o.has_wgrad else 0.0,
             macs={g: int(c.macs) for g, c in cost.items()},
             mean_bits=mean_bits[name],
             x_unsigned=x_unsigned,
@@ -136,8 +146,14 @@ def look_at(
             layers={name: {r.letter: b for r, b in bits.items()} for name, bits in mean_bits.items()},
             mean_bits={r.letter: sum(mean_bits[n][r] * o.bits[r].numel() for n, o in observations.items()) / blocks[r] for r in Role},
             zero_share={r.letter: sum(int((o.bits[r] == 0).sum()) for o in observations.values()) / blocks[r] for r in Role},
+            dropped=dropped,
         ),
     )
+
+
+def _dropped_share(o: LayerObservation) -> float:
+    occupied = o.occupied[Role.ERROR]
+    return float((o.bits[Role.ERROR][occupied] == 0).double().mean()) if bool(occupied.any()) else 0.0
 
 
 def _backward_widths(layer: DynamicLayer, o: LayerObservation) -> list[float]:

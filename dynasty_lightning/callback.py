@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`DynastyCallback`: when to analyse, when to apply a new map, what to log. No arithmetic of its own."""
 
+import copy
 import math
+import numbers
 import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, cast
+from weakref import ref
 
 import lightning.pytorch as pl
 import torch
@@ -16,33 +19,42 @@ from torch import Tensor
 from typing_extensions import override
 
 from .analysis import Look, StepClock, Widths, look_at
+from .core.precision import OperandPrecision
 from .core.roles import Role
 from .cost.analytics import AnalyticsCost, analytics_cost, analytics_share
 from .cost.bit_products import StepCost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
 from .nn.layers import DynamicLayer, LayerObservation
-from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_target
+from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_policy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
 from .policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
 from .precision import DynastyPrecision
-from .step_size import effective_step_sizes
+from .promises import Outcome, Promises
+from .run_steps import RunSteps
+from .step_size import effective_step_sizes, layer_step_size
 
 _NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
 _EARLY_PROBES: Final = (4, 6)
 _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
 _TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up for it: aim above the target, to end at it or above
+_UNKNOWN_END: Final = 10  # of a run that nothing ends: as long again as it has been, this many intervals at least
+_RATE_JUMP: Final = 8.0  # a learning rate that grew so much since the last analysis makes the next one due: E was narrow for a small one
+_STATE_VERSION: Final = 2
 
 
 class DynastyCallback(Callback):
     """Chooses widths while training runs: `Trainer(plugins=[DynastyPrecision()], callbacks=[DynastyCallback(target_speedup=5.0)])`.
 
+    Whatever the run was promised and does not get (a map, its target, gradients that pass) is said in a `PromiseWarning`, and in the
+    table at the end of fit.
+
     Args:
         target_speedup: whole-run cost target over uniform 8-bit blocks, zero blocks charged (`speedup_charged`), warm-up included.
         noise_budget: instead of a cost target: predicted harm to steer to (docs/thresholds.md).
         policy: a name in `POLICIES` ("dynasty", "uniform", rivals), or a `Policy` object.
-        bits: for "uniform": one width, or one for each of "X", "W", "E".
+        bits: for "uniform" only: one width, or one for each of "X", "W", "E"; 8 where not given.
         interval: steps between analyses once the cost has settled.
         warmup_steps: steps at 8 bits before the first map.
         probe_interval: analyses from one measurement of harm to the next, for a policy that is calibrated by them.
@@ -53,7 +65,9 @@ class DynastyCallback(Callback):
         options: further arguments of the named policy.
 
     Raises:
-        ValueError: both targets, none, or one out of range; at fit, a Trainer without `DynastyPrecision`.
+        TypeError: an argument of a wrong type, or a policy object that lacks what a `Policy` has.
+        ValueError: both targets, none, or one out of range; an option that the policy does not have; at fit, a Trainer without
+            `DynastyPrecision`.
     """
 
     def __init__(
@@ -62,7 +76,7 @@ class DynastyCallback(Callback):
         target_speedup: float | None = None,
         noise_budget: float | None = None,
         policy: str | Policy = "dynasty",
-        bits: int | Mapping[str, int] = 8,
+        bits: int | Mapping[str, int] | None = None,
         interval: int = 50,
         warmup_steps: int = 6,
         probe_interval: int = 2,
@@ -76,40 +90,62 @@ class DynastyCallback(Callback):
             raise ValueError(
                 f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise"
             )
+        _check_numbers(noise_budget=noise_budget, loss_guard=loss_guard)
+        _check_counts(interval=interval, warmup_steps=warmup_steps, probe_interval=probe_interval)
         self.target_speedup = None if target_speedup is None else check_target(target_speedup)
+        if bits is not None and policy != "uniform":
+            raise ValueError(f"bits={bits!r} are fixed widths, which policy 'uniform' takes: {_named(policy)} chooses widths itself")
         if policy == "uniform":
-            options = {"bits": bits, **options}
+            options = {"bits": 8 if bits is None else bits, **options}
         if isinstance(policy, str):
             policy = make_policy(policy, target_speedup=self.target_speedup, noise_budget=noise_budget, **options)
         elif options or noise_budget is not None:
             raise ValueError(f"options of a Policy object are its own: give {', '.join(options) or 'noise_budget'} to its constructor")
-        self.policy: Policy = policy
-        self.schedule = AnalysisSchedule(interval=interval, warmup_steps=warmup_steps if policy.needs_statistics else 0)
+        self.policy: Policy = check_policy(policy)
+        self._interval, self._warmup_steps = interval, warmup_steps if policy.needs_statistics else 0
+        self._loss_guard = loss_guard
+        self._fresh_policy = copy.deepcopy(policy.state_dict())
         self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.named(allocation)
         if probe_interval < 1:
             raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
         self.probe_interval = probe_interval
+        self.energy_model = energy_model or EnergyModel()
+        self.table = table
+        self._plugin: DynastyPrecision | None = None
+        self._trainer: ref[pl.Trainer] | None = None
+        self._restored = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget whatever run there was: all that a run changes begins here."""
+        self.schedule = AnalysisSchedule(interval=self._interval, warmup_steps=self._warmup_steps)
+        self.guard = LossGuard(ratio=self._loss_guard)
+        self.policy.load_state_dict(copy.deepcopy(self._fresh_policy))
+        self.promises = Promises()
+        self.run_cost = RunCost()
+        self.history: list[dict[str, Any]] = []
+        self._steps = RunSteps()
         self._analyses = 0
-        self._seen_step = -1
         self._costed: Widths | None = None
         self._clean = False
         self._overhead = 0.0
-        self.guard = LossGuard(ratio=loss_guard)
-        self.energy_model = energy_model or EnergyModel()
-        self.table = table
-        self.run_cost = RunCost()
-        self.history: list[dict[str, Any]] = []
-        self._plugin: DynastyPrecision | None = None
-        self._restored = False
         self._last_cost: StepCost | None = None
         self._last_event_step = 0
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
+        self._evaluations = 0
         self._nonfinite = 0
         self._raised = False
+        self._seen: set[str] = set()
+        self._largest_rates: dict[str, float] = {}
+        self._rate = math.inf
         self._clock = StepClock()
         self._bits: dict[str, dict[Role, Tensor]] = {}
         self._analytics = AnalyticsCost()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The Trainer and the plugin's module do not travel; figures, history and policy do.
+        return {**self.__dict__, "_plugin": None, "_trainer": None}
 
     # -- Lightning hooks
 
@@ -126,25 +162,33 @@ class DynastyCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not self._restored:
-            self._apply(self.policy.initial(self._layers))
+        goes_on = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
+        self._trainer = ref(trainer)
+        if not self._restored and not goes_on:
+            self._begin()
+            if trainer.global_step > 0:  # resumed from a checkpoint that knows nothing of this callback
+                self._last_event_step = trainer.global_step
+            self._apply(self.policy.initial(self._layers), keep=False)
         self._restored = False
+        self.promises.speaks = trainer.is_global_zero
         if self._plugin is not None and self._plugin.report is not None and self._plugin.report.skipped:
             rank_zero_info(str(self._plugin.report))
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._seen_step = trainer.global_step
+        self._steps.start(trainer, pl_module)
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step + 1
+        step = self._steps.done + 1
+        if step + 1 < self.schedule.next_step and self._rate_jumped(trainer):
+            self.schedule.postpone(step)
         due = step >= self.schedule.next_step
         # The step before an analysis tells what the widths in force cost. The analysed one then has E at 8 bits in all layers: second
         # moments seen through E's own noise would take it for sensitivity of X and W, and narrow E further.
         before = step + 1 == self.schedule.next_step
         probing = due and self._probe_is_due
-        self._clean = due and not probing and self._costed is not None and step < trainer.estimated_stepping_batches
+        self._clean = due and not probing and self._costed is not None and step < self._steps.last(trainer, pl_module)
         for layer in self._layers.values():
             layer.observing, layer.headers_only = due or before, before
             layer.probing, layer.exact_errors = probing, self._clean
@@ -156,16 +200,23 @@ class DynastyCallback(Callback):
         return self.policy.wants_probes and (self._analyses in _EARLY_PROBES or self._analyses % self.probe_interval == 0)
 
     @override
+    def on_before_zero_grad(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer) -> None:
+        # Gradients begin anew: so does what a step shows, also where a closure is evaluated several times a step (LBFGS, SAM).
+        self._evaluations += 1
+        for layer in self._layers.values():
+            if layer.observing:
+                layer.clear_observation()
+
+    @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
         self._loss_sum = self._loss_sum + loss.detach().float()
         self._loss_count += 1
 
     @override
     def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
         # Gradients that accumulate end several batches at one step: what they show belongs to the step they lead to.
-        if step > self._seen_step:
-            self._seen_step = step
+        if self._steps.after_batch(trainer, pl_module):
+            step = self._steps.done
             if step >= self.schedule.next_step:
                 self._analyse(trainer, pl_module, step)
             elif step + 1 == self.schedule.next_step:
@@ -175,62 +226,95 @@ class DynastyCallback(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        for layer in self._layers.values():
-            layer.observing = layer.headers_only = layer.exact_errors = False
-        step = trainer.global_step
+        self._observe_nothing()
+        step = self._steps.done
         if self._last_cost is not None and step > self._last_event_step:
             self.run_cost.add(self._last_cost, step - self._last_event_step)
             self._last_event_step = step
-        if self.table and self._last_cost is not None and trainer.is_global_zero:
-            print(self.format_table())
+        unseen = {name: layer for name, layer in self._layers.items() if name not in self._seen}
+        self.promises.layers_unseen(
+            learning=[name for name, layer in unseen.items() if layer.weight.requires_grad],
+            frozen=[name for name, layer in unseen.items() if not layer.weight.requires_grad],
+        )
+        lines = self.promises.at_end(self._outcome()) if step else []
+        if self.table and step and trainer.is_global_zero:
+            print(self._table(lines))
+
+    @override
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        if self._plugin is not None and self._plugin.report is not None:
+            self._observe_nothing()
+
+    def _observe_nothing(self) -> None:
+        for layer in self._layers.values():
+            layer.observing = layer.headers_only = layer.probing = layer.exact_errors = False
+            layer.clear_observation()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
+            "version": _STATE_VERSION,
             "policy_name": self.policy.name,
             "policy": self.policy.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "steps": self._steps.state_dict(),
+            "promises": self.promises.state_dict(),
             "guard": (self.guard.best, self.guard.first),
             "run_cost": self.run_cost.state_dict(),
             "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
             "last_event_step": self._last_event_step,
-            "loss": (float(self._loss_sum), self._loss_count),
+            "loss": (float(self._loss_sum), self._loss_count, self._evaluations),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
             "overhead": self._overhead,
             "costed": None if self._costed is None else self._costed.to_state(),
             "raised": self._raised,
+            "rates": (dict(self._largest_rates), self._rate),
+            "seen": sorted(self._seen),
             "history": self.history,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint holds DynastyCallback's state of version {state_dict.get('version', 1)}, this package reads "
+                f"{_STATE_VERSION}: resume with the version that wrote it, or take the weights alone (load_from_checkpoint) and begin a run"
+            )
         if state_dict["policy_name"] != self.policy.name:
             raise ValueError(f"the checkpoint was trained with policy {state_dict['policy_name']!r}, this run has {self.policy.name!r}")
         self.policy.load_state_dict(state_dict["policy"])
         self.schedule.load_state_dict(state_dict["schedule"])
+        self._steps.load_state_dict(state_dict["steps"])
+        self.promises.load_state_dict(state_dict["promises"])
         self.guard.best, self.guard.first = state_dict["guard"]
         self.run_cost.load_state_dict(state_dict["run_cost"])
         self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
         self._last_event_step = state_dict["last_event_step"]
-        loss_sum, self._loss_count = state_dict["loss"]
+        loss_sum, self._loss_count, self._evaluations = state_dict["loss"]
         self._loss_sum = torch.tensor(loss_sum)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
         self._analyses, self._overhead = state_dict["analyses"], state_dict["overhead"]
         self._costed = None if state_dict["costed"] is None else Widths.from_state(state_dict["costed"])
+        rates, self._rate = state_dict["rates"]
+        self._largest_rates, self._seen = dict(rates), set(state_dict["seen"])
         self.history = list(state_dict["history"])
         self._restored = True
 
     # -- Results
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis, share of time spent on analysis."""
+        """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis, share of time spent on analysis.
+
+        `target_reached` is None where no cost was to be steered to.
+        """
         cost = self.run_cost.sum
         last = self.history[-1] if self.history else {}
         return {
             "steps": self.run_cost.steps,
             "speedup_ideal": cost.speedup_ideal,
             "speedup_charged": cost.speedup_charged,
+            "target_reached": None if self.target_speedup is None else self._outcome().reached,
             **energy_ratios(cost, self.energy_model),
             "bits": last.get("mean_bits", {}),
             "zero_share": last.get("zero_share", {}),
@@ -239,6 +323,16 @@ class DynastyCallback(Callback):
             "analytics_hardware": self._analytics_hardware(),
             "nonfinite": self._nonfinite,
         }
+
+    def _outcome(self) -> Outcome:
+        return Outcome(
+            steps=self._steps.done,
+            warmup_steps=self.schedule.warmup_steps,
+            target=self.target_speedup if self.policy.needs_statistics else None,
+            speedup=self.run_cost.sum.speedup_charged,
+            settled=math.nan if self._last_cost is None else self._last_cost.speedup_charged,
+            slack=SETTLED,
+        )
 
     def _analytics_of(self, o: LayerObservation) -> AnalyticsCost:
         return analytics_cost(
@@ -260,31 +354,24 @@ class DynastyCallback(Callback):
         return BitWidthMap(structure=self._require_plugin().structure, bits=self._bits)
 
     def format_table(self) -> str:
-        """The end-of-fit table."""
+        """The end-of-fit table, of the run so far."""
+        return self._table(self.promises.lines(self._outcome()))
+
+    def _table(self, promises: list[str]) -> str:
         s = self.summary()
         lines = [
             f"Dynamic precision over {s['steps']} steps (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
             f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
+            *promises,
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
             f"  analysis        {100 * s['analytics_share']:6.2f}% of the training time here; "
             f"on hardware {100 * s['analytics_hardware']['energy']:.2f}% of the energy (model)",
-            *self._missed_target(s["speedup_charged"]),
             "  layer                          bits X   bits W   bits E",
         ]
         for name, bits in (self.history[-1]["bits"] if self.history else {}).items():
             lines.append(f"  {name[:28]:28s} " + "".join(f"{bits[r.letter]:9.2f}" for r in Role))
         return "\n".join(lines)
-
-    def _missed_target(self, speedup: float) -> list[str]:
-        """A line of the table when cost was to be steered and the run ended short of its target by more than settling leaves."""
-        target = self.target_speedup
-        if target is None or speedup >= target * (1.0 - SETTLED):
-            return []
-        return [
-            f"  target          {target:6.2f}x was missed: a long warm-up (here {self.schedule.warmup_steps} steps), the loss guard or an "
-            f"early end can cost it; to make up for them, other steps are asked for {_TARGET_SLACK:g} times their plan at most",
-        ]
 
     # -- Analysis
 
@@ -297,11 +384,17 @@ class DynastyCallback(Callback):
             raise RuntimeError("DynastyCallback is not attached to a running Trainer yet: call trainer.fit first")
         return self._plugin
 
+    def _rate_jumped(self, trainer: "pl.Trainer") -> bool:
+        """Whether the learning rate has left that of the last analysis far behind, as at a restart of its schedule."""
+        return _largest_rate(trainer) > _RATE_JUMP * self._rate
+
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        last_step = trainer.estimated_stepping_batches
+        last_step = self._steps.last(trainer, pl_module)
         look, costed = self._look(trainer), self._costed
         self._costed = None
-        if look is None and (costed is None or step < last_step):  # a batch that used no converted layer, or a smaller one than before
+        if look is None:
+            self.promises.analysis_missed("the analysed step ran no converted layer backward, or on a smaller batch than the one before")
+        if look is None and (costed is None or step < last_step):
             self.schedule.postpone(step)
             return
         widths = costed if costed is not None and (self._clean or look is None) else cast(Look, look).widths
@@ -313,8 +406,8 @@ class DynastyCallback(Callback):
             self._overhead = max(dearer, 0.0) / self.schedule.interval
         self.run_cost.add(cost, steps)
         self._last_event_step, self._last_cost = step, cost
-        loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._loss_count, 1)).reshape(1)))
-        self._loss_sum, self._loss_count = 0.0, 0
+        loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._evaluations or self._loss_count, 1)).reshape(1)))
+        self._loss_sum, self._loss_count, self._evaluations = 0.0, 0, 0
         self._record(step, widths, loss)
         target = self._rest_target(step, last_step, cost)
         reason = self.guard.check(loss)
@@ -323,23 +416,32 @@ class DynastyCallback(Callback):
         # After the last step nothing is tested with another map than it was trained with.
         elif look is not None and look.finite and self.schedule.is_warm(step) and step < last_step:
             self._raised = False
-            layers = {name: replace(s, mean_bits=widths.of(name, s)) for name, s in look.layers.items()}
-            measurement = Measurement(
-                layers=layers, loss=abs(loss), speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
+            self._update(look, widths, Measurement(
+                layers={name: replace(s, mean_bits=widths.of(name, s)) for name, s in look.layers.items()}, loss=abs(loss),
+                speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
                 run_speedup=self.run_cost.sum.speedup_charged,
-            )  # fmt: skip
-            entries = self.policy.update(measurement)
-            self._apply(entries if target is None or target > _NEARLY_UNIFORM else {})
+            ))  # fmt: skip
             self._check_ranks(trainer)
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
         self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
         self._analyses += 1
-        for layer in self._layers.values():
-            layer.observing = layer.headers_only = layer.probing = layer.exact_errors = False
-        self._log(pl_module)
+        self._observe_nothing()
+        self._log(trainer, pl_module, step)
+
+    def _update(self, look: Look, widths: Widths, measurement: Measurement) -> None:
+        """A new map from the policy, put in force."""
+        self.promises.errors_dropped({name: share for name, share in widths.dropped.items() if name in look.layers})
+        entries = _checked_entries(self.policy, self.policy.update(measurement))
+        target = measurement.target_speedup
+        if target is None or target > _NEARLY_UNIFORM:
+            self._apply(entries)
+        else:
+            self._apply({}, keep=False)
+        self.promises.map_applied()
 
     def _look(self, trainer: "pl.Trainer") -> Look | None:
         """What the step showed, over all ranks; the layers forget it. None if nothing was recorded."""
+        self._rate = _largest_rate(trainer)
         look = look_at(
             self._layers,
             block_shape=self._require_plugin().format.block_shape,
@@ -349,10 +451,13 @@ class DynastyCallback(Callback):
         )
         if look is None:
             return None
+        self._seen |= set(look.observations)
         self._nonfinite += look.nonfinite
-        if not look.finite and self._last_cost is not None:
-            # An operand that passed unquantized has no blocks to count: its step costs what the last one did.
-            look = replace(look, widths=replace(look.widths, cost=self._last_cost))
+        if not look.finite:
+            self.promises.gradients_not_finite(n for n, o in look.observations.items() if any(o.nonfinite.values()))
+            # An operand that passes unquantized has no blocks to count. The step is no cheaper than one at 8 bits.
+            cost = (self._last_cost or look.widths.cost).at_baseline()
+            look = replace(look, widths=replace(look.widths, cost=cost))
         if self.policy.needs_statistics:
             self._analytics = sum((self._analytics_of(o) for o in look.observations.values()), AnalyticsCost())
         if not self._clean:
@@ -360,9 +465,9 @@ class DynastyCallback(Callback):
         return look
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
-        """Of each layer's weight, in the next step; 0 for one that no optimizer holds."""
-        sizes = effective_step_sizes(trainer.optimizers)
-        return {name: sizes.get(id(layer.weight), 0.0) for name, layer in self._layers.items()}
+        """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's holds."""
+        sizes = effective_step_sizes(trainer.optimizers, self._largest_rates)
+        return {name: layer_step_size(layer, sizes) for name, layer in self._layers.items()}
 
     def _record(self, step: int, widths: Widths, loss: float) -> None:
         cost = widths.cost
@@ -385,8 +490,10 @@ class DynastyCallback(Callback):
         """Speedup that the next steps need so that the whole run, warm-up included, meets the target with the allocation's shape."""
         if self.target_speedup is None:
             return None
+        if not math.isfinite(last_step):
+            last_step = step + max(step, _UNKNOWN_END * self.schedule.interval)
         remaining = last_step - step
-        if not math.isfinite(last_step) or remaining <= 0:
+        if remaining <= 0:
             return self.target_speedup
         aim = min(self.target_speedup * _TARGET_MARGIN, GREATEST_SPEEDUP)
         budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / aim - self.run_cost.sum.products_charged
@@ -404,14 +511,19 @@ class DynastyCallback(Callback):
         if not self._raised:
             warnings.warn(f"loss guard: {reason}; all operands get 8 bits until it recovers", stacklevel=2)
         self._raised = True
+        self.promises.guard_raised()
         if not isinstance(self.policy, UniformPolicy):
             self.policy.raise_precision()
-            self._apply({})
+            self._apply({}, keep=False)
         self.guard.best = math.inf  # judge what follows on its own
 
-    def _apply(self, entries: Entries) -> None:
+    def _apply(self, entries: Entries, *, keep: bool = True) -> None:
+        """Put a map in force. With `keep`, operands that it leaves out (of layers that this step did not run) keep what they have."""
         plugin = self._require_plugin()
-        plugin.apply_map(PrecisionMap(structure=plugin.structure, entries=entries))
+        if keep:
+            active = plugin.precision_map().entries
+            entries = {name: {**active.get(name, {}), **entries.get(name, {})} for name in plugin.structure.layers}
+        plugin.apply_map(PrecisionMap(structure=plugin.structure, entries={name: roles for name, roles in entries.items() if roles}))
 
     def _check_ranks(self, trainer: "pl.Trainer") -> None:
         if trainer.world_size == 1:
@@ -429,7 +541,7 @@ class DynastyCallback(Callback):
         assert isinstance(reduced, Tensor)
         return reduced.cpu()
 
-    def _log(self, pl_module: "pl.LightningModule") -> None:
+    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         last = self.history[-1]
         bar = {"dynasty/speedup_charged": last["speedup_charged"], "dynasty/bits_E": last["mean_bits"]["E"]}
         values = {
@@ -442,5 +554,42 @@ class DynastyCallback(Callback):
         }
         if last["lambda"] is not None:
             values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
-        pl_module.log_dict(bar, prog_bar=True, on_step=True, on_epoch=False)
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        # To the loggers at once and at its own step: Lightning's own way keeps only what falls on a step of log_every_n_steps.
+        for logger in trainer.loggers:
+            logger.log_metrics({**bar, **values}, step=step)
+        pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+
+
+def _largest_rate(trainer: "pl.Trainer") -> float:
+    return max((float(group.get("lr", 0.0)) for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
+
+
+def _checked_entries(policy: Policy, entries: Any) -> Entries:
+    """What a policy's `update` returned. Raises TypeError unless it is a map's entries."""
+    rule = f"policy {policy.name!r}: update returns {{layer name: {{Role: OperandPrecision}}}}"
+    if not isinstance(entries, Mapping):
+        raise TypeError(f"{rule}, not {entries!r}; {{}} leaves everything as it is")
+    for name, roles in entries.items():
+        if not isinstance(roles, Mapping):
+            raise TypeError(f"{rule}; for {name!r} it returned {roles!r}")
+        for role, precision in roles.items():
+            if not isinstance(role, Role) or not isinstance(precision, OperandPrecision):
+                raise TypeError(f"{rule}; for {name!r} it returned {role!r}: {precision!r}")
+    return dict(entries)
+
+
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise TypeError(f"{name} must be a number or None, not {value!r}")
+
+
+def _check_counts(**given: Any) -> None:
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+
+
+def _named(policy: Any) -> str:
+    return f"policy {policy!r}" if isinstance(policy, str) else f"a {type(policy).__name__}"

@@ -74,6 +74,9 @@ class DynastyPrecision(Precision):
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}  # the module travels on its own
+
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         _refuse_strategy(module)
