@@ -18,20 +18,21 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from .analysis import Look, StepClock, Widths, look_at
+from .analysis import Analysis, Look, StepClock, Widths
 from .core.precision import OperandPrecision
 from .core.roles import Role
-from .cost.analytics import AnalyticsCost, analytics_cost, analytics_share
+from .cost.analytics import AnalyticsCost, analytics_share
 from .cost.bit_products import StepCost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
-from .nn.layers import DynamicLayer, LayerObservation
+from .nn.layers import DynamicLayer
 from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_policy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
 from .policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
 from .precision import DynastyPrecision
 from .promises import Outcome, Promises
+from .ranks import Ranks
 from .run_steps import RunSteps
 from .step_size import effective_step_sizes, layer_step_size
 
@@ -125,6 +126,10 @@ class DynastyCallback(Callback):
         self.run_cost = RunCost()
         self.history: list[dict[str, Any]] = []
         self._steps = RunSteps()
+        self._analysis = Analysis()
+        self._ranks = Ranks()
+        self._planned_steps = math.inf
+        self._failed = False
         self._analyses = 0
         self._costed: Widths | None = None
         self._clean = False
@@ -177,6 +182,17 @@ class DynastyCallback(Callback):
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._steps.start(trainer, pl_module)
+        self._failed = False
+        self._ranks = Ranks(size=trainer.world_size, rank=trainer.global_rank, device=trainer.strategy.root_device)
+        options = (self.policy.name, self.target_speedup, self.schedule, self.allocation)
+        self._ranks.check_same(str(options), what="DynastyCallback's options")
+        self._ranks.check_same(self.precision_map().hash(), what="the first precision map, or the layers that it belongs to")
+        self._planned_steps = self._agree_on_steps(trainer, pl_module)
+
+    def _agree_on_steps(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
+        """Steps of the whole run: of the rank that plans most, since loaders of different lengths say different things."""
+        steps = torch.tensor([float(self._steps.last(trainer, pl_module))])
+        return float(self._ranks.table(steps, what=f"the number of steps planned at step {self._steps.done}").max())
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
@@ -188,10 +204,12 @@ class DynastyCallback(Callback):
         # moments seen through E's own noise would take it for sensitivity of X and W, and narrow E further.
         before = step + 1 == self.schedule.next_step
         probing = due and self._probe_is_due
-        self._clean = due and not probing and self._costed is not None and step < self._steps.last(trainer, pl_module)
+        self._clean = due and not probing and self._costed is not None and step < self._planned_steps
+        sums_gradients = self._ranks.size > 1 or trainer.accumulate_grad_batches > 1 or not pl_module.automatic_optimization
         for layer in self._layers.values():
             layer.observing, layer.headers_only = due or before, before
             layer.probing, layer.exact_errors = probing, self._clean
+            layer.keeps_gradient = sums_gradients
         self._clock.start(observed=due or before)
 
     @property
@@ -209,7 +227,7 @@ class DynastyCallback(Callback):
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
-        self._loss_sum = self._loss_sum + loss.detach().float()
+        self._loss_sum = self._loss_sum + loss.detach().double()  # Lightning has divided by the number of micro-batches
         self._loss_count += 1
 
     @override
@@ -242,6 +260,7 @@ class DynastyCallback(Callback):
 
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._failed = True  # the other ranks may not come to anything any more
         if self._plugin is not None and self._plugin.report is not None:
             self._observe_nothing()
 
@@ -249,6 +268,14 @@ class DynastyCallback(Callback):
         for layer in self._layers.values():
             layer.observing = layer.headers_only = layer.probing = layer.exact_errors = False
             layer.clear_observation()
+
+    @override
+    def on_save_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+        # What is saved is rank 0's, and the loss since the last analysis is the one thing that is not the same on all ranks.
+        if self._ranks.size > 1 and not self._failed:
+            mean = self._mean_loss(f"the checkpoint of step {trainer.global_step}")
+            self._loss_sum = mean * self._losses
+            checkpoint["callbacks"][self.state_key]["loss"] = (self._loss_sum, self._loss_count, self._evaluations)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -266,6 +293,7 @@ class DynastyCallback(Callback):
             "loss": (float(self._loss_sum), self._loss_count, self._evaluations),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
+            "analysis": self._analysis.state_dict(),
             "overhead": self._overhead,
             "costed": None if self._costed is None else self._costed.to_state(),
             "raised": self._raised,
@@ -292,8 +320,9 @@ class DynastyCallback(Callback):
         self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
         self._last_event_step = state_dict["last_event_step"]
         loss_sum, self._loss_count, self._evaluations = state_dict["loss"]
-        self._loss_sum = torch.tensor(loss_sum)
+        self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
         self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
+        self._analysis.load_state_dict(state_dict["analysis"])
         self._analyses, self._overhead = state_dict["analyses"], state_dict["overhead"]
         self._costed = None if state_dict["costed"] is None else Widths.from_state(state_dict["costed"])
         rates, self._rate = state_dict["rates"]
@@ -333,12 +362,6 @@ class DynastyCallback(Callback):
             settled=math.nan if self._last_cost is None else self._last_cost.speedup_charged,
             slack=SETTLED,
         )
-
-    def _analytics_of(self, o: LayerObservation) -> AnalyticsCost:
-        return analytics_cost(
-            o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, has_dgrad=o.has_dgrad,
-            interval=self.schedule.interval,
-        )  # fmt: skip
 
     def _analytics_hardware(self) -> dict[str, float]:
         """What statistics, maps and widths would add to a step on hardware, as shares of its operations, off-chip bytes and energy."""
@@ -389,8 +412,8 @@ class DynastyCallback(Callback):
         return _largest_rate(trainer) > _RATE_JUMP * self._rate
 
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        last_step = self._steps.last(trainer, pl_module)
         look, costed = self._look(trainer), self._costed
+        last_step = self._planned_steps = self._agree_on_steps(trainer, pl_module)
         self._costed = None
         if look is None:
             self.promises.analysis_missed("the analysed step ran no converted layer backward, or on a smaller batch than the one before")
@@ -406,7 +429,7 @@ class DynastyCallback(Callback):
             self._overhead = max(dearer, 0.0) / self.schedule.interval
         self.run_cost.add(cost, steps)
         self._last_event_step, self._last_cost = step, cost
-        loss = float(self._reduce(trainer, torch.as_tensor(self._loss_sum / max(self._evaluations or self._loss_count, 1)).reshape(1)))
+        loss = self._mean_loss(f"the loss up to step {step}")
         self._loss_sum, self._loss_count, self._evaluations = 0.0, 0, 0
         self._record(step, widths, loss)
         target = self._rest_target(step, last_step, cost)
@@ -421,7 +444,7 @@ class DynastyCallback(Callback):
                 speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
                 run_speedup=self.run_cost.sum.speedup_charged,
             ))  # fmt: skip
-            self._check_ranks(trainer)
+            self._ranks.check_same(self.precision_map().hash(), what=f"the precision map of step {step}")
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
         self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
         self._analyses += 1
@@ -442,16 +465,17 @@ class DynastyCallback(Callback):
     def _look(self, trainer: "pl.Trainer") -> Look | None:
         """What the step showed, over all ranks; the layers forget it. None if nothing was recorded."""
         self._rate = _largest_rate(trainer)
-        look = look_at(
+        look = self._analysis.look(
             self._layers,
+            step=self._steps.done,
             block_shape=self._require_plugin().format.block_shape,
             step_sizes=self._step_sizes(trainer),
-            probes=self._probe_is_due,
-            reduce=lambda tensor: self._reduce(trainer, tensor),
+            interval=self.schedule.interval,
+            ranks=self._ranks,
         )
         if look is None:
             return None
-        self._seen |= set(look.observations)
+        self._seen |= set(look.widths.layers)
         self._nonfinite += look.nonfinite
         if not look.finite:
             self.promises.gradients_not_finite(n for n, o in look.observations.items() if any(o.nonfinite.values()))
@@ -459,10 +483,20 @@ class DynastyCallback(Callback):
             cost = (self._last_cost or look.widths.cost).at_baseline()
             look = replace(look, widths=replace(look.widths, cost=cost))
         if self.policy.needs_statistics:
-            self._analytics = sum((self._analytics_of(o) for o in look.observations.values()), AnalyticsCost())
+            self._analytics = look.analytics
         if not self._clean:
             self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in look.observations.items()}
         return look
+
+    @property
+    def _losses(self) -> int:
+        """Evaluations of the loss: each ends what begins with gradients of zero, where Lightning makes them so."""
+        return self._evaluations or self._loss_count
+
+    def _mean_loss(self, what: str) -> float:
+        """A step's loss on average since the last analysis, as training follows it: ranks count alike, whatever their batches."""
+        mine = torch.as_tensor(self._loss_sum, dtype=torch.float64) / max(self._losses, 1)
+        return float(self._ranks.total(mine.reshape(1), what=what)) / self._ranks.size
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's holds."""
@@ -524,22 +558,6 @@ class DynastyCallback(Callback):
             active = plugin.precision_map().entries
             entries = {name: {**active.get(name, {}), **entries.get(name, {})} for name in plugin.structure.layers}
         plugin.apply_map(PrecisionMap(structure=plugin.structure, entries={name: roles for name, roles in entries.items() if roles}))
-
-    def _check_ranks(self, trainer: "pl.Trainer") -> None:
-        if trainer.world_size == 1:
-            return
-        mine = self.precision_map().hash()
-        theirs = trainer.strategy.broadcast(mine)
-        if mine != theirs:
-            raise RuntimeError(f"rank {trainer.global_rank} holds another precision map ({mine[:12]}) than rank 0 ({theirs[:12]})")
-
-    @staticmethod
-    def _reduce(trainer: "pl.Trainer", tensor: Tensor) -> Tensor:
-        if trainer.world_size == 1:
-            return tensor
-        reduced = trainer.strategy.reduce(tensor.to(trainer.strategy.root_device), reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced.cpu()
 
     def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         last = self.history[-1]

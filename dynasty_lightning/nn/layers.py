@@ -5,7 +5,7 @@ A layer becomes one by `module.__class__ = ...`, so parameters, ties, `isinstanc
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -21,7 +21,7 @@ from .gemms import SETTINGS, has_limit, role_settings, settings_of
 from .ops import apply_layer
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
-from .records import HEADERS_ONLY, PROBING, ObservationSlot
+from .records import HEADERS_ONLY, PROBING, ObservationSlot, StepRecord, weight_squares
 
 _REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
 _DEFAULT_BITS: Final = 8
@@ -70,7 +70,8 @@ class LayerObservation:
     `has_dgrad`, `has_wgrad`: whether a gradient of X, and of W, was wanted. `order` is larger the later the layer's backward ran.
 
     `bits` has the widths of X and W in FORWARD and of E; `backward_bits` those of X in WGRAD and of W in DGRAD, where they are limited.
-    `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only.
+    `squares` has the second moments x_square, e_square, dx_square, w_square and dw_square; nothing if the step was to show widths only, and
+    no dw_square where dW is summed over calls or ranks first (`DynamicLayer.gradient`).
     """
 
     geometry: LayerGeometry
@@ -87,6 +88,7 @@ class LayerObservation:
     squares: Mapping[str, Tensor]
     first_columns: Tensor | None
     probe: ProbeRecord | None = None
+    gradient_energy: float = 0.0
 
 
 class DynamicLayer(nn.Module):
@@ -169,11 +171,38 @@ class DynamicLayer(nn.Module):
             raise ValueError(f"the grid of {role.letter} needs the operand's shape")
         return self.plan.layout(role, shape, Gemm.FORWARD).grid_shape
 
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether recorded calls keep dW from the first on, to be summed over micro-batches or ranks; set before the step."""
+        return self._slot.keeps_gradient
+
+    @keeps_gradient.setter
+    def keeps_gradient(self, keeps: bool) -> None:
+        self._slot.keeps_gradient = keeps
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """dW summed over the calls recorded since `clear_observation` that kept theirs; None if none did."""
+        return self._slot.gradient
+
+    def gradient_squares(self, gradient: Tensor) -> Tensor:
+        """Mean squares of a dW on W's grid, as an observation's dw_square."""
+        return weight_squares(self.plan, gradient)
+
+    def observations(self) -> list[LayerObservation]:
+        """All calls recorded while `observing` was true since `clear_observation`, in the order of their backward."""
+        return [self._observation(record) for record in self._slot.records]
+
     def observation(self) -> LayerObservation | None:
-        """The last training step recorded while `observing` was true; None if there was none since `clear_observation`."""
+        """The last call recorded while `observing` was true, with the dw_square of all; None if none was since `clear_observation`."""
         record = self._slot.latest
         if record is None:
             return None
+        if record.squares and self.gradient is not None:
+            record = replace(record, squares={**record.squares, "dw_square": self.gradient_squares(self.gradient)})
+        return self._observation(record)
+
+    def _observation(self, record: StepRecord) -> LayerObservation:
         headers = dict(zip(Role, record.headers[: len(Role)], strict=True))
         backward = dict(zip(SHARED, record.headers[len(Role) :], strict=True))
         copies = [r for r in SHARED if has_limit(self._settings, r)]
@@ -191,6 +220,7 @@ class DynamicLayer(nn.Module):
             x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
             squares=record.squares,
             probe=record.probe,
+            gradient_energy=record.gradient_energy,
             first_columns=None if self.plan.band is None else self.plan.band.first_columns,
         )
 
@@ -199,8 +229,8 @@ class DynamicLayer(nn.Module):
         return forward.clamp(max=role_settings(self._settings, role)[3]) if self.plan.format.requantizes else backward
 
     def clear_observation(self) -> None:
-        """Forget the last observation."""
-        self._slot.latest = None
+        """Forget what was recorded."""
+        self._slot.clear()
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wt + bias of a batch that is padded as far as it must be, in x's type, or autocast's where that is on."""

@@ -155,11 +155,11 @@ def _layer_backward(
             x, weight, x_request, w_request = probed
             probe = probe_layer(plan, x, weight, e, (x_request, w_request, e_request), settings, stream)
         headers = (*headers, x_packed[_HEADERS], w_packed[_HEADERS])
-        slot.record(
-            record_of(
-                plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, has_wgrad=need_dw, probe=probe, moments=moments
-            )
-        )
+        record = record_of(
+            plan, shape, headers, x_blocks, w_blocks, e, dx, dw, has_dgrad=need_dx, has_wgrad=need_dw, probe=probe, moments=moments,
+            keep_gradient=slot.needs_gradient(call_index),
+        )  # fmt: skip
+        slot.record(record)
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 
 

@@ -26,8 +26,12 @@ HEADERS_ONLY: Final = "#"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one training step of a layer showed: headers (of X and W in FORWARD, E, X in WGRAD, W in DGRAD), mean squares (none if only
-    headers were wanted), how many operands were not finite (of X, W, E), measured harm."""
+    """What one call of a layer showed: headers (of X and W in FORWARD, E, X in WGRAD, W in DGRAD), mean squares (none if only headers were
+    wanted), how many operands were not finite (of X, W, E), measured harm, |dW|**2.
+
+    `gradient` is dW itself, for a call that is one of several of its step or rank: their squares are those of the sum. `squares` then has
+    no dw_square.
+    """
 
     input_shape: tuple[int, ...]
     has_dgrad: bool
@@ -37,29 +41,51 @@ class StepRecord:
     squares: Mapping[str, Tensor]
     nonfinite: tuple[int, int, int]
     probe: ProbeRecord | None = None
+    gradient: Tensor | None = None
+    gradient_energy: float = 0.0
 
 
 class ObservationSlot:
-    """Where the backward operator leaves the records of one layer. A copy of the layer gets a slot of its own."""
+    """Where the backward operator leaves the records of one layer: of all its calls in a step, be they of several micro-batches or of one
+    forward that uses the layer twice. A copy of the layer gets a slot of its own.
+
+    Attributes:
+        keeps_gradient: whether dW is kept from the first call on, because more micro-batches or ranks have their share in it.
+        records: of the step's calls, dW taken out of them.
+        gradient: the sum of the dW that were kept; None if none was.
+    """
 
     def __init__(self) -> None:
         self.key = str(next(_slot_numbers))
-        self.latest: StepRecord | None = None
-        self._most_rows = 0
+        self.keeps_gradient = False
+        self.clear()
         SLOTS[self.key] = self
 
-    def record(self, record: StepRecord) -> None:
-        """Keep a record, but not of a smaller batch than there has been: the last of an epoch says less, and its cost is not a step's.
+    def clear(self) -> None:
+        """Forget the step."""
+        self.records: list[StepRecord] = []
+        self.gradient: Tensor | None = None
+        self._is_wanted = False
 
-        Counts of non-finite operands add up until the record is forgotten.
-        """
-        if record.input_shape[0] < self._most_rows:
-            return
-        self._most_rows = record.input_shape[0]
-        if self.latest is not None:
-            counts = tuple(a + b for a, b in zip(record.nonfinite, self.latest.nonfinite, strict=True))
-            record = replace(record, nonfinite=(counts[0], counts[1], counts[2]))
-        self.latest = record
+    @property
+    def latest(self) -> StepRecord | None:
+        """The record of the last call."""
+        return self.records[-1] if self.records else None
+
+    def needs_gradient(self, call_index: int) -> bool:
+        """Whether a call's dW has to be kept. `call_index` counts forward calls, and backward meets the last one first."""
+        return self.keeps_gradient or call_index > 0 or bool(self.records)
+
+    def record(self, record: StepRecord) -> None:
+        """Add a call to the step."""
+        if (dw := record.gradient) is not None:
+            # Of a layer whose gradient some calls throw away (a discriminator in the generator's step), the others make the step.
+            if self.gradient is None or record.has_wgrad > self._is_wanted:
+                self.gradient, self._is_wanted = dw, record.has_wgrad
+            elif record.has_wgrad == self._is_wanted:
+                self.gradient = self.gradient + dw
+            record = replace(record, gradient=None)
+        self.records.append(record)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ObservationSlot":
         return ObservationSlot()
@@ -92,21 +118,14 @@ def record_of(
     has_wgrad: bool,
     probe: ProbeRecord | None,
     moments: bool = True,
+    keep_gradient: bool = False,
 ) -> StepRecord:
-    """A step's record from what the backward operator holds; without `moments`, headers and what was not finite."""
+    """A call's record from what the backward operator holds; without `moments`, headers and what was not finite."""
     channels = plan.format.block_shape[1]
     axis = plan.geometry.channel_axis
 
     def by_position(t: Tensor) -> Tensor:
         return mean_squares(t, BlockLayout(shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim))
-
-    def by_weight_block(t: Tensor) -> Tensor:
-        layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
-        if plan.band is None:
-            return mean_squares(t, layout)
-        # Elements between the groups are zero and not weights: the mean is over those that are.
-        total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
-        return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
 
     squares: dict[str, Tensor] = {}
     if moments:
@@ -115,9 +134,10 @@ def record_of(
             "x_square": by_position(_dequantized(x_blocks, "X")),
             "e_square": by_position(e),
             "dx_square": by_position(dx),
-            "w_square": by_weight_block(w if plan.band is None else plan.band.extract(w)),
-            "dw_square": by_weight_block(dw),
+            "w_square": weight_squares(plan, w if plan.band is None else plan.band.extract(w)),
         }
+        if not keep_gradient:
+            squares["dw_square"] = weight_squares(plan, dw)
     # Squares overflow sooner than elements.
     e_is_finite = (moments and bool(squares["e_square"].isfinite().all())) or bool(e.isfinite().all())
     return StepRecord(
@@ -133,7 +153,20 @@ def record_of(
             int(not e_is_finite),
         ),
         probe=probe,
+        # A copy: autograd takes dW itself for the parameter's gradient, to which it adds the next micro-batch's.
+        gradient=dw.detach().clone() if moments and keep_gradient else None,
+        gradient_energy=float(dw.double().square().sum()) if probe is not None else 0.0,
     )
+
+
+def weight_squares(plan: LayerPlan, t: Tensor) -> Tensor:
+    """Mean squares of a tensor of the weight's shape, on W's grid."""
+    layout = plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.FORWARD)
+    if plan.band is None:
+        return mean_squares(t, layout)
+    # Elements between the groups are zero and not weights: the mean is over those that are.
+    total, real = (mean_squares(plan.band.embed(v), layout) for v in (t, torch.ones_like(t)))
+    return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
 
 
 def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:

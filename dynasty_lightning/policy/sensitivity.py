@@ -43,12 +43,14 @@ class LayerStatistics:
     """Smoothed observations of one layer; X and E maps and W grids as in docs/architecture.md.
 
     Attributes:
-        samples: N, rows of the batch.
+        samples: N, rows of the batch, of all micro-batches and ranks.
+        ranks: how many share the batch. The loss is the mean of theirs, so that E as a layer has it is so many times that of the loss.
+        positions: of X and of E in a sample, on average, where they vary and the moments are one value for each channel block.
         step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`); 0 of a weight whose gradient nobody
             wanted, NaN of one that learns nobody knows how fast.
         macs: multiply-accumulates of each GEMM that training runs.
         mean_bits: mean width of each role's blocks, zero blocks included.
-        x_square, e_square, dx_square, w_square, dw_square: second moments.
+        x_square, e_square, dx_square, w_square, dw_square: second moments; of E as the layer has it, of dX and dW as the loss has them.
         channels_per_block: columns of an exponent block.
         x_unsigned: share of X's nonzero blocks that have no negative element.
         backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
@@ -71,11 +73,18 @@ class LayerStatistics:
     backward_bits: Mapping[Role, float] = field(default_factory=dict)
     unlimited: Mapping[Role, float] = field(default_factory=dict)
     probe: Probe | None = None
+    ranks: int = 1
+    positions: tuple[float, float] | None = None
 
     @property
     def learns(self) -> bool:
         """Whether anybody wants the gradient of the weight."""
         return self.step_size != 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all second moments are."""
+        return all(bool(t.isfinite().all()) for t in (self.x_square, self.e_square, self.dx_square, self.w_square, self.dw_square))
 
     @property
     def has_dgrad(self) -> bool:
@@ -102,7 +111,7 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = M <dW**2> / (2 L) + P / (4 L) / sum W**2
-        s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / G_l
+        s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / (ranks**2 G_l)
                            + number of layers below / (positions of E in a sample * sum E**2)); the first is 0 where it does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
 
@@ -129,7 +138,7 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         weighed = float(w.mean()) * counts[Role.WEIGHT]
         positions = output_positions(s) / s.samples
         spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
-        energy = gradient_energy(s)
+        energy = gradient_energy(s) * s.ranks**2
         own = share / energy if s.learns and energy > 0 else 0.0
         reached = max(below, 1) if s.has_dgrad else 0
         harm = {
@@ -190,9 +199,12 @@ def progress_and_share(layers: Mapping[str, LayerStatistics], *, loss: float) ->
 def patch_energy(s: LayerStatistics) -> Tensor:
     """X**2 that an element of E meets in WGRAD, summed over channels and taps, mean over samples; E's positions, one channel."""
     g = s.geometry
-    energy = s.x_square.double().mean(g.channel_axis, keepdim=True) * (g.in_channels // g.groups)
+    mean = s.x_square.double().mean(g.channel_axis, keepdim=True)
     if g.kind == "linear":
-        return energy
+        return mean * g.in_channels
+    if s.positions is not None:  # as many as there are on average, those in padding left out
+        return mean * (s.macs[Gemm.FORWARD] / operand_elements(s)[Role.ERROR])
+    energy = mean * (g.in_channels // g.groups)
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(g.taps) - 1]
     return conv(energy, energy.new_ones(1, 1, *g.taps), stride=g.stride, padding=g.padding, dilation=g.dilation)
 
@@ -200,7 +212,8 @@ def patch_energy(s: LayerStatistics) -> Tensor:
 def operand_elements(s: LayerStatistics) -> dict[Role, float]:
     """Elements of each operand in one batch."""
     g = s.geometry
-    positions = [math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim)) for t in (s.x_square, s.e_square)]
+    maps = (s.x_square, s.e_square)
+    positions = s.positions or [math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim)) for t in maps]
     return {
         Role.ACTIVATION: float(s.samples * g.in_channels * positions[0]),
         Role.WEIGHT: float(math.prod(g.weight_shape)),

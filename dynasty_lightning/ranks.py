@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ranks of a run tell each other: tables of facts and sums, whose shapes no rank's data decide."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_HASH_BITS = 48  # what float64 holds, and some to spare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The processes that train one model, each on its own part of a batch. All of them make the same calls, in the same order.
+
+    A call ends with the process group's timeout at the latest (`DDPStrategy(timeout=...)`), in an error that names `what` was agreed on.
+
+    Attributes:
+        size: how many there are.
+        rank: this one's number.
+        device: on which the process group's backend takes tensors.
+    """
+
+    size: int = 1
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def table(self, facts: Tensor, *, what: str) -> Tensor:
+        """float64 [size, n]: each rank's n facts, by rank; n is the same on all.
+
+        Raises:
+            RuntimeError: a rank did not come, or came to agree on something else.
+        """
+        mine = facts.detach().to("cpu", torch.float64).reshape(1, -1)
+        if self.size == 1:
+            return mine
+        mine = torch.cat([torch.tensor([[_number(what), float(mine.numel())]], dtype=torch.float64), mine], 1).to(self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._bounded(what):
+            dist.all_gather(rows, mine)
+        table = torch.cat(rows).cpu()
+        if odd := _minority(list(zip(*table[:, :2].T.tolist(), strict=True))):
+            raise RuntimeError(f"rank {self.rank} came to {what}, but {_named(odd)} to something else: all ranks must run the same steps")
+        return table[:, 2:]
+
+    def total(self, values: Tensor, *, what: str) -> Tensor:
+        """The sum over ranks, on the CPU, in the values' own type. Raises RuntimeError if a rank did not come."""
+        if self.size == 1:
+            return values.cpu()
+        sums = values.detach().contiguous().to(self.device, copy=True)
+        with self._bounded(what):
+            dist.all_reduce(sums)
+        return sums.cpu()
+
+    def check_same(self, text: str, *, what: str) -> None:
+        """Raise RuntimeError, which names the ranks, unless all ranks have the same text."""
+        numbers = self.table(torch.tensor([_number(text)]), what=what).flatten().tolist()
+        if odd := _minority(numbers):
+            raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what}; rank {self.rank} has {text[:200]}")
+
+    @contextmanager
+    def _bounded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} came to {what}, and not all other ranks did: they ended or failed, run other steps, "
+                f"or were slower than the process group's timeout, DDPStrategy(timeout=...) ({error})"
+            ) from error
+
+
+def _number(text: str) -> float:
+    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - _HASH_BITS))
+
+
+def _minority(values: list[object]) -> list[int]:
+    """Indices of what differs from the most frequent value; of equally frequent ones the first counts."""
+    common = Counter(values).most_common(1)[0][0]
+    return [i for i, value in enumerate(values) if value != common]
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

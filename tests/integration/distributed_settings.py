@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that `test_distributed` runs: each a function of ranks, rank and a folder that all ranks share, in its own process."""
+
+import lightning.pytorch as L
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+
+from .distributed_runs import QUIET, TIMEOUT, Batches, Environment, Net, dynamic, fit, images
+
+
+def ddp(**options):
+    return DDPStrategy(timeout=TIMEOUT, cluster_environment=Environment(), **options)
+
+
+def even(ranks, rank, folder, count=14, **options):
+    """The same images in each step, whatever the number of ranks."""
+    return fit(ranks, rank, Net(), Batches(lambda i: images(i, ranks, rank), count), **options)
+
+
+def ragged(ranks, rank, folder):
+    sizes = (32, 24, 16, 9)
+    return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[rank]), 14))
+
+
+def smaller_last_batch(ranks, rank, folder):
+    """Epochs of 5 batches, whose last one is smaller on the last rank: at steps 5 and 10 of 14, next to and at analyses."""
+    sizes = [16] * 4 + [7 if rank == ranks - 1 else 16]
+    return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[i]), 5))
+
+
+class Tokens(Net):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(F.relu(self.stem(x))))).mean(1)
+
+
+def token_lengths(ranks, rank, folder):
+    """Lengths differ between ranks at every step, and from step to step."""
+
+    def batch(i):
+        x, y = images(10 * i + rank, 1, 0, size=16)
+        return x.squeeze(1)[:, : 3 + (i + 2 * rank) % 5], y
+
+    return fit(ranks, rank, Tokens(), Batches(batch, 14))
+
+
+def image_sizes(ranks, rank, folder):
+    return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=16, image=8 + 4 * rank), 14))
+
+
+class Choice(Net):
+    """Uses one of two layers."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.other, self.choose, self.count = nn.Conv2d(8, 8, 3, padding=1), choose, 0
+
+    def features(self, x):
+        self.count += 1
+        return F.relu((self.other if self.choose(self.count) else self.body)(F.relu(self.stem(x))))
+
+
+def unused_layer_on_one_rank(ranks, rank, folder):
+    choose = Choice(lambda count: rank == 1)
+    return fit(ranks, rank, choose, Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(find_unused_parameters=True))
+
+
+def alternating_layers(ranks, rank, folder):
+    choose = Choice(lambda count: (count + rank) % 2)
+    return fit(ranks, rank, choose, Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(find_unused_parameters=True))
+
+
+def static_graph(ranks, rank, folder):
+    return even(ranks, rank, folder, strategy=ddp(static_graph=True))
+
+
+def bucket_view(ranks, rank, folder):
+    return even(ranks, rank, folder, strategy=ddp(gradient_as_bucket_view=True))
+
+
+def broadcast_buffers(ranks, rank, folder):
+    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(broadcast_buffers=True))
+
+
+def own_buffers(ranks, rank, folder):
+    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(broadcast_buffers=False))
+
+
+def sync_batchnorm(ranks, rank, folder):
+    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), sync_batchnorm=True)
+
+
+def _micro(ranks, rank, pieces):
+    """The batch of a step in so many micro-batches."""
+    return Batches(lambda i: images(i // pieces, ranks * pieces, rank * pieces + i % pieces), 14 * pieces)
+
+
+def accumulation(ranks, rank, folder):
+    return fit(ranks, rank, Net(), _micro(ranks, rank, 2), accumulate_grad_batches=2)
+
+
+def scheduled_accumulation(ranks, rank, folder):
+    loader = Batches(lambda i: images(i, ranks, rank), 4)
+    return fit(ranks, rank, Net(), loader, callbacks=[GradientAccumulationScheduler(scheduling={0: 1, 1: 2, 4: 4})])
+
+
+class Manual(Net):
+    """Manual optimization, gradients of two batches, the first of them without synchronization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        x, y = batch
+        if index % 2 == 0:
+            with self.trainer.strategy.block_backward_sync():
+                self.manual_backward(F.cross_entropy(self(x), y) / 2)
+            return
+        self.manual_backward(F.cross_entropy(self(x), y) / 2)
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+def manual_without_sync(ranks, rank, folder):
+    return fit(ranks, rank, Manual(), _micro(ranks, rank, 2))
+
+
+def frozen_layer(ranks, rank, folder):
+    net = Net()
+    net.stem.requires_grad_(False)
+    return fit(ranks, rank, net, Batches(lambda i: images(i, ranks, rank), 14))
+
+
+class Tied(Net):
+    """One layer used twice, on feature maps of two sizes, and one whose weight is another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.twin = nn.Conv2d(8, 8, 3, padding=1)
+        self.twin.weight = self.body.weight
+
+    def features(self, x):
+        x = F.relu(self.body(F.relu(self.stem(x))))
+        return F.relu(self.twin(F.relu(self.body(F.avg_pool2d(x, 2)))))
+
+
+def tied_weights(ranks, rank, folder):
+    return fit(ranks, rank, Tied(), Batches(lambda i: images(i, ranks, rank), 14))
+
+
+class Spoiled(Net):
+    """An infinite gradient at one step on one rank; the optimizer does not take the step."""
+
+    def __init__(self, rank, value):
+        super().__init__()
+        self.spoils, self.value = rank, value
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        if self.trainer.global_step + 1 in (7, 8) and self.trainer.global_rank == self.spoils:
+            loss = loss * self.value
+        return loss
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def nonfinite_on_one_rank(ranks, rank, folder):
+    return fit(ranks, rank, Spoiled(1, float("nan")), Batches(lambda i: images(i, ranks, rank), 14))
+
+
+def loss_guard_on_one_rank(ranks, rank, folder):
+    callback = dynamic(loss_guard=2.0, interval=2)
+    result = fit(ranks, rank, Spoiled(1, 50.0), Batches(lambda i: images(i, ranks, rank), 14), callback=callback)
+    return {**result, "raised": [h["step"] for h in callback.history if h["loss"] > 4]}
+
+
+class Save(Callback):
+    """A checkpoint after a step."""
+
+    def __init__(self, path, step):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def saved(ranks, rank, folder):
+    """Saved between two analyses, and trained on."""
+    return even(ranks, rank, folder, callbacks=[Save(folder / "run.ckpt", 9)])
+
+
+def resumed(ranks, rank, folder):
+    """What is left of the run that `saved` left in the folder."""
+    return fit(ranks, rank, Net(), Batches(lambda i: images(9 + i, ranks, rank), 14), ckpt=folder / "run.ckpt")
+
+
+def callback_without_plugin(ranks, rank, folder):
+    settings = {"devices": ranks, "strategy": ddp(), "max_steps": 2, **QUIET}
+    L.Trainer(callbacks=[dynamic()], **settings).fit(Net(), Batches(lambda i: images(i, ranks, rank), 2))
+
+
+def other_options_on_one_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, callback=dynamic(target_speedup=4.0 if rank == 0 else 5.0))
+
+
+def other_map_on_one_rank(ranks, rank, folder):
+    """Rank 1's policy answers otherwise."""
+    callback = dynamic()
+    if rank == 1:
+        update = callback.policy.update
+        callback.policy.update = lambda measurement: dict(list(update(measurement).items())[1:])
+    return even(ranks, rank, folder, callback=callback)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training on several ranks, with gloo on 127.0.0.1: whatever differs between ranks, their maps and histories do not."""
+
+import json
+
+import pytest
+
+from .distributed_runs import run
+
+pytestmark = [pytest.mark.gloo, pytest.mark.slow]
+
+
+def alike(name, ranks=2, folder=None):
+    """What all ranks returned; a test fails where one did not, or where one has another map, history or weights than the rest."""
+    results = run(name, ranks, folder)
+    assert [r.get("error") for r in results] == [None] * ranks
+    first, *others = (r["value"] for r in results)
+    for other in others:
+        assert json.dumps(other) == json.dumps(first)  # a loss that is NaN is the same, too
+    assert first["entries"] > 0
+    assert first["steps"] == 14
+    return first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ragged", "smaller_last_batch", "token_lengths", "image_sizes", "unused_layer_on_one_rank", "alternating_layers", "static_graph",
+        "bucket_view", "broadcast_buffers", "own_buffers",
+        "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights",
+        "nonfinite_on_one_rank",
+        "loss_guard_on_one_rank",
+    ],
+)  # fmt: skip
+def test_ranks_that_differ_get_the_same_map(name):
+    alike(name)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2), (2, 4)])
+def test_a_run_resumes_on_another_number_of_ranks(first, then, tmp_path):
+    whole, rest = alike("saved", first, tmp_path), alike("resumed", then, tmp_path)
+    assert [h["step"] for h in rest["history"]] == [h["step"] for h in whole["history"]]
+    assert rest["speedup"] == pytest.approx(whole["speedup"], rel=0.02)
+    if first == then:
+        assert rest == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_in_micro_batches_gets_the_bits_of_the_whole(ranks):
+    whole, parts = alike("even", 1)["history"], alike("accumulation", ranks)["history"]
+    for a, b in zip(whole, parts, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=5e-3)
+        assert b["mean_bits"] == pytest.approx(a["mean_bits"], abs=0.1)
+
+
+def test_a_callback_without_its_plugin_ends_all_ranks():
+    assert all("DynastyPrecision" in r["error"] for r in run("callback_without_plugin", 2))
+
+
+@pytest.mark.parametrize(("name", "what"), [("other_options_on_one_rank", "options"), ("other_map_on_one_rank", "map of step")])
+def test_ranks_that_disagree_are_named(name, what):
+    for result in run(name, 2):
+        assert what in result["error"]
+        assert "rank 1 of 2 differ" in result["error"]
+
+
+def test_the_same_images_get_the_same_bits_on_one_two_and_four_ranks():
+    one, two, four = (alike("even", ranks)["history"] for ranks in (1, 2, 4))
+    for other in (two, four):
+        for a, b in zip(one, other, strict=True):
+            assert a["step"] == b["step"]
+            assert b["loss"] == pytest.approx(a["loss"], abs=5e-3)
+            assert b["mean_bits"] == pytest.approx(a["mean_bits"], abs=0.1)
