@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -28,6 +29,8 @@ _SAFE_EXPONENTS: Final = (-30, 30)
 def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> Tensor:
     """One GEMM in the operands' own type: FORWARD of (X, W), DGRAD of (E, W), WGRAD of (E, X), as in `READS`.
 
+    Shapes that the CPU library computes wrongly (`is_trusted`) go through float64 and come out in float32.
+
     Args:
         input_shape: X's shape, which DGRAD cannot tell from E's.
     """
@@ -37,6 +40,8 @@ def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, i
         if gemm is Gemm.DGRAD:
             return (left.reshape(-1, left.shape[-1]) @ right).reshape(input_shape)
         return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
+    if left.dtype is not torch.float64 and left.device.type == "cpu" and not is_trusted(gemm, geometry, tuple(input_shape)):
+        return multiply(gemm, left.double(), right.double(), geometry, input_shape).float()
     # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are told of one.
     dilation = tuple(1 if taps == 1 else d for taps, d in zip(geometry.taps, geometry.dilation, strict=True))
     if gemm is Gemm.FORWARD:
@@ -50,6 +55,39 @@ def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, i
         geometry.groups, [is_dgrad, not is_dgrad, False],
     )  # fmt: skip
     return grads[0] if is_dgrad else grads[1]  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=4096)
+def is_trusted(gemm: Gemm, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
+    """Whether oneDNN's bf16 and float32 convolutions compute a GEMM of this shape.
+
+    Some kernels leave results unwritten (whatever the memory held before) or end the process. It was found in random geometries beside
+    float64, with freed memory poisoned (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
+
+        FORWARD, DGRAD, WGRAD   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps,
+                                that reads nothing but padding
+        WGRAD in 3-D            groups, channels innermost
+
+    The rule says no more than needed: a stride above the kernel is right, and so is one output position at stride 1. Related: pytorch
+    issue 169688 and pull request 188426, which are of 3-D alone. float64, another code path, was right everywhere.
+    """
+    if geometry.kind == "linear":
+        return True
+    if gemm is Gemm.WGRAD and len(geometry.taps) > 2 and geometry.groups > 1:
+        return False
+    axes = zip(input_shape[2:], geometry.taps, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    return not any(_has_odd_edge(*axis) for axis in axes)
+
+
+def _has_odd_edge(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
+    """One output position at a stride above 1; a tap or an output position that reads padding alone."""
+    outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    if outputs == 1 and stride > 1:
+        return True
+    if not padding:
+        return False
+    inside = [[0 <= out * stride - padding + tap * dilation < size for tap in range(taps)] for out in range(outputs)]
+    return not all(any(row) for row in inside) or not all(any(column) for column in zip(*inside, strict=True))
 
 
 def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[int, ...]) -> int:

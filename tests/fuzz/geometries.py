@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random convolutions, fast types against float64, with freed memory poisoned: `python -m tests.fuzz.geometries --seconds 600`.
+
+The library's fault (docs/upstream/onednn-conv-unwritten-memory.md) is memory that is never written, so a single look may pass by luck, and
+some shapes end the process. So each part runs in a child with glibc's MALLOC_PERTURB_ set, and freed blocks of like sizes hold NaN.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+
+from dynasty_lightning.core.geometry import LayerGeometry
+from dynasty_lightning.core.matmul import is_trusted, multiply
+from dynasty_lightning.core.roles import Gemm
+
+_PART = 150  # geometries of one child
+_CHANNELS = (1, 2, 3, 4, 8, 16, 17, 32, 64)
+
+
+def random_case(seed: int, axes: int | None = None) -> tuple[LayerGeometry, tuple[int, ...]]:
+    """A small geometry with an input of it, most of them at some edge."""
+    rng = random.Random(seed)
+    axes = axes or rng.choice((1, 2, 2, 2, 3))
+    taps = [rng.choice((1, 1, 2, 3, 4, 5)) for _ in range(axes)]
+    dilation = [rng.choice((1, 1, 1, 2, 3)) for _ in range(axes)]
+    stride = [rng.choice((1, 1, 2, 2, 3, 4, 5)) for _ in range(axes)]
+    padding = [rng.choice((0, 0, 1, 1, 2, 3)) for _ in range(axes)]
+    outputs = [rng.choice((1, 1, 1, 2, 3, 8)) for _ in range(axes)]
+    size = []
+    for k, d, s, p, out in zip(taps, dilation, stride, padding, outputs, strict=True):
+        least = max(d * (k - 1) + 1 - 2 * p, 1)
+        size.append(max((out - 1) * s + d * (k - 1) + 1 - 2 * p + rng.randrange(s), least))
+    kind, groups = rng.random(), 1
+    inside, out = rng.choice(_CHANNELS), rng.choice(_CHANNELS)
+    if kind > 0.75:
+        groups = rng.choice((2, 4, 5, 8, 16, 32))
+        inside, out = 1, groups * rng.choice((1, 1, 2))
+    elif kind > 0.5:
+        groups = rng.choice((2, 3, 4))
+        inside, out = rng.choice((1, 2, 4, 16)), groups * rng.choice((1, 2, 4, 16))
+    geometry = LayerGeometry(
+        kind="conv",
+        weight_shape=(out, inside, *taps),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+    )
+    return geometry, (rng.choice((1, 1, 2, 3, 4, 16)), inside * groups, *size)
+
+
+def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list[str]:
+    """Which GEMMs, types and memory orders leave the bound of docs/numerics.md."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def operand(shape):
+        return torch.randn(shape, generator=generator).bfloat16().double()
+
+    x, w = operand(shape), operand(geometry.weight_shape)
+    e = operand(multiply(Gemm.FORWARD, x, w, geometry, shape).shape)
+    operands = {Gemm.FORWARD: (x, w), Gemm.DGRAD: (e, w), Gemm.WGRAD: (e, x)}
+    found = []
+    for gemm, (left, right) in operands.items():
+        expected = multiply(gemm, left, right, geometry, shape)
+        sizes = multiply(gemm, left.abs(), right.abs(), geometry, shape)
+        for dtype in (torch.bfloat16, torch.float32):
+            bound = 2.0**-12 * sizes + (2.0**-8 * expected.abs() if dtype is torch.bfloat16 else 0.0) + 1e-30
+            for innermost in (False, True):
+                a, b = (_ordered(t.to(dtype), innermost) for t in (left, right))
+                _poison(expected.numel(), x.numel(), w.numel())
+                got = multiply(gemm, a, b, geometry, shape).double()
+                if not bool(((got - expected).abs() <= bound).all()):
+                    order = "channels innermost" if innermost else "contiguous"
+                    found.append(f"{gemm.name} {str(dtype).removeprefix('torch.')} {order}")
+    return found
+
+
+def _ordered(t: torch.Tensor, innermost: bool) -> torch.Tensor:
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else t.contiguous()
+
+
+def _poison(*sizes: int) -> None:
+    """Leave blocks of such sizes, full of NaN, for the next allocation."""
+    for size in sizes:
+        for part in (1, 2):
+            _ = [torch.full((max(size // part, 1),), float("nan")) for _ in range(3)]
+
+
+def search(first: int, count: int, axes: int | None = None, *, perturb: int = 165) -> tuple[int, list[str]]:
+    """How many of `count` geometries, from seed `first` on, are on the fast path in all three GEMMs, and what is wrong with which."""
+    command = [sys.executable, "-m", "tests.fuzz.geometries", "--part", str(first), str(count), str(axes or 0)]
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_PERTURB_": str(perturb)}, check=False)
+    lines = [json.loads(line) for line in child.stdout.splitlines()]
+    faults = [f"seed {r['seed']}: {', '.join(r['wrong'])}: {r['case']}" for r in lines if r["wrong"]]
+    if child.returncode:
+        # A line is written before a geometry is tried, so the last one names what ended the process.
+        begun = lines[-1] if lines else {}
+        faults.append(f"exit {child.returncode} at seed {begun.get('seed', first)}: {begun.get('case')} {child.stderr[-300:]}")
+    return sum(r.get("trusted", False) for r in lines), faults
+
+
+def _part(first: int, count: int, axes: int) -> None:
+    torch.set_num_threads(1)
+    for seed in range(first, first + count):
+        geometry, shape = random_case(seed, axes or None)
+        case = {**asdict(geometry), "input": shape}
+        print(json.dumps({"seed": seed, "case": case, "wrong": []}), flush=True)
+        trusted = all(is_trusted(gemm, geometry, shape) for gemm in Gemm)
+        print(json.dumps({"seed": seed, "case": case, "wrong": wrong(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to search")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--axes", type=int, choices=(1, 2, 3), help="only convolutions of so many spatial axes")
+    parser.add_argument("--part", type=int, nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        _part(*arguments.part)
+        return 0
+    end, seed, trusted, faults = time.monotonic() + arguments.seconds, arguments.seed, 0, 0
+    while time.monotonic() < end:
+        fast, found = search(seed, _PART, arguments.axes, perturb=1 + seed % 255)
+        seed, trusted, faults = seed + _PART, trusted + fast, faults + len(found)
+        print("\n".join(found), end="\n" if found else "")
+    print(f"{seed - arguments.seed} geometries, {trusted} of them on the fast path in all three GEMMs, {faults} faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Convolutions that the CPU library gets wrong, or crashes on, are multiplied another way."""
+
+import pytest
+import torch
+
+from dynasty_lightning.core.geometry import LayerGeometry
+from dynasty_lightning.core.matmul import is_trusted, multiply
+from dynasty_lightning.core.roles import Gemm
+
+from ..fuzz.geometries import search
+
+
+def conv(weight, *, stride=None, padding=None, dilation=None, groups=1):
+    axes = len(weight) - 2
+    one, zero = (1,) * axes, (0,) * axes
+    return LayerGeometry(
+        kind="conv", weight_shape=weight, stride=stride or one, padding=padding or zero, dilation=dilation or one, groups=groups
+    )  # fmt: skip
+
+
+# As users have them: the end of a network at small images, bands, patches.
+WRONG = [
+    (conv((32, 16, 3, 3), stride=(2, 2), padding=(1, 1)), (4, 16, 2, 2)),
+    (conv((8, 4, 1, 1), stride=(2, 2)), (2, 4, 2, 2)),
+    (conv((32, 1, 3, 40), stride=(1, 40)), (2, 1, 9, 40)),
+    (conv((16, 16, 4), stride=(4,)), (1, 16, 4)),
+    (conv((8, 1, 1, 2), stride=(1, 2), groups=4), (2, 4, 5, 2)),
+    (conv((128, 64, 3, 3), stride=(2, 2), padding=(1, 1)), (4, 64, 1, 1)),
+    (conv((64, 32, 4, 1), stride=(2, 2), padding=(3, 1), dilation=(2, 1)), (3, 32, 1, 14)),  # ended the process
+]
+RIGHT = [
+    (conv((64, 64, 3, 3), padding=(1, 1)), (8, 64, 8, 8)),
+    (conv((128, 64, 3, 3), stride=(2, 2), padding=(1, 1)), (8, 64, 8, 8)),
+    (conv((128, 64, 1, 1), stride=(2, 2)), (8, 64, 8, 8)),
+    (conv((192, 3, 16, 16), stride=(16, 16)), (8, 3, 224, 224)),
+    (conv((64, 1, 3, 3), padding=(1, 1), groups=64), (8, 64, 7, 7)),
+    (conv((10, 512, 4, 4)), (8, 512, 4, 4)),
+    (conv((16, 8, 3, 3, 3), padding=(1, 1, 1)), (2, 8, 8, 8, 8)),
+]
+
+
+@pytest.mark.parametrize(("geometry", "shape"), WRONG)
+def test_what_the_library_gets_wrong_goes_another_way(geometry, shape):
+    assert not all(is_trusted(gemm, geometry, shape) for gemm in Gemm)
+    torch.manual_seed(0)
+    x, w = torch.randn(shape).bfloat16(), torch.randn(geometry.weight_shape).bfloat16()
+    y = multiply(Gemm.FORWARD, x.double(), w.double(), geometry, shape)
+    e = torch.randn(y.shape).bfloat16()
+    for gemm, left, right in ((Gemm.FORWARD, x, w), (Gemm.DGRAD, e, w), (Gemm.WGRAD, e, x)):
+        expected = multiply(gemm, left.double(), right.double(), geometry, shape)
+        for _ in range(3):
+            _ = [torch.full((expected.numel(),), float("nan")) for _ in range(3)]
+            assert torch.equal(multiply(gemm, left, right, geometry, shape), expected.float())
+
+
+@pytest.mark.parametrize(("geometry", "shape"), RIGHT)
+def test_ordinary_convolutions_keep_their_speed(geometry, shape):
+    assert all(is_trusted(gemm, geometry, shape) for gemm in Gemm)
+
+
+def test_random_geometries_keep_the_bound_with_poisoned_memory():
+    """Each part in a process of its own. Without the rule 15 of these 500 are wrong, and one ends the process."""
+    for first, perturb in ((500, 165), (1100, 85)):
+        _, faults = search(first, 250, perturb=perturb)
+        assert not faults
