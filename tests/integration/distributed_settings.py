@@ -2,10 +2,13 @@
 """The settings that `test_distributed` runs: each a function of ranks, rank and a folder that all ranks share, in its own process."""
 
 import lightning.pytorch as L
+import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+
+from dynasty_lightning import DynastyPrecision
 
 from .distributed_runs import QUIET, TIMEOUT, Batches, Environment, Net, dynamic, fit, images
 
@@ -222,3 +225,27 @@ def other_map_on_one_rank(ranks, rank, folder):
         update = callback.policy.update
         callback.policy.update = lambda measurement: dict(list(update(measurement).items())[1:])
     return even(ranks, rank, folder, callback=callback)
+
+
+class Maps(Callback):
+    """Each map of a run, as thresholds by layer and role."""
+
+    def __init__(self, callback):
+        self.callback, self.maps = callback, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        entries = self.callback.precision_map().entries
+        now = {f"{name}.{r.letter}": torch.as_tensor(p.lsb_exponent).tolist() for name, roles in entries.items() for r, p in roles.items()}
+        if now and (not self.maps or now != self.maps[-1]):
+            self.maps.append(now)
+
+
+def exact(ranks, rank, folder, **options):
+    callback = dynamic()
+    maps = Maps(callback)
+    plugin = DynastyPrecision(seed=3, mode="exact", **options)
+    return {**even(ranks, rank, folder, count=14, callback=callback, callbacks=[maps], plugin=plugin), "maps": maps.maps}
+
+
+def exact_unrounded_errors(ranks, rank, folder):
+    return exact(ranks, rank, folder, unquantized=("E",))

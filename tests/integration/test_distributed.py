@@ -2,8 +2,10 @@
 """Training on several ranks, with gloo on 127.0.0.1: whatever differs between ranks, their maps and histories do not."""
 
 import json
+import math
 
 import pytest
+import torch
 
 from .distributed_runs import run
 
@@ -71,3 +73,22 @@ def test_the_same_images_get_the_same_bits_on_one_two_and_four_ranks():
             assert a["step"] == b["step"]
             assert b["loss"] == pytest.approx(a["loss"], abs=5e-3)
             assert b["mean_bits"] == pytest.approx(a["mean_bits"], abs=0.1)
+
+
+def _differing(maps, others, *, shift):
+    """Of each map, the names whose thresholds differ, E's by more than what its scale explains."""
+    found = []
+    for a, b in zip(maps, others, strict=True):
+        assert a.keys() == b.keys()
+        found.append([n for n in a if not torch.equal(torch.tensor(a[n]) + (shift if n.endswith("E") else 0), torch.tensor(b[n]))])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_exact_mode_gives_the_same_maps_on_every_number_of_ranks(ranks):
+    """A rank's loss is the mean over its own images, so its E is `ranks` times as large, and so are the thresholds for E. Beyond the first
+    map, E's rounding (each rank has random numbers of its own) leads to other weights: without it, all maps are the same."""
+    for name, same in (("exact", 1), ("exact_unrounded_errors", 6)):
+        one, more = alike(name, 1)["maps"], alike(name, ranks)["maps"]
+        assert len(one) == 6
+        assert _differing(one[:same], more[:same], shift=math.log2(ranks)) == [[]] * same
