@@ -196,6 +196,8 @@ class DynastyCallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
+        if self._ranks.size > 1:
+            _refuse_join(trainer)
         step = self._steps.done + 1
         if step + 1 < self.schedule.next_step and self._rate_jumped(trainer):
             self.schedule.postpone(step)
@@ -261,6 +263,11 @@ class DynastyCallback(Callback):
     @override
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         self._failed = True  # the other ranks may not come to anything any more
+        if self._ranks.size > 1:
+            exception.add_note(
+                f"on rank {self._ranks.rank} of {self._ranks.size} after step {self._steps.done}. A rank whose training ends or fails "
+                "leaves the others waiting for its gradients: what its own process says is the cause"
+            )
         if self._plugin is not None and self._plugin.report is not None:
             self._observe_nothing()
 
@@ -577,6 +584,16 @@ class DynastyCallback(Callback):
             logger.log_metrics({**bar, **values}, step=step)
         pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
+
+
+def _refuse_join(trainer: "pl.Trainer") -> None:
+    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not ours, and not Lightning's at each batch."""
+    config = getattr(trainer.strategy.model, "_join_config", None)
+    if getattr(config, "enable", False):
+        raise RuntimeError(
+            "join() is not supported: Lightning sends a signal to all ranks at each batch, which a rank that joined does not take. Give "
+            "all ranks as many steps (max_steps instead of max_epochs, or limit_train_batches)"
+        )
 
 
 def _largest_rate(trainer: "pl.Trainer") -> float:

@@ -165,7 +165,7 @@ def _child(name: str, ranks: int, rank: int, folder: str, private: str) -> None:
 
         result = {"value": getattr(distributed_settings, name)(ranks, rank, Path(folder))}
     except BaseException as error:  # a rank that fails says why; the others find out by themselves
-        result = {"error": f"{type(error).__name__}: {error}"}
+        result = {"error": "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])}
     (Path(private) / f"{rank}.json").write_text(json.dumps(result))
     os._exit(0)  # not through atexit handlers of a group whose other members may be gone
 

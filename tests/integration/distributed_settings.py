@@ -4,13 +4,13 @@
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, Timer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from dynasty_lightning import DynastyPrecision
 
-from .distributed_runs import QUIET, TIMEOUT, Batches, Environment, Net, dynamic, fit, images
+from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
 
 
 def ddp(**options):
@@ -249,3 +249,106 @@ def exact(ranks, rank, folder, **options):
 
 def exact_unrounded_errors(ranks, rank, folder):
     return exact(ranks, rank, folder, unquantized=("E",))
+
+
+def _own_images(rank, count, size=16):
+    return Batches(lambda i: images(10 * i + rank, 1, 0, size=size), count)
+
+
+def loaders_of_two_lengths(ranks, rank, folder):
+    return fit(ranks, rank, Net(), _own_images(rank, (7, 5)[rank]))
+
+
+def streams_of_two_lengths(ranks, rank, folder):
+    return fit(ranks, rank, Net(), DataLoader(Stream(_own_images(rank, (9, 6)[rank])), batch_size=None))
+
+
+def epochs_of_two_lengths(ranks, rank, folder):
+    """Rank 1 has done its epochs when rank 0 still waits for gradients."""
+    return fit(ranks, rank, Net(), _own_images(rank, (7, 5)[rank]), steps=-1, max_epochs=2)
+
+
+class At(Callback):
+    """Does something after a step on rank 1."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            self.action(trainer)
+
+
+def _fail(trainer):
+    raise ArithmeticError("the reason")
+
+
+def stop_on_one_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[At(6, lambda trainer: setattr(trainer, "should_stop", True))])
+
+
+def failure_on_one_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[At(6, _fail)])
+
+
+class Unsynchronized(Manual):
+    """No gradients of other ranks are ever waited for."""
+
+    def training_step(self, batch, index):
+        with self.trainer.strategy.block_backward_sync():
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+def failure_before_an_analysis(ranks, rank, folder):
+    return fit(ranks, rank, Unsynchronized(), _own_images(rank, 14), callbacks=[At(5, _fail)])
+
+
+def policy_fails_on_one_rank(ranks, rank, folder):
+    callback = dynamic()
+    if rank == 1:
+        callback.policy.update = lambda measurement: _fail(None)
+    return even(ranks, rank, folder, callback=callback)
+
+
+class Joined(Net):
+    def on_train_start(self):
+        self.joined = self.trainer.strategy.model.join()
+        self.joined.__enter__()
+
+    def on_train_end(self):
+        self.joined.__exit__(None, None, None)
+
+
+def join(ranks, rank, folder):
+    return fit(ranks, rank, Joined(), _own_images(rank, (14, 11)[rank]), steps=-1, max_epochs=1)
+
+
+def time_limit(ranks, rank, folder):
+    """Passed on all ranks as soon as rank 0 looks."""
+    timer = Timer(duration={"seconds": 3600})
+    timer.time_elapsed = lambda *_: 3601.0 if Timing.steps >= 14 and rank == 0 else 0.0
+    return even(ranks, rank, folder, count=5, steps=-1, callbacks=[timer, Timing()])
+
+
+class Timing(Callback):
+    steps = 0
+
+    def on_train_batch_start(self, trainer, *_):
+        Timing.steps = trainer.global_step + 1
+
+
+class Validated(Net):
+    """Ranks see other losses: that of rank 1 rises after the seventh epoch, that of rank 0 never does."""
+
+    def validation_step(self, batch, index):
+        epoch = self.trainer.current_epoch
+        self.log("loss", 0.0 if epoch == 6 and self.trainer.global_rank == 1 else -float(epoch), on_epoch=True, batch_size=1)
+
+
+def early_stopping_between_validations(ranks, rank, folder):
+    """Epochs of 2 steps; all ranks stop with the first that would."""
+    loader, val = Batches(lambda i: images(i, ranks, rank), 2), Batches(lambda i: images(50 + i, ranks, rank), 2)
+    stopping = EarlyStopping("loss", patience=1)
+    return fit(ranks, rank, Validated(), loader, val=val, steps=-1, callbacks=[stopping], num_sanity_val_steps=0)

@@ -32,6 +32,7 @@ def alike(name, ranks=2, folder=None):
         "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights",
         "nonfinite_on_one_rank",
         "loss_guard_on_one_rank",
+        "loaders_of_two_lengths", "streams_of_two_lengths", "time_limit", "early_stopping_between_validations",
     ],
 )  # fmt: skip
 def test_ranks_that_differ_get_the_same_map(name):
@@ -92,3 +93,30 @@ def test_exact_mode_gives_the_same_maps_on_every_number_of_ranks(ranks):
         one, more = alike(name, 1)["maps"], alike(name, ranks)["maps"]
         assert len(one) == 6
         assert _differing(one[:same], more[:same], shift=math.log2(ranks)) == [[]] * same
+
+
+@pytest.mark.parametrize("name", ["epochs_of_two_lengths", "stop_on_one_rank"])
+def test_a_rank_that_ends_early_is_complete_and_the_other_one_is_told(name):
+    """As without the callback: DDP waits for gradients until the connection closes, or the group's timeout ends."""
+    other, ended = run(name, 2)
+    assert ended["value"]["entries"] > 0
+    assert "by peer" in other["error"]
+    assert f"on rank 0 of 2 after step {ended['value']['steps']}" in other["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("failure_on_one_rank", "on rank 0 of 2 after step 6"),
+        ("failure_before_an_analysis", "rank 0 of 2 came to the analysis of step 6, and not all other ranks did"),
+        ("policy_fails_on_one_rank", "rank 0 of 2 came to the precision map of step 4, and not all other ranks did"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, told):
+    other, failed = run(name, 2)
+    assert "the reason" in failed["error"]
+    assert told in other["error"]
+
+
+def test_join_is_refused_by_name_before_the_first_step():
+    assert all("join() is not supported" in r["error"] and "after step 0" in r["error"] for r in run("join", 2))
