@@ -40,7 +40,7 @@ def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, i
         if gemm is Gemm.DGRAD:
             return (left.reshape(-1, left.shape[-1]) @ right).reshape(input_shape)
         return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-    if left.dtype is not torch.float64 and left.device.type == "cpu" and not is_trusted(gemm, geometry, tuple(input_shape)):
+    if left.dtype is not torch.float64 and left.device.type == "cpu" and not is_trusted(geometry, tuple(input_shape)):
         return multiply(gemm, left.double(), right.double(), geometry, input_shape).float()
     # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are told of one.
     dilation = tuple(1 if taps == 1 else d for taps, d in zip(geometry.taps, geometry.dilation, strict=True))
@@ -58,24 +58,24 @@ def multiply(gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, i
 
 
 @lru_cache(maxsize=4096)
-def is_trusted(gemm: Gemm, geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
-    """Whether oneDNN's bf16 and float32 convolutions compute a GEMM of this shape.
+def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
+    """Whether oneDNN's bf16 and float32 convolutions compute the GEMMs of this shape.
 
     Some kernels leave results unwritten (whatever the memory held before) or end the process. It was found in random geometries beside
     float64, with freed memory poisoned (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
 
-        FORWARD, DGRAD, WGRAD   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps,
-                                that reads nothing but padding
-        WGRAD in 3-D            groups, channels innermost
+        1-D, 2-D, 3-D   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps, that reads
+                        nothing but padding
+        3-D             groups, dilation, or a stride above the kernel
 
-    The rule says no more than needed: a stride above the kernel is right, and so is one output position at stride 1. Related: pytorch
-    issue 169688 and pull request 188426, which are of 3-D alone. float64, another code path, was right everywhere.
+    The rule says no more than needed in 1-D and 2-D: a stride above the kernel is right there, and so is one output position at stride 1.
+    Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone. float64, another code path, was right everywhere.
     """
     if geometry.kind == "linear":
         return True
-    if gemm is Gemm.WGRAD and len(geometry.taps) > 2 and geometry.groups > 1:
+    axes = list(zip(input_shape[2:], geometry.taps, geometry.stride, geometry.padding, geometry.dilation, strict=True))
+    if len(axes) > 2 and (geometry.groups > 1 or any(stride > taps or dilation > 1 for _, taps, stride, _, dilation in axes)):
         return False
-    axes = zip(input_shape[2:], geometry.taps, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     return not any(_has_odd_edge(*axis) for axis in axes)
 
 
@@ -224,6 +224,7 @@ def finish(result: Tensor, channel_axis: int, *, dtype: torch.dtype, channels_la
         and native.available()
         and (dtype is not torch.bfloat16 or bias is not None)
     ):
+        bias = None if bias is None else bias.resolve_neg()
         return native.widen(result, channel_axis, channels_last=channels_last, bias=bias).to(dtype)
     if bias is not None:
         axis = channel_axis % result.ndim

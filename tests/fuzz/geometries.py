@@ -112,7 +112,7 @@ def _part(first: int, count: int, axes: int) -> None:
         geometry, shape = random_case(seed, axes or None)
         case = {**asdict(geometry), "input": shape}
         print(json.dumps({"seed": seed, "case": case, "wrong": []}), flush=True)
-        trusted = all(is_trusted(gemm, geometry, shape) for gemm in Gemm)
+        trusted = is_trusted(geometry, shape)
         print(json.dumps({"seed": seed, "case": case, "wrong": wrong(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
 
 
