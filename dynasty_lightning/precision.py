@@ -13,8 +13,8 @@ import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from .core.formats import BlockFormat
@@ -91,10 +91,28 @@ class DynastyPrecision(Precision):
             rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
         )
         self._module = ref(module)
-        # DDP would broadcast rank 0's maps before each forward and so hide maps that differ.
-        names = [n for n, _ in module.named_buffers() if n.rpartition(".")[2].startswith("dynasty_")]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+        self.report.stream.watch = _TrainerWatch(module)
+        self._look_for_widths(module)
         return module
+
+    def _look_for_widths(self, module: nn.Module) -> None:
+        """Say so where a checkpoint is about to be loaded that has weights but no widths."""
+        trainer = getattr(module, "_trainer", None)
+        loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None)
+        if loaded and not loaded.get(type(self).__qualname__):
+            widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
+            rank_zero_warn(
+                f"{getattr(trainer, 'ckpt_path', 'the checkpoint')} holds no widths (it was saved with weights only, or without "
+                f"DynastyPrecision): its weights run at {widths}, not at those that they were trained with"
+            )
+
+    @override
+    def convert_output(self, data: Any) -> Any:
+        # Of the two that know this class, Fabric alone asks for it.
+        raise RuntimeError(
+            "Fabric does not serve DynastyPrecision, which is a Trainer's plugin: call report = dynasty_lightning.convert(model) before "
+            "fabric.setup, and report.stream.advance() after each backward pass"
+        )
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -174,6 +192,26 @@ class DynastyPrecision(Precision):
         if module is None:
             raise RuntimeError("DynastyPrecision has converted no module yet: pass it to a Trainer and call fit, validate, test or predict")
         return module
+
+
+class _TrainerWatch:
+    """Says once for each Trainer without the plugin that the layers it runs are quantized all the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        self._seen: ref[Any] | None = None
+
+    def __call__(self) -> None:
+        trainer = getattr(self._module(), "_trainer", None)
+        if trainer is None or (self._seen is not None and self._seen() is trainer):
+            return
+        self._seen = ref(trainer)
+        if not isinstance(trainer.precision_plugin, DynastyPrecision):
+            rank_zero_warn(
+                "this Trainer has no DynastyPrecision, but the model was converted by one and stays so: its layers run quantized at the "
+                "widths that they had last. Add plugins=[DynastyPrecision()], or use a model that was not converted "
+                "(load_from_checkpoint makes one)"
+            )
 
 
 def environment() -> dict[str, Any]:

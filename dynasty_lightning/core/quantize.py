@@ -276,6 +276,7 @@ def quantize_blocks(
     """
     request = bits if bits is not None else lsb_exponent
     assert request is not None
+    x = x.resolve_neg()  # a kernel reads memory, where a lazily negated view has the other sign
     kernel = _kernel(x, layout)
     if kernel is not None:
         arrays = kernel(

@@ -17,6 +17,7 @@ def mean_squares(x: Tensor, layout: BlockLayout) -> Tensor:
     Args:
         x: floating point, of the layout's shape. Blocks may have as many rows as x.
     """
+    x = x.resolve_neg()
     if x.device.type == "cpu" and native.supports(layout) and native.available():
         return native.mean_squares(x if x.dtype is torch.bfloat16 else x.float(), layout)
     return mean_squares_in_torch(x, layout)

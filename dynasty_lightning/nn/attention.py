@@ -18,6 +18,11 @@ class MultiheadAttention(nn.Module):
         ValueError: `embed_dim` does not divide into `num_heads`.
     """
 
+    # What torch's encoder layer asks of its attention before its fused path: there is no packed projection here.
+    in_proj_weight: None = None
+    in_proj_bias: None = None
+    _qkv_same_embed_dim = False
+
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, batch_first: bool = False) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -56,36 +61,54 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch's: [T, N, F], or [N, T, F] with `batch_first`; masks are true, or -inf, where attention is not allowed."""
-        if not self.batch_first:
+        """As torch's: [T, N, F], [N, T, F] with `batch_first`, or [T, F] without a batch; masks are true, or -inf, where attention is not
+        allowed. `is_causal` needs no `attn_mask`: without one it is the mask, beside whatever padding there is.
+
+        Raises:
+            ValueError: a mask whose shape is none of torch's.
+        """
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (self._heads(p(t)) for p, t in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
-        mask = self._mask(q, attn_mask, key_padding_mask)
-        if mask is None and is_causal:
-            mask = torch.full((q.shape[2], k.shape[2]), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
+        mask = self._mask(q, k, attn_mask, key_padding_mask, is_causal)
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None
         if need_weights:
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            heads = F.dropout(weights, dropout) @ v
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            heads = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
+            weights = weights if batched else weights.squeeze(0)
         else:
             heads = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
+        if not batched:
+            return output.squeeze(0), weights
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def _mask(self, q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-        """Both masks as one that is added to the scores."""
+    def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+        """All masks as one that is added to the scores, [N or 1, heads or 1, T or 1, S]."""
+        samples, _, rows, columns = *q.shape[:3], k.shape[2]
         total: Tensor | None = None
         if attn_mask is not None:
+            shapes = ((rows, columns), (samples * self.num_heads, rows, columns))
+            if tuple(attn_mask.shape) not in shapes:
+                raise ValueError(f"attn_mask must be of shape {shapes[0]} or {shapes[1]}, not {tuple(attn_mask.shape)}")
             total = _additive(attn_mask, q)
             if total.ndim == 3:
-                total = total.view(q.shape[0], self.num_heads, *total.shape[1:])
+                total = total.view(samples, self.num_heads, rows, columns)
+        elif is_causal:
+            total = torch.full((rows, columns), -torch.inf, device=q.device, dtype=q.dtype).triu(1)
         if key_padding_mask is not None:
+            if tuple(key_padding_mask.shape) != (samples, columns):
+                raise ValueError(f"key_padding_mask must be of shape {(samples, columns)}, not {tuple(key_padding_mask.shape)}")
             padding = _additive(key_padding_mask, q)[:, None, None, :]
             total = padding if total is None else total + padding
         return total

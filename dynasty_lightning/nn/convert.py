@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..core import native
 from ..core.formats import BlockFormat
+from .attention import MultiheadAttention as OwnAttention
 from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
 
@@ -120,13 +121,15 @@ def _swap(module: nn.Module, name: str, plan: LayerPlan, stream: StreamState) ->
 
 def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> str | None:
     if not isinstance(module, _GEMM_TYPES):
-        return None
+        return _reason_of_others(module)
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "excluded by name"
     if parametrize.is_parametrized(module):
         return "parametrized: its weight is computed anew at every access"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
         return "lazy: run one batch through the model before the Trainer"
+    if isinstance(module, nn.Bilinear):
+        return "bilinear layers are not supported"
     if isinstance(module, nn.MultiheadAttention):
         return "uses its weights directly; dynasty_lightning.nn.MultiheadAttention is a drop-in replacement"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -139,8 +142,24 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
         return "its weight is computed by a hook (weight_norm, spectral_norm, pruning)"
     weight = module._parameters["weight"]
     assert weight is not None
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}: converted layers keep plain float32 master weights"
+    if type(weight.data) is not torch.Tensor:
+        return f"its weight holds a {type(weight.data).__name__}: converted layers keep plain float32 master weights"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}: converted layers keep float32 master weights"
     if weight.numel() == 0:
         return "its weight is empty"
     return None
+
+
+def _reason_of_others(module: nn.Module) -> str | None:
+    """Of a module that is no GEMM layer of torch's but holds what may be the matrix of one; None where nothing is lost."""
+    if isinstance(module, nn.EmbeddingBag):
+        return "sums rows of its table: no GEMM"
+    if type(module).__module__.startswith("torch.nn.") or isinstance(module, OwnAttention):
+        return None
+    if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
+        return "a Linear with a transposed weight (GPT-2's): replace it by nn.Linear with weight.t()"
+    own = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and "embed" not in name]
+    return f"has a weight of its own ({', '.join(own)}); if it multiplies by it (F.linear), make that an nn.Linear" if own else None

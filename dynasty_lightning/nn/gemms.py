@@ -41,7 +41,8 @@ def role_settings(settings: Sequence[int], role: Role) -> tuple[bool, int, int, 
 
 def has_own_blocks(plan: LayerPlan, role: Role, settings: Sequence[int], *, training: bool) -> bool:
     """Whether the backward GEMM reads other blocks of an operand than FORWARD does."""
-    return plan.format.requantizes or not training or has_limit(settings, role)
+    # In eval mode X's blocks for FORWARD are of one sample; W's are as ever.
+    return plan.format.requantizes or (not training and role is Role.ACTIVATION) or has_limit(settings, role)
 
 
 def has_limit(settings: Sequence[int], role: Role) -> bool:

@@ -20,9 +20,12 @@ def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
     def record(layer: DynamicLayer, inputs: tuple[Any, ...]) -> None:
         x = inputs[0]
-        request = layer._request(Role.ACTIVATION, tuple(x.shape))
+        requests = [
+            layer._request(Role.ACTIVATION, tuple(x.shape), x.device),
+            *(layer._request_on(r, x.device) for r in (Role.WEIGHT, Role.ERROR)),
+        ]
         outputs = layer_forward(
-            x, layer.weight, None, request, layer.dynasty_w_request, layer.dynasty_e_request, layer.stream.counters, layer._settings,
+            x, layer.weight, None, *requests, layer.stream.counters, layer._settings,
             layer.plan.key, "", False, False, False, torch.float32,
         )  # fmt: skip
         grid = layer.plan.layout(Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False).grid_shape

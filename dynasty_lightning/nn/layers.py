@@ -4,40 +4,51 @@
 A layer becomes one by `module.__class__ = ...`, so parameters, ties, `isinstance` and `state_dict` keys stay as they are.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..core.formats import MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
-from ..core.quantize import header_bits, header_occupied, header_signed
+from ..core.quantize import header_bits, header_occupied, header_signed, make_headers
 from ..core.roles import SHARED, Gemm, Role
 from .gemms import SETTINGS, has_limit, role_settings, settings_of
-from .ops import apply_layer
+from .ops import apply_layer, refuse_transforms
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
 from .records import HEADERS_ONLY, PROBING, ObservationSlot, StepRecord, weight_squares
 
-_REQUESTS: Final = {Role.ACTIVATION: "dynasty_x_request", Role.WEIGHT: "dynasty_w_request", Role.ERROR: "dynasty_e_request"}
+_REQUESTS: Final = {Role.ACTIVATION: "_x_request", Role.WEIGHT: "_w_request", Role.ERROR: "_e_request"}
 _DEFAULT_BITS: Final = 8
+_TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class StreamState:
     """Where the random stream of a model stands: seed, rank, backward passes so far, forward calls of each layer since the last.
 
     One object is shared by all layers of a model; `advance` belongs after each backward (the precision plugin calls it).
+
+    Attributes:
+        watch: called before each layer's own work, but not in compiled networks; the precision plugin looks there whether it is still the
+            Trainer's. It belongs to one model: copies and pickles have none.
     """
+
+    watch: Callable[[], None] | None = None
 
     def __init__(self, seed: int = 0, rank: int = 0, layers: int = 0) -> None:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
-        self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64)
-        self.calls = torch.zeros(layers, dtype=torch.int64)
+        # On the CPU even inside `with torch.device("meta")`, where models are built without memory.
+        self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64, device="cpu")
+        self.calls = torch.zeros(layers, dtype=torch.int64, device="cpu")
 
     @property
     def backward_count(self) -> int:
@@ -61,6 +72,9 @@ class StreamState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.counters[0], self.counters[2] = state["seed"], state["backward_count"]
         self.calls.copy_(torch.tensor(state["calls"], dtype=torch.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "watch"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +118,19 @@ class DynamicLayer(nn.Module):
     exact_errors: bool
 
     def adopt(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
-        """Give a freshly swapped layer its state. Maps are non-persistent: the plugin saves them."""
+        """Give a freshly swapped layer its state.
+
+        Requests are no buffers: whoever walks over those (averages of weights, `to_empty`, DDP) takes them for the user's. The plugin
+        saves them, and they follow the operand's device when they are read.
+        """
         self.layer_name, self.plan, self.stream = name, plan, stream
         _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
         self.observing = self.headers_only = self.probing = self.exact_errors = False
         self._slot = ObservationSlot()
+        self._converted_options = self._options()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
-            self.register_buffer(_REQUESTS[role], _default_request(self.weight.device), persistent=False)
+            setattr(self, _REQUESTS[role], _default_request())
         self._precision: dict[Role, OperandPrecision] = {}
 
     @property
@@ -156,8 +175,7 @@ class DynamicLayer(nn.Module):
             self._precision[role] = precision
         else:
             self._precision.pop(role, None)
-        request = _default_request(self.weight.device) if precision is None else precision.values
-        setattr(self, _REQUESTS[role], request.to(self.weight.device))
+        setattr(self, _REQUESTS[role], _default_request() if precision is None else _saveable(precision.values))
         self._settings[SETTINGS * role : SETTINGS * (role + 1)] = settings_of(precision)
 
     def get_precision(self, role: Role) -> OperandPrecision | None:
@@ -205,7 +223,15 @@ class DynamicLayer(nn.Module):
     def _observation(self, record: StepRecord) -> LayerObservation:
         headers = dict(zip(Role, record.headers[: len(Role)], strict=True))
         backward = dict(zip(SHARED, record.headers[len(Role) :], strict=True))
-        copies = [r for r in SHARED if has_limit(self._settings, r)]
+        # Where backward reads other blocks than FORWARD, beside those that are cut anew anyway: fewer bits, or a layer in eval mode.
+        copies = [
+            r for r in SHARED
+            if has_limit(self._settings, r) or (not self.format.requantizes and backward[r].data_ptr() != headers[r].data_ptr())
+        ]  # fmt: skip
+        grid = self.grid_shape(Role.ACTIVATION, record.input_shape)
+        x_unsigned = _unsigned_share(headers[Role.ACTIVATION])
+        if headers[Role.ACTIVATION].numel() != math.prod(grid):
+            headers[Role.ACTIVATION] = _rows_together(headers[Role.ACTIVATION], self.format.block_shape[0])
         return LayerObservation(
             geometry=self.geometry,
             input_shape=record.input_shape,
@@ -217,7 +243,7 @@ class DynamicLayer(nn.Module):
             backward_bits={r: self._backward_bits(r, header_bits(headers[r]), header_bits(backward[r])) for r in copies},
             occupied={r: header_occupied(h) for r, h in headers.items()},
             nonfinite=dict(zip(Role, record.nonfinite, strict=True)),
-            x_unsigned=_unsigned_share(headers[Role.ACTIVATION]),
+            x_unsigned=x_unsigned,
             squares=record.squares,
             probe=record.probe,
             gradient_energy=record.gradient_energy,
@@ -232,35 +258,77 @@ class DynamicLayer(nn.Module):
         """Forget what was recorded."""
         self._slot.clear()
 
+    def admit(self, x: Tensor) -> None:
+        """What every call looks at first.
+
+        Raises:
+            RuntimeError: a transform that reads no memory (torch.func), or a layer that was changed after its conversion.
+            TypeError: an input or a weight of another kind than strided float32, bfloat16 or float16.
+            ValueError: another number of channels.
+        """
+        if not torch.compiler.is_compiling() and self.stream.watch is not None:
+            self.stream.watch()
+        refuse_transforms(self.layer_name)
+        weight, plan = self.weight, self.plan
+        for name, t in (("input", x), ("weight", weight)):
+            if (
+                (type(t) is not Tensor and type(t) is not nn.Parameter)
+                or t.layout is not torch.strided
+                or t.is_nested
+                or t.dtype not in _TYPES
+            ):
+                _check_kind(f"{self.layer_name}: the {name}", t)
+        if weight.shape != plan.geometry.weight_shape or self._options() != self._converted_options:
+            raise RuntimeError(
+                f"{self.layer_name} was changed after its conversion: its weight is {tuple(weight.shape)} and its options are "
+                f"{self._options()}, not {plan.geometry.weight_shape} and {self._converted_options}; change a layer before it is converted"
+            )
+        if x.ndim < 2:
+            raise ValueError(f"{self.layer_name} takes one axis of features at least, not a single number")
+        channels = x.shape[plan.geometry.channel_axis]
+        if channels != plan.geometry.in_channels:
+            raise ValueError(f"{self.layer_name} reads {plan.geometry.in_channels} channels, not {channels} (input {tuple(x.shape)})")
+
+    def _options(self) -> tuple[Any, ...]:
+        """What the geometry was made from, beside the weight."""
+        return ()
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        """torch's own result for the master weights."""
+        raise NotImplementedError
+
+    def _of_nothing(self, x: Tensor) -> Tensor:
+        """An empty batch (of an expert, a detection head) has nothing to quantize: torch's empty result and its gradients of zeros."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._plainly(x.to(self.weight.dtype)).to(_result_type(x))
+
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wt + bias of a batch that is padded as far as it must be, in x's type, or autocast's where that is on."""
-        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-            raise RuntimeError(f"{self.layer_name}: torch.func transforms of converted layers are not supported; exclude the layer")
-        if x.numel() == 0:
-            raise ValueError(f"{self.layer_name}: an empty batch (shape {tuple(x.shape)}) has nothing to quantize; drop empty batches")
-        if x.dtype == torch.float64 or not x.is_floating_point():
-            raise TypeError(f"{self.layer_name}: converted layers take float32, bfloat16 or float16, not {x.dtype}")
-        channels = x.shape[self.geometry.channel_axis]
-        if channels != self.geometry.in_channels:
-            raise ValueError(f"{self.layer_name} reads {self.geometry.in_channels} channels, not {channels} (input {tuple(x.shape)})")
-        needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, self.weight, bias)]
+        weight, plan, device = self.weight, self.plan, x.device
         shape = tuple(x.shape)
+        output_shape = plan.output_shape(shape)
+        if any(n < 1 for n in output_shape):
+            raise ValueError(f"{self.layer_name}: the kernel does not fit an input of {shape}: the output would be {output_shape}")
+        # A network that is exported in eval mode is to predict: what a backward pass would keep has as many blocks as there are fours in
+        # the batch, which ties the graph to batches of so many.
+        wants_gradients = torch.is_grad_enabled() and (self.training or not torch.compiler.is_exporting())
+        needs = [wants_gradients and t is not None and t.requires_grad for t in (x, weight, bias)]
         observing = any(needs) and self.observing
         return apply_layer(
             x,
-            self.weight,
+            weight,
             bias,
-            self._request(Role.ACTIVATION, shape),
-            self.dynasty_w_request,
-            self._request(Role.ERROR, self.plan.output_shape(shape)) if not self.exact_errors else _default_request(x.device),
+            self._request(Role.ACTIVATION, shape, device),
+            self._request_on(Role.WEIGHT, device),
+            self._request(Role.ERROR, output_shape, device) if not self.exact_errors else _default_request(device),
             self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
             [*self._settings[:-SETTINGS], *settings_of(None)] if self.exact_errors else self._settings,
-            self.plan.key,
+            plan.key,
             self._slot_key if observing else "",
             self.training,
             needs[1] or observing,  # WGRAD reads X
             needs[0] or observing,  # DGRAD reads W
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype,
+            _result_type(x),
         )
 
     @property
@@ -273,11 +341,19 @@ class DynamicLayer(nn.Module):
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
         """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most bits."""
         thresholds, least, most, _ = role_settings(self._settings, Role.ACTIVATION)
-        return self._request(Role.ACTIVATION, shape), thresholds, least, most
+        return self._request(Role.ACTIVATION, shape, self.weight.device), thresholds, least, most
 
-    def _request(self, role: Role, shape: tuple[int, ...]) -> Tensor:
-        """The map for an operand of `shape`; one value for each channel block where the positions are not those of the map."""
+    def _request_on(self, role: Role, device: torch.device) -> Tensor:
         request: Tensor = getattr(self, _REQUESTS[role])
+        if request.device != device:
+            request = _saveable(request.to(device))
+            if device.type != "meta":  # which holds no values to come back from
+                setattr(self, _REQUESTS[role], request)
+        return request
+
+    def _request(self, role: Role, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The map for an operand of `shape`; one value for each channel block where the positions are not those of the map."""
+        request = self._request_on(role, device)
         if request.ndim == 0:
             return request
         positions = [a for a in range(1, request.ndim) if a != self.geometry.channel_axis % request.ndim]
@@ -297,8 +373,43 @@ class DynamicLayer(nn.Module):
         return len(shape) >= 2 and shape[0] == 1 and shape[axis] in (1, self._channel_blocks(role))
 
 
-def _default_request(device: torch.device) -> Tensor:
+def _check_kind(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for what is not memory of the kernels' types: other layouts and types, and subclasses that hold something else."""
+    kind = type(tensor)
+    holds_memory = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(kind, FakeTensor | FunctionalTensor)
+    if not holds_memory or tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a {kind.__name__} ({layout}): converted layers take plain, dense tensors; exclude the layer")
+    if tensor.dtype not in _TYPES:
+        raise TypeError(f"{name} is {tensor.dtype}: converted layers take float32, bfloat16 or float16, not {tensor.dtype}")
+
+
+def _result_type(x: Tensor) -> torch.dtype:
+    """x's, or autocast's where that is on."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _default_request(device: torch.device | str = "cpu") -> Tensor:
     return torch.tensor(_DEFAULT_BITS, dtype=torch.uint8, device=device)
+
+
+def _saveable(request: Tensor) -> Tensor:
+    """What was made in inference mode cannot be saved for a backward pass."""
+    if not request.is_inference():
+        return request
+    with torch.inference_mode(False):
+        return request.clone()
+
+
+def _rows_together(headers: Tensor, rows: int) -> Tensor:
+    """Headers of blocks of one row, as eval mode has them -> those of whole blocks: the core keeps the most bits that a row has."""
+    groups = headers.split(rows)
+    bits = torch.stack([header_bits(g).amax(0) for g in groups])
+    occupied = torch.stack([header_occupied(g).amax(0) for g in groups])
+    return make_headers(bits, torch.stack([header_signed(g).amax(0) for g in groups]), occupied)
 
 
 def _unsigned_share(headers: Tensor) -> float:
@@ -320,8 +431,12 @@ class BlockLinear(DynamicLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         batch = input.unsqueeze(0) if input.ndim == 1 else input
-        output = self.multiply(batch, self.bias)
+        self.admit(batch)
+        output = self.multiply(batch, self.bias) if batch.numel() else self._of_nothing(batch)
         return output.squeeze(0) if input.ndim == 1 else output
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 class _BlockConv(DynamicLayer, nn.modules.conv._ConvNd):
@@ -330,11 +445,20 @@ class _BlockConv(DynamicLayer, nn.modules.conv._ConvNd):
         batch = input.unsqueeze(0) if input.ndim == spatial + 1 else input
         if batch.ndim != spatial + 2:
             raise ValueError(f"{self.layer_name} takes {spatial + 1} or {spatial + 2} axes, not {input.ndim} (input {tuple(input.shape)})")
+        self.admit(batch)
+        if not batch.numel():
+            return self._of_nothing(batch)
         if pads_explicitly(self):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             batch = F.pad(batch, self._reversed_padding_repeated_twice, mode=mode)
         output = self.multiply(batch, self.bias)
         return output.squeeze(0) if input.ndim == spatial + 1 else output
+
+    def _plainly(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, self.bias)  # type: ignore[no-any-return, operator]
+
+    def _options(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups, self.padding_mode
 
 
 class BlockConv1d(_BlockConv, nn.Conv1d):

@@ -74,7 +74,7 @@ def _layer_forward(
     w_blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
     y = run_gemm(
         Gemm.FORWARD, x_blocks, w_blocks, plan, tuple(x.shape), dtype=dtype, channels_last=is_channels_last(x),
-        bias=None if bias is None else bias.detach(),
+        bias=None if bias is None else bias.detach().float(),
     )  # fmt: skip
     packed: list[Tensor] = []
     headers: list[Tensor] = []
@@ -86,7 +86,7 @@ def _layer_forward(
             packed += [torch.empty(0, dtype=t, device=x.device) for t in _PACKED_TYPES]
             continue
         if own:
-            # Fewer bits; or gradients in eval mode, where the prediction keeps its own blocks and WGRAD reads the ones that span samples.
+            # Fewer bits; or gradients in eval mode, where the prediction's X keeps its own blocks and WGRAD reads ones that span samples.
             blocks = quantize_operand(operand, plan, role, SHARED[role], x_request if role is Role.ACTIVATION else w_request, settings)
         packed += _pack(blocks)
     return (y, *packed, *headers)  # type: ignore[return-value]
@@ -177,6 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradients(ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+    refuse_transforms(f"converted layer {LayerPlan.from_key(ctx.plan_key).layer_index}", e)
     if torch.is_grad_enabled():  # create_graph=True: a derivative of what follows would silently be zero
         raise RuntimeError(
             "double backward through a converted layer is not supported: quantized gradients have no derivative; "
@@ -197,6 +198,18 @@ def _gradients(ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor
         e.sum([a for a in range(e.ndim) if a != axis], dtype=torch.float32) if need_db else None,
         *[None] * 11,
     )
+
+
+def refuse_transforms(name: str, *tensors: Tensor) -> None:
+    """Raises RuntimeError inside a transform of torch.func, or for tensors that stand for many: such have no memory of their own."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is not None or any(functorch.is_legacy_batchedtensor(t) for t in tensors):
+        raise RuntimeError(
+            f"{name}: torch.func transforms, vmap, vectorized jacobians and is_grads_batched are not supported; exclude the layer, "
+            "or take one gradient after another (vectorize=False)"
+        )
 
 
 class LayerFunction(torch.autograd.Function):

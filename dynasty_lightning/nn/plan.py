@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary
 
+import torch
+
 from ..core.blocks import BandedWeight, BlockLayout
 from ..core.formats import BlockFormat
 from ..core.geometry import LayerGeometry
@@ -78,7 +80,8 @@ class LayerPlan:
         """The embedding of a grouped weight; None without groups."""
         if self.geometry.groups == 1:
             return None
-        return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape, self.format.band_unit)
+        with torch.device("cpu"):  # not on the meta device of a model that is built without memory
+            return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape, self.format.band_unit)
 
     def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:
         """Rows x channels of a block of `role` as `gemm` reads it."""
@@ -97,13 +100,16 @@ class LayerPlan:
     def layout(self, role: Role, shape: tuple[int, ...], gemm: Gemm, *, training: bool = True) -> BlockLayout:
         """How an operand of `shape` (banded for a grouped W) is cut for `gemm`."""
         key = (role, shape, gemm, training)
-        found = self._layouts.get(key)
+        # While something traces with sizes that are not known, they are no keys.
+        is_known = all(type(n) is int for n in shape)
+        found = self._layouts.get(key) if is_known else None
         if found is None:
             axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
             found = BlockLayout(shape=shape, block_shape=self.block_shape(role, gemm, training=training), channel_axis=axis)
             if len(self._layouts) >= _LAYOUTS_KEPT:  # inputs of ever new sizes
                 self._layouts.clear()
-            self._layouts[key] = found
+            if is_known:
+                self._layouts[key] = found
         return found
 
     @cached_property

@@ -14,6 +14,7 @@ from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn import MultiheadAttention
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
 
+CPU = torch.device("cpu")
 QUIET = {
     "logger": False,
     "enable_checkpointing": False,
@@ -96,7 +97,7 @@ def test_the_report_says_what_was_skipped_and_why():
     reasons = {name: reason for name, _, reason in report.skipped}
     for name, part in {
         "own": "subclass", "parametrized": "parametrized", "lazy": "lazy", "transposed": "transposed", "attention": "drop-in replacement",
-        "lstm": "recurrent", "bilinear": "subclass", "wide": "float64", "left_out": "excluded",
+        "lstm": "recurrent", "bilinear": "bilinear layers", "wide": "float64", "left_out": "excluded",
     }.items():  # fmt: skip
         assert part in reasons[name], name
         assert name in str(report)
@@ -140,8 +141,8 @@ def test_maps_of_another_input_size_fall_back_to_channel_blocks():
     per_pixel = torch.full((1, 2, 6, 6), 3, dtype=torch.int16)
     per_pixel[0, 1, 2, 2] = -5
     layer.set_precision(Role.ACTIVATION, OperandPrecision(lsb_exponent=per_pixel))
-    assert torch.equal(layer._request(Role.ACTIVATION, (4, 8, 6, 6)), per_pixel)
-    coarse = layer._request(Role.ACTIVATION, (4, 8, 9, 5))
+    assert torch.equal(layer._request(Role.ACTIVATION, (4, 8, 6, 6), CPU), per_pixel)
+    coarse = layer._request(Role.ACTIVATION, (4, 8, 9, 5), CPU)
     assert coarse.flatten().tolist() == [3, -5]
     assert model(torch.randn(4, 8, 9, 5)).shape == (4, 8, 9, 5)
     with pytest.raises(ValueError, match="2 channel blocks on axis 1"):
