@@ -5,8 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from fpga.reference import ReferenceDevice
 from fpga.registers import AP_START, REGISTERS
 from fpga.simboard import PAGE, SimulatedBoard
 from fpga.vectors import random_operand
+from tests.waiting import HANG_S, Clock
 
 OFFSETS = {r.name: r.offset for r in REGISTERS}
 
@@ -35,7 +35,7 @@ def product(seed: int = 0, size: int = 9) -> GemmJob:
 
 def works(device: PynqDevice, seed: int = 0) -> None:
     job = product(seed)
-    assert np.array_equal(device.run(job, timeout_s=20).values, ReferenceDevice().run(job).values)
+    assert np.array_equal(device.run(job, timeout_s=HANG_S).values, ReferenceDevice().run(job).values)
 
 
 @pytest.fixture
@@ -53,6 +53,25 @@ def overlay(tmp_path: Path) -> Path:
 def open_board(overlay: Path, board: SimulatedBoard | None = None, **options: object) -> PynqDevice:
     simulated = board or SimulatedBoard(load_board("pynq-z2"), GemmConfig())
     return PynqDevice(overlay=overlay, pynq_device=simulated, lock=f"test-{os.getpid()}", **options)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+class Interrupting(Clock):
+    """Something happens while somebody waits for the first time."""
+
+    def __init__(self, what: Callable[[], object]) -> None:
+        super().__init__()
+        self.what: Callable[[], object] | None = what
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        what, self.what = self.what, None
+        if what is not None:
+            what()
 
 
 def test_a_forgotten_flush_is_seen(device: SimulatedPynqDevice) -> None:
@@ -126,16 +145,16 @@ def test_a_handoff_of_another_design_is_refused(overlay: Path) -> None:
         open_board(overlay)
 
 
-def test_a_handoff_whose_addresses_are_not_the_bitstreams_is_seen(overlay: Path) -> None:
+def test_a_handoff_whose_addresses_are_not_the_bitstreams_is_seen(overlay: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names agree, offsets do not: the core does not start, or shows another version; the probe at opening says so in time."""
     handoff = overlay.with_suffix(".hwh")
     offset = f'NAME="ADDRESS_OFFSET" VALUE="{OFFSETS["version"]}"'
     assert handoff.read_text().count(offset) == 1
     handoff.write_text(handoff.read_text().replace(offset, f'NAME="ADDRESS_OFFSET" VALUE="{OFFSETS["words_a"]}"'))
-    begin = time.monotonic()
+    monkeypatch.setattr("fpga.board.time", clock)
     with pytest.raises(DeviceError, match="layout version"):
         open_board(overlay)
-    assert time.monotonic() - begin < 20
+    assert clock.now < 20
 
 
 def test_names_that_a_vendor_tool_changes_are_found(overlay: Path) -> None:
@@ -162,12 +181,13 @@ def test_a_core_of_another_configuration_is_refused(overlay: Path) -> None:
         open_board(overlay, board, config=GemmConfig(stream_depth=64))
 
 
-def test_a_core_that_never_ends_is_left_in_time(device: SimulatedPynqDevice) -> None:
+def test_a_core_that_never_ends_is_left_in_time(device: SimulatedPynqDevice, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     device.simulated.faults.hang = True
-    begin = time.monotonic()
+    monkeypatch.setattr("fpga.board.time", clock)
     with pytest.raises(DeviceTimeout, match=r"did not end within 0\.\d+ s; call reset\(\)"):
-        device.run(product(), timeout_s=0.3)
-    assert time.monotonic() - begin < 5
+        device.run(product(), timeout_s=0.9)
+    assert 0.8 < clock.now < 5
+    monkeypatch.undo()
     with pytest.raises(DeviceError, match=r"an earlier run was abandoned .*call reset\(\)"):
         device.run(product())
     device.simulated.faults.hang = False
@@ -253,13 +273,13 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_leaves_a_device_that_must_be_reset(device: SimulatedPynqDevice) -> None:
+def test_ctrl_c_leaves_a_device_that_must_be_reset(device: SimulatedPynqDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     device.simulated.faults.hang = True
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    # The interrupt comes while the driver waits for the core, not before.
+    monkeypatch.setattr("fpga.board.time", Interrupting(lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(KeyboardInterrupt):
-        device.run(product(), timeout_s=30)
-    timer.join()
+        device.run(product(), timeout_s=HANG_S)
+    monkeypatch.undo()
     with pytest.raises(DeviceError, match=r"call reset\(\)"):
         device.run(product())
     device.simulated.faults.hang = False
@@ -290,14 +310,13 @@ def test_a_simulated_board_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert not [path.name for path in tmp_path.iterdir() if "dpgemm" in path.name]
 
 
-def test_a_power_cycle_in_the_middle_of_a_run(device: SimulatedPynqDevice) -> None:
-    device.simulated.faults.seconds = 0.4
-    timer = threading.Timer(0.15, device.simulated.power_cycle)
-    timer.start()
+def test_a_power_cycle_in_the_middle_of_a_run(device: SimulatedPynqDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.simulated.faults.hang = True
+    monkeypatch.setattr("fpga.board.time", Interrupting(device.simulated.power_cycle))
     with pytest.raises((DeviceTimeout, DeviceError)):
-        device.run(product(), timeout_s=1.0)
-    timer.join()
-    device.simulated.faults.seconds = 0
+        device.run(product(), timeout_s=5.0)
+    monkeypatch.undo()
+    device.simulated.faults.hang = False
     device.reset()
     works(device)
 

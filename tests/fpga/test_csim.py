@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from fpga.job import Walk, job_words
 from fpga.operand import pack
 from fpga.registers import JOB_WORDS, error_text
 from fpga.vectors import random_jobs, random_operand
+from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(csim.__file__).parent
 
@@ -100,17 +100,15 @@ def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
     slow = script(
         tmp_path / "slow",
         '[ "$1" = --version ] && exec g++ --version\nwhile [ "$1" != -o ]; do shift; done\n'
-        f'echo half > "$2"; touch {tmp_path}/half; sleep 60\n',
+        f'echo half > "$2"; touch {tmp_path}/half; sleep 3600\n',
     )
     code = f"from fpga import open_device; open_device('csim', cache={str(cache)!r})"
     environment = {**os.environ, "CXX": str(slow), "PYTHONPATH": str(ROOT.parent), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "half").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: (tmp_path / "half").exists() or process.poll() is not None)
     assert (tmp_path / "half").exists()
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    process.wait(HANG_S)
     assert not list(cache.glob("**/*"))
     with open_device("csim", cache=cache) as device:
         assert device.run(product()).values.shape == (8, 1, 8)
@@ -121,7 +119,7 @@ def test_two_processes_that_build_at_once_both_get_a_whole_library(tmp_path: Pat
     code = f"from fpga import open_device, GemmConfig; open_device('csim', GemmConfig(tile=4, lanes=(1, 1)), cache={str(tmp_path / 'c')!r})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
-    assert [p.wait(120) for p in processes] == [0, 0]
+    assert [p.wait(HANG_S) for p in processes] == [0, 0]
     assert [p.suffix for p in (tmp_path / "c").iterdir()] == [".so"]
 
 
@@ -150,10 +148,8 @@ def test_a_core_of_another_configuration_or_layout_is_refused(monkeypatch: pytes
 def test_a_run_that_does_not_end_in_time_raises_and_the_next_one_works() -> None:
     with open_device("csim") as device:
         device.launch_blocks = 1 << 30  # one start, which cannot look at the clock in between
-        begin = time.monotonic()
         with pytest.raises(DeviceTimeout, match=r"did not end within"):
             device.run(product(1024, 512, 1024, widths=(8,)), timeout_s=1.0)
-        assert time.monotonic() - begin < 10
         device.reset()
         small = product(seed=1)
         with open_device("reference") as reference:
@@ -291,6 +287,6 @@ def test_the_same_tests_pass_in_a_sanitized_build(sanitizer: str, tmp_path: Path
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
     command += [str(folder / "test_devices.py"), f"{folder / 'test_csim.py'}"]
     command += ["-k", f"({chosen}) and not ({left_out})"]
-    done = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -7,6 +7,7 @@ import pytest
 
 from fpga import GemmConfig, GemmJob, open_device
 from fpga.vectors import random_jobs, random_operand
+from tests.waiting import HANG_S
 
 from . import core_oracle
 
@@ -22,7 +23,7 @@ def test_ten_million_values_are_equal(capsys: pytest.CaptureFixture[str]) -> Non
 
         def compare(job: GemmJob) -> None:
             nonlocal compared
-            got, want = csim.run(job, timeout_s=300), reference.run(job)
+            got, want = csim.run(job, timeout_s=HANG_S), reference.run(job)
             unit = np.int64 if job.output == "int64" else np.int32
             assert np.array_equal(got.values.view(unit), want.values.view(unit))
             assert (got.cycles, got.words_a, got.words_b, got.words_c) == (want.cycles, want.words_a, want.words_b, want.words_c)

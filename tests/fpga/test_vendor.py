@@ -4,7 +4,6 @@ import io
 import json
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from fpga.__main__ import main
 from fpga.board_files import load_board
 from fpga.emit import FolderChanged, emit
 from fpga.vendor import REPORT, build, find_tool, read_report
+from tests.waiting import wait_until
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
 <profile>
@@ -101,16 +101,23 @@ def test_a_failing_tool_shows_its_last_lines(folder: Path, tmp_path: Path, monke
 
 
 def test_a_tool_that_hangs_is_stopped_with_all_it_started(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "vitis_hls", "sleep 300 & echo $! > child; wait")
-    begin = time.monotonic()
-    with pytest.raises(DeviceTimeout, match=r"did not end within 1 s and was stopped"):
-        build(folder, timeout_s=1.0, stream=io.StringIO())
-    assert time.monotonic() - begin < 30
-    child = Path(f"/proc/{(folder / 'child').read_text().strip()}/stat")
-    deadline = time.monotonic() + 10
-    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not child.exists() or child.read_text().split()[2] == "Z"
+    install(tmp_path, monkeypatch, "vitis_hls", "sleep 3600 & echo $! > child; wait")
+    # On a busy machine a second is too short for the tool to start anything: then it gets more.
+    for seconds in (1, 10, 100, 1000):
+        with pytest.raises(DeviceTimeout, match=rf"did not end within {seconds} s and was stopped"):
+            build(folder, timeout_s=seconds, stream=io.StringIO())
+        started = (folder / "child").read_text().strip() if (folder / "child").exists() else ""
+        if started:
+            break
+    assert started
+
+    def has_ended() -> bool:
+        try:
+            return Path(f"/proc/{started}/stat").read_text().split()[2] == "Z"
+        except OSError:
+            return True
+
+    wait_until(has_ended)
 
 
 def test_an_edited_folder_is_not_built(folder: Path) -> None:

@@ -19,6 +19,7 @@ from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
 from fpga.quantizer import ActivationRequest
 from fpga.runtime import GemmLayer, Program, Runner
+from tests.waiting import HANG_S
 
 # hls4ml leaves its list of boards open.
 pytestmark = pytest.mark.filterwarnings("ignore:.*supported_boards.json:pytest.PytestUnraisableExceptionWarning")
@@ -84,7 +85,7 @@ def by_csim(layer: DynamicGemm, x: Array) -> Array:
     """float32 [N, positions, out] of [N, in, *positions], on the C simulation."""
     operand = layer.layer.operand(x, layer.config)
     with open_device("csim", layer.config) as device:
-        result = device.run(GemmJob(a=operand, b=layer.layer.weight, geometry=layer.geometry), timeout_s=120)
+        result = device.run(GemmJob(a=operand, b=layer.layer.weight, geometry=layer.geometry), timeout_s=HANG_S)
     return result.values + layer.bias_values
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dynasty_lightning import PrecisionMap, demo
 from dynasty_lightning.cli import main
 from dynasty_lightning.demo import DemoConfig, ProgressBoard, run_demo
 from dynasty_lightning.report import read_summary
+from tests.waiting import wait_until
 
 SMALL = ["--epochs", "1", "--train-images", "64", "--batch-size", "16", "--seeds", "1", "--threads", "1"]
 
@@ -324,11 +324,7 @@ def is_running(process):
 def test_worker_processes_and_a_kill(tmp_path):
     process = start_demo(tmp_path, "--model", "mlp", "--methods", "float32", "--seeds", "99", "--epochs", "10")
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            if (tmp_path / "summary.json").is_file() and read_summary(tmp_path)["runs"]:
-                break
-            time.sleep(0.1)
+        wait_until(lambda: process.poll() is not None or ((tmp_path / "summary.json").is_file() and bool(read_summary(tmp_path)["runs"])))
         assert process.poll() is None
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:
@@ -342,8 +338,5 @@ def test_worker_processes_and_a_kill(tmp_path):
     assert all(r["accuracy"] > 0.5 for r in summary["runs"])
     assert main(["report", str(tmp_path)]) == 0
     # No worker outlives its parent.
-    deadline = time.monotonic() + 20
-    while any(is_running(w) for w in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
     assert len(workers) >= 2
-    assert not any(is_running(w) for w in workers)
+    wait_until(lambda: not any(is_running(w) for w in workers))

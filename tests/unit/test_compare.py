@@ -23,6 +23,7 @@ from dynasty_lightning.policy.schedule import AnalysisSchedule
 from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.runs import RunConfig, record_of, train, train_one
 from dynasty_lightning.workers import run_in_workers
+from tests.waiting import wait_until
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "batch_size": 32, "train_samples": 64}
 OPTIONS = ["--model", "mlp", "--epochs", "1", "--batch-size", "32", "--train-samples", "64", "--threads", "1"]
@@ -59,8 +60,10 @@ def fake_but_one_hangs(config, data_dir=None, send=lambda _: None):
     return fake(config)
 
 
-def fake_and_slow(config, data_dir=None, send=lambda _: None):
-    time.sleep(0.3)
+def fake_and_stuck(config, data_dir=None, send=lambda _: None):
+    """The first ten end, and the others go on until somebody kills them."""
+    if config.seed >= 10:
+        time.sleep(3600)
     return fake(config)
 
 
@@ -284,7 +287,7 @@ def test_workers_keep_memory_and_say_how_they_ended(monkeypatch):
 def start_compare(out, code):
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!r}]
 if __name__ == "__main__":
     import test_compare
     from pathlib import Path
@@ -298,11 +301,9 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_killed_grid_goes_on_where_it_was(out, ran):
-    process = start_compare(out, "fake_and_slow")
+    process = start_compare(out, "fake_and_stuck")
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not (out.is_file() and len(out.read_bytes().splitlines()) >= 3):
-            time.sleep(0.05)
+        wait_until(lambda: process.poll() is not None or (out.is_file() and len(out.read_bytes().splitlines()) >= 3))
         assert process.poll() is None
     finally:
         process.send_signal(signal.SIGKILL)

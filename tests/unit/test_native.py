@@ -26,6 +26,7 @@ from dynasty_lightning.core.random import StreamPosition, drop_code, stream_numb
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.nn.plan import LayerPlan
 from tests import oracle
+from tests.waiting import HANG_S
 
 from . import native_cases
 from .native_cases import FIELDS, case, differences, random_case
@@ -456,7 +457,7 @@ def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
         )  # fmt: skip
 
 
-def python(*arguments, seconds=120, **environment):
+def python(*arguments, seconds=HANG_S, **environment):
     """A process of its own, in the repository's root."""
     return subprocess.run(
         [sys.executable, *arguments],
@@ -673,7 +674,7 @@ def test_two_processes_build_at_once(stub, tmp_path):
         assert process.stdout.readline() == "ready\n", process.stderr.read()
     go.touch()
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=HANG_S)
         assert (process.returncode, out, err) == (0, "7\n", "")
     assert len(list(cache.iterdir())) == 1
     assert not (tmp_path / "elsewhere").exists()  # importing builds nothing

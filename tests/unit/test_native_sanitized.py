@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynasty_lightning.core import native
+from tests.waiting import HANG_S
 
 HARNESS = Path(__file__).parents[1] / "native" / "fuzz.cpp"
 # Unoptimised: the intrinsics compile five times faster so, and sanitizers see every access.
@@ -34,7 +35,7 @@ def compiled(folder: Path, form: str) -> Path:
         str(target),
         *map(str, sources),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-2000:]}"
     return target
 
@@ -42,7 +43,8 @@ def compiled(folder: Path, form: str) -> Path:
 def fuzz(binary: Path, cases: int, seed: int = 0) -> list[str]:
     # Threads that wait spin otherwise; leaks are not what this looks for, and their search fails where processes may not be traced.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    done = subprocess.run([str(binary), str(seed), str(cases)], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    run = [str(binary), str(seed), str(cases)]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f"{binary.name}: status {done.returncode} after {lines[-2:]}\n{done.stderr[:3000]}"
     assert lines[-1] == "done"

@@ -16,6 +16,7 @@ from dynasty_lightning.core.quantize import quantize_in_torch
 from dynasty_lightning.core.random import StreamPosition, stream_numbers
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.core.triton_quantizer import dequantize_cuda, quantize_cuda
+from tests.waiting import HANG_S
 
 from . import triton_helpers
 from .test_random import PUBLISHED, VECTORS
@@ -39,7 +40,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run
 
         def run(name: str, *args: Any, **options: Any) -> Any:
             future = pools[interpret].submit(triton_helpers.call, pickle.dumps((name, args, options)))
-            return pickle.loads(future.result(timeout=300))
+            return pickle.loads(future.result(timeout=HANG_S))
 
         return run
 
