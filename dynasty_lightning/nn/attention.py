@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention whose four projections are nn.Linear layers, so that they convert; torch's own uses its weights directly."""
 
+from typing import Any, Final
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _NotPacked:
+    """Where torch's encoder looks for one packed projection; its fused path, and nested tensors, stand back for `__torch_function__`."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        return NotImplemented
 
 
 class MultiheadAttention(nn.Module):
@@ -18,10 +28,10 @@ class MultiheadAttention(nn.Module):
         ValueError: `embed_dim` does not divide into `num_heads`.
     """
 
-    # What torch's encoder layer asks of its attention before its fused path: there is no packed projection here.
-    in_proj_weight: None = None
-    in_proj_bias: None = None
-    _qkv_same_embed_dim = False
+    # What torch's encoder and its layers ask of their attention before their fused paths.
+    in_proj_weight: Final = _NotPacked()
+    in_proj_bias: Final = _NotPacked()
+    _qkv_same_embed_dim: Final = False
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, batch_first: bool = False) -> None:
         super().__init__()
@@ -65,9 +75,12 @@ class MultiheadAttention(nn.Module):
         allowed. `is_causal` needs no `attn_mask`: without one it is the mask, beside whatever padding there is.
 
         Raises:
-            ValueError: a mask whose shape is none of torch's.
+            ValueError: a query, key, value or mask whose shape is none of torch's.
         """
         batched = query.ndim == 3
+        if query.ndim not in (2, 3) or not query.ndim == key.ndim == value.ndim:
+            shapes = [tuple(t.shape) for t in (query, key, value)]
+            raise ValueError(f"query, key and value have 3 axes each, or 2 without a batch, not {shapes}")
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)

@@ -146,6 +146,8 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
         return f"its weight is a {type(weight).__name__}: converted layers keep plain float32 master weights"
     if type(weight.data) is not torch.Tensor:
         return f"its weight holds a {type(weight.data).__name__}: converted layers keep plain float32 master weights"
+    if weight.layout is not torch.strided:
+        return f"its weight is {str(weight.layout).removeprefix('torch.')}: converted layers keep dense master weights"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}: converted layers keep float32 master weights"
     if weight.numel() == 0:

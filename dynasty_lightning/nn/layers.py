@@ -7,7 +7,7 @@ A layer becomes one by `module.__class__ = ...`, so parameters, ties, `isinstanc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ..core.precision import OperandPrecision
 from ..core.quantize import header_bits, header_occupied, header_signed, make_headers
 from ..core.roles import SHARED, Gemm, Role
 from .gemms import SETTINGS, has_limit, role_settings, settings_of
-from .ops import apply_layer, refuse_transforms
+from .ops import apply_layer, refuse_torchscript, refuse_transforms
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
 from .records import HEADERS_ONLY, PROBING, ObservationSlot, StepRecord, weight_squares
@@ -288,6 +288,9 @@ class DynamicLayer(nn.Module):
         channels = x.shape[plan.geometry.channel_axis]
         if channels != plan.geometry.in_channels:
             raise ValueError(f"{self.layer_name} reads {plan.geometry.in_channels} channels, not {channels} (input {tuple(x.shape)})")
+
+    def __prepare_scriptable__(self) -> Never:
+        refuse_torchscript(self.layer_name)  # torch.jit.script asks here first
 
     def _options(self) -> tuple[Any, ...]:
         """What the geometry was made from, beside the weight."""

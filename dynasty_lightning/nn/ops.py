@@ -6,7 +6,7 @@ An operand travels between them packed: one byte an element, and for each block 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import torch
 from torch import Tensor
@@ -200,10 +200,26 @@ def _gradients(ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor
     )
 
 
+_NO_TORCHSCRIPT: Final = (
+    "{}: torch.jit.trace and script, and what is built on them (to_torchscript, log_graph, ONNX with dynamo=False), are not supported; "
+    "use torch.export or torch.compile, or a model that is not converted"
+)
+
+
+def refuse_torchscript(name: str) -> Never:
+    """Raises RuntimeError: TorchScript knows neither plans nor blocks."""
+    raise RuntimeError(_NO_TORCHSCRIPT.format(name))
+
+
 def refuse_transforms(name: str, *tensors: Tensor) -> None:
-    """Raises RuntimeError inside a transform of torch.func, or for tensors that stand for many: such have no memory of their own."""
+    """Raises RuntimeError inside a transform of torch.func, or for tensors that stand for many: such have no memory of their own.
+
+    So it does where torch.jit traces: there sizes are tensors, and blocks of theirs would be those of no batch.
+    """
     if torch.compiler.is_compiling():
         return
+    if torch._C._get_tracing_state() is not None:
+        refuse_torchscript(name)
     functorch = torch._C._functorch
     if functorch.peek_interpreter_stack() is not None or any(functorch.is_legacy_batchedtensor(t) for t in tensors):
         raise RuntimeError(
@@ -220,6 +236,13 @@ class LayerFunction(torch.autograd.Function):
         outputs = _layer_forward(*inputs)
         _setup_context(ctx, inputs, outputs)
         return outputs[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Never:
+        raise RuntimeError(
+            f"converted layer {LayerPlan.from_key(ctx.plan_key).layer_index}: forward-mode differentiation is not supported; "
+            "use backward, or exclude the layer"
+        )
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> tuple[Any, ...]:  # type: ignore[override]

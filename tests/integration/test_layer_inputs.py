@@ -8,7 +8,6 @@ import warnings
 import lightning as L
 import pytest
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
@@ -121,10 +120,23 @@ def test_views_are_read_as_what_they_show(view):
     seen = view(x)
     expected = model((-x) if view is torch._neg_view else x)
     assert torch.equal(model(seen), expected)
-    with torch.no_grad():
-        weight = model[0].weight.detach()
-        y = F.conv2d(x, weight)
-    assert y.shape
+
+
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_negated_views_of_parameters_and_imaginary_parts_have_their_sign(mode):
+    model = converted(mode=mode)
+    plain = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = torch._neg_view(-p.data)
+    conjugated = torch.complex(images(), images()).conj()
+    assert conjugated.imag.is_neg()
+    results = []
+    for m, x in ((model, conjugated.imag), (plain, -images())):
+        x = x.detach().requires_grad_()
+        y = m(x)
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_negated_gradient_has_its_sign():
@@ -280,7 +292,37 @@ def test_many_gradients_at_once_are_refused_by_name(gradients):
         gradients(converted(), images(4))
 
 
+@pytest.mark.parametrize("way", [lambda m, x: torch.jit.trace(m, x), lambda m, x: torch.jit.script(m)], ids=["trace", "script"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_by_name(way):
+    with pytest.raises(RuntimeError, match=r"0: torch\.jit\.trace and script, .* are not supported; use torch\.export"):
+        way(converted(), images(4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_forward_mode_is_refused_by_name():
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="layer 0: forward-mode differentiation is not supported"),
+    ):
+        converted()(torch.autograd.forward_ad.make_dual(images(), images()))
+
+
 # -- Trainers and packages
+
+
+def test_plugin_and_callback_travel_in_a_pickle_after_fit():
+    plugin, callback = DynastyPrecision(seed=1), DynastyCallback(target_speedup=3, interval=2, table=False)
+    trainer = L.Trainer(plugins=[plugin], callbacks=[callback], max_steps=8, enable_checkpointing=False, **QUIET)
+    trainer.fit(Task(), loader())
+    for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        assert copied.summary() == callback.summary()
+    for copied in (pickle.loads(pickle.dumps(plugin)), copy.deepcopy(plugin)):
+        assert copied.format == plugin.format
+        with pytest.raises(RuntimeError, match="has converted no module yet"):
+            _ = copied.layers
+        L.Trainer(plugins=[copied], max_steps=2, enable_checkpointing=False, **QUIET).fit(Task(), loader())
+        assert len(copied.layers) == 2
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader, .*:UserWarning")
@@ -338,6 +380,9 @@ def test_weights_in_formats_of_their_own_are_named():
     assert [(name, reason) for name, _, reason in report.skipped] == [
         ("0", "its weight is a Wrapped: converted layers keep plain float32 master weights")
     ]
+    sparse = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
+    sparse[0].weight = nn.Parameter(sparse[0].weight.detach().to_sparse())
+    assert [reason for *_, reason in convert(sparse).skipped] == ["its weight is sparse_coo: converted layers keep dense master weights"]
     model[1].weight = nn.Parameter(Wrapped(model[1].weight.detach()), requires_grad=False)
     with pytest.raises(TypeError, match=r"1: the weight is a Wrapped"):
         model[1](torch.randn(2, 4))
@@ -431,3 +476,28 @@ def test_torchs_encoder_layer_takes_our_attention(training):
         m.train(training)
     with torch.no_grad():
         assert torch.allclose(layer(x), expected(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_torchs_encoder_takes_our_attention_with_padding(gradients):
+    """In eval mode it would make nested tensors for its fused path."""
+    torch.manual_seed(0)
+    expected = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    encoder = copy.deepcopy(expected)
+    for layer in encoder.layers:
+        layer.self_attn = dnn.MultiheadAttention.from_torch(layer.self_attn)
+    expected.use_nested_tensor = False
+    padding = torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])
+    x = torch.randn(2, 5, 8)
+    with torch.set_grad_enabled(gradients):
+        y, wanted = (m(x, src_key_padding_mask=padding) for m in (encoder, expected))
+    assert torch.allclose(y[~padding], wanted[~padding], atol=1e-5)
+
+
+def test_attention_refuses_shapes_that_are_none_of_torchs():
+    _, ours = attention_pair(True)
+    x = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match="have 3 axes each, or 2 without a batch"):
+        ours(x[None], x[None], x[None])
+    with pytest.raises(ValueError, match=r"attn_mask must be of shape \(5, 5\) or \(4, 5, 5\), not \(5, 4\)"):
+        ours(x, x, x, attn_mask=torch.zeros(5, 4))
