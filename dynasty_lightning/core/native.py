@@ -224,7 +224,7 @@ class _Workspace(threading.local):
         buffer = self._buffers.get(slot)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):
-                buffer = torch.empty(size + size // 8, dtype=torch.uint8)
+                buffer = torch.empty(size + size // 8, dtype=torch.uint8, device="cpu")
             self._buffers[slot] = buffer
         return buffer[:size]
 
@@ -248,7 +248,7 @@ def empty_grid(x: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
     """A tensor of the layout's grid, in the memory order in which an operand's blocks are walked: as the operand itself lies."""
     if x.device.type != "cpu" or _positions_innermost(x, layout):
         return torch.empty(layout.grid_shape, dtype=dtype, device=x.device)
-    return torch.empty_strided(layout.grid_shape, layout.grid_channels_innermost, dtype=dtype)
+    return torch.empty_strided(layout.grid_shape, layout.grid_channels_innermost, dtype=dtype, device="cpu")
 
 
 # -- kernels
@@ -310,7 +310,7 @@ def quantize(
     for name, tensor, dtype in (("codes", codes, torch.uint8), ("values", values, torch.bfloat16)):
         if tensor is not None:
             _check_innermost(name, tensor, dtype, layout)
-    largest = torch.empty(scopes, dtype=torch.int32)
+    largest = torch.empty(scopes, dtype=torch.int32, device="cpu")
     group = (1, 1) if width_group is None else (width_group[0] // layout.block_shape[0], width_group[1] // layout.block_shape[1])
     scratch = _workspace.take("plan", 8 * blocks).data_ptr()
     args = _QuantizeArgs(
@@ -399,14 +399,14 @@ def widen(values: Tensor, channel_axis: int, *, channels_last: bool, bias: Tenso
     if not innermost.is_contiguous():
         if values.is_contiguous() and not channels_last and bias is None:
             # Nothing to transpose: one run of elements.
-            out = torch.empty(values.shape, dtype=torch.float32)
+            out = torch.empty(values.shape, dtype=torch.float32, device="cpu")
             args = _WidenArgs(values.data_ptr(), None, 1, 1, values.numel(), 1, out.data_ptr(), _threads(values.numel()))
             (library or _library()).dynasty_widen(ctypes.byref(args))
             return out
         innermost = innermost.contiguous()
     rows, positions, channels = layout.extents
     to_innermost = channels_last or axis == values.ndim - 1
-    out = empty_channels_innermost(layout, torch.float32) if to_innermost else torch.empty(values.shape, dtype=torch.float32)
+    out = empty_channels_innermost(layout, torch.float32) if to_innermost else torch.empty(values.shape, dtype=torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
     args = _WidenArgs(
         innermost.data_ptr(), None if bias is None else bias.data_ptr(), rows, positions, channels, to_innermost, out.data_ptr(),
@@ -426,7 +426,7 @@ def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tens
     if tuple(x.shape) != layout.shape or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not supports(layout):
         raise ValueError(f"the kernel takes a float32 or bfloat16 CPU tensor of {layout}, not {x.dtype} {tuple(x.shape)} on {x.device}")
     x, extents, strides = _operand(x, layout)
-    out = torch.empty(layout.grid_shape, dtype=torch.float64)
+    out = torch.empty(layout.grid_shape, dtype=torch.float64, device="cpu")
     args = _MeanSquaresArgs(
         x.data_ptr(), x.dtype == torch.bfloat16, *extents, *strides, *layout.block_shape, _last(layout), out.data_ptr(),
         _threads(x.numel()),
@@ -439,7 +439,7 @@ def mean_squares(x: Tensor, layout: BlockLayout, *, library: Any = None) -> Tens
 def stream_numbers(position: StreamPosition, code: int, count: int, *, library: Any = None) -> Tensor:
     """`random.stream_numbers` from the kernel, int32; for its tests."""
     words = (ctypes.c_int64 * 6)(position.seed, position.rank, position.backward_count, position.call_index, position.layer, code)
-    out = torch.empty(count, dtype=torch.int16)
+    out = torch.empty(count, dtype=torch.int16, device="cpu")
     (library or _library()).dynasty_stream_numbers(words, count, out.data_ptr())
     return out.to(torch.int32) & 0xFFFF
 

@@ -87,7 +87,7 @@ class OperandPrecision:
 def _integers(values: Tensor | int, name: str) -> Tensor:
     """A detached int64 copy, which no later change of `values` reaches."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"{name} must be integers that fit 64 bits, not {values!r}") from error
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

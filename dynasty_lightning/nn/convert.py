@@ -93,9 +93,8 @@ def convert(
             skipped.append((name, kind, reason))
         elif type(module) in CONVERTED_TYPES:
             plan = LayerPlan(
-                geometry=geometry_of(module), format=block_format, mode=mode, layer_index=len(stream.calls), unquantized=tuple(unquantized)
+                geometry=geometry_of(module), format=block_format, mode=mode, layer_index=stream.add_layer(), unquantized=tuple(unquantized)
             )
-            stream.calls = torch.cat([stream.calls, stream.calls.new_zeros(1)])
             _swap(module, name, plan, stream)
             converted.append((name, kind))
     for module in model.modules():

@@ -46,13 +46,20 @@ class StreamState:
     def __init__(self, seed: int = 0, rank: int = 0, layers: int = 0) -> None:
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
-        # On the CPU even inside `with torch.device("meta")`, where models are built without memory.
-        self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64, device="cpu")
-        self.calls = torch.zeros(layers, dtype=torch.int64, device="cpu")
+        # On the CPU even inside `with torch.device("meta")`, where models are built without memory; and to be counted on.
+        with torch.inference_mode(False):
+            self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64, device="cpu")
+            self.calls = torch.zeros(layers, dtype=torch.int64, device="cpu")
 
     @property
     def backward_count(self) -> int:
         return int(self.counters[2])
+
+    def add_layer(self) -> int:
+        """Count a layer, and say its index."""
+        with torch.inference_mode(False):
+            self.calls = torch.cat([self.calls, self.calls.new_zeros(1)])
+        return len(self.calls) - 1
 
     def position(self, layer_index: int) -> Tensor:
         """int64 [seed, rank, backward_count, call_index] of a layer's next call, which it counts."""
@@ -130,7 +137,7 @@ class DynamicLayer(nn.Module):
         self._converted_options = self._options()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
-            setattr(self, _REQUESTS[role], _default_request())
+            setattr(self, _REQUESTS[role], _saveable(_default_request()))
         self._precision: dict[Role, OperandPrecision] = {}
 
     @property
@@ -175,7 +182,7 @@ class DynamicLayer(nn.Module):
             self._precision[role] = precision
         else:
             self._precision.pop(role, None)
-        setattr(self, _REQUESTS[role], _default_request() if precision is None else _saveable(precision.values))
+        setattr(self, _REQUESTS[role], _saveable(_default_request() if precision is None else precision.values))
         self._settings[SETTINGS * role : SETTINGS * (role + 1)] = settings_of(precision)
 
     def get_precision(self, role: Role) -> OperandPrecision | None:

@@ -129,6 +129,11 @@ def _layer_backward(
         probed: X and W as they came and the requests for them, for a step whose harm is measured; else empty.
     """
     plan = LayerPlan.from_key(plan_key)
+    if (need_dx and not w_packed[0].numel()) or (need_dw and not x_packed[0].numel()):
+        raise RuntimeError(
+            f"converted layer {plan.layer_index} kept nothing for a backward pass, as networks do that are exported in eval mode, or that "
+            "ran without gradients: take gradients of the model itself, or of one that is exported in train mode"
+        )
     shape = tuple(input_shape)
     if tuple(e.shape) != plan.output_shape(shape) or shape[plan.geometry.channel_axis] != plan.geometry.in_channels:
         raise ValueError(f"E of shape {tuple(e.shape)} does not belong to an input {shape} of {plan.geometry}")

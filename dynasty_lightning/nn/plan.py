@@ -80,7 +80,8 @@ class LayerPlan:
         """The embedding of a grouped weight; None without groups."""
         if self.geometry.groups == 1:
             return None
-        with torch.device("cpu"):  # not on the meta device of a model that is built without memory
+        # Neither on the meta device of a model that is built without memory, nor of those tensors that no graph may keep.
+        with torch.device("cpu"), torch.inference_mode(False):
             return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape, self.format.band_unit)
 
     def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:

@@ -258,6 +258,30 @@ def test_an_exported_network_takes_batches_of_any_size():
         assert torch.equal(program(images(n)), model(images(n)))
 
 
+def test_an_exported_prediction_refuses_gradients_by_name():
+    program = torch.export.export(converted().eval(), (images(4),)).module()
+    with pytest.raises(RuntimeError, match="layer 1 kept nothing for a backward pass, as networks do that are exported in eval mode"):
+        program(images(4)).sum().backward()
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+def test_what_is_around_a_conversion_does_not_reach_into_training(around):
+    """Nor do torch's default device and mode at the first call, where layouts and bands are made."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 3, 1))
+    expected, x = copy.deepcopy(model), torch.randn(4, 8, 5, 5)
+    convert(expected)
+    with around():
+        convert(model)
+        model[0].set_precision(Role.WEIGHT, OperandPrecision(bits=8))
+        with torch.no_grad():
+            model(x)
+    for m in (model, expected):
+        m(x).square().sum().backward()
+        m[0].stream.advance()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_shapes_and_operations_are_counted_without_memory():
     with torch.device("meta"):
         model = network()
