@@ -64,6 +64,14 @@ class FixedPoint:
         """Exponent of the last place."""
         return self.integer - self.width
 
+    def stored(self, values: Array) -> Array:
+        """What a tensor of this type makes of values."""
+        least = -(1 << (self.width - 1)) if self.signed else 0
+        most = (1 << (self.width - self.signed)) - 1
+        scaled = np.rint(np.ldexp(values.astype(np.float64), -self.last_place))  # nearest-even
+        result: Array = np.ldexp(np.clip(scaled, least, most), self.last_place)
+        return result
+
     @staticmethod
     def spanning(largest: float, last_place: int, *, signed: bool, widest: int = WIDEST) -> "FixedPoint":
         """That holds magnitudes up to `largest` with a last place of 2**last_place, or as fine as `widest` bits allow."""
@@ -322,8 +330,13 @@ def export_hls4ml(
             predicted, traced = model.trace(_channels_last(images))
         classes = predicted.reshape(len(images), -1).argmax(axis=1)
         layers = []
+        read = {"input": input_type.stored(_channels_last(images))}
         for step in program.steps:
-            theirs, mine = traced[names[step["name"]].removesuffix(_FLAT)], _channels_last(ours[step["name"]])
+            theirs, mine = traced.get(names[step["name"]].removesuffix(_FLAT)), _channels_last(ours[step["name"]])
+            if theirs is None and step["op"] == "flatten":  # no code of hls4ml's own: the values are those before it, in another order
+                source = step["inputs"][0]
+                theirs, mine = read[source], _channels_last(ours[source])
+            read[step["name"]] = theirs
             layers.append(
                 {
                     "name": step["name"],

@@ -317,6 +317,23 @@ def test_the_network_runs_on_the_core_inside_hls4ml_and_coarser_percentiles_diff
     assert coarse["backends"]["vitis"]["layers"][0]["signal_to_difference_db"] < 30
 
 
+@pytest.mark.parametrize(("between", "features"), [((nn.AdaptiveAvgPool2d(1),), 4), ((nn.MaxPool2d(2),), 36)], ids=["pooled", "map"])
+def test_a_head_behind_a_flatten_reads_the_feature_map_in_torchs_order(
+    between: tuple[nn.Module, ...], features: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *between, nn.Flatten(), nn.Linear(features, 5))
+    program = program_of(network, (1, 8, 8))
+    images = torch.randn(16, 1, 8, 8)
+    with torch.no_grad():
+        labels = network(images).numpy().argmax(axis=1)
+    with (tmp_path / "text").open("w") as stream:
+        report = export_hls4ml(program, images.numpy(), labels, tmp_path / "out", backends=("vitis",), stream=stream)
+    layers = report["backends"]["vitis"]["layers"]
+    assert [layer["op"] for layer in layers][-2:] == ["flatten", "linear"]
+    assert all(layer["signal_to_difference_db"] > 30 for layer in layers)
+
+
 @pytest.mark.parametrize(
     ("network", "shape", "message"),
     [
