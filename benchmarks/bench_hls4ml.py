@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dynasty_lightning.demo import DemoConfig, machine, run_demo, versions
-from dynasty_lightning.export_run import export_run
+from dynasty_lightning.export_run import export_run, load_images
 from dynasty_lightning.hls4ml_export import export_hls4ml
-from fpga.program import Program, load_images
+from fpga.runtime import Program
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "percentile 100": {"percentile": 100.0},

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from fpga import open_device
-from fpga.program import IMAGES_FILE, Program, load_images
-from fpga.runtime import Runner
+from fpga.runtime import Program, Runner
 
 from .data import TensorDataModule, load_data
 from .export import export_program
@@ -21,6 +20,7 @@ from .policy.precision_map import PrecisionMap
 from .report import read_summary
 from .tasks import TEXT_DATA, TEXT_MODELS
 
+IMAGES_FILE = "images.npz"
 _BATCH = 50
 
 
@@ -47,30 +47,24 @@ def export_run(
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} does not exist: `dynasty-lightning demo --checkpoints` leaves checkpoints in its run folder")
     arguments = read_summary(checkpoint.parent)["args"]
-    if not isinstance(arguments, dict) or not {"data", "model", "data_dir"} <= arguments.keys():
-        raise ValueError(f"the summary beside {checkpoint} is no demo's: its args lack data, model or data_dir")
     if arguments["data"] in TEXT_DATA or arguments["model"] in TEXT_MODELS:
         raise ValueError(
             f"{checkpoint} is of a text model, {arguments['model']}: programs take images, and have no embedding and no attention"
         )
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        plugin_map, weights, step = state["DynastyPrecision"]["map"], state["state_dict"], int(state["global_step"])
+        plugin = state["DynastyPrecision"]
     except KeyError:
         raise ValueError(f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export") from None
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
-    precision_map = PrecisionMap.from_state(plugin_map, source=f"the map in {checkpoint}")
+    precision_map = PrecisionMap.from_state(plugin["map"], source=f"the map in {checkpoint}")
     loaded = load_data(arguments["data"], data_dir or arguments["data_dir"])
     data = TensorDataModule(loaded, batch_size=_BATCH)
     shape = tuple(data.test_images.shape[1:])
     network = build_model(arguments["model"], in_channels=shape[0], image_size=shape[-1], classes=data.classes)
     module = Classifier(network, classes=data.classes)
-    try:
-        module.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{checkpoint} holds no weights of the {arguments['model']} that its summary names ({text})") from None
+    module.load_state_dict(state["state_dict"])
     structure = precision_map.structure
     convert(module, mode="exact", block_shape=structure.block_shape, width_group=structure.width_group)
     for name, roles in precision_map.entries.items():
@@ -78,7 +72,7 @@ def export_run(
             dynamic_layers(module)[name].set_precision(role, precision)
     module.eval()
 
-    source = {"checkpoint": checkpoint.name, "model": arguments["model"], "data": arguments["data"], "step": step}
+    source = {"checkpoint": checkpoint.name, "model": arguments["model"], "data": arguments["data"], "step": int(state["global_step"])}
     program = export_program(network, shape, labels=loaded.class_names, source=source)
     program.save(out)
     chosen, labels = data.test_images[:images], data.test_labels[:images].numpy()
@@ -115,6 +109,15 @@ def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any
         "accuracy": float((classes == labels).mean()),
         "accuracy_torch": float((expected.argmax(axis=1) == labels).mean()),
     }
+
+
+def load_images(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Images, float32 [N, ...], and labels [N] of an exported folder; raises FileNotFoundError without them."""
+    path = folder / IMAGES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: name a folder that `dynasty-lightning export` wrote")
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["images"], archive["labels"]
 
 
 def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:

@@ -32,7 +32,6 @@ Step = Mapping[str, Any]
 FORMAT: Final = 2
 GRAPH_FILE: Final = "program.json"
 ARRAYS_FILE: Final = "program.npz"
-IMAGES_FILE: Final = "images.npz"
 
 MAX_STEPS: Final = 1 << 14
 MAX_ELEMENTS: Final = 1 << 24
@@ -655,42 +654,10 @@ def geometry_of(step: Step, spatial: Sequence[int]) -> Geometry:
     return Geometry(input=spatial, **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")})
 
 
-def load_images(folder: Path) -> tuple[Array, Array]:
-    """Images, float32 [N, ...], and labels, integers [N], that `dynasty-lightning export` put beside a program.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ProgramError: a damaged or foreign archive, or one that unpacks to more than arrays may.
-    """
-    path = folder / IMAGES_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: name a folder that `dynasty-lightning export` wrote")
-    try:
-        arrays = parse_arrays(read_bounded(path, MAX_ARRAY_BYTES), str(path), MAX_ARRAY_BYTES)
-    except DamagedFile as error:
-        raise ProgramError(f"{error}: export it anew") from error
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None:
-        raise ProgramError(f"{path} has no images or no labels but {sorted(arrays)}: export it anew")
-    if (
-        images.dtype != np.float32
-        or labels.dtype.kind not in "iu"
-        or images.ndim < 2
-        or labels.shape != images.shape[:1]
-        or not len(images)
-    ):
-        raise ProgramError(
-            f"{path} must hold float32 images [N, ...] and integer labels [N], not {images.dtype} {images.shape} and "
-            f"{labels.dtype} {labels.shape}: export it anew"
-        )
-    return images, labels
-
-
 __all__ = [
     "ARRAYS_FILE",
     "FORMAT",
     "GRAPH_FILE",
-    "IMAGES_FILE",
     "STEP_KINDS",
     "ArraySpec",
     "GemmLayer",
@@ -699,7 +666,6 @@ __all__ = [
     "StepKind",
     "geometry_of",
     "graph_text",
-    "load_images",
     "mean_axes",
     "parse_program",
     "pool_dilation",

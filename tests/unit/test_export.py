@@ -16,7 +16,6 @@ from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.data import load_data
 from dynasty_lightning.export import ExportError, export_program
-from dynasty_lightning.export_run import export_run
 from dynasty_lightning.models import build_model
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import quantize_operand
@@ -25,7 +24,6 @@ from fpga import Operand, open_device
 from fpga.board_files import load_board
 from fpga.deploy import DeployError, deploy
 from fpga.overlay_files import bit_bytes, write_overlay
-from fpga.program import load_images
 from fpga.quantizer import ActivationRequest, quantize_activations
 from fpga.runtime import Program, ProgramError, Runner
 
@@ -178,24 +176,6 @@ def program_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"images": np.zeros((2, 1, 4, 4), np.float32)}, "no images or no labels"),
-        ({"images": np.zeros((2, 1, 4, 4)), "labels": np.zeros(2, np.int64)}, "must hold float32 images"),
-        ({"images": np.zeros((2, 1, 4, 4), np.float32), "labels": np.zeros(3, np.int64)}, "must hold float32 images"),
-        ({"images": np.array([{}]), "labels": np.zeros(1, np.int64)}, "Python objects"),
-    ],
-)
-def test_a_foreign_archive_of_images_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:  # type: ignore[type-arg]
-    np.savez(tmp_path / "images.npz", **arrays)
-    with pytest.raises(ProgramError, match=message):
-        load_images(tmp_path)
-    (tmp_path / "images.npz").write_bytes((tmp_path / "images.npz").read_bytes()[:100])
-    with pytest.raises(ProgramError, match=r"images\.npz.*export it anew"):
-        load_images(tmp_path)
-
-
 def test_images_and_devices_that_do_not_fit_are_refused(program_folder: Path) -> None:
     program = Program.load(program_folder)
     with open_device("reference", program.config) as device:
@@ -287,17 +267,6 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
             main(["export", *arguments, "--out", str(tmp_path / "other")])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    summary = json.loads((run / "summary.json").read_text())
-    for changed, message in (
-        ({"model": "mlp"}, "holds no weights of the mlp that its summary names"),
-        ({"model": "chartransformer", "data": "stdlib-docs"}, "is of a text model"),
-    ):
-        (run / "summary.json").write_text(json.dumps(summary | {"args": summary["args"] | changed}))
-        with pytest.raises(ValueError, match=message):
-            export_run(run / "checkpoint-dynasty-0.ckpt", tmp_path / "other", stream=sys.stdout)
-    (run / "summary.json").write_text(json.dumps(summary | {"args": {}}))
-    with pytest.raises(ValueError, match="its args lack data, model or data_dir"):
-        export_run(run / "checkpoint-dynasty-0.ckpt", tmp_path / "other", stream=sys.stdout)
 
 
 @pytest.mark.slow
