@@ -23,7 +23,7 @@ DRIVER_TESTS = ("tests/fpga/test_board.py", "not million and not selftest")
 LAYER_TESTS = ("tests/integration/test_hls4ml.py", "a_layer_of_hls4ml")
 DEVICE_TESTS = (
     "tests/fpga/test_devices.py",
-    "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or block_diagonal or (every_configuration and 8))",
+    "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or smallest_subnormal or beyond_31 or block_diagonal or (every_configuration and 8))",
 )
 
 
@@ -50,6 +50,7 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation("no shift by B's exponent", "kernel/compute.cpp", "int(held_shift_a[held_row]) + int(held_shift_b)", "int(held_shift_a[held_row])"),
+    Mutation("shifts add up modulo 32", "kernel/compute.cpp", "int(held_shift_a[held_row]) + int(held_shift_b)", "(int(held_shift_a[held_row]) + int(held_shift_b)) & 31"),
     Mutation("A's first row lends its shift to all", "kernel/compute.cpp", "held_shift_a[row] = a.shift[row];", "held_shift_a[row] = a.shift[0];"),
     Mutation("sign plane of A ignored", "kernel/compute.cpp", "p == 0 ? a.is_signed : Rows_t(0)", "Rows_t(0)"),
     Mutation("sign plane of B on every plane", "kernel/compute.cpp", "q == 0 && b.is_signed[0]", "bool(b.is_signed[0])"),
@@ -69,6 +70,7 @@ MUTATIONS = (
     Mutation("tie rounds up", "include/dpgemm/float32.h", "rest == half && (kept & 1)", "rest == half"),
     Mutation("tie rounds down", "include/dpgemm/float32.h", "rest > half || (rest == half && (kept & 1))", "rest > half"),
     Mutation("subnormals flushed", "include/dpgemm/float32.h", "if (kept == 0) return 0;", "if (kept == 0 || normal < kFloatLeast) return 0;"),
+    Mutation("47 bits below the last place are nothing", "include/dpgemm/float32.h", "dropped > kAccBits", "dropped > kAccBits - 2"),
     Mutation("negative zero", "include/dpgemm/float32.h", "if (kept == 0) return 0;", "if (kept == 0) return uint32_t(is_negative) << 31;"),
     Mutation("largest binade is infinite", "include/dpgemm/float32.h", "if (binade > kFloatBias)", "if (binade >= kFloatBias)"),
     Mutation("stride forgotten", "include/dpgemm/address.h", "output[axis] * job.stride.size[axis] + tap", "output[axis] + tap"),
@@ -76,6 +78,7 @@ MUTATIONS = (
     Mutation("padding forgotten", "include/dpgemm/address.h", "input[axis] = padded - job.padding.size[axis];", "input[axis] = padded;"),
     Mutation("between strides is inside", "include/dpgemm/address.h", "strided % job.stride.size[axis] == 0 &&", ""),
     Mutation("row block forgotten in X's line", "kernel/memory.cpp", "line = place.row_block * job.input_size + flat", "line = flat"),
+    Mutation("WGRAD counts E's segments as X's", "kernel/memory.cpp", "tile.m_count, segments_of(job.out_blocks), true}", "tile.m_count, segments_of(job.in_blocks), true}"),
     Mutation("tap offset forgotten", "kernel/memory.cpp", "* job.tap_count + tap_index;", "* job.tap_count;"),
     Mutation("planes begin a word late", "kernel/memory.cpp", "segment[first + index / kPlanesPerWord]", "segment[first + (index + 1) / kPlanesPerWord]"),
     Mutation("no transposed read", "kernel/memory.cpp", "contracts_rows ? transposed(stored) : stored", "contracts_rows ? transposed(transposed(stored)) : stored"),

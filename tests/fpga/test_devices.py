@@ -44,6 +44,8 @@ LAYERS = {
     "3-D": Layer(3, 4, 5, geometry((3, 4, 3), 2, padding=1, stride=2)),
     "linear": Layer(13, 21, 18, Geometry()),
     "tokens": Layer(6, 10, 7, Geometry(input=(5,), output=(5,))),
+    "more segments of X than of E": Layer(9, 70, 5, Geometry()),
+    "more segments of E than of X": Layer(9, 5, 70, Geometry()),
     "one of everything": Layer(1, 1, 1, Geometry()),
 }
 
@@ -115,7 +117,8 @@ def test_every_gemm_of_every_layer(device: Device, name: str, kind: str) -> None
 @pytest.mark.parametrize("kind", ["forward", "row exponents", "dgrad", "wgrad"])
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c != "edge 4"])
 def test_every_configuration(devices: dict[str, Device], config: str, kind: str) -> None:
-    for name in ("k 3, stride 2, 7 wide", "linear"):
+    unequal = ("more segments of X than of E", "more segments of E than of X") if kind == "wgrad" else ()
+    for name in ("k 3, stride 2, 7 wide", "linear", *unequal):
         check(devices[config], jobs_of(LAYERS[name], CONFIGS[config], seed=7)[kind])
 
 
@@ -226,6 +229,34 @@ def test_the_ends_of_float32(device: Device) -> None:
         check(device, GemmJob(a=largest, b=b))
     exact = device.run(GemmJob(a=largest, b=replace(b, mantissas=np.array([[[1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]]])))).values
     assert exact[0, 0, 0] == np.finfo(np.float32).max
+
+
+def two_rows_of_blocks(channels: int, top: int, base: int) -> Operand:
+    """All mantissas 255, the upper row of blocks 2**top above the lower one."""
+    grid = (2, 1, -(-channels // 4))
+    exponents = np.full(grid, base)
+    exponents[0] += top
+    return Operand(mantissas=np.full((8, 1, channels), 255), scale_exponents=exponents, bits=np.full(grid, 8), signed=np.zeros(grid, bool))
+
+
+def test_the_largest_sum_that_rounds_to_the_smallest_subnormal(device: Device) -> None:
+    """64 * 255**2 * 2**25, just below 2**47, in units of 2**-196: all of its 47 bits lie below float32's last place."""
+    job = GemmJob(a=two_rows_of_blocks(64, 13, -98), b=two_rows_of_blocks(64, 12, -98))
+    result = device.run(job)
+    assert result.parts == 1
+    assert result.values.view(np.uint32)[0, 0, 0] == 1
+    check(device, job)
+
+
+def test_shifts_of_both_operands_add_up_beyond_31(device: Device) -> None:
+    """Few bits far above the smallest block, as E and X of a network have them: (3 + 1 + 2) * 2**(22 + 18) beside 1."""
+    bits = np.full((1, 1, 2), 2)
+    mantissas = np.array([[[3, 1, 0, 2, 1, 0, 0, 0]]])
+    a = Operand(mantissas=mantissas, scale_exponents=np.array([[[22, 0]]]), bits=bits, signed=np.zeros((1, 1, 2), bool))
+    b = Operand(mantissas=np.sign(mantissas), scale_exponents=np.array([[[18, 0]]]), bits=bits, signed=np.ones((1, 1, 2), bool))
+    job = GemmJob(a=a, b=b)
+    assert device.run(replace(job, output="int64")).values.tolist() == [[[(6 << 40) + 1]]]
+    check(device, job)
 
 
 def test_ties_go_to_even(device: Device) -> None:
