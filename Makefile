@@ -5,17 +5,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test check csim bench notebooks clean setup system
+# A second environment, with what users of today have: NumPy 2 and the newest torch, without pynq, which needs NumPy 1.
+NEWEST := .venv-numpy2
+# Of all tests, those in which NumPy or torch could differ. Not: mutants, sanitizers, and projects of hls4ml that take minutes to compile.
+NEWEST_TESTS := tests/property tests/unit/test_cost.py tests/unit/test_data.py tests/unit/test_energy.py \
+  tests/unit/test_export.py tests/unit/test_compare_report.py tests/unit/test_matmul.py tests/unit/test_oracle.py tests/unit/test_precision_map.py \
+  tests/unit/test_report.py tests/unit/test_text.py tests/integration/test_lightning.py tests/integration/test_operators.py \
+  tests/integration/test_bridge.py tests/integration/test_hls4ml.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_emit.py \
+  tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
+NEWEST_LEFT_OUT := sanitized or classify_as_our_program_does or runs_on_the_core_inside_hls4ml
+
+.PHONY: help demo test test-numpy2 check csim bench notebooks clean setup system
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 demo: setup  ## Train on scikit-learn's digits: float32, uniform 8 bits, dynamic precision; pictures and figures in runs/
 	$(BIN)/python -m dynasty_lightning demo
 
 test: setup system  ## Run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-numpy2: $(NEWEST)/.installed system  ## Run what NumPy 2 and the newest torch could change, in an environment of its own
+	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS) -k "not ($(NEWEST_LEFT_OUT))"
 
 check: setup  ## Lint, format, types, import layers
 	$(BIN)/ruff check .
@@ -43,6 +56,14 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fpga,pynq,gpu]'
 	@touch $@
 
+$(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt
+	@echo "== setting up $(NEWEST): the newest torch and NumPy, everything else as constraints.txt pins it"
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt_install,python3-venv); }
+	@$(NEWEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(NEWEST)
+	grep -vE '^(torch|triton|numpy)[=<>]' constraints.txt | cat - constraints-newest.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install -q -c $(NEWEST)/constraints.txt -e '.[dev,fpga]'
+	@touch $@
+
 # g++ for the C simulation, tclsh for tests of the vendor tool's scripts, and Fashion-MNIST for `demo --data fashion-mnist` and the study;
 # a test that needs one says so where it is missing.
 system:
@@ -56,4 +77,4 @@ apt_install = echo "== installing Debian package $(1)"; \
 	apt-get install -y -qq $(1) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq $(1) >/dev/null; }
 
 clean:  ## Remove the virtual environment and caches, not runs/
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
