@@ -5,17 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# A second environment, with what users of today have: NumPy 2 and the newest torch, without pynq, which needs NumPy 1.
+# A second environment, with what users of today have: the newest NumPy, without pynq, which needs NumPy 1; and the newest torch that has a CPU
+# build everywhere. Another one, which may bring CUDA packages of several GB: `make test-numpy2 NEWEST=.venv-torch NEWEST_TORCH=2.14.1`.
 NEWEST := .venv-numpy2
-# Of all tests, those in which NumPy or torch could differ. Not: mutants, sanitizers, and projects of hls4ml that take minutes to compile.
+NEWEST_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# Of all tests, those in which NumPy or torch could differ. Not: mutants, sanitizers, and projects of hls4ml, which take minutes to compile.
 NEWEST_TESTS := tests/property tests/unit/test_cost.py tests/unit/test_data.py tests/unit/test_energy.py \
   tests/unit/test_export.py tests/unit/test_compare_report.py tests/unit/test_matmul.py tests/unit/test_oracle.py tests/unit/test_precision_map.py \
   tests/unit/test_report.py tests/unit/test_text.py tests/integration/test_lightning.py tests/integration/test_operators.py \
-  tests/integration/test_bridge.py tests/integration/test_hls4ml.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_emit.py \
-  tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
-NEWEST_LEFT_OUT := sanitized or classify_as_our_program_does or runs_on_the_core_inside_hls4ml
+  tests/integration/test_bridge.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_config.py tests/fpga/test_devices.py \
+  tests/fpga/test_emit.py tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
+NEWEST_LEFT_OUT := sanitized or (test_devices and reference)
 
-.PHONY: help demo test test-numpy2 check csim bench notebooks clean setup system
+.PHONY: help demo test test-numpy2 soak check csim bench notebooks clean setup system
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -27,8 +29,11 @@ demo: setup  ## Train on scikit-learn's digits: float32, uniform 8 bits, dynamic
 test: setup system  ## Run all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-numpy2: $(NEWEST)/.installed system  ## Run what NumPy 2 and the newest torch could change, in an environment of its own
+test-numpy2: $(NEWEST)/.installed system  ## Run what NumPy 2 could change, in an environment of its own
 	$(NEWEST)/bin/python -m pytest $(PYTEST_ARGS) $(NEWEST_TESTS) -k "not ($(NEWEST_LEFT_OUT))"
+
+soak: setup system  ## Train, offload and tear down for an hour: memory, descriptors and threads stay flat
+	$(BIN)/python -m tests.soak --minutes 60
 
 check: setup  ## Lint, format, types, import layers
 	$(BIN)/ruff check .
@@ -57,10 +62,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt
-	@echo "== setting up $(NEWEST): the newest torch and NumPy, everything else as constraints.txt pins it"
+	@echo "== setting up $(NEWEST): torch $(NEWEST_TORCH) and the newest NumPy, everything else as constraints.txt pins it"
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt_install,python3-venv); }
 	@$(NEWEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(NEWEST)
-	grep -vE '^(torch|triton|numpy)[=<>]' constraints.txt | cat - constraints-newest.txt > $(NEWEST)/constraints.txt
+	{ grep -vE '^(torch|triton|numpy)[=<>]' constraints.txt; cat constraints-newest.txt; echo 'torch==$(NEWEST_TORCH)'; } > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install -q -c $(NEWEST)/constraints.txt -e '.[dev,fpga]'
 	@touch $@
 

@@ -25,6 +25,10 @@ TARGET = 5.0
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
+class Trainer(SimpleNamespace):
+    """Stands for Lightning's; what is referred to weakly has to be a class of one's own."""
+
+
 class Training:
     """A network, its batches in turn, and an optimizer. `autocast` runs forward and loss in bf16."""
 
@@ -61,11 +65,11 @@ class DynamicTraining(Training):
         super().__init__(self.plugin.convert_module(network), batches, compiled=compiled)
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
         # The parts of a Trainer that the callback reads, and a module whose figures nobody logs.
-        self._trainer: Any = SimpleNamespace(
-            precision_plugin=self.plugin, global_step=0, estimated_stepping_batches=math.inf, world_size=1, is_global_zero=True,
-            optimizers=[self.optimizer],
+        self._trainer: Any = Trainer(
+            precision_plugin=self.plugin, global_step=0, max_steps=-1, max_epochs=-1, current_epoch=0, num_training_batches=math.inf,
+            world_size=1, is_global_zero=True, accumulate_grad_batches=1, callbacks=[], loggers=[], optimizers=[self.optimizer],
         )  # fmt: skip
-        self._module: Any = SimpleNamespace(log_dict=lambda *_, **__: None)
+        self._module: Any = SimpleNamespace(log_dict=lambda *_, **__: None, automatic_optimization=True)
         self.callback.setup(self._trainer, self._module, "fit")
         self.callback.on_fit_start(self._trainer, self._module)
 
