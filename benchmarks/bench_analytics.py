@@ -13,13 +13,13 @@ import logging
 import statistics
 import time
 import warnings
-from pathlib import Path
 
 import lightning as L
 import torch
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.demo import machine, versions
+from dynasty_lightning.files import write_whole
 from dynasty_lightning.models import CifarResNet, Classifier
 
 INTERVAL = 50  # DynastyCallback's default
@@ -93,7 +93,7 @@ def main() -> None:
         f"share at interval {INTERVAL}: {100 * extra[1]:.2f} % (quartiles {100 * extra[0]:.2f} to {100 * extra[2]:.2f}); expected below 2 %"
     )
     if a.results:
-        Path(a.results).write_text(json.dumps(result, indent=1) + "\n")
+        write_whole(a.results, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from dynasty_lightning.demo import machine, versions
+from dynasty_lightning.files import write_whole
 from fpga import GemmConfig, GemmJob, open_device
 from fpga.csim import compiler_version
 from fpga.vectors import random_operand
@@ -99,7 +100,7 @@ def main() -> int:
     print(f"{size}^3: core {times_of_core}, hls4ml {peer['median']:.3f} s, ratio {ratio:.2f}, {rounds} rounds")
     print(f"{equal} of {size * size} values equal; {result.cycles} core cycles ({size**3 / result.cycles:.0f} MAC a cycle)")
     if a.results:
-        a.results.write_text(json.dumps(figures, indent=1) + "\n")
+        write_whole(a.results, json.dumps(figures, indent=1) + "\n")
     return 0 if equal == size * size and figures["cycles_equal_cost_law"] else 1
 
 

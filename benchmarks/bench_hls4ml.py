@@ -18,6 +18,7 @@ from typing import Any
 
 from dynasty_lightning.demo import DemoConfig, machine, run_demo, versions
 from dynasty_lightning.export_run import export_run, load_images
+from dynasty_lightning.files import write_whole
 from dynasty_lightning.hls4ml_export import export_hls4ml
 from fpga.runtime import Program
 
@@ -78,7 +79,7 @@ def main() -> int:
     print(f"{rows[0]['images']} test images, n = {seeds}, least and greatest in brackets")
     if a.results:
         figures = {"command": " ".join(["python", *sys.argv]), "rows": rows, "versions": versions(), "machine": machine()}
-        a.results.write_text(json.dumps(figures, indent=1) + "\n")
+        write_whole(a.results, json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from dynasty_lightning.core.quantize import quantize
 from dynasty_lightning.core.random import StreamPosition
 from dynasty_lightning.core.roles import Role
+from dynasty_lightning.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20230117
@@ -294,7 +295,7 @@ def main() -> None:
     header = {"seed": SEED, "elements": elements, "blocks_of_sweep": blocks_of_sweep, "machine": platform.machine(), "versions": versions}
     path = ROOT / "benchmarks" / "results" / "noise.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(header | result, indent=1) + "\n")
+    write_whole(path, json.dumps(header | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

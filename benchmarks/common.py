@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dynasty_lightning.demo import machine, versions
+from dynasty_lightning.files import write_whole
 
 # glibc hands large temporaries back to the system after each use and takes page faults for them in the next step; these keep them.
 # 32 MiB is the largest threshold that glibc accepts.
@@ -78,9 +79,7 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 
 

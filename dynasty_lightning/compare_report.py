@@ -10,6 +10,7 @@ from typing import Any
 
 from .compare_pictures import draw_course, draw_setting
 from .compare_settings import CONFIDENCE, CORE, Difference, Row, Setting, courses, settings_of, titles
+from .files import write_whole
 from .report import BASELINE, DIGITS_NOTE, Spread
 from .results_file import read_records
 from .runs import COMPLETE, DIVERGED
@@ -43,7 +44,7 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         written += pictures
         parts.append(_section(setting, title, pictures))
     title = f"# Results of {', '.join(path.name for path in files)}\n"
-    out.write_text("\n".join([title, *parts, _provenance(records)]))
+    write_whole(out, "\n".join([title, *parts, _provenance(records)]))
     return [out, *written]
 
 

@@ -22,11 +22,11 @@ from .callback import DynastyCallback
 from .core.formats import MAX_BITS, MIN_BITS
 from .core_check import check_on_core, describe
 from .data import DATASETS, TensorDataModule, load_data
+from .files import write_whole
 from .methods import Method
 from .models import MODELS, Classifier, LanguageModel
 from .nn.inspect import activation_widths
 from .policy.generator import check_target
-from .policy.precision_map import write_atomically
 from .progress import ProgressBoard
 from .report import IMAGE_PICTURE, SUMMARY_FILE, draw_report, format_table
 from .runs import RunConfig, machine, threads, train, versions
@@ -266,7 +266,7 @@ def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: in
     callback.precision_map().save(out / names["map_file"])
     callback.bit_width_map().save(out / names["bit_widths_file"])
     lines = [json.dumps(_finite(h), allow_nan=False) + "\n" for h in callback.history]
-    write_atomically(out / names["history_file"], "".join(lines).encode())
+    write_whole(out / names["history_file"], "".join(lines))
     return names
 
 
@@ -278,11 +278,8 @@ def _write_image_widths(out: Path, module: Classifier | LanguageModel, data: Ten
     if not widths:
         return {}
     name = f"widths-image-{seed}.npz"
-    temporary = out / f".{name}"
-    with temporary.open("wb") as file:
-        names = np.array([data.data.class_names[labels[i]] for i in chosen])
-        np.savez_compressed(file, images=data.data.test_images[chosen], labels=names, **cast(Any, widths))
-    temporary.replace(out / name)
+    arrays = {"images": data.data.test_images[chosen], "labels": np.array([data.data.class_names[labels[i]] for i in chosen]), **widths}
+    write_whole(out / name, lambda file: np.savez_compressed(file, **cast(Any, arrays)), sealed=True)
     return {"image_widths_file": name}
 
 
@@ -331,7 +328,7 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
 
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    write_atomically(out / SUMMARY_FILE, (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n").encode())
+    write_whole(out / SUMMARY_FILE, (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n"))
 
 
 __all__: Sequence[str] = [

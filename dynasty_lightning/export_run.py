@@ -12,7 +12,7 @@ from fpga.runtime import Program, Runner
 
 from .data import TensorDataModule, load_data
 from .export import export_program
-from .files import write_whole
+from .files import DamagedFile, parse_arrays, read_sealed, write_whole
 from .models import Classifier, build_model
 from .nn.convert import convert
 from .nn.layers import dynamic_layers
@@ -112,13 +112,22 @@ def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any
 
 
 def load_images(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Images, float32 [N, ...], and labels [N] of an exported folder; raises FileNotFoundError without them."""
+    """Images, float32 [N, ...], and labels [N] of an exported folder.
+
+    Raises:
+        FileNotFoundError: there are none.
+        DamagedFile: they are not as they were written, or others than a program's.
+    """
     path = folder / IMAGES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: name a folder that `dynasty-lightning export` wrote")
-    with np.load(path, allow_pickle=False) as archive:
-        return archive["images"], archive["labels"]
+    arrays = parse_arrays(read_sealed(path), str(path))
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None or labels is None or images.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise DamagedFile(f"{path} holds {found}, not images (float32) and a label (integer) for each: export the program anew")
+    return images, labels
 
 
 def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
-    write_whole(path, lambda file: np.savez_compressed(file, images=images, labels=labels))
+    write_whole(path, lambda file: np.savez_compressed(file, images=images, labels=labels), sealed=True)

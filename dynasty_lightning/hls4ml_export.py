@@ -8,7 +8,6 @@ blocks: with percentile p, p % of the non-zero blocks have no finer one.
 import json
 import math
 import operator
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -21,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from fpga import Operand, open_device
+from fpga.files import write_whole
 from fpga.runtime import Program, Runner, geometry_of
 
 BACKENDS: Final = {"vitis": "Vitis", "vivado-accelerator": "VivadoAccelerator"}
@@ -353,9 +353,7 @@ def export_hls4ml(
             "layers": layers,
         }
         _print(report, backend, stream)
-    temporary = out / f".{REPORT_FILE}"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, out / REPORT_FILE)
+    write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report
 
 

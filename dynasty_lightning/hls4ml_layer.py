@@ -10,8 +10,6 @@ Importing this module imports hls4ml.
 `hls4ml_export.plain_network` makes such layers from the steps of a network program.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,8 +25,9 @@ from hls4ml.utils.torch import HLS4MLModule
 from torch import Tensor
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
-from fpga.csim import cache_folder
+from fpga.files import write_whole
 from fpga.job import SUM_BITS, Walk, job_words
+from fpga.libraries import library_folder, make_folder
 from fpga.operand import pack
 from fpga.quantizer import WINDOW
 from fpga.runtime import GemmLayer
@@ -232,13 +231,10 @@ def register(config: GemmConfig) -> None:
 
 
 def _write_source(config: GemmConfig) -> Path:
-    folder = cache_folder() / "hls4ml" / config.digest[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder)
-    with os.fdopen(handle, "w") as file:
-        file.write(single_header(config))
+    folder = library_folder(f"hls4ml-{config.digest[:16]}")
+    make_folder(folder)  # a compiler will be given what is in it
     target = folder.resolve() / "nnet_dpgemm.h"
-    os.replace(temporary, target)
+    write_whole(target, single_header(config), follow=False, mode=0o644)
     return target
 
 

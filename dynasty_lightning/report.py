@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from .files import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -378,7 +380,5 @@ def footnote(figure: "Figure", text: str) -> None:
 
 
 def save_picture(figure: "Figure", path: Path) -> Path:
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    temporary.replace(path)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
     return path

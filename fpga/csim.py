@@ -6,9 +6,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-import shutil
-import subprocess
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,7 +14,8 @@ import numpy.typing as npt
 
 from .config import GemmConfig
 from .device import CoreDevice, CoreStatus
-from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
+from .errors import DeviceError, DeviceTimeout, ToolMissing
+from .libraries import COMPILE_SECONDS, cached_library, find_compiler, library_folder, load_cached, run, version_of
 from .registers import registers_header
 
 Array = npt.NDArray[Any]
@@ -28,7 +26,6 @@ KERNEL_SOURCES: Final = ("kernel/compute.cpp", "kernel/job.cpp", "kernel/memory.
 HEADERS: Final = tuple(f"include/dpgemm/{n}.h" for n in ("address", "block", "float32", "gemm", "job", "types"))
 BRIDGE_SOURCE: Final = "host/bridge.cpp"
 CAPTURE_HEADER: Final = "host/capture.h"
-_COMPILE_SECONDS: Final = 300
 _STACK_BYTES: Final = 256 << 20
 _TEXT_BYTES: Final = 4096
 
@@ -47,11 +44,13 @@ class CSimDevice(CoreDevice):
     Args:
         config: the core; None for the default one.
         sanitizer: "undefined", or "address" (the Python process must then have been started with libasan preloaded).
-        cache: where compiled libraries are kept; None: DYNASTY_CACHE, or the user's cache folder.
+        cache: where compiled libraries are kept; None: in DYNASTY_CACHE, or the user's cache folder.
 
     Raises:
         ToolMissing: no g++, or no hls4ml (whose ap_types are used).
         CompileError: g++ failed.
+        CacheError: libraries cannot be kept there, or other users could change them.
+        DeviceError: the system cannot load the library.
     """
 
     name = "csim"
@@ -59,8 +58,14 @@ class CSimDevice(CoreDevice):
     def __init__(self, config: GemmConfig | None = None, *, sanitizer: Sanitizer | None = None, cache: Path | str | None = None) -> None:
         super().__init__(config or GemmConfig())
         sanitizer = sanitizer or _sanitizer_from_environment()
-        self.library = build_library(self.config, sanitizer=sanitizer, cache=cache)
-        self._entry = _load(self.library)
+        build = functools.partial(build_library, self.config, sanitizer=sanitizer, cache=cache)
+        try:
+            self.library, self._entry = load_cached(lambda rebuild: build(rebuild=rebuild), lambda path: (path, _load(path)))
+        except OSError as error:
+            raise DeviceError(
+                f"csim: the system does not load the library that was just compiled ({error}): set DYNASTY_CACHE to a folder on a disk "
+                "from which programs may run"
+            ) from error
 
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
         status = _Status()
@@ -127,11 +132,13 @@ def sources(config: GemmConfig) -> dict[str, bytes]:
     return dict(sorted(files.items()))
 
 
-def build_library(config: GemmConfig, *, sanitizer: Sanitizer | None = None, cache: Path | str | None = None) -> Path:
+def build_library(
+    config: GemmConfig, *, sanitizer: Sanitizer | None = None, cache: Path | str | None = None, rebuild: bool = False
+) -> Path:
     """The simulation library of a core, from the cache or compiled; its name is a hash of sources, headers, compiler and flags.
 
     Raises:
-        ToolMissing, CompileError: see `CSimDevice`.
+        ToolMissing, CompileError, CacheError: see `CSimDevice`.
     """
     flags = [*FLAGS, *((f"-fsanitize={sanitizer}", *SANITIZER_FLAGS) if sanitizer else ())]
     files = sources(config) | {name: (HLS / name).read_bytes() for name in (BRIDGE_SOURCE, CAPTURE_HEADER)}
@@ -140,61 +147,29 @@ def build_library(config: GemmConfig, *, sanitizer: Sanitizer | None = None, cac
         key.update(part.encode() + b"\0")
     for name, content in files.items():
         key.update(name.encode() + b"\0" + content + b"\0")
-    folder = Path(cache) if cache else cache_folder()
-    path = folder / f"dpgemm-{key.hexdigest()[:32]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(prefix="dpgemm-") as work:
-            for name, content in files.items():
-                target = Path(work) / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-            chosen = [*KERNEL_SOURCES, BRIDGE_SOURCE]
-            compile_cpp(Path(work), chosen, Path("dpgemm.so"), [*flags, "-shared", "-fPIC", "-include", CAPTURE_HEADER])
-            _install(Path(work) / "dpgemm.so", path)
-    return path
+
+    def compile_in(folder: Path) -> Path:
+        for name, content in files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        chosen = [*KERNEL_SOURCES, BRIDGE_SOURCE]
+        compile_cpp(folder, chosen, Path("dpgemm.so"), [*flags, "-shared", "-fPIC", "-include", CAPTURE_HEADER])
+        return folder / "dpgemm.so"
+
+    folder = Path(cache) if cache else library_folder("csim")
+    return cached_library(f"dpgemm-{key.hexdigest()[:32]}.so", compile_in, folder=folder, rebuild=rebuild)
 
 
 def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
     """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError."""
-    command = [find_compiler(), *flags, "-isystem", str(ap_types()), "-Iinclude", *names, "-o", str(output)]
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise CompileError(command, str(folder), f"not done after {_COMPILE_SECONDS} s") from None
-    if done.returncode:
-        raise CompileError(command, str(folder), done.stdout + done.stderr)
-
-
-def _install(built: Path, path: Path) -> None:
-    """Put a finished library in its place: whole or not at all, also when two processes build the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    os.close(handle)
-    try:
-        shutil.copy2(built, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def find_compiler() -> str:
-    """g++ (or what CXX names). Raises ToolMissing."""
-    name = os.environ.get("CXX", "g++")
-    found = shutil.which(name)
-    if found is None:
-        raise ToolMissing(f"C simulation needs a C++ compiler, and {name} is not on PATH: install g++ (Debian: apt-get install g++)")
-    return found
-
-
-@functools.lru_cache
-def _version_of(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+    command = [*find_compiler(), *flags, "-isystem", str(ap_types()), "-Iinclude", *names, "-o", str(output)]
+    run(command, folder=folder, seconds=COMPILE_SECONDS)
 
 
 def compiler_version() -> str:
-    """First line of the compiler's own version."""
-    return _version_of(find_compiler())
+    """First line of the compiler's own version. Raises ToolMissing or CompileError."""
+    return version_of(find_compiler())
 
 
 def ap_types() -> Path:
@@ -228,13 +203,6 @@ def _digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """DYNASTY_CACHE, or the user's cache folder."""
-    if given := os.environ.get("DYNASTY_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning"
-
-
 def _sanitizer_from_environment() -> Sanitizer | None:
     """DPGEMM_SANITIZER, so that a whole test run can be sanitized. Raises ValueError for an unknown one."""
     value = os.environ.get("DPGEMM_SANITIZER") or None
@@ -243,4 +211,4 @@ def _sanitizer_from_environment() -> Sanitizer | None:
     return value  # type: ignore[return-value]
 
 
-__all__ = ["CSimDevice", "ap_types", "build_library", "cache_folder", "compile_cpp", "sources"]
+__all__ = ["CSimDevice", "ap_types", "build_library", "compile_cpp", "compiler_version", "sources"]

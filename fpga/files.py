@@ -44,24 +44,24 @@ class DamagedFile(ValueError):
 # -- writing
 
 
-def write_whole(path: PathLike, content: Content, *, sealed: bool = False) -> None:
+def write_whole(path: PathLike, content: Content, *, sealed: bool = False, follow: bool = True, mode: int = 0o666) -> None:
     """Write a file whole or not at all, also through a crash: temporary name, fsync, rename, fsync of the folder.
-
-    A link at `path` is followed. The mode is 0666 less the umask, as `open` would have it.
 
     Args:
         content: bytes, text (UTF-8), or a function that writes to the open binary file that it is given.
         sealed: add the digest that `read_sealed` and `check_seal` look at.
+        follow: write to where a link at `path` leads, rather than in the link's place.
+        mode: less the umask, as for `open`.
 
     Raises:
         OSError: it cannot be written, or something that is no regular file stands there; names `path`, which stays as it was.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path) if follow else path)
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "is no regular file, so none is put in its place", str(path))
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "x+b") as file:
+        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             _write(file, content)
             if sealed:
                 file.flush()

@@ -150,5 +150,5 @@ def write_vectors(config: GemmConfig, folder: Path) -> list[Path]:
         written.append(path)
         lines.append(f"{path.name} {name}\n")
     index = folder / "index.txt"
-    write_whole(index, "".join(lines).encode())
+    write_whole(index, "".join(lines))
     return [*written, index]

@@ -3,7 +3,8 @@
 
 Without a compiler the pure-torch paths do the same work.
 
-The library lands in DYNASTY_CACHE, or the user's cache folder, under a hash of sources, compiler, flags and processor features.
+The library lands in DYNASTY_CACHE, or the user's cache folder, under a hash of sources, compiler, flags and processor features. It is
+loaded from there if it is whole and no other user could have put it there.
 DYNASTY_NATIVE=0 turns the kernels off.
 """
 
@@ -13,9 +14,6 @@ import hashlib
 import math
 import os
 import platform
-import shutil
-import subprocess
-import tempfile
 import threading
 import warnings
 from collections.abc import Sequence
@@ -26,6 +24,18 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from ..libraries import (
+    COMPILE_SECONDS,
+    CacheError,
+    CompileError,
+    ToolMissing,
+    cached_library,
+    find_compiler,
+    library_folder,
+    load_cached,
+    run,
+    version_of,
+)  # fmt: skip
 from .blocks import BlockLayout
 from .random import StreamPosition
 from .roles import Role
@@ -43,7 +53,7 @@ SANITIZER_FLAGS: Final = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize
 CHANNEL_EDGES: Final = (1, 2, 4, 8, 16, 32)
 """Channels of a block that the kernels vectorise over."""
 
-_COMPILE_SECONDS: Final = 300
+_QUOTED_LINES: Final = 15
 _NONFINITE, _VALUES_NOT_WRITTEN, _BAD_ARGUMENTS = 1, 2, 4
 _SCOPES: Final = {"tensor": 0, "sample": 1, "row": 2}
 _ELEMENTS_PER_THREAD: Final = 1 << 15  # below, starting a thread costs more than it saves
@@ -113,12 +123,7 @@ def _library() -> Any:
     if os.environ.get("DYNASTY_NATIVE", "1") == "0":
         return None
     try:
-        path = build()
-        try:
-            return load(path)
-        except OSError:  # cut off by a full disk, or of another system
-            path.unlink()
-            return load(build())
+        return load_cached(lambda rebuild: build(rebuild=rebuild), load)
     except (BuildError, OSError) as error:
         warnings.warn(
             f"the compiled quantizer is not available, so training runs on the pure-torch one, several times slower: {error}\n"
@@ -128,53 +133,43 @@ def _library() -> Any:
         return None
 
 
-def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cache: Path | str | None = None) -> Path:
+def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cache: Path | str | None = None, rebuild: bool = False) -> Path:
     """The kernels' library, from the cache or compiled.
 
     Args:
         sanitizer: compile with it; the process must run with its runtime preloaded.
         plain_lanes: the portable loops instead of AVX-512, as other processors get them.
-        cache: folder; None: DYNASTY_CACHE, or the user's cache folder.
+        cache: folder; None: in DYNASTY_CACHE, or the user's cache folder.
+        rebuild: compile it whatever is in the cache.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: no compiler, or it failed or hung, or libraries cannot be kept in the folder, or other users could change them.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError(f"no C++ compiler {os.environ.get('CXX', 'g++')!r} on PATH")
     flags = [
         *FLAGS,
         *((f"-fsanitize={sanitizer}", *SANITIZER_FLAGS) if sanitizer else ()),
         *(["-DDYNASTY_PLAIN_LANES"] if plain_lanes else []),
     ]
     files = sorted(SOURCES.glob("*.cpp"))
-    key = hashlib.sha256()
-    for part in (_version(compiler), _processor(), *flags):
-        key.update(part.encode() + b"\0")
-    for file in (*files, *sorted(SOURCES.glob("*.h"))):
-        key.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    folder = Path(cache) if cache is not None else _cache_folder()
-    target = folder / f"dynasty-kernels-{key.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
+
+    def compile_in(folder: Path) -> Path:
+        output = folder / "kernels.so"
+        run([*compiler, *flags, "-o", str(output), *map(str, files)], seconds=COMPILE_SECONDS)
+        return output
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Compiled beside its place and renamed: another process sees the whole library or none.
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
-    except OSError as error:
-        raise BuildError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written") from error
-    os.close(handle)
-    command = [compiler, *flags, "-o", temporary, *map(str, files)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-        if done.returncode:
-            raise BuildError(f"{' '.join(command)}\n" + "\n".join(done.stderr.splitlines()[-15:]))
-        os.replace(temporary, target)
-    except subprocess.TimeoutExpired as error:
-        raise BuildError(f"{' '.join(command)}: no end after {_COMPILE_SECONDS} s") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
+        compiler = find_compiler()
+        key = hashlib.sha256()
+        for part in (version_of(compiler), _processor(), *flags):
+            key.update(part.encode() + b"\0")
+        for file in (*files, *sorted(SOURCES.glob("*.h"))):
+            key.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        folder = Path(cache) if cache is not None else library_folder("kernels")
+        return cached_library(f"dynasty-kernels-{key.hexdigest()[:24]}.so", compile_in, folder=folder, rebuild=rebuild)
+    except CompileError as error:
+        raise BuildError("\n".join([" ".join(error.command), *error.output.splitlines()[-_QUOTED_LINES:]])) from error
+    except (ToolMissing, CacheError) as error:
+        raise BuildError(str(error)) from error
 
 
 def load(path: Path) -> Any:
@@ -189,21 +184,10 @@ def load(path: Path) -> Any:
     return library
 
 
-def _cache_folder() -> Path:
-    named = os.environ.get("DYNASTY_CACHE")
-    base = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning"
-    return base / "kernels"
-
-
-def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout.splitlines()[0] if done.stdout else compiler
-
-
 def _processor() -> str:
     """What -march=native depends on: a cache on a shared disk serves several kinds of machine."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     wanted = {line.partition(":")[0].strip(): line for line in reversed(lines)}

@@ -8,7 +8,6 @@ JSON header (format, version, model structure, limits of the widths), and `sha25
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..core.formats import LINE_BLOCKS, MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import SHARED, Role
+from ..files import write_whole
 
 FORMAT_VERSION: Final = 1
 _PRECISION_FORMAT: Final = "dynasty-lightning/precision-map"
@@ -266,27 +266,6 @@ class BitWidthMap:
         return result
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write under a temporary name beside `path`, then rename: readers see the old file or the new one, also after a crash."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[int, ...], *, kind: str) -> None:
     """Raise ValueError unless `shape` is that of a "map" (broadcasts to a grid) or of a whole "grid" of this operand."""
     if name not in structure.layers:
@@ -342,7 +321,7 @@ def _render_header(format_name: str, structure: ModelStructure, **more: Any) -> 
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
     # safetensors refuses tensors that share memory, as two operands of one request do.
     copies = {key: value.clone() for key, value in tensors.items()}
-    write_atomically(path, save_safetensors(copies, metadata={_HEADER: header, _DIGEST: _digest([header], tensors)}))
+    write_whole(path, save_safetensors(copies, metadata={_HEADER: header, _DIGEST: _digest([header], tensors)}))
 
 
 def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,7 +8,8 @@ import pytest
 
 from fpga import GemmConfig
 from fpga.config import edge_of_shape
-from fpga.csim import HLS, ap_types, find_compiler
+from fpga.csim import HLS, ap_types
+from fpga.libraries import find_compiler
 from fpga.registers import ERRORS, JOB_WORDS, REGISTERS, error_text, registers_header
 
 
@@ -106,7 +107,7 @@ def test_a_header_edited_by_hand_fails_to_compile_with_its_rule(tmp_path: Path, 
     assert line in config.read_text()
     config.write_text(config.read_text().replace(line, replacement))
     command = [
-        find_compiler(),
+        *find_compiler(),
         "-std=c++14",
         "-fsyntax-only",
         "-x",

@@ -17,6 +17,7 @@ from fpga import CompileError, DeviceError, DeviceTimeout, GemmConfig, GemmJob, 
 from fpga.csim import build_library, sources
 from fpga.device import CoreStatus
 from fpga.job import Walk, job_words
+from fpga.libraries import find_compiler
 from fpga.operand import pack
 from fpga.registers import JOB_WORDS, error_text
 from fpga.vectors import random_jobs, random_operand
@@ -74,7 +75,7 @@ def test_a_changed_source_is_another_library(copied_hls: Path, tmp_path: Path) -
 
 def test_without_a_compiler_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ToolMissing, match=r"no-such-compiler is not on PATH: install g\+\+ \(Debian: apt-get install g\+\+\)"):
+    with pytest.raises(ToolMissing, match=r"no C\+\+ compiler 'no-such-compiler' on PATH: install g\+\+ \(Debian: apt-get install g\+\+\)"):
         open_device("csim", cache=tmp_path)
 
 
@@ -274,9 +275,7 @@ def test_a_device_reports_the_error_register_by_name(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["undefined", "address"])
 def test_the_same_tests_pass_in_a_sanitized_build(sanitizer: str, tmp_path: Path) -> None:
-    library = subprocess.run(
-        [csim.find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    library = subprocess.run([*find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
     environment = {**os.environ, "DPGEMM_SANITIZER": sanitizer, "PYTHONPATH": str(ROOT.parent), "ASAN_OPTIONS": "detect_leaks=0"}
     if sanitizer == "address":
         environment["LD_PRELOAD"] = library

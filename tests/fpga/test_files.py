@@ -102,14 +102,14 @@ def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
-def test_every_flipped_bit_and_every_cut_of_a_sealed_file_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_and_every_cut_of_a_sealed_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, b"content", sealed=True)
     whole = path.read_bytes()
     assert read_sealed(path) == b"content"
     check_seal(path)
     for damaged in [whole[:cut] for cut in range(len(whole))] + [
-        whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in range(8 * len(whole))
+        whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in range(0, 8 * len(whole), 3)
     ]:
         path.write_bytes(damaged)
         for read in (read_sealed, check_seal):
@@ -175,8 +175,8 @@ def test_sizes_are_not_believed_before_they_are_compared() -> None:
             parse_array(data, "file")
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", header("(10000000,)") + bytes(80_000_000))
-    with pytest.raises(DamagedFile, match="unpacks to 80,000,128 bytes, more than the 1,000,000"):
+        archive.writestr("a.npy", header("(2000000,)") + bytes(16_000_000))
+    with pytest.raises(DamagedFile, match="unpacks to 16,000,128 bytes, more than the 1,000,000"):
         parse_arrays(bomb.getvalue(), "file", 1_000_000)
 
 

@@ -591,7 +591,7 @@ def test_the_name_follows_sources_compiler_and_flags(stub, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(native, "_processor", lambda: "another")
         seen.add(native.build(cache=cache))
-        patch.setattr(native, "_version", lambda _: "g++ 99")
+        patch.setattr(native, "version_of", lambda _: "g++ 99")
         seen.add(native.build(cache=cache))
         patch.setattr(native, "FLAGS", (*native.FLAGS, "-DNDEBUG"))
         seen.add(native.build(cache=cache))
@@ -633,6 +633,41 @@ def test_a_compiler_that_cannot_run(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="several times slower"):
+        assert native._library.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    ("version", "compiling", "told"),
+    [
+        ("sleep 1000", "", "not done after 1 s"),
+        ("echo 9", "sleep 1000", "not done after 1 s"),
+        ("echo 9", r"printf '\xe9'; exit 1", "\ufffd"),
+    ],
+    ids=["hangs at once", "hangs", "prints other bytes than UTF-8"],
+)
+def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compiling, told):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/bash\nif [ "$1" = --version ]; then {version}; else {compiling or "exit 1"}; fi\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
+    if version.startswith("sleep"):
+        monkeypatch.setattr("fpga.libraries.VERSION_SECONDS", 1)
+    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{told}") as caught:
+        assert native._library.__wrapped__() is None
+    assert len(caught) == 1
+
+
+def test_a_compiler_with_a_launcher_before_it(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "env g++")
+    assert number(native.build(cache=tmp_path / "cache")) == 7
+
+
+def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with pytest.warns(UserWarning, match=r"(?s)several times slower.*other users can change what is in"):
         assert native._library.__wrapped__() is None
 
 

@@ -2,13 +2,13 @@
 """The C++ kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with random arguments: tests/native/fuzz.cpp."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from dynasty_lightning.core import native
+from fpga.libraries import find_compiler
 from tests.waiting import HANG_S
 
 HARNESS = Path(__file__).parents[1] / "native" / "fuzz.cpp"
@@ -21,13 +21,10 @@ CASES = {"vectors": 2000, "plain": 700}
 
 
 def compiled(folder: Path, form: str) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.fail("needs g++: `make system` installs it")
     target = folder / form
     sources = [HARNESS, *sorted(native.SOURCES.glob("*.cpp"))]
     command = [
-        compiler,
+        *find_compiler(),
         *FLAGS,
         *(["-DDYNASTY_PLAIN_LANES"] if form == "plain" else []),
         f"-I{native.SOURCES}",

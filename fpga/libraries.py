@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled libraries: the compiler, and a cache from which only what the user (or root) built, whole, is loaded."""
+
+import functools
+import os
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final, TypeVar
+
+from .errors import CompileError, ToolMissing
+from .files import DamagedFile, cache_folder, check_seal, write_whole
+
+COMPILE_SECONDS: Final = 300.0
+VERSION_SECONDS: Final = 60.0
+_FOLDER_MODE: Final = 0o755  # others may read, whatever else the umask would let them do
+_LIBRARY_MODE: Final = 0o644
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+
+Loaded = TypeVar("Loaded")
+
+
+class CacheError(RuntimeError):
+    """There is no place to keep a library in that others cannot write to; the message says which were tried."""
+
+
+# -- the compiler
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The words of CXX (a path, or a command such as "ccache g++"), or g++. Raises ToolMissing."""
+    named = os.environ.get("CXX") or "g++"
+    try:
+        words = [named] if shutil.which(named) else shlex.split(named)
+    except ValueError:  # an open quote
+        words = []
+    if not words or (found := shutil.which(words[0])) is None:
+        raise ToolMissing(f"no C++ compiler {named!r} on PATH: install g++ (Debian: apt-get install g++), or name one in CXX")
+    return found, *words[1:]
+
+
+@functools.lru_cache
+def version_of(compiler: tuple[str, ...]) -> str:
+    """First line of a compiler's own version. Raises CompileError."""
+    lines = run([*compiler, "--version"], seconds=VERSION_SECONDS).splitlines()
+    return lines[0] if lines else " ".join(compiler)
+
+
+def run(command: list[str], *, folder: Path | None = None, seconds: float) -> str:
+    """What a command prints; it and all that it started are ended after so many seconds.
+
+    Raises:
+        CompileError: it cannot be started, fails, or does not end.
+    """
+    where = str(folder or Path.cwd())
+    # A file and no pipe: what a compiler leaves running would hold a pipe open for ever.
+    with tempfile.TemporaryFile() as output:
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            raise CompileError(command, where, f"it cannot be started: {error}") from None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise CompileError(command, where, f"{_printed(output)}\nnot done after {seconds:g} s") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        text = _printed(output)
+    if status:
+        raise CompileError(command, where, text)
+    return text
+
+
+def _printed(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")
+
+
+# -- the cache
+
+
+def cached_library(name: str, compile_in: Callable[[Path], Path], *, folder: Path, rebuild: bool = False) -> Path:
+    """A library from a folder, if it is whole and nobody else could have put it there; compiled otherwise.
+
+    Args:
+        name: of the file; a hash of all that it is made of.
+        compile_in: compiles it in a folder that is removed afterwards, and returns where it is.
+        folder: see `library_folder`.
+        rebuild: compile it whatever is there.
+
+    Raises:
+        CacheError: the folder is not safe, or cannot be written.
+    """
+    path = folder / name
+    try:
+        make_folder(folder)
+        if not rebuild and _is_ours(path):
+            return path
+        with tempfile.TemporaryDirectory(prefix="dynasty-") as work:
+            write_whole(path, compile_in(Path(work)).read_bytes(), sealed=True, follow=False, mode=_LIBRARY_MODE)
+    except OSError as error:
+        raise CacheError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written") from error
+    return path
+
+
+def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -> Loaded:
+    """Load what `build(False)` finds or compiles; if the system does not take it (of another machine, say), what `build(True)` compiles.
+
+    Raises:
+        OSError: the system takes neither.
+    """
+    try:
+        return load(build(False))
+    except OSError:
+        return load(build(True))
+
+
+def library_folder(part: str) -> Path:
+    """A folder in the cache for one kind of file: one of the user's own where the common one is not safe. Raises CacheError."""
+    common, own = cache_folder() / part, cache_folder() / f"{part}-{os.getuid()}"
+    return common if not os.path.exists(common) or is_safe(common) else own
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that no other user can write to, or check that it is one. Raises CacheError, OSError."""
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
+    if not is_safe(folder):
+        raise CacheError(f"other users can change what is in {folder}: set DYNASTY_CACHE to a folder of your own, or chmod go-w this one")
+
+
+def is_safe(folder: Path) -> bool:
+    """Whether it is the user's or root's, and no other user can write to it or put another folder in its place.
+
+    A group may write to the folder above: private groups and umask 002 are common. What is in a folder like /tmp only its owner replaces.
+    """
+    own, above = folder.stat(), folder.parent.stat()
+    return _owned(own) and _protected(own, _OTHERS_WRITE) and _protected(above, stat.S_IWOTH)
+
+
+def _protected(status: os.stat_result, writers: int) -> bool:
+    return not status.st_mode & writers or bool(status.st_mode & stat.S_ISVTX)
+
+
+def _owned(status: os.stat_result) -> bool:
+    return status.st_uid in (os.getuid(), 0)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it is a whole file that only the user or root could have written."""
+    try:
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode) or not _owned(status) or status.st_mode & _OTHERS_WRITE:
+            return False
+        check_seal(path)
+    except (OSError, DamagedFile):
+        return False
+    return True
+
+
+__all__ = [
+    "COMPILE_SECONDS",
+    "CacheError",
+    "cached_library",
+    "find_compiler",
+    "library_folder",
+    "load_cached",
+    "make_folder",
+    "run",
+    "version_of",
+]
