@@ -507,7 +507,8 @@ class DynastyCallback(Callback):
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's holds."""
-        sizes = effective_step_sizes(trainer.optimizers, self._largest_rates)
+        with self._ranks.waiting(f"the step sizes of step {self._steps.done}"):
+            sizes = effective_step_sizes(trainer.optimizers, self._largest_rates)
         return {name: layer_step_size(layer, sizes) for name, layer in self._layers.items()}
 
     def _record(self, step: int, widths: Widths, loss: float) -> None:

@@ -13,6 +13,7 @@ import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -26,7 +27,7 @@ from .nn.plan import Mode
 from .policy.precision_map import ModelStructure, PrecisionMap
 
 _STATE_VERSION: Final = 1
-_REFUSED: Final = ("FSDP", "DeepSpeed", "XLA", "ModelParallel")
+_REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
 
 
 class DynastyPrecision(Precision):
@@ -231,9 +232,17 @@ def _default_seed() -> int:
 
 def _refuse_strategy(module: nn.Module) -> None:
     trainer = getattr(module, "_trainer", None)
-    strategy = type(getattr(trainer, "strategy", None)).__name__
-    if any(name in strategy for name in _REFUSED):
+    strategy = getattr(trainer, "strategy", None)
+    kind = type(strategy).__name__
+    if any(name in kind for name in _REFUSED):
         raise ValueError(
-            f"DynastyPrecision does not support {strategy}: it brings its own precision handling; "
-            "use strategy='auto', 'ddp' or a single device"
+            f"DynastyPrecision does not support {kind}: it brings its own precision handling; "
+            "use strategy='auto', 'ddp', a single device, or ModelParallelStrategy with fully_shard (FSDP2)"
+        )
+    parts = strategy.device_mesh["tensor_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else 1
+    if parts > 1:
+        raise ValueError(
+            f"DynastyPrecision does not support tensor parallelism ({kind} with tensor_parallel_size={parts}; by default it is all devices "
+            "of a node): blocks, statistics and maps are those of whole weights. Use tensor_parallel_size=1, data_parallel_size=devices "
+            "and fully_shard in configure_model"
         )

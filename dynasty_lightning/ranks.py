@@ -41,7 +41,7 @@ class Ranks:
             return mine
         mine = torch.cat([torch.tensor([[_number(what), float(mine.numel())]], dtype=torch.float64), mine], 1).to(self.device)
         rows = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._bounded(what):
+        with self.waiting(what):
             dist.all_gather(rows, mine)
         table = torch.cat(rows).cpu()
         if odd := _minority(list(zip(*table[:, :2].T.tolist(), strict=True))):
@@ -53,7 +53,7 @@ class Ranks:
         if self.size == 1:
             return values.cpu()
         sums = values.detach().contiguous().to(self.device, copy=True)
-        with self._bounded(what):
+        with self.waiting(what):
             dist.all_reduce(sums)
         return sums.cpu()
 
@@ -64,7 +64,11 @@ class Ranks:
             raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what}; rank {self.rank} has {text[:200]}")
 
     @contextmanager
-    def _bounded(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> Iterator[None]:
+        """Around calls in which ranks wait for each other: raises RuntimeError, which says so, if one did not come."""
+        if self.size == 1:
+            yield
+            return
         try:
             yield
         except RuntimeError as error:

@@ -3,10 +3,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 RATE_FLOOR: Final = 0.01
 """Least learning rate that counts, over the largest of its group: what a schedule lets fall to nothing comes back in its next cycle."""
@@ -25,6 +26,8 @@ def effective_step_sizes(optimizers: Iterable[torch.optim.Optimizer], largest_ra
 
     Returns:
         NaN for a group whose learning rate has been 0 all the time: how far it will go is not known.
+
+    Of sharded parameters (FSDP2) all ranks must call this, since each holds a part of the moments.
     """
     sizes: dict[int, float] = {}
     largest = {} if largest_rates is None else largest_rates
@@ -86,6 +89,8 @@ def _step_size(group: Mapping[str, Any], rate: float, state: Mapping[str, Any]) 
 
 def _mean(moment: Tensor) -> float:
     """Also of a state that is kept in a type of its own, as 8-bit optimizers keep it; NaN for one that shows no numbers."""
+    if isinstance(moment, DTensor):  # a part of it is on each rank
+        return float(cast(DTensor, moment.double().sum()).full_tensor()) / moment.numel()
     for read in (lambda: moment.double(), lambda: moment.dequantize().double()):
         try:
             return float(read().mean())

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..core import native
@@ -91,7 +93,7 @@ def convert(
         reason = _reason_to_skip(name, module, exclude)
         if reason:
             skipped.append((name, kind, reason))
-        elif type(module) in CONVERTED_TYPES:
+        elif _own_type(module) in CONVERTED_TYPES:
             plan = LayerPlan(
                 geometry=geometry_of(module), format=block_format, mode=mode, layer_index=stream.add_layer(), unquantized=tuple(unquantized)
             )
@@ -112,8 +114,18 @@ def _no_op(*_: Any) -> None:
     return None
 
 
+def _own_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, also where `fully_shard` has put one of its own before it."""
+    kind = type(module)
+    return kind.__bases__[-1] if kind.__bases__[0] is FSDPModule else kind
+
+
 def _swap(module: nn.Module, name: str, plan: LayerPlan, stream: StreamState) -> None:
-    module.__class__ = CONVERTED_TYPES[type(module)]
+    kind, converted = type(module), CONVERTED_TYPES[_own_type(module)]
+    if issubclass(kind, FSDPModule):
+        own = {name: value for name, value in vars(kind).items() if name == "__deepcopy__"}
+        converted = type(f"FSDP{converted.__name__}", (FSDPModule, converted), own)
+    module.__class__ = converted
     assert isinstance(module, DynamicLayer)
     module.adopt(name=name, plan=plan, stream=stream)
 
@@ -135,15 +147,16 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
         return "recurrent layers run in fused kernels that cannot be quantized"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return "transposed convolutions are not supported"
-    if type(module) not in CONVERTED_TYPES:
+    if _own_type(module) not in CONVERTED_TYPES:
         return "a subclass with a forward of its own"
     if "weight" not in module._parameters:
         return "its weight is computed by a hook (weight_norm, spectral_norm, pruning)"
     weight = module._parameters["weight"]
     assert weight is not None
-    if type(weight) is not nn.Parameter:
+    is_sharded = isinstance(weight, DTensor) and weight.device_mesh.ndim == 1  # whole again in each forward, as `admit` checks
+    if type(weight) is not nn.Parameter and not is_sharded:
         return f"its weight is a {type(weight).__name__}: converted layers keep plain float32 master weights"
-    if type(weight.data) is not torch.Tensor:
+    if type(weight.data) is not torch.Tensor and not is_sharded:
         return f"its weight holds a {type(weight.data).__name__}: converted layers keep plain float32 master weights"
     if weight.layout is not torch.strided:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}: converted layers keep dense master weights"

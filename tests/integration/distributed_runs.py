@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as L
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
@@ -28,6 +30,7 @@ QUIET = {
 }  # fmt: skip
 TIMEOUT = timedelta(seconds=60)  # generous: what a group waits for its members, on a machine that does other things, too
 _PATIENCE = 240.0
+_ROOT = Path(__file__).parents[2]
 
 
 class Batches:
@@ -128,6 +131,10 @@ class Environment(LightningEnvironment):
         pass
 
 
+def _whole(parameter):
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
 def outcome(t, callback, module) -> dict:
     """What a test compares between ranks and runs."""
     s = callback.summary()
@@ -138,7 +145,7 @@ def outcome(t, callback, module) -> dict:
         "speedup": s["speedup_charged"],
         "run": callback.run_cost.sum.to_list(),
         "history": [{k: h[k] for k in ("step", "loss", "speedup_charged", "bits", "mean_bits")} for h in callback.history],
-        "weights": sum(float(p.detach().double().abs().sum()) for p in module.parameters()),
+        "weights": sum(float(_whole(p).double().abs().sum()) for p in module.parameters()),
     }
 
 
@@ -177,8 +184,10 @@ def run(name: str, ranks: int, folder: Path | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory(dir=folder) as private:
         folder = folder or Path(private)
         processes = [context.Process(target=_child, args=(name, ranks, rank, str(folder), private)) for rank in range(ranks)]
-        for process in processes:
-            process.start()
+        # The server, which the first process starts, has a path of its own, on which a package of others may be called "tests".
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])):
+            for process in processes:
+                process.start()
         for process in processes:
             process.join(_PATIENCE)
         hung = [rank for rank, process in enumerate(processes) if process.is_alive()]

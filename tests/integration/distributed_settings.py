@@ -5,8 +5,9 @@ import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, Timer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dynasty_lightning import DynastyPrecision
 
@@ -352,3 +353,64 @@ def early_stopping_between_validations(ranks, rank, folder):
     loader, val = Batches(lambda i: images(i, ranks, rank), 2), Batches(lambda i: images(50 + i, ranks, rank), 2)
     stopping = EarlyStopping("loss", patience=1)
     return fit(ranks, rank, Validated(), loader, val=val, steps=-1, callbacks=[stopping], num_sanity_val_steps=0)
+
+
+class Sharded(Net):
+    """FSDP2: two layers on their own, one with the module that holds it."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        for module in (self.stem, self.body, self):
+            fully_shard(module, mesh=mesh)
+
+
+class Adam(Net):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class ShardedAdam(Sharded, Adam):
+    pass
+
+
+def _model_parallel(**options):
+    strategy = ModelParallelStrategy(timeout=TIMEOUT, **options)
+    strategy.cluster_environment = Environment()
+    return strategy
+
+
+def sharded(ranks, rank, folder, module=Sharded, **options):
+    strategy = _model_parallel(data_parallel_size=ranks, tensor_parallel_size=1)
+    return fit(ranks, rank, module(), Batches(lambda i: images(i, ranks, rank), 14), strategy=strategy, **options)
+
+
+def clipped(ranks, rank, folder):
+    return fit(ranks, rank, Adam(), Batches(lambda i: images(i, ranks, rank), 14), gradient_clip_val=0.02)
+
+
+def sharded_clipped(ranks, rank, folder):
+    return sharded(ranks, rank, folder, ShardedAdam, gradient_clip_val=0.02)
+
+
+def sharded_saved(ranks, rank, folder):
+    return sharded(ranks, rank, folder, ShardedAdam, callbacks=[Save(folder / "run.ckpt", 9)])
+
+
+def sharded_resumed(ranks, rank, folder):
+    strategy = _model_parallel(data_parallel_size=ranks, tensor_parallel_size=1)
+    loader = Batches(lambda i: images(9 + i, ranks, rank), 14)
+    return fit(ranks, rank, ShardedAdam(), loader, strategy=strategy, ckpt=folder / "run.ckpt")
+
+
+def tensor_parallel(ranks, rank, folder):
+    return fit(ranks, rank, Sharded(), Batches(lambda i: images(i, ranks, rank), 14), strategy=_model_parallel())
+
+
+class ShardedHalf(Sharded):
+    def configure_model(self):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fully_shard(self, mesh=self.device_mesh["data_parallel"], mp_policy=policy)
+
+
+def sharded_bfloat16(ranks, rank, folder):
+    return sharded(ranks, rank, folder, ShardedHalf)

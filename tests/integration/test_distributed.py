@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on several ranks, with gloo on 127.0.0.1: whatever differs between ranks, their maps and histories do not."""
 
+import functools
 import json
 import math
 
@@ -12,9 +13,14 @@ from .distributed_runs import run
 pytestmark = [pytest.mark.gloo, pytest.mark.slow]
 
 
+@functools.cache
+def results_of(name, ranks):
+    return run(name, ranks)
+
+
 def alike(name, ranks=2, folder=None):
     """What all ranks returned; a test fails where one did not, or where one has another map, history or weights than the rest."""
-    results = run(name, ranks, folder)
+    results = run(name, ranks, folder) if folder else results_of(name, ranks)
     assert [r.get("error") for r in results] == [None] * ranks
     first, *others = (r["value"] for r in results)
     for other in others:
@@ -120,3 +126,29 @@ def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, tol
 
 def test_join_is_refused_by_name_before_the_first_step():
     assert all("join() is not supported" in r["error"] and "after step 0" in r["error"] for r in run("join", 2))
+
+
+def test_weights_that_are_sharded_get_the_maps_and_history_of_whole_ones():
+    """FSDP2, of Linear and Conv."""
+    assert alike("sharded") == alike("even")
+
+
+def test_sharded_weights_with_sharded_moments_get_the_maps_of_whole_ones():
+    """Adam's, clipped: the norm of all gradients is added up in another order."""
+    shards, copies = alike("sharded_clipped"), alike("clipped")
+    assert shards["hash"] == copies["hash"]
+    assert shards["weights"] == pytest.approx(copies["weights"], rel=1e-6)
+
+
+def test_sharded_weights_of_another_type_in_forward():
+    alike("sharded_bfloat16")
+
+
+def test_a_sharded_run_resumes_exactly_and_on_another_number_of_ranks(tmp_path):
+    whole, same, more = (alike(*args, tmp_path) for args in (("sharded_saved", 2), ("sharded_resumed", 2), ("sharded_resumed", 4)))
+    assert same == whole
+    assert more["speedup"] == pytest.approx(whole["speedup"], rel=0.02)
+
+
+def test_layers_that_are_split_among_ranks_are_refused_by_name():
+    assert all("does not support tensor parallelism" in r["error"] for r in run("tensor_parallel", 2))
