@@ -5,10 +5,14 @@ hls4ml has one fixed-point type for a tensor where we have an exponent and a wid
 blocks: with percentile p, p % of the non-zero blocks have no finer one.
 """
 
+import faulthandler
 import json
 import math
+import multiprocessing
 import operator
+import os
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -327,12 +331,13 @@ def export_hls4ml(
         print(f"{backend}: writing and compiling {out / backend} ...", file=stream, flush=True)
         with (out / f"{backend}.log").open("w") as log, redirect_stdout(log):
             model = _convert(hls4ml, network, program, names, input_type, types, out / backend, BACKENDS[backend])
-            predicted, traced = model.trace(_channels_last(images))
+        predicted, traced = trace_apart(model, _channels_last(images), out / f"{backend}.log")
         classes = predicted.reshape(len(images), -1).argmax(axis=1)
         layers = []
-        read = {"input": input_type.stored(_channels_last(images))}
+        read: dict[str, Any] = {"input": input_type.stored(_channels_last(images))}
         for step in program.steps:
-            theirs, mine = traced.get(names[step["name"]].removesuffix(_FLAT)), _channels_last(ours[step["name"]])
+            theirs: Any = traced.get(names[step["name"]].removesuffix(_FLAT))
+            mine = _channels_last(ours[step["name"]])
             if theirs is None and step["op"] == "flatten":  # no code of hls4ml's own: the values are those before it, in another order
                 source = step["inputs"][0]
                 theirs, mine = read[source], _channels_last(ours[source])
@@ -355,6 +360,50 @@ def export_hls4ml(
         _print(report, backend, stream)
     write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report
+
+
+def trace_apart(model: Any, images: Array, log: Path) -> tuple[Array, dict[str, Array]]:
+    """`model.trace(images)` in a process of its own: an assertion of hls4ml's C++ ends the process that meets it.
+
+    Args:
+        model: compiled, of hls4ml.
+        images: float32 [N, ..., C].
+        log: gets what the C++ says.
+
+    Returns:
+        Predictions [N, classes], and each layer's values by name.
+
+    Raises:
+        Hls4mlExportError: the process ended without a result; names how, and the last line that it said.
+    """
+    forked = multiprocessing.get_context("fork")  # the compiled model is loaded in this process, and does not pickle
+    receiving, sending = forked.Pipe(duplex=False)
+
+    def child() -> None:
+        faulthandler.disable()  # the assertion's own line is the last
+        with log.open("a") as file, redirect_stdout(file):
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            try:
+                sending.send(model.trace(images))
+            except Exception as error:
+                sending.send(error)
+
+    process = forked.Process(target=child, daemon=True)
+    process.start()
+    sending.close()
+    try:
+        result = receiving.recv()
+    except EOFError:
+        process.join()
+        code = process.exitcode or 0
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
+        raise Hls4mlExportError(f"hls4ml's simulation ended with {how}: {said[0]} (what it said: {log})") from None
+    process.join()
+    if isinstance(result, Exception):
+        raise Hls4mlExportError(f"hls4ml's simulation failed: {result} (what it said: {log})") from result
+    return result  # type: ignore[no-any-return]
 
 
 def _convert(

@@ -1,5 +1,6 @@
 """hls4ml both ways: the core as its layer, equal to the bit to the C simulation, and networks as its projects."""
 
+import ctypes
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from dynasty_lightning.cli import main
 from dynasty_lightning.export import export_program
-from dynasty_lightning.hls4ml_export import FixedPoint, Hls4mlExportError, export_hls4ml, last_place_of, plain_network
+from dynasty_lightning.hls4ml_export import FixedPoint, Hls4mlExportError, export_hls4ml, last_place_of, plain_network, trace_apart
 from dynasty_lightning.hls4ml_layer import DynamicGemm, register
 from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
@@ -355,6 +356,24 @@ def test_steps_without_a_layer_in_hls4ml_are_named(network: nn.Module, shape: tu
     images = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
     with (tmp_path / "t").open("w") as stream, pytest.raises(Hls4mlExportError, match=message):
         export_hls4ml(program, images, np.zeros(4, np.int64), tmp_path / "out", stream=stream)
+
+
+class Aborts:
+    """As a compiled model of hls4ml whose C++ meets an assertion."""
+
+    def trace(self, images: Array) -> Array:
+        if images.any():
+            ctypes.CDLL(None).abort()
+        raise ValueError("no image")
+
+
+def test_an_assertion_of_the_tools_code_ends_its_own_process_alone(tmp_path: Path) -> None:
+    log = tmp_path / "vitis.log"
+    log.write_text("nnet_pooling.h:309: Assertion `stride == pool' failed.\n")
+    with pytest.raises(Hls4mlExportError, match=r"ended with SIGABRT: .*Assertion `stride == pool' failed.*vitis\.log"):
+        trace_apart(Aborts(), np.ones(1), log)
+    with pytest.raises(Hls4mlExportError, match="simulation failed: no image"):
+        trace_apart(Aborts(), np.zeros(1), log)
 
 
 def test_without_a_compiler_the_way_out_is_named(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
