@@ -113,7 +113,7 @@ class DynastyCallback(Callback):
         self.energy_model = energy_model or EnergyModel()
         self.table = table
         self._plugin: DynastyPrecision | None = None
-        self._trainer: ref[pl.Trainer] | None = None
+        self._run: tuple[ref[pl.Trainer], ref[pl.LightningModule]] | None = None
         self._restored = False
         self._begin()
 
@@ -150,7 +150,7 @@ class DynastyCallback(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # The Trainer and the plugin's module do not travel; figures, history and policy do.
-        return {**self.__dict__, "_plugin": None, "_trainer": None}
+        return {**self.__dict__, "_plugin": None, "_run": None}
 
     # -- Lightning hooks
 
@@ -167,12 +167,10 @@ class DynastyCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        goes_on = self._trainer is not None and self._trainer() is trainer and trainer.global_step > 0
-        self._trainer = ref(trainer)
+        goes_on = self._run is not None and self._run[0]() is trainer and self._run[1]() is pl_module and trainer.global_step > 0
+        self._run = ref(trainer), ref(pl_module)
         if not self._restored and not goes_on:
             self._begin()
-            if trainer.global_step > 0:  # resumed from a checkpoint that knows nothing of this callback
-                self._last_event_step = trainer.global_step
             self._apply(self.policy.initial(self._layers), keep=False)
         self._restored = False
         self.promises.speaks = trainer.is_global_zero
@@ -293,7 +291,7 @@ class DynastyCallback(Callback):
             "schedule": self.schedule.state_dict(),
             "steps": self._steps.state_dict(),
             "promises": self.promises.state_dict(),
-            "guard": (self.guard.best, self.guard.first),
+            "guard": self.guard.state_dict(),
             "run_cost": self.run_cost.state_dict(),
             "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
             "last_event_step": self._last_event_step,
@@ -322,7 +320,7 @@ class DynastyCallback(Callback):
         self.schedule.load_state_dict(state_dict["schedule"])
         self._steps.load_state_dict(state_dict["steps"])
         self.promises.load_state_dict(state_dict["promises"])
-        self.guard.best, self.guard.first = state_dict["guard"]
+        self.guard.load_state_dict(state_dict["guard"])
         self.run_cost.load_state_dict(state_dict["run_cost"])
         self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
         self._last_event_step = state_dict["last_event_step"]
@@ -429,6 +427,7 @@ class DynastyCallback(Callback):
             return
         widths = costed if costed is not None and (self._clean or look is None) else cast(Look, look).widths
         cost, steps = widths.cost, step - self._last_event_step
+        since = max(steps, 1)
         if look is not None and self._clean:
             self.run_cost.add(look.widths.cost, 1)
             steps -= 1
@@ -440,7 +439,7 @@ class DynastyCallback(Callback):
         self._loss_sum, self._loss_count, self._evaluations = 0.0, 0, 0
         self._record(step, widths, loss)
         target = self._rest_target(step, last_step, cost)
-        reason = self.guard.check(loss)
+        reason = self.guard.check(loss, steps=since)
         if reason is not None:
             self._raise_widths(reason)
         # After the last step nothing is tested with another map than it was trained with.
@@ -557,7 +556,6 @@ class DynastyCallback(Callback):
         if not isinstance(self.policy, UniformPolicy):
             self.policy.raise_precision()
             self._apply({}, keep=False)
-        self.guard.best = math.inf  # judge what follows on its own
 
     def _apply(self, entries: Entries, *, keep: bool = True) -> None:
         """Put a map in force. With `keep`, operands that it leaves out (of layers that this step did not run) keep what they have."""
@@ -582,7 +580,7 @@ class DynastyCallback(Callback):
             values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
         # To the loggers at once and at its own step: Lightning's own way keeps only what falls on a step of log_every_n_steps.
         for logger in trainer.loggers:
-            logger.log_metrics({**bar, **values}, step=step)
+            logger.log_metrics({**bar, **values}, step=step + (self._steps.before or 0))
         pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
         pl_module.log_dict(values, logger=False, on_step=True, on_epoch=False)
 

@@ -15,24 +15,31 @@ class RunSteps:
 
     In automatic optimization a step is one of the optimizer (`trainer.global_step`). In manual optimization nobody but the user knows:
     `global_step` counts every step of every optimizer that Lightning wraps, and none of a raw one. There each batch is one.
+
+    Attributes:
+        done: steps of this run.
+        before: what the Trainer had counted when it began: steps of another module, or of a checkpoint that knows nothing of it.
     """
 
     def __init__(self) -> None:
         self.done = 0
+        self.before: int | None = None
         self._first_global_step = 0
         self._first_done = 0
 
     def start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Training begins or goes on: what the Trainer has counted so far is done."""
+        """Training begins or goes on: what the Trainer has counted since it began is done."""
+        if self.before is None:
+            self.before = trainer.global_step
         if pl_module.automatic_optimization:
-            self.done = trainer.global_step
+            self.done = trainer.global_step - self.before
         self._first_global_step, self._first_done = trainer.global_step, self.done
 
     def after_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
         """Count the batch that ended; whether a step ended with it, as it does not while gradients accumulate."""
-        before = self.done
-        self.done = trainer.global_step if pl_module.automatic_optimization else self.done + 1
-        return self.done > before
+        done = self.done
+        self.done = trainer.global_step - (self.before or 0) if pl_module.automatic_optimization else done + 1
+        return self.done > done
 
     def last(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
         """The step after which training ends, infinite where nothing says so: a stream, or epochs without number.
@@ -64,10 +71,10 @@ class RunSteps:
         return sum(math.ceil(n / factor) for n, factor in zip(left, factors, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self.done}
+        return {"done": self.done, "before": self.before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = int(state["done"])
+        self.done, self.before = int(state["done"]), state["before"]
 
 
 def _accumulation(trainer: "pl.Trainer", epoch: int, epochs: int) -> list[int]:

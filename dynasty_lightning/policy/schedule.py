@@ -4,7 +4,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 SETTLED: Final = 0.08
 """The loop has settled when cost is within this fraction (in log) of its target."""
@@ -150,27 +150,54 @@ ALLOCATIONS: Final = {
 
 @dataclass(kw_only=True)
 class LossGuard:
-    """Notices a loss that leaves its best smoothed value behind by `ratio`, or that is not finite; None never does."""
+    """Notices a loss that leaves its best mean behind by `ratio`, or that is not finite; None never does.
+
+    What is judged is a mean over `WINDOW` steps at least: of less, one batch without objects, or of an easy task, makes a best mean that
+    the next batches cannot hold.
+    """
+
+    WINDOW: ClassVar[int] = 10
 
     ratio: float | None = 2.0
     best: float = math.inf
     first: float | None = None
+    _sum: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not self.ratio > 1:
             raise ValueError(f"loss_guard must exceed 1 or be None, not {self.ratio}")
 
-    def check(self, loss: float) -> str | None:
-        """A reason to raise widths, or None. `loss` is a mean over the steps since the last check."""
+    def check(self, loss: float, steps: int = WINDOW) -> str | None:
+        """A reason to raise widths, or None. `loss` is a mean over the `steps` since the last check."""
         if self.ratio is None:
             return None
         if not math.isfinite(loss):
+            self._begin_anew()
             return f"the training loss is {loss}"
         if self.first is None:
-            self.first = abs(loss)
+            self.first, self.best = abs(loss), loss
+        self._sum, self._steps = self._sum + steps * loss, self._steps + steps
         # Near zero a loss doubles by chance: it counts from a small share of the first one up.
         reference = max(self.best, _FLOOR * self.first)
-        if self.best > 0 and loss > self.ratio * reference:
-            return f"the training loss rose to {loss:.4g}, more than {self.ratio:g} times its best mean {self.best:.4g}"
-        self.best = min(self.best, loss)
+        # Of a window that is not full yet: what its mean is at least, the rest of the steps at a loss of 0.
+        mean = self._sum / max(self._steps, self.WINDOW)
+        if self.best > 0 and mean > self.ratio * reference:
+            now = self._sum / self._steps
+            reason = f"the training loss rose to {now:.4g}, more than {self.ratio:g} times its best mean {self.best:.4g}"
+            self._begin_anew()
+            return reason
+        if self._steps >= self.WINDOW:
+            self.best = min(self.best, mean)
+            self._sum, self._steps = 0.0, 0
         return None
+
+    def _begin_anew(self) -> None:
+        """What follows is judged on its own."""
+        self.best, self._sum, self._steps = math.inf, 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "first": self.first, "sum": self._sum, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.best, self.first, self._sum, self._steps = state["best"], state["first"], state["sum"], state["steps"]

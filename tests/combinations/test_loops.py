@@ -13,7 +13,24 @@ from torch.utils.data import DataLoader, IterableDataset
 from dynasty_lightning import DynastyPrecision
 from dynasty_lightning.promises import PromiseWarning
 
-from .runs import STEPS, TARGET, Evaluated, Module, Run, Sequences, Tokens, check, check_dynamic, digits, dynasty, fit, loader, trainer
+from .runs import (
+    QUIET,
+    STEPS,
+    TARGET,
+    Evaluated,
+    Module,
+    Run,
+    Sequences,
+    Tokens,
+    check,
+    check_dynamic,
+    digits,
+    dynasty,
+    fit,
+    loader,
+    promises,
+    trainer,
+)  # fmt: skip
 
 # -- Trainers
 
@@ -96,6 +113,38 @@ def test_a_second_fit_goes_on():
     assert plugin.precision_map().hash() != made
     assert any(h["step"] > 60 for h in callback.history)
     check_dynamic(run)
+
+
+def test_a_second_model_in_the_same_trainer():
+    """Lightning's steps count on; the second model's run, its warm-up and its map are its own."""
+    callback, plugin = dynasty(), DynastyPrecision(seed=1)
+    t = trainer(callbacks=[callback], plugin=plugin, max_epochs=3, limit_train_batches=20)
+    for epochs in (3, 6):
+        torch.manual_seed(0)
+        module = Module()
+        t.fit_loop.max_epochs = epochs
+        with promises() as said:
+            t.fit(module, loader())
+        check_dynamic(Run(module=module, trainer=t, callback=callback, plugin=plugin, said=said))
+        assert callback.summary()["steps"] == callback.history[-1]["step"] == STEPS
+        assert callback.history[0]["step"] == 2
+        assert callback.history[1]["mean_bits"]["E"] > 7  # it warms up
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*holds no widths")
+def test_a_callback_that_joins_at_a_checkpoint(tmp_path):
+    """A run that began without it is none of its steps: they are neither charged nor its warm-up."""
+    torch.manual_seed(0)
+    t = L.Trainer(**{**QUIET, "max_epochs": 2, "limit_train_batches": 20})
+    t.fit(Module(), loader())
+    t.save_checkpoint(tmp_path / "plain.ckpt")
+    module, callback, plugin = Module(), dynasty(), DynastyPrecision(seed=1)
+    t = trainer(callbacks=[callback], plugin=plugin, max_epochs=5, limit_train_batches=20)
+    with promises() as said:
+        t.fit(module, loader(), ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+    check_dynamic(Run(module=module, trainer=t, callback=callback, plugin=plugin, said=said))
+    assert callback.summary()["steps"] == STEPS
+    assert [h["mean_bits"]["E"] > 7 for h in callback.history[:3]] == [True, True, False]
 
 
 @pytest.mark.filterwarnings("ignore:(?s).*(jsonargparse|deprecated)")  # by jsonargparse, in Lightning's calls

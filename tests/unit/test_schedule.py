@@ -51,6 +51,14 @@ def test_loss_guard():
     assert LossGuard(ratio=None).check(math.inf) is None
 
 
+def test_loss_guard_judges_no_single_batch():
+    """A detector: every fourth batch has no boxes, and a tenth of the loss. What rises for good is noticed all the same."""
+    guard = LossGuard(ratio=2.0)
+    assert not [said for i in range(40) if (said := guard.check(0.2 if i % 4 == 1 else 2.0, steps=1))]
+    assert [bool(guard.check(10.0, steps=1)) for _ in range(3)] == [False, False, True]
+    assert not [said for _ in range(40) if (said := guard.check(10.0, steps=1))]
+
+
 def test_loss_guard_is_quiet_near_zero():
     guard = LossGuard(ratio=2.0)
     for loss in (2.3, 0.5, 0.0014, 0.0030, 0.01):
