@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -84,6 +85,15 @@ uint16_t Truncated(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return uint16_t(bits >> 16);
+}
+
+float AsFloat(float x) { return x; }
+
+float AsFloat(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 struct Extents {
@@ -332,9 +342,7 @@ void FuzzWiden() {
   for (int64_t r = 0; r < e.rows; ++r) {
     for (int64_t p = 0; p < e.positions; ++p) {
       for (int64_t c = 0; c < e.channels; ++c) {
-        const uint32_t bits = uint32_t(values[(r * e.positions + p) * e.channels + c]) << 16;
-        float want;
-        std::memcpy(&want, &bits, 4);
+        float want = AsFloat(values[(r * e.positions + p) * e.channels + c]);
         if (has_bias) want = want + bias[c];
         const float got = one[channels_last ? (r * e.positions + p) * e.channels + c : (r * e.channels + c) * e.positions + p];
         if (std::memcmp(&want, &got, 4)) Fail("widened value");
@@ -352,18 +360,40 @@ void FuzzWiden() {
 
 template <typename T> void FuzzMeanSquares() {
   const Extents e;
-  const Operand<T> x(e, Chance(0.9), OneOf({0, 0, -70, 60}));
+  // Squares far beyond float32 at both ends, too.
+  const Operand<T> x(e, Chance(0.9), OneOf({0, 0, -70, 60, -140, 110}));
   const int64_t group_rows = OneOf<int64_t>({1, 4, e.rows, e.rows + 2}), block_channels = OneOf<int64_t>({1, 2, 4, 8, 16, 32});
   const int64_t blocks = Ceil(e.rows, group_rows) * e.positions * Ceil(e.channels, block_channels);
-  const Buffer<float> one(blocks), two(blocks);
+  const Buffer<double> one(blocks), two(blocks);
+  const bool channels_last = Chance(0.5);
   MeanSquaresArgs m = {x.data->get(), sizeof(T) == 2, e.rows, e.positions, e.channels, x.row, x.position, x.channel,
-                       group_rows, block_channels, Draw(0, 1), one.get(), 1};
+                       group_rows, block_channels, channels_last, one.get(), 1};
   if (dynasty_mean_squares(&m) != kDone) Fail("legal operand of mean squares refused");
   m.out = two.get(), m.threads = 2;
   if (dynasty_mean_squares(&m) != kDone || !(one == two)) Fail("mean squares depend on threads");
+  const int64_t channel_blocks = Ceil(e.channels, block_channels);
+  for (int64_t g = 0; g < Ceil(e.rows, group_rows); ++g) {
+    for (int64_t p = 0; p < e.positions; ++p) {
+      for (int64_t b = 0; b < channel_blocks; ++b) {
+        const int64_t last_row = std::min(e.rows, (g + 1) * group_rows), last = std::min(e.channels, (b + 1) * block_channels);
+        double total = 0.0;
+        for (int64_t c = b * block_channels; c < last; ++c) {
+          double sum = 0.0;
+          for (int64_t r = g * group_rows; r < last_row; ++r) {
+            const double value = AsFloat((*x.data)[r * x.row + p * x.position + c * x.channel]);
+            sum += value * value;
+          }
+          total += sum;
+        }
+        const double want = total / double((last_row - g * group_rows) * (last - b * block_channels));
+        const double got = one[channels_last ? (g * e.positions + p) * channel_blocks + b : (g * channel_blocks + b) * e.positions + p];
+        if (want == want ? got != want : got == got) Fail("mean square");
+      }
+    }
+  }
   // NaN has many encodings, and which one comes out is nobody's business.
   for (int64_t i = 0; i < blocks; ++i) {
-    if (one[i] != one[i]) one[i] = -1.0f;
+    if (one[i] != one[i]) one[i] = -1.0;
   }
   Note(one);
   for (int64_t* field : {&m.rows, &m.positions, &m.channels, &m.group_rows, &m.block_channels, &m.threads}) {

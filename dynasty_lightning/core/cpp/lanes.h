@@ -27,6 +27,10 @@ struct Float {
 struct Int {
   __m512i v;
 };
+// Sixteen sums.
+struct Doubles {
+  __m512d low, high;
+};
 using Mask = __mmask16;
 
 inline Mask FirstLanes(int64_t count) { return count >= kLanes ? Mask(0xFFFF) : Mask((1u << count) - 1); }
@@ -205,6 +209,15 @@ inline void LoadTransposed(const Bf16_t* in, int64_t pitch, Float (&out)[16]) {
   }
 }
 
+inline Doubles NoSums() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+inline Doubles operator+(Doubles a, Doubles b) { return {_mm512_add_pd(a.low, b.low), _mm512_add_pd(a.high, b.high)}; }
+inline void Store(double* p, Doubles x) { _mm512_storeu_pd(p, x.low), _mm512_storeu_pd(p + 8, x.high); }
+// sums + x * x. The square of a float is exact in a double, so that fused or not the sum is the same.
+inline Doubles PlusSquares(Doubles sums, Float x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
+  return {_mm512_fmadd_pd(low, low, sums.low), _mm512_fmadd_pd(high, high, sums.high)};
+}
+
 // Of four vectors, each four blocks of four lanes: the reduction of each block, block b of vector i in lane 4 * b + i.
 template <typename Reduce> inline Int ReduceQuads(const Int (&v)[4], Reduce reduce) {
   const Int a = reduce(Int{_mm512_unpacklo_epi32(v[0].v, v[1].v)}, Int{_mm512_unpackhi_epi32(v[0].v, v[1].v)});
@@ -219,6 +232,9 @@ struct Float {
 };
 struct Int {
   int32_t v[kLanes];
+};
+struct Doubles {
+  double v[kLanes];
 };
 using Mask = uint16_t;
 
@@ -303,6 +319,13 @@ inline void StoreHighHalves(Bf16_t* p, Int x, Mask m) {
   DYNASTY_EACH if (Has(m, i)) p[i].bits = uint16_t(uint32_t(x.v[i]) >> 16);
 }
 
+inline Doubles NoSums() { return {}; }
+inline void Store(double* p, Doubles x) { std::memcpy(p, x.v, sizeof x.v); }
+inline Doubles PlusSquares(Doubles sums, Float x) {
+  DYNASTY_EACH sums.v[i] += double(x.v[i]) * double(x.v[i]);
+  return sums;
+}
+
 inline Int BitsOf(Float x) {
   Int r;
   std::memcpy(r.v, x.v, sizeof r.v);
@@ -327,6 +350,7 @@ inline Float FloatOf(Int x) {
     return r;                               \
   }
 DYNASTY_UNARY(Int, Float, ToFloat, float(a.v[i]))
+DYNASTY_BINARY(Doubles, operator+, a.v[i] + b.v[i])
 DYNASTY_BINARY(Float, operator+, a.v[i] + b.v[i])
 DYNASTY_BINARY(Float, operator-, a.v[i] - b.v[i])
 DYNASTY_BINARY(Float, operator*, a.v[i] * b.v[i])

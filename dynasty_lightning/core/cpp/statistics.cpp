@@ -13,20 +13,6 @@
 namespace dynasty {
 namespace {
 
-struct Sums {
-  double v[kLanes];
-};
-
-inline void AddSquares(Sums& sums, Float values) {
-  float lanes[kLanes];
-  Store(lanes, values);
-  for (int i = 0; i < kLanes; ++i) sums.v[i] += double(lanes[i]) * double(lanes[i]);
-}
-
-inline void Add(Sums& sums, const Sums& others) {
-  for (int i = 0; i < kLanes; ++i) sums.v[i] += others.v[i];
-}
-
 template <typename T> void MeansByPosition(const MeanSquaresArgs& a, int64_t groups, int64_t channel_blocks) {
   const T* x = static_cast<const T*>(a.x);
 #pragma omp for collapse(2) schedule(static)
@@ -37,40 +23,58 @@ template <typename T> void MeansByPosition(const MeanSquaresArgs& a, int64_t gro
       const double count = double((last_row - first_row) * (last - first));
       for (int64_t p = 0; p < a.positions; p += kLanes) {
         const Mask lanes = FirstLanes(a.positions - p);
-        Sums total = {};
+        Doubles total = NoSums();
         for (int64_t c = first; c < last; ++c) {
-          Sums sum = {};
-          for (int64_t r = first_row; r < last_row; ++r) AddSquares(sum, Load(x + r * a.stride_row + c * a.stride_channel + p, lanes));
-          Add(total, sum);
+          Doubles sum = NoSums();
+          for (int64_t r = first_row; r < last_row; ++r) sum = PlusSquares(sum, Load(x + r * a.stride_row + c * a.stride_channel + p, lanes));
+          total = total + sum;
         }
+        double sums[kLanes];
+        Store(sums, total);
         const int64_t step = a.grid_channels_last ? channel_blocks : 1;
         double* out = a.out + group * channel_blocks * a.positions + (a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p);
-        for (int64_t i = 0; i < std::min<int64_t>(kLanes, a.positions - p); ++i) out[i * step] = total.v[i] / count;
+        for (int64_t i = 0; i < std::min<int64_t>(kLanes, a.positions - p); ++i) out[i * step] = sums[i] / count;
       }
     }
   }
 }
 
+// Several vectors side by side, so that one addition does not wait for the last.
+constexpr int64_t kVectors = 4;
+
+// `sums` of the squares of each of `here` channels over the rows from `first` to `last`; the others' are zero.
+template <typename T> void SumsOfRows(const MeanSquaresArgs& a, const T* x, int64_t first, int64_t last, int64_t here, double* sums) {
+  Doubles sum[kVectors];
+  for (auto& s : sum) s = NoSums();
+  if (here == kVectors * kLanes) {  // with no mask and in registers
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t v = 0; v < kVectors; ++v) sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row + v * kLanes));
+    }
+  } else {
+    for (int64_t v = 0; v * kLanes < here; ++v) {
+      const Mask lanes = FirstLanes(here - v * kLanes);
+      for (int64_t r = first; r < last; ++r) sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row + v * kLanes, lanes));
+    }
+  }
+  for (int64_t v = 0; v < kVectors; ++v) Store(sums + v * kLanes, sum[v]);
+}
+
 template <typename T> void MeansByChannel(const MeanSquaresArgs& a, int64_t groups, int64_t channel_blocks) {
   const T* x = static_cast<const T*>(a.x);
-  // Several vectors side by side, so that one addition does not wait for the last.
-  constexpr int64_t kVectors = 4;
-  const int64_t chunk = std::max<int64_t>(kVectors * kLanes, a.block_channels);
+  constexpr int64_t chunk = kVectors * kLanes;
+  static_assert(chunk % kMaxBlockChannels == 0, "a chunk is whole blocks");
 #pragma omp for collapse(2) schedule(static)
   for (int64_t group = 0; group < groups; ++group) {
     for (int64_t p = 0; p < a.positions; ++p) {
       const int64_t first_row = group * a.group_rows, last_row = std::min(a.rows, first_row + a.group_rows);
       for (int64_t start = 0; start < a.channels; start += chunk) {
         const int64_t here = std::min(chunk, a.channels - start);
-        Sums sums[kVectors] = {};
-        for (int64_t r = first_row; r < last_row; ++r) {
-          const T* from = x + r * a.stride_row + p * a.stride_position + start;
-          for (int64_t v = 0; v * kLanes < here; ++v) AddSquares(sums[v], Load(from + v * kLanes, FirstLanes(here - v * kLanes)));
-        }
+        double sums[chunk];
+        SumsOfRows(a, x + p * a.stride_position + start, first_row, last_row, here, sums);
         for (int64_t c = 0; c < here; c += a.block_channels) {
           const int64_t end = std::min(here, c + a.block_channels), block = (start + c) / a.block_channels;
           double total = 0.0;
-          for (int64_t i = c; i < end; ++i) total += sums[i / kLanes].v[i % kLanes];
+          for (int64_t i = c; i < end; ++i) total += sums[i];
           const int64_t at = a.grid_channels_last ? p * channel_blocks + block : block * a.positions + p;
           a.out[group * channel_blocks * a.positions + at] = total / double((last_row - first_row) * (end - c));
         }
