@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random convolutions, fast types against float64, with freed memory poisoned: `python -m tests.fuzz.geometries --seconds 600`.
 
+`--layers`: converted layers instead of bare GEMMs, in every mode and on every path (tests/fuzz/layers.py).
+
 The library's fault (docs/upstream/onednn-conv-unwritten-memory.md) is memory that is never written, so a single look may pass by luck, and
 some shapes end the process. So each part runs in a child with glibc's MALLOC_PERTURB_ set, and freed blocks of like sizes hold NaN.
 """
@@ -12,13 +14,17 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
+from dynasty_lightning.core import matmul
 from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.matmul import is_trusted, multiply
+from dynasty_lightning.core.matmul import multiply
 from dynasty_lightning.core.roles import Gemm
+
+from . import layers as layer_checks
 
 _PART = 150  # geometries of one child
 _CHANNELS = (1, 2, 3, 4, 8, 16, 17, 32, 64)
@@ -93,9 +99,13 @@ def _poison(*sizes: int) -> None:
             _ = [torch.full((max(size // part, 1),), float("nan")) for _ in range(3)]
 
 
-def search(first: int, count: int, axes: int | None = None, *, perturb: int = 165) -> tuple[int, list[str]]:
-    """How many of `count` geometries, from seed `first` on, are on the fast path in all three GEMMs, and what is wrong with which."""
-    command = [sys.executable, "-m", "tests.fuzz.geometries", "--part", str(first), str(count), str(axes or 0)]
+def search(first: int, count: int, axes: int | None = None, *, perturb: int = 165, flags: Sequence[str] = ()) -> tuple[int, list[str]]:
+    """How many of `count` geometries, from seed `first` on, are on the fast path in all three GEMMs, and what is wrong with which.
+
+    Args:
+        flags: of `--layers` and `--without-rule`.
+    """
+    command = [sys.executable, "-m", "tests.fuzz.geometries", "--part", str(first), str(count), str(axes or 0), *flags]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_PERTURB_": str(perturb)}, check=False)
     lines = [json.loads(line) for line in child.stdout.splitlines()]
     faults = [f"seed {r['seed']}: {', '.join(r['wrong'])}: {r['case']}" for r in lines if r["wrong"]]
@@ -106,14 +116,17 @@ def search(first: int, count: int, axes: int | None = None, *, perturb: int = 16
     return sum(r.get("trusted", False) for r in lines), faults
 
 
-def _part(first: int, count: int, axes: int) -> None:
+def _part(first: int, count: int, axes: int, *, layers: bool, rule: bool) -> None:
     torch.set_num_threads(1)
+    if not rule:
+        matmul.is_trusted = lambda *_: True  # type: ignore[assignment]
+    look = layer_checks.wrong if layers else wrong
     for seed in range(first, first + count):
         geometry, shape = random_case(seed, axes or None)
         case = {**asdict(geometry), "input": shape}
         print(json.dumps({"seed": seed, "case": case, "wrong": []}), flush=True)
-        trusted = is_trusted(geometry, shape)
-        print(json.dumps({"seed": seed, "case": case, "wrong": wrong(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
+        trusted = matmul.is_trusted(geometry, shape)
+        print(json.dumps({"seed": seed, "case": case, "wrong": look(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
 
 
 def main() -> int:
@@ -121,14 +134,17 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to search")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--axes", type=int, choices=(1, 2, 3), help="only convolutions of so many spatial axes")
+    parser.add_argument("--layers", action="store_true", help="converted layers, in every mode and on every path")
+    parser.add_argument("--without-rule", action="store_true", help="trust every shape: what the library itself does")
     parser.add_argument("--part", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
-        _part(*arguments.part)
+        _part(*arguments.part, layers=arguments.layers, rule=not arguments.without_rule)
         return 0
+    flags = [f"--{name.replace('_', '-')}" for name in ("layers", "without_rule") if getattr(arguments, name)]
     end, seed, trusted, faults = time.monotonic() + arguments.seconds, arguments.seed, 0, 0
     while time.monotonic() < end:
-        fast, found = search(seed, _PART, arguments.axes, perturb=1 + seed % 255)
+        fast, found = search(seed, _PART, arguments.axes, perturb=1 + seed % 255, flags=flags)
         seed, trusted, faults = seed + _PART, trusted + fast, faults + len(found)
         print("\n".join(found), end="\n" if found else "")
     print(f"{seed - arguments.seed} geometries, {trusted} of them on the fast path in all three GEMMs, {faults} faults")

@@ -63,3 +63,9 @@ def test_random_geometries_keep_the_bound_with_poisoned_memory():
     for first, perturb in ((500, 165), (1100, 85)):
         _, faults = search(first, 250, perturb=perturb)
         assert not faults
+
+
+def test_layers_of_random_geometries_in_every_mode_and_on_every_path():
+    """Exact to the bit and fast within its bound; training, evaluation, observed; kernels, portable loops, pure torch."""
+    _, faults = search(0, 40, flags=["--layers"])
+    assert not faults
