@@ -4,24 +4,24 @@
 import os
 import platform
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final, Literal
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from .core.formats import BlockFormat
 from .core.precision import OperandPrecision
 from .core.roles import Role
-from .nn.convert import ConversionReport, convert
+from .nn.convert import ConversionReport, convert, grow
 from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.plan import Mode
 from .policy.precision_map import ModelStructure, PrecisionMap
@@ -74,13 +74,16 @@ class DynastyPrecision(Precision):
         self.format = BlockFormat(block_shape=block_shape, width_group=width_group)
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
+        self._layers: Mapping[str, DynamicLayer] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None}  # the module travels on its own
+        return {**self.__dict__, "_module": None, "_layers": {}}  # the module travels on its own
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         _refuse_strategy(module)
+        if self._module is not None and self._module() is module:
+            self.take_in_new_layers()  # its stream goes on
         self.report = convert(
             module,
             mode=self.mode,
@@ -92,9 +95,23 @@ class DynastyPrecision(Precision):
             rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
         )
         self._module = ref(module)
+        self._layers = WeakValueDictionary(dynamic_layers(module))
         self.report.stream.watch = _TrainerWatch(module)
         self._look_for_widths(module)
         return module
+
+    def take_in_new_layers(self) -> None:
+        """Convert what the module got since it was converted: layers added or replaced, copies. Called before each step."""
+        module, report = self._layers_owner(), self.report
+        assert report is not None
+        self.report = grow(
+            module, report, mode=self.mode, block_format=self.format, exclude=self.exclude, unquantized=self.unquantized
+        )  # fmt: skip
+        if self.report is not report:
+            known = self.layers
+            self._layers = WeakValueDictionary(dynamic_layers(module))
+            new = [name for name, layer in self._layers.items() if known.get(name) is not layer]
+            rank_zero_info(f"new layers train in dynamic precision from here on, at first at 8 bits: {', '.join(new)}")
 
     def _look_for_widths(self, module: nn.Module) -> None:
         """Say so where a checkpoint is about to be loaded that has weights but no widths."""
@@ -117,6 +134,8 @@ class DynastyPrecision(Precision):
 
     @override
     def forward_context(self) -> AbstractContextManager[Any]:
+        if self.report is not None and self._module is not None:
+            self.take_in_new_layers()
         if self.rest == "32":
             return nullcontext()
         device = next((p.device.type for p in self._layers_owner().parameters()), "cpu")
@@ -130,8 +149,9 @@ class DynastyPrecision(Precision):
 
     @property
     def layers(self) -> dict[str, DynamicLayer]:
-        """The converted layers by name. Raises RuntimeError before the module is converted."""
-        return dynamic_layers(self._layers_owner())
+        """The converted layers by name, as of the last step. Raises RuntimeError before the module is converted."""
+        self._layers_owner()
+        return dict(self._layers)
 
     @property
     def structure(self) -> ModelStructure:

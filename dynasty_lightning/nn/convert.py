@@ -2,7 +2,7 @@
 """Swaps Linear and Conv layers in place, and says what was swapped and what was not, and why."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -50,7 +50,8 @@ def convert(
 ) -> ConversionReport:
     """Make every nn.Linear and nn.Conv1d/2d/3d of `model` train in block-wise precision (8 bits until told otherwise), in place.
 
-    Converting again is harmless: layers that are converted stay as they are, and the report names them too.
+    Converting again is harmless: layers that are converted keep their widths, and the report names them too. Layers that were converted
+    apart, or copied since, get the model's random stream, and a name of their own where another has theirs.
     Without a Trainer call `report.stream.advance()` after each backward pass.
 
     Args:
@@ -66,15 +67,55 @@ def convert(
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"exclude pattern {pattern!r} matches no layer; layers: {', '.join(n for n in names if n) or '(none)'}")
-    earlier = dynamic_layers(model)
-    for layer in earlier.values():
-        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (block_format, mode, tuple(unquantized)):
-            raise ValueError(
-                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}, "
-                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode {mode!r}, {tuple(unquantized)}: "
-                "convert a fresh copy of the model"
-            )
-    stream = next((layer.stream for layer in earlier.values()), None) or StreamState(seed, rank)
+    stream = next((m.stream for m in model.modules() if isinstance(m, DynamicLayer)), None) or StreamState(seed, rank)
+    return _convert(model, stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized)
+
+
+def grow(
+    model: nn.Module,
+    report: ConversionReport,
+    *,
+    mode: Mode,
+    block_format: BlockFormat,
+    exclude: Collection[str],
+    unquantized: Collection[str],
+) -> ConversionReport:
+    """The report of a model that was converted and may have changed since: a layer added or replaced, a copy of converted ones.
+
+    What is new is converted, or joins, as `convert` has it. The same report where nothing is.
+    """
+    if not _may_have_grown(model, report.stream):
+        return report
+    for name, module in model.named_modules():
+        if isinstance(module, DynamicLayer):
+            if module.stream is not report.stream:
+                break
+        elif type(module) in CONVERTED_TYPES and _reason_to_skip(name, module, exclude) is None:
+            break
+    else:
+        return report
+    return _convert(model, report.stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized)
+
+
+def _may_have_grown(model: nn.Module, stream: StreamState) -> bool:
+    """Before every step, so without names and attribute look-ups: whether a layer is not converted, or has another stream."""
+    seen: set[nn.Module] = set()
+    ahead: list[nn.Module | None] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if type(module) in CONVERTED_TYPES or vars(module).get("stream", stream) is not stream:
+            return True
+        ahead += module._modules.values()
+    return False
+
+
+def _convert(
+    model: nn.Module, stream: StreamState, block_format: BlockFormat, *, mode: Mode, exclude: Collection[str], unquantized: Collection[str]
+) -> ConversionReport:
+    _check_alike(model, block_format, mode, unquantized)
     converted: list[tuple[str, str]] = []
     skipped: list[tuple[str, str, str]] = []
     inside_attention: set[str] = set()
@@ -106,8 +147,41 @@ def convert(
     if not converted:
         reasons = "; ".join(f"{n} ({k}): {r}" for n, k, r in skipped) or "it has no Linear or Conv layer"
         raise ValueError(f"nothing to convert in {type(model).__name__}: {reasons}")
+    _join(model, stream)
     native.available()  # compiled here, not in the middle of a first step that somebody may time
     return ConversionReport(converted=tuple(converted), skipped=tuple(skipped), stream=stream)
+
+
+def _check_alike(model: nn.Module, block_format: BlockFormat, mode: Mode, unquantized: Collection[str]) -> None:
+    """Raises ValueError where a layer is converted in another way."""
+    for layer in dynamic_layers(model).values():
+        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (block_format, mode, tuple(unquantized)):
+            raise ValueError(
+                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}, "
+                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode {mode!r}, {tuple(unquantized)}: "
+                "convert a fresh copy of the model"
+            )
+
+
+def _join(model: nn.Module, stream: StreamState) -> None:
+    """One stream, and an index and a name of its own, for each converted layer."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, DynamicLayer)]
+    # A name that several have stays with the one that stands there, or with the model's own.
+    layers.sort(key=lambda item: (item[0] != item[1].layer_name, item[1].stream is not stream))
+    names: dict[str, DynamicLayer] = {}
+    for path, layer in layers:
+        name = layer.layer_name if layer.layer_name not in names else path
+        while name in names:
+            name += "_"
+        names[name] = layer
+    taken: set[int] = set()
+    for name, layer in sorted(names.items(), key=lambda item: (item[1].stream is not stream, item[1].layer_index)):
+        index = layer.layer_index
+        if index in taken or index >= len(stream.calls):
+            index = stream.add_layer()
+        taken.add(index)
+        if (name, index) != (layer.layer_name, layer.layer_index) or layer.stream is not stream:
+            layer.join(name=name, plan=replace(layer.plan, layer_index=index), stream=stream)
 
 
 def _no_op(*_: Any) -> None:

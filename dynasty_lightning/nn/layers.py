@@ -78,7 +78,9 @@ class StreamState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.counters[0], self.counters[2] = state["seed"], state["backward_count"]
-        self.calls.copy_(torch.tensor(state["calls"], dtype=torch.int64))
+        self.calls.zero_()
+        calls = torch.tensor(state["calls"], dtype=torch.int64)[: len(self.calls)]  # more where layers have come and gone
+        self.calls[: len(calls)] = calls
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k != "watch"}
@@ -130,15 +132,26 @@ class DynamicLayer(nn.Module):
         Requests are no buffers: whoever walks over those (averages of weights, `to_empty`, DDP) takes them for the user's. The plugin
         saves them, and they follow the operand's device when they are read.
         """
-        self.layer_name, self.plan, self.stream = name, plan, stream
-        _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
-        self.observing = self.headers_only = self.probing = self.exact_errors = False
+        self.join(name=name, plan=plan, stream=stream)
+        self._observe_nothing()
         self._slot = ObservationSlot()
         self._converted_options = self._options()
         self._settings = [v for _ in Role for v in settings_of(None)]
         for role in Role:
             setattr(self, _REQUESTS[role], _saveable(_default_request()))
         self._precision: dict[Role, OperandPrecision] = {}
+
+    def join(self, *, name: str, plan: LayerPlan, stream: StreamState) -> None:
+        """Make the layer one of a model's: its name and index there, and the stream that all of its layers share."""
+        self.layer_name, self.plan, self.stream = name, plan, stream
+        _ = plan.key, plan.band  # computed here: torch.compile cannot trace the lock of a cached property
+
+    def _observe_nothing(self) -> None:
+        self.observing = self.headers_only = self.probing = self.exact_errors = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._observe_nothing()  # a copy that is made within an analysed step: nobody would ever collect its records
 
     @property
     def geometry(self) -> LayerGeometry:

@@ -16,7 +16,7 @@ from dynasty_lightning import DynastyPrecision, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
 
-from .runs import Module, Run, Sequences, Tokens, check, check_dynamic, digits, dynasty, fit, loader, network, trainer
+from .runs import STEPS, Module, Run, Sequences, Tokens, check, check_dynamic, digits, dynasty, fit, loader, network, trainer
 
 # -- Frozen weights and networks in eval mode
 
@@ -258,6 +258,67 @@ class Picklable(Module):
 
 def adam(parameters):
     return torch.optim.Adam(parameters, 2e-3)
+
+
+# -- Networks that change on the way
+
+EPOCHS = {"max_epochs": 4, "limit_train_batches": 15}
+
+
+class Growing(Module):
+    """From the second epoch on with a layer more in the middle, of the next one's old place and name."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net.insert(5, nn.Linear(256, 256))
+            self.net.insert(6, nn.ReLU())
+            nn.init.eye_(self.net[5].weight)
+            self.optimizers().add_param_group({"params": self.net[5].parameters()})
+
+
+def test_a_layer_that_is_added_on_the_way():
+    run = fit(Growing, **EPOCHS)
+    assert set(run.bits) == {"net.0", "net.2", "net.5", "net.7"}
+    assert set(run.plugin.precision_map().structure.layers) == set(run.bits)
+    check(run)
+
+
+def test_an_added_layer_trains_in_blocks_without_the_callback():
+    module = Growing()
+    trainer(plugin=DynastyPrecision(seed=1), max_epochs=2, limit_train_batches=2).fit(module, loader())
+    assert set(dynamic_layers(module)) == {"net.0", "net.2", "net.5", "net.7"}
+
+
+def test_a_head_of_another_size_in_the_old_ones_place():
+    class Replaced(Module):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net[5] = nn.Linear(256, 12)
+                self.optimizers().add_param_group({"params": self.net[5].parameters()})
+
+    run = fit(Replaced, options={"loss_guard": None}, **EPOCHS)
+    assert run.plugin.precision_map().structure.layers["net.5"].out_channels == 12
+    check(run)
+
+
+def test_a_target_network_that_is_copied_on_the_way():
+    """As in Q-learning: the copy of a converted network has widths of its own and takes nobody's name."""
+
+    class Target(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx % 20 == 0:
+                self.target = copy.deepcopy(self.net).requires_grad_(False)
+            with torch.no_grad():
+                soft = self.target(batch[0]).softmax(1)
+            logits = self.net(batch[0])
+            return super().training_step(batch, batch_idx) + 0.1 * F.cross_entropy(logits, soft)
+
+    run = fit(Target, max_epochs=1, limit_train_batches=STEPS)
+    layers = dynamic_layers(run.module)
+    assert set(layers) == {f"{net}.{i}" for net in ("net", "target") for i in (0, 2, 5)}
+    assert len({layer.layer_index for layer in layers.values()}) == len(layers)
+    assert {id(layer.stream) for layer in layers.values()} == {id(run.plugin.report.stream)}
+    check(run)
 
 
 # -- Several networks

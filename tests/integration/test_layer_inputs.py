@@ -18,6 +18,7 @@ from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.cost.bit_products import layer_cost
+from dynasty_lightning.nn.layers import dynamic_layers
 
 QUIET = {
     "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1,
@@ -432,6 +433,29 @@ def test_the_report_names_what_multiplies_by_itself():
     assert set(skipped) == {"gpt", "own", "bag", "pair"}
     assert "GPT-2" in skipped["gpt"]
     assert "has a weight of its own (matrix)" in skipped["own"]
+
+
+def test_networks_that_were_converted_apart_share_a_stream_and_no_name():
+    both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for name in ("a", "b")})
+    for net in both.values():
+        convert(net)
+    report = convert(both)
+    layers = dynamic_layers(both)
+    assert list(layers) == ["0", "2", "b.0", "b.2"]
+    assert [layer.layer_index for layer in layers.values()] == [0, 1, 2, 3]
+    assert all(layer.stream is report.stream for layer in layers.values())
+    both["a"] = copy.deepcopy(both["b"])
+    convert(both)
+    assert set(dynamic_layers(both)) == {"b.0", "b.2", "a.0", "a.2"}
+
+
+def test_a_copy_from_within_an_analysed_step_records_nothing():
+    model = nn.Sequential(nn.Linear(4, 4))
+    convert(model)
+    model[0].observing = True
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin(torch.randn(2, 4)).sum().backward()
+        assert twin[0].observation() is None
 
 
 # -- Attention
