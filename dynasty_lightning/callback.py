@@ -14,8 +14,10 @@ from weakref import ref
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from .analysis import Analysis, Look, StepClock, Widths
@@ -43,6 +45,11 @@ _TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up
 _UNKNOWN_END: Final = 10  # of a run that nothing ends: as long again as it has been, this many intervals at least
 _RATE_JUMP: Final = 8.0  # a learning rate that grew so much since the last analysis makes the next one due: E was narrow for a small one
 _STATE_VERSION: Final = 2
+_LOST: Final = (
+    "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the precision map and the figures with them: "
+    "summary() and precision_map() know nothing of this run then, and the model that comes back validates and tests at uniform 8 bits. "
+    "Take the table, the loggers and a checkpoint (test(ckpt_path=...)), or strategy='ddp'"
+)
 
 
 class DynastyCallback(Callback):
@@ -174,6 +181,8 @@ class DynastyCallback(Callback):
             self._apply(self.policy.initial(self._layers), keep=False)
         self._restored = False
         self.promises.speaks = trainer.is_global_zero
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(_LOST)
         if self._plugin is not None and self._plugin.report is not None and self._plugin.report.skipped:
             rank_zero_info(str(self._plugin.report))
 
@@ -181,11 +190,25 @@ class DynastyCallback(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._steps.start(trainer, pl_module)
         self._failed = False
-        self._ranks = Ranks(size=trainer.world_size, rank=trainer.global_rank, device=trainer.strategy.root_device)
-        options = (self.policy.name, self.target_speedup, self.schedule, self.allocation)
-        self._ranks.check_same(str(options), what="DynastyCallback's options")
-        self._ranks.check_same(self.precision_map().hash(), what="the first precision map, or the layers that it belongs to")
+        self._ranks = Ranks.of(trainer)
+        self._check_ranks()
         self._planned_steps = self._agree_on_steps(trainer, pl_module)
+
+    def _check_ranks(self) -> None:
+        """Raise RuntimeError, which names the rank, where one has other options, weights or another past than the rest."""
+        ranks = self._ranks
+        if ranks.size == 1:
+            return
+        options = (self.policy.name, self.target_speedup, self.schedule.interval, self.schedule.warmup_steps, self.allocation)
+        ranks.check_same(str((*options, self._loss_guard, self.probe_interval)), what="DynastyCallback's options")
+        ranks.check_same(self.precision_map().hash(), what="the first precision map")
+        state = self.state_dict()
+        ranks.check_same(
+            str([state[key] for key in ("schedule", "steps", "run_cost", "last_event_step", "analyses", "overhead", "rates", "history")]),
+            what="what DynastyCallback knows of the run so far: did they load the same checkpoint?",
+        )
+        weights = {name: layer.weight for name, layer in self._layers.items() if not isinstance(layer.weight, DTensor)}
+        ranks.check_same_tensors(weights, what="the weight of")
 
     def _agree_on_steps(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
         """Steps of the whole run: of the rank that plans most, since loaders of different lengths say different things."""
@@ -409,7 +432,10 @@ class DynastyCallback(Callback):
 
     def _require_plugin(self) -> DynastyPrecision:
         if self._plugin is None:
-            raise RuntimeError("DynastyCallback is not attached to a running Trainer yet: call trainer.fit first")
+            raise RuntimeError(
+                "DynastyCallback is not attached to a running Trainer: call trainer.fit first (what ddp_spawn, ddp_fork and ddp_notebook "
+                "trained with has ended with their processes)"
+            )
         return self._plugin
 
     def _rate_jumped(self, trainer: "pl.Trainer") -> bool:

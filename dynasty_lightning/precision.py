@@ -25,6 +25,7 @@ from .nn.convert import ConversionReport, convert, grow
 from .nn.layers import DynamicLayer, dynamic_layers
 from .nn.plan import Mode
 from .policy.precision_map import ModelStructure, PrecisionMap
+from .ranks import Ranks
 
 _STATE_VERSION: Final = 1
 _REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
@@ -96,6 +97,7 @@ class DynastyPrecision(Precision):
         )
         self._module = ref(module)
         self._layers = WeakValueDictionary(dynamic_layers(module))
+        self._check_ranks(module)
         self.report.stream.watch = _TrainerWatch(module)
         self._look_for_widths(module)
         return module
@@ -112,6 +114,15 @@ class DynastyPrecision(Precision):
             self._layers = WeakValueDictionary(dynamic_layers(module))
             new = [name for name, layer in self._layers.items() if known.get(name) is not layer]
             rank_zero_info(f"new layers train in dynamic precision from here on, at first at 8 bits: {', '.join(new)}")
+
+    def _check_ranks(self, module: nn.Module) -> None:
+        """Raise RuntimeError, which names the rank, where one has other options or other layers than the rest."""
+        trainer = getattr(module, "_trainer", None)
+        if trainer is None or not torch.distributed.is_available() or not torch.distributed.is_initialized() or trainer.world_size == 1:
+            return
+        ranks = Ranks.of(trainer)
+        ranks.check_same(str((self.mode, self.format, self.rest, self.exclude, self.unquantized)), what="DynastyPrecision's options")
+        ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
 
     def _look_for_widths(self, module: nn.Module) -> None:
         """Say so where a checkpoint is about to be loaded that has weights but no widths."""

@@ -3,10 +3,11 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +30,11 @@ class Ranks:
     size: int = 1
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def of(cls, trainer: "pl.Trainer") -> "Ranks":
+        """Those of a Trainer whose process group has been made."""
+        return cls(size=trainer.world_size, rank=trainer.global_rank, device=trainer.strategy.root_device)
 
     def table(self, facts: Tensor, *, what: str) -> Tensor:
         """float64 [size, n]: each rank's n facts, by rank; n is the same on all.
@@ -59,9 +65,17 @@ class Ranks:
 
     def check_same(self, text: str, *, what: str) -> None:
         """Raise RuntimeError, which names the ranks, unless all ranks have the same text."""
-        numbers = self.table(torch.tensor([_number(text)]), what=what).flatten().tolist()
+        numbers = self.table(torch.tensor([_number(text)], dtype=torch.float64), what=what).flatten().tolist()
         if odd := _minority(numbers):
             raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what}; rank {self.rank} has {text[:200]}")
+
+    def check_same_tensors(self, tensors: Mapping[str, Tensor], *, what: str) -> None:
+        """Raise RuntimeError, which names the ranks and the first tensor that differs; the names are the same on all ranks."""
+        digests = [_number(hashlib.sha256(_bytes(t)).hexdigest()) for t in tensors.values()]
+        table = self.table(torch.tensor(digests, dtype=torch.float64), what=f"{what} {len(tensors)} layers")
+        for name, numbers in zip(tensors, table.T.tolist(), strict=True):
+            if odd := _minority(numbers):
+                raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what} {name}")
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -80,6 +94,10 @@ class Ranks:
 
 def _number(text: str) -> float:
     return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - _HASH_BITS))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _minority(values: list[object]) -> list[int]:

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings that `test_distributed` runs: each a function of ranks, rank and a folder that all ranks share, in its own process."""
 
+import os
+import time
+import warnings
+from datetime import timedelta
+
 import lightning.pytorch as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, Timer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -228,6 +234,59 @@ def other_map_on_one_rank(ranks, rank, folder):
     return even(ranks, rank, folder, callback=callback)
 
 
+class Before(Callback):
+    """Does something on rank 1 before training starts."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_fit_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            self.action(pl_module)
+
+
+def other_weights_on_one_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[Before(lambda net: net.body.weight.data[0, 0, 0, 0].add_(1e-6))])
+
+
+def other_plugin_on_one_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, plugin=DynastyPrecision(seed=3, mode="exact" if rank else "fast"))
+
+
+def other_layers_on_one_rank(ranks, rank, folder):
+    return fit(ranks, rank, Net(width=8 + 4 * rank), Batches(lambda i: images(i, ranks, rank), 14))
+
+
+def other_past_on_one_rank(ranks, rank, folder):
+    """As from files of two runs at the same path of two machines."""
+    callback = dynamic()
+    return even(ranks, rank, folder, callback=callback, callbacks=[Before(lambda net: setattr(callback, "_last_event_step", 3))])
+
+
+class Slow(Callback):
+    """Between two layers of an analysis, rank 1 waits until rank 0 has given up. The group's time is cut short there and not before."""
+
+    def __init__(self, given_up):
+        self.given_up = given_up
+
+    def on_train_start(self, trainer, pl_module):
+        layer = pl_module.stem
+        squares = layer.gradient_squares
+
+        def slow(gradient):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
+            deadline = time.monotonic() + 100
+            while trainer.global_rank == 1 and not self.given_up.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return squares(gradient)
+
+        layer.gradient_squares = slow
+
+
+def slow_rank(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[Slow(folder / "0.json")])
+
+
 class Maps(Callback):
     """Each map of a run, as thresholds by layer and role."""
 
@@ -414,3 +473,18 @@ class ShardedHalf(Sharded):
 
 def sharded_bfloat16(ranks, rank, folder):
     return sharded(ranks, rank, folder, ShardedHalf)
+
+
+def forked(ranks, rank, folder):
+    """As in a notebook: this process trains nothing itself. What is said, in it and in the others, and what it knows afterwards."""
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_, **__: (folder / f"{os.getpid()}-{time.monotonic_ns()}").write_text(str(message))
+    callback, loader = dynamic(), Batches(lambda i: images(i, 1, 0), 6)
+    strategy = DDPStrategy(start_method="fork", timeout=TIMEOUT)
+    t = L.Trainer(devices=2, strategy=strategy, max_steps=6, plugins=[DynastyPrecision(seed=3)], callbacks=[callback], **QUIET)
+    t.fit(Net(), loader)
+    said = sorted(f.read_text() for f in folder.glob("*-*"))
+    try:
+        callback.precision_map()
+    except RuntimeError as error:
+        return {"said": said, "afterwards": str(error)}

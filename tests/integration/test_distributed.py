@@ -66,7 +66,17 @@ def test_a_callback_without_its_plugin_ends_all_ranks():
     assert all("DynastyPrecision" in r["error"] for r in run("callback_without_plugin", 2))
 
 
-@pytest.mark.parametrize(("name", "what"), [("other_options_on_one_rank", "options"), ("other_map_on_one_rank", "map of step")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("other_options_on_one_rank", "DynastyCallback's options"),
+        ("other_plugin_on_one_rank", "DynastyPrecision's options"),
+        ("other_layers_on_one_rank", "the layers that DynastyPrecision converts"),
+        ("other_weights_on_one_rank", "the weight of body"),
+        ("other_past_on_one_rank", "what DynastyCallback knows of the run so far"),
+        ("other_map_on_one_rank", "map of step"),
+    ],
+)
 def test_ranks_that_disagree_are_named(name, what):
     for result in run(name, 2):
         assert what in result["error"]
@@ -122,6 +132,11 @@ def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, tol
     other, failed = run(name, 2)
     assert "the reason" in failed["error"]
     assert told in other["error"]
+
+
+def test_a_wait_ends_in_time_and_says_for_which_layer():
+    for rank, result in enumerate(run("slow_rank", 2)):
+        assert f"rank {rank} of 2 came to the gradient of body at step 2, and not all other ranks did" in result["error"]
 
 
 def test_join_is_refused_by_name_before_the_first_step():
