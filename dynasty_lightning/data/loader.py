@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,7 +42,19 @@ class EpochLoader(ABC):
         self._next_batch = 0
 
     def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
+        return -(-self.samples // self._step)
+
+    @property
+    def _shard(self) -> tuple[int, int]:
+        """(rank, ranks) of the processes that training is shared among; evaluation shows every process everything."""
+        if self.shuffle and dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    @property
+    def _step(self) -> int:
+        """Samples that all processes together show in a batch."""
+        return int(self.batch_size) * self._shard[1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.shuffle:
@@ -69,11 +82,16 @@ class EpochLoader(ABC):
         """The samples of these numbers, inputs and targets."""
 
     def _indices(self, order: Tensor, batch: int) -> Tensor:
-        return order[batch * self.batch_size : min((batch + 1) * self.batch_size, self.samples)]
+        """This process's share. All have as many: where an epoch does not divide, its first samples are shown twice."""
+        rank, ranks = self._shard
+        shown = torch.arange(batch * self._step, min((batch + 1) * self._step, self.samples) + (ranks - 1))
+        shown = shown[: len(shown) - len(shown) % ranks]
+        return order[shown[rank::ranks] % self.samples]
 
-    def _generator(self, epoch: int, purpose: int = 0) -> torch.Generator:
-        """Random numbers of an epoch: purpose 0 for its order, others as a subclass likes."""
-        words = np.random.SeedSequence([self.seed, epoch, purpose]).generate_state(1, np.uint64)
+    def _generator(self, epoch: int, purpose: int = 0, *, own: bool = False) -> torch.Generator:
+        """Random numbers of an epoch: purpose 0 for its order, others as a subclass likes; `own` are other ones in each process."""
+        rank = self._shard[0] if own else 0
+        words = np.random.SeedSequence([self.seed, epoch, purpose, *[rank] * (rank > 0)]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0]) >> 1)
 
 
@@ -108,7 +126,7 @@ class TensorLoader(EpochLoader):
     def _batch(self, samples: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         images = self._images[samples]
         if self.augment:
-            images = _augment(images, self._generator(epoch, batch + 1))
+            images = _augment(images, self._generator(epoch, batch + 1, own=True))
         return images, self._labels[samples]
 
 
