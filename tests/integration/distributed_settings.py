@@ -7,15 +7,20 @@ import warnings
 from datetime import timedelta
 
 import lightning.pytorch as L
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 from dynasty_lightning import DynastyPrecision
+from dynasty_lightning.data.loader import TensorLoader, WindowLoader
 
 from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
 
@@ -488,3 +493,85 @@ def forked(ranks, rank, folder):
         callback.precision_map()
     except RuntimeError as error:
         return {"said": said, "afterwards": str(error)}
+
+
+def own_loaders(ranks, rank, folder):
+    """Numbers of the samples that the package's loaders show in two epochs of training and in evaluation, and where augmentation puts an
+    image that all ranks have."""
+    images, labels = torch.arange(13.0).view(13, 1, 1, 1).expand(13, 1, 9, 9).contiguous(), torch.arange(13)
+    train = TensorLoader(images, labels, batch_size=3, shuffle=True)
+    windows = WindowLoader(np.arange(100, dtype=np.uint8), context=4, batch_size=3, shuffle=True)
+    image = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    same = TensorLoader(image, labels[:1], batch_size=1, shuffle=True, augment=True)
+    return {
+        "batches": len(train),
+        "epochs": [[y.tolist() for _, y in train] for _ in range(2)],
+        "evaluation": [y.tolist() for _, y in TensorLoader(images, labels, batch_size=5, shuffle=False)],
+        "windows": [int(x) for batch, _ in windows for x in batch[:, 0]],
+        "augmented": [next(iter(same))[0].flatten().tolist() for _ in range(4)],
+    }
+
+
+def rest_in_bfloat16(ranks, rank, folder):
+    return even(ranks, rank, folder, plugin=DynastyPrecision(seed=3, rest="bf16"))
+
+
+class Hook(Callback):
+    """A hook for DDP's gradients. Lightning's `ddp_comm_hook` is for CUDA alone: on a CPU the user registers it."""
+
+    def __init__(self, hook, state=None):
+        self.hook, self.state = hook, state
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.strategy.model.register_comm_hook(self.state, self.hook)
+
+
+def gradients_in_float16(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[Hook(default_hooks.fp16_compress_hook)])
+
+
+def gradients_in_bfloat16(ranks, rank, folder):
+    return even(ranks, rank, folder, callbacks=[Hook(default_hooks.bf16_compress_hook)])
+
+
+def gradients_of_low_rank(ranks, rank, folder):
+    state = PowerSGDState(process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+    return even(ranks, rank, folder, callbacks=[Hook(powerSGD_hook, state)])
+
+
+def checkpoints_at_every_step(ranks, rank, folder):
+    saving = ModelCheckpoint(dirpath=folder, every_n_train_steps=1, save_top_k=-1)
+    return even(ranks, rank, folder, callbacks=[saving], enable_checkpointing=True)
+
+
+class Watched(Net):
+    def validation_step(self, batch, index):
+        self.log("loss", self.training_step(batch, index), batch_size=len(batch[1]), sync_dist=True)
+
+
+def validation_within_epochs(ranks, rank, folder):
+    """Of more batches on one rank than on the other."""
+    loader, val = Batches(lambda i: images(i, ranks, rank), 14), Batches(lambda i: images(50 + i, 1, 0, size=9), 2 + rank)
+    return fit(ranks, rank, Watched(), loader, val=val, val_check_interval=2, num_sanity_val_steps=1)
+
+
+class Sparse(Net):
+    """Takes batches without a sample, as detection heads do."""
+
+    def training_step(self, batch, index):
+        x, y = batch
+        return F.cross_entropy(self(x), y, reduction="sum") / max(len(y), 1)
+
+
+def empty_batches_on_one_rank(ranks, rank, folder):
+    sizes = [16, 0, 16, 0, 0, 16] if rank else [16] * 6
+    return fit(ranks, rank, Sparse(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[i % 6]), 14))
+
+
+class Recomputed(Net):
+    def features(self, x):
+        return checkpoint(super().features, x, use_reentrant=False)
+
+
+def gradient_checkpointing(ranks, rank, folder):
+    return fit(ranks, rank, Recomputed(), Batches(lambda i: images(i, ranks, rank), 14))

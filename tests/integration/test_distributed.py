@@ -4,6 +4,8 @@
 import functools
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,14 +37,39 @@ def alike(name, ranks=2, folder=None):
     [
         "ragged", "smaller_last_batch", "token_lengths", "image_sizes", "unused_layer_on_one_rank", "alternating_layers", "static_graph",
         "bucket_view", "broadcast_buffers", "own_buffers",
-        "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights",
-        "nonfinite_on_one_rank",
-        "loss_guard_on_one_rank",
+        "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights", "gradient_checkpointing",
+        "nonfinite_on_one_rank", "loss_guard_on_one_rank", "empty_batches_on_one_rank",
+        "rest_in_bfloat16", "gradients_in_float16", "gradients_of_low_rank", "sharded_bfloat16",
         "loaders_of_two_lengths", "streams_of_two_lengths", "time_limit", "early_stopping_between_validations",
     ],
 )  # fmt: skip
 def test_ranks_that_differ_get_the_same_map(name):
     alike(name)
+
+
+def test_four_ranks_of_ragged_batches_get_the_same_map():
+    alike("ragged", 4)
+
+
+@pytest.mark.parametrize("name", ["checkpoints_at_every_step", "validation_within_epochs"])
+def test_what_happens_between_steps_changes_no_map_and_no_history(name):
+    """A checkpoint holds the loss of all ranks, and that does not count twice."""
+    undisturbed, disturbed = alike("even"), alike(name)
+    assert disturbed["hash"] == undisturbed["hash"]
+    for a, b in zip(undisturbed["history"], disturbed["history"], strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-12)
+        assert b["bits"] == a["bits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sync_batchnorm", "SyncBatchNorm layers only work with GPU modules"),
+        ("gradients_in_bfloat16", "BF16 all reduce communication hook"),
+    ],
+)
+def test_what_torch_refuses_on_a_cpu_ends_before_the_first_step_in_its_words(name, words):
+    assert all(words in r["error"] for r in run(name, 2))
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 2), (2, 1), (1, 2), (2, 4)])
@@ -155,10 +182,6 @@ def test_sharded_weights_with_sharded_moments_get_the_maps_of_whole_ones():
     assert shards["weights"] == pytest.approx(copies["weights"], rel=1e-6)
 
 
-def test_sharded_weights_of_another_type_in_forward():
-    alike("sharded_bfloat16")
-
-
 def test_a_sharded_run_resumes_exactly_and_on_another_number_of_ranks(tmp_path):
     whole, same, more = (alike(*args, tmp_path) for args in (("sharded_saved", 2), ("sharded_resumed", 2), ("sharded_resumed", 4)))
     assert same == whole
@@ -167,3 +190,31 @@ def test_a_sharded_run_resumes_exactly_and_on_another_number_of_ranks(tmp_path):
 
 def test_layers_that_are_split_among_ranks_are_refused_by_name():
     assert all("does not support tensor parallelism" in r["error"] for r in run("tensor_parallel", 2))
+
+
+def test_the_packages_loaders_share_an_epoch_out_and_evaluate_everything_on_each_rank():
+    first, second = (r["value"] for r in run("own_loaders", 2))
+    assert [len(batch) for batch in first["epochs"][0]] == [3, 3, 1]
+    for a, b in zip(first["epochs"], second["epochs"], strict=True):
+        assert [len(batch) for batch in a] == [len(batch) for batch in b]
+        shown = sorted(number for batch in a + b for number in batch)
+        assert len(shown) == 14  # 13, and one of them twice, for as many on both ranks
+        assert set(shown) == set(range(13))
+    assert first["epochs"][0] != first["epochs"][1]
+    assert first["batches"] == second["batches"] == 3
+    assert first["evaluation"] == second["evaluation"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12]]
+    together = sorted(first["windows"] + second["windows"])
+    assert len(first["windows"]) == len(second["windows"]) == 12
+    assert together == list(range(together[0], together[0] + 4 * 24, 4))
+    assert first["augmented"] != second["augmented"]
+
+
+def test_every_test_that_the_docs_name_is_there():
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    code = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in ("test_distributed", "test_launchers", "test_lightning"))
+    named = re.findall(r"`(test_\w+)(?:`|\[)", page)
+    settings = [name for name in re.findall(r"\[(\w+)\]`", page) if not name.isdigit()]
+    assert len(named) > 20
+    assert len(settings) > 20
+    assert [name for name in named if name not in ("test_launchers", "test_lightning") and f"def {name}(" not in code] == []
+    assert [name for name in settings if f'"{name}"' not in code] == []
