@@ -11,15 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .callback import DynastyCallback
-from .core.formats import MAX_BITS, MIN_BITS
+from .core.formats import MAX_BITS, MIN_BITS, MX_BLOCK
 from .policy.generator import check_target
 from .policy.registry import POLICIES
 from .precision import DynastyPrecision
 
 FLOATS: Final[Mapping[str, str]] = {"float32": "32-true", "bf16": "bf16-mixed"}
 """Methods without blocks -> Lightning's `precision`."""
-_MXINT_BLOCK: Final = (1, 32)
-_PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "rest", "exclude", "unquantized")
+_PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "scaling", "rest", "exclude", "unquantized")
 _SEVERAL: Final = ("exclude", "unquantized")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]*")
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]*")
@@ -30,7 +29,7 @@ class Method:
     """A name, a target and options.
 
     Attributes:
-        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (uniform widths in 1 x 32 blocks), or a policy's of `POLICIES`.
+        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (OCP MX; below 8 bits like it), or a policy's of `POLICIES`.
         target: whole-run `speedup_charged` to steer to.
         options: name and value, sorted by name.
 
@@ -108,7 +107,7 @@ class Method:
         own = {name: value for name, value in self.options if name in _PLUGIN_OPTIONS}
         own |= {name: (value,) for name, value in own.items() if name in _SEVERAL and isinstance(value, str)}
         if self.name.startswith("mxint"):
-            own.setdefault("block_shape", _MXINT_BLOCK)
+            own = {"block_shape": MX_BLOCK, "scaling": "mx"} | own
         return DynastyPrecision(seed=seed, **{**settings, **own})
 
     def make_callback(self, *, interval: int) -> DynastyCallback | None:

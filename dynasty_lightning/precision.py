@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .core.formats import BlockFormat
+from .core.formats import BlockFormat, Scaling
 from .core.precision import OperandPrecision
 from .core.roles import Role
 from .nn.convert import ConversionReport, convert, grow
@@ -40,6 +40,7 @@ class DynastyPrecision(Precision):
         mode: "fast" multiplies on bf16 units or in float32; "exact" gives the bits that the core computes, about 7 times slower.
         block_shape: rows x channels that share one exponent; (4, 4), (8, 8), (16, 16), (1, 16) or (1, 32).
         width_group: rows x channels that share one width; None gives each block its own.
+        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.
         rest: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their cost is counted as if they were.
@@ -57,6 +58,7 @@ class DynastyPrecision(Precision):
         mode: Mode = "fast",
         block_shape: tuple[int, int] = (4, 4),
         width_group: tuple[int, int] | None = None,
+        scaling: Scaling = "window",
         rest: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
@@ -72,7 +74,7 @@ class DynastyPrecision(Precision):
             raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
         self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
-        self.format = BlockFormat(block_shape=block_shape, width_group=width_group)
+        self.format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
@@ -90,6 +92,7 @@ class DynastyPrecision(Precision):
             mode=self.mode,
             block_shape=self.format.block_shape,
             width_group=self.format.width_group,
+            scaling=self.format.scaling,
             exclude=self.exclude,
             unquantized=self.unquantized,
             seed=_default_seed() if self.seed is None else self.seed,

@@ -2,7 +2,7 @@
 """Block formats and the quantized tensor: every fact about a format is a field here."""
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ WINDOW: Final = 8
 MAX_DROP_DEPTH: Final = 3
 SQUARE_BLOCKS: Final = ((4, 4), (8, 8), (16, 16))
 LINE_BLOCKS: Final = ((1, 16), (1, 32))
+MX_BLOCK: Final = (1, 32)
+Scaling = Literal["window", "mx"]
 
 
 def check_bits(bits: int, *, name: str = "bits") -> int:
@@ -32,15 +34,21 @@ class BlockFormat:
     Args:
         block_shape: rows x channels that share one exponent: 4x4, 8x8, 16x16, or 1x16 and 1x32 (MX-like, emulation only).
         width_group: rows x channels that share one width, multiples of `block_shape`; None gives every block its own.
+        scaling: "window", docs/numerics.md's, or "mx", the OCP MX specification's, for the rival in 1x32 blocks (`core.mx`).
     """
 
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
+    scaling: Scaling = "window"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block_shape", tuple(self.block_shape))  # a config file gives lists
         if self.block_shape not in SQUARE_BLOCKS + LINE_BLOCKS:
             raise ValueError(f"block_shape must be one of {SQUARE_BLOCKS + LINE_BLOCKS} (rows x channels), not {self.block_shape}")
+        if self.scaling not in ("window", "mx"):
+            raise ValueError(f"scaling must be 'window' or 'mx', not {self.scaling!r}")
+        if self.scaling == "mx" and self.block_shape != MX_BLOCK:
+            raise ValueError(f"scaling 'mx' is that of MX's own {MX_BLOCK} blocks, not of {self.block_shape}")
         if self.width_group is not None:
             object.__setattr__(self, "width_group", tuple(self.width_group))
             rows, channels = self.width_group

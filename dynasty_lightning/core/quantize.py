@@ -357,7 +357,7 @@ def quantize_in_torch(
     peak = torch.maximum(largest, -smallest)
     passthrough = finite = None
     if not bool(peak.isfinite().all()):
-        finite_blocks = _over_scope(peak.isfinite(), layout, scope, torch.amin)
+        finite_blocks = over_scope(peak.isfinite(), layout, scope, torch.amin)
         passthrough, finite = x, finite_blocks
         blocks = layout.split(torch.where(finite, x, 0.0))
         largest, smallest = layout.amax(blocks), layout.amin(blocks)
@@ -412,14 +412,14 @@ def quantize_in_torch(
 
     # Window.
     stored = torch.where(width > 0, exponent, NO_EXPONENT)
-    ceiling = _over_scope(stored, layout, scope, torch.amax)
+    ceiling = over_scope(stored, layout, scope, torch.amax)
     scale_exponent = torch.maximum(scale_exponent, ceiling - (WINDOW + 7) + sign)
 
     # Mantissa.
     active = width > 0
     shift = (depth if depth is not None else 0) - scale_exponent
     shift = torch.where(active, shift, 0)
-    scaled = _scale_blocks(layout, blocks, shift, active)
+    scaled = scale_blocks(layout, blocks, shift, active)
     if stochastic:
         numbers = stream_numbers(stream, int(role), x.numel(), device=x.device).view(x.shape)
         integers = round_stochastic(scaled, layout.split(numbers))
@@ -446,7 +446,7 @@ def quantize_in_torch(
     )
 
 
-def _over_scope(grid: Tensor, layout: BlockLayout, scope: Scope, reduce: object) -> Tensor:
+def over_scope(grid: Tensor, layout: BlockLayout, scope: Scope, reduce: object) -> Tensor:
     """Reduce a grid over each scope, kept broadcastable to grid and operand (scopes never end inside a block)."""
     if scope == "tensor":
         axes = list(range(grid.ndim))
@@ -465,7 +465,7 @@ def _share_widths(width: Tensor, layout: BlockLayout, width_group: tuple[int, in
     return torch.where(width > 0, groups.join(groups.spread(groups.amax(split)).expand(split.shape)), 0)
 
 
-def _scale_blocks(layout: BlockLayout, blocks: Tensor, exponents: Tensor, active: Tensor | None = None) -> Tensor:
+def scale_blocks(layout: BlockLayout, blocks: Tensor, exponents: Tensor, active: Tensor | None = None) -> Tensor:
     """blocks * 2**exponents, a new tensor, and zero where not `active`. One exact factor where float32 has it, else two."""
     low, high = (int(v) for v in torch.aminmax(exponents))
     wide = blocks.dtype == torch.float64
@@ -485,7 +485,7 @@ def _scale_blocks(layout: BlockLayout, blocks: Tensor, exponents: Tensor, active
 
 def _scale(layout: BlockLayout, values: Tensor, exponents: Tensor) -> Tensor:
     """values * 2**exponents block by block, for a tensor of the layout's shape."""
-    return layout.join(_scale_blocks(layout, layout.split(values), exponents))
+    return layout.join(scale_blocks(layout, layout.split(values), exponents))
 
 
 def _check_widths(bits: int | Tensor) -> None:

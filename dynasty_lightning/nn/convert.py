@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from ..core import native
-from ..core.formats import BlockFormat
+from ..core.formats import BlockFormat, Scaling
 from .attention import MultiheadAttention as OwnAttention
 from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
@@ -43,6 +43,7 @@ def convert(
     mode: Mode = "fast",
     block_shape: tuple[int, int] = (4, 4),
     width_group: tuple[int, int] | None = None,
+    scaling: Scaling = "window",
     exclude: Collection[str] = (),
     unquantized: Collection[str] = (),
     seed: int = 0,
@@ -55,6 +56,7 @@ def convert(
     Without a Trainer call `report.stream.advance()` after each backward pass.
 
     Args:
+        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
         unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's rounding does.
         seed, rank: key of the random stream.
@@ -62,7 +64,7 @@ def convert(
     Raises:
         ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model is converted in another format.
     """
-    block_format = BlockFormat(block_shape=block_shape, width_group=width_group)
+    block_format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
     names = [name for name, _ in model.named_modules()]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.formats import MAX_BITS
 from ..core.matmul import exact_gemm, fast_gemm, finish
+from ..core.mx import quantize_mx
 from ..core.precision import OperandPrecision
 from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
 from ..core.random import StreamPosition
@@ -71,22 +72,25 @@ def quantize_operand(
         most = min(most, backward)
         request = request if thresholds else request.clamp(max=backward)
     operand = operand.detach()
-    blocks = quantize_blocks(
-        operand if operand.dtype is torch.bfloat16 else operand.float(),
-        layout,
-        bits=None if thresholds else request,
-        lsb_exponent=request if thresholds else None,
-        role=role,
-        least_bits=least,
-        most_bits=most,
-        width_group=plan.width_group(role, training=training),
-        stochastic=role is Role.ERROR,
-        force_signed=False,
-        stream=position or StreamPosition(),
-        scope=scope,
-        # What backward reads of FORWARD's operands is kept packed.
-        values_slot=role.letter if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role) else None,
-    )
+    if plan.format.scaling == "mx":
+        blocks = quantize_mx(operand, layout, bits=request, scope=scope)
+    else:
+        blocks = quantize_blocks(
+            operand if operand.dtype is torch.bfloat16 else operand.float(),
+            layout,
+            bits=None if thresholds else request,
+            lsb_exponent=request if thresholds else None,
+            role=role,
+            least_bits=least,
+            most_bits=most,
+            width_group=plan.width_group(role, training=training),
+            stochastic=role is Role.ERROR,
+            force_signed=False,
+            stream=position or StreamPosition(),
+            scope=scope,
+            # What backward reads of FORWARD's operands is kept packed.
+            values_slot=role.letter if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role) else None,
+        )
     if role.letter in plan.unquantized and blocks.passthrough is None:
         nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)
         return replace(blocks, passthrough=operand.float(), finite=nowhere, bfloat16=None)

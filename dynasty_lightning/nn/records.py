@@ -129,17 +129,17 @@ def record_of(
 
     squares: dict[str, Tensor] = {}
     if moments:
-        w = _dequantized(w_blocks, "W")
+        w = _dequantized(plan, w_blocks, "W")
         squares = {
-            "x_square": by_position(_dequantized(x_blocks, "X")),
+            "x_square": by_position(_dequantized(plan, x_blocks, "X")),
             "e_square": by_position(e),
             "dx_square": by_position(dx),
             "w_square": weight_squares(plan, w if plan.band is None else plan.band.extract(w)),
         }
         if not keep_gradient:
             squares["dw_square"] = weight_squares(plan, dw)
-    # Squares overflow sooner than elements.
-    e_is_finite = (moments and bool(squares["e_square"].isfinite().all())) or bool(e.isfinite().all())
+    # A square of what float32 holds is finite in float64, so the means, of which there are fewer, tell of each element.
+    e_is_finite = bool((squares["e_square"] if moments else e).isfinite().all())
     return StepRecord(
         input_shape=shape,
         has_dgrad=has_dgrad,
@@ -169,6 +169,8 @@ def weight_squares(plan: LayerPlan, t: Tensor) -> Tensor:
     return torch.where(real > 0, total / real.clamp(min=1e-9), 0.0)
 
 
-def _dequantized(blocks: QuantizedBlocks, slot: str) -> Tensor:
+def _dequantized(plan: LayerPlan, blocks: QuantizedBlocks, slot: str) -> Tensor:
     """The operand as the GEMMs read it; what was not quantized counts as zero."""
+    if plan.format.scaling == "mx" and blocks.passthrough is not None and bool(blocks.passthrough.isfinite().all()):
+        return blocks.with_passthrough(torch.float32)  # quantized, but in blocks further apart than packed ones can be
     return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
