@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from .analysis import Analysis, Look, StepClock, Widths
+from .checked_state import reading, replace_field, sealed_state
 from .core.precision import OperandPrecision
 from .core.roles import Role
 from .cost.analytics import AnalyticsCost, analytics_share
@@ -44,7 +45,7 @@ _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be 
 _TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up for it: aim above the target, to end at it or above
 _UNKNOWN_END: Final = 10  # of a run that nothing ends: as long again as it has been, this many intervals at least
 _RATE_JUMP: Final = 8.0  # a learning rate that grew so much since the last analysis makes the next one due: E was narrow for a small one
-_STATE_VERSION: Final = 2
+_STATE_VERSION: Final = 3
 _LOST: Final = (
     "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the precision map and the figures with them: "
     "summary() and precision_map() know nothing of this run then, and the model that comes back validates and tests at uniform 8 bits. "
@@ -122,6 +123,7 @@ class DynastyCallback(Callback):
         self._plugin: DynastyPrecision | None = None
         self._run: tuple[ref[pl.Trainer], ref[pl.LightningModule]] | None = None
         self._restored = False
+        self._source = "the checkpoint"
         self._begin()
 
     def _begin(self) -> None:
@@ -303,12 +305,12 @@ class DynastyCallback(Callback):
         if self._ranks.size > 1 and not self._failed:
             mean = self._mean_loss(f"the checkpoint of step {trainer.global_step}")
             self._loss_sum = mean * self._losses
-            checkpoint["callbacks"][self.state_key]["loss"] = (self._loss_sum, self._loss_count, self._evaluations)
+            loss = (self._loss_sum, self._loss_count, self._evaluations)
+            replace_field(checkpoint["callbacks"][self.state_key], "loss", loss)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "version": _STATE_VERSION,
+        fields = {
             "policy_name": self.policy.name,
             "policy": self.policy.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -329,34 +331,40 @@ class DynastyCallback(Callback):
             "seen": sorted(self._seen),
             "history": self.history,
         }
+        return sealed_state(_STATE_VERSION, fields)
+
+    @override
+    def on_load_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+        self._source = str(trainer.ckpt_path)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint holds DynastyCallback's state of version {state_dict.get('version', 1)}, this package reads "
-                f"{_STATE_VERSION}: resume with the version that wrote it, or take the weights alone (load_from_checkpoint) and begin a run"
-            )
-        if state_dict["policy_name"] != self.policy.name:
-            raise ValueError(f"the checkpoint was trained with policy {state_dict['policy_name']!r}, this run has {self.policy.name!r}")
-        self.policy.load_state_dict(state_dict["policy"])
-        self.schedule.load_state_dict(state_dict["schedule"])
-        self._steps.load_state_dict(state_dict["steps"])
-        self.promises.load_state_dict(state_dict["promises"])
-        self.guard.load_state_dict(state_dict["guard"])
-        self.run_cost.load_state_dict(state_dict["run_cost"])
-        self._last_cost = None if state_dict["last_cost"] is None else StepCost.from_list(state_dict["last_cost"])
-        self._last_event_step = state_dict["last_event_step"]
-        loss_sum, self._loss_count, self._evaluations = state_dict["loss"]
-        self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
-        self._nonfinite, self._raised = state_dict["nonfinite"], state_dict["raised"]
-        self._analysis.load_state_dict(state_dict["analysis"])
-        self._analyses, self._overhead = state_dict["analyses"], state_dict["overhead"]
-        self._costed = None if state_dict["costed"] is None else Widths.from_state(state_dict["costed"])
-        rates, self._rate = state_dict["rates"]
-        self._largest_rates, self._seen = dict(rates), set(state_dict["seen"])
-        self.history = list(state_dict["history"])
+        with reading(state_dict, version=_STATE_VERSION, owner="DynastyCallback", source=self._source) as state:
+            name = state["policy_name"]
+            if name == self.policy.name:
+                self._load(state)
+        if name != self.policy.name:
+            raise ValueError(f"the checkpoint was trained with policy {name!r}, this run has {self.policy.name!r}")
         self._restored = True
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.policy.load_state_dict(state["policy"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._steps.load_state_dict(state["steps"])
+        self.promises.load_state_dict(state["promises"])
+        self.guard.load_state_dict(state["guard"])
+        self.run_cost.load_state_dict(state["run_cost"])
+        self._last_cost = None if state["last_cost"] is None else StepCost.from_list(state["last_cost"])
+        self._last_event_step = state["last_event_step"]
+        loss_sum, self._loss_count, self._evaluations = state["loss"]
+        self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
+        self._nonfinite, self._raised = state["nonfinite"], state["raised"]
+        self._analysis.load_state_dict(state["analysis"])
+        self._analyses, self._overhead = state["analyses"], state["overhead"]
+        self._costed = None if state["costed"] is None else Widths.from_state(state["costed"])
+        rates, self._rate = state["rates"]
+        self._largest_rates, self._seen = dict(rates), set(state["seen"])
+        self.history = list(state["history"])
 
     # -- Results
 

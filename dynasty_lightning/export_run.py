@@ -10,6 +10,7 @@ import torch
 from fpga import open_device
 from fpga.runtime import Program, Runner
 
+from .checkpoint_files import read_checkpoint
 from .data import TensorDataModule, load_data
 from .export import export_program
 from .files import DamagedFile, parse_arrays, read_sealed, write_whole
@@ -39,7 +40,7 @@ def export_run(
         {"images", "agreement" (share of equal classes), "accuracy", "accuracy_torch", "values_equal" (share of logits equal to the bit)}.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not a checkpoint of a demo with DynastyPrecision.
+        FileNotFoundError, ValueError: no such file, a damaged one, or not a checkpoint of a demo with DynastyPrecision.
         ExportError: a network that cannot be a program.
     """
     if images < 1:
@@ -52,12 +53,14 @@ def export_run(
             f"{checkpoint} is of a text model, {arguments['model']}: programs take images, and have no embedding and no attention"
         )
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        plugin = state["DynastyPrecision"]
-    except KeyError:
-        raise ValueError(f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export") from None
+        state = read_checkpoint(checkpoint)
+    except DamagedFile:
+        raise
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
+    plugin = state.get("DynastyPrecision")
+    if plugin is None:
+        raise ValueError(f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export")
     precision_map = PrecisionMap.from_state(plugin["map"], source=f"the map in {checkpoint}")
     loaded = load_data(arguments["data"], data_dir or arguments["data_dir"])
     data = TensorDataModule(loaded, batch_size=_BATCH)

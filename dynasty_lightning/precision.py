@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from .checked_state import reading, sealed_state
 from .core.formats import BlockFormat, Scaling
 from .core.precision import OperandPrecision
 from .core.roles import Role
@@ -27,7 +28,7 @@ from .nn.plan import Mode
 from .policy.precision_map import ModelStructure, PrecisionMap
 from .ranks import Ranks
 
-_STATE_VERSION: Final = 1
+_STATE_VERSION: Final = 2
 _REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
 
 
@@ -134,7 +135,7 @@ class DynastyPrecision(Precision):
         if loaded and not loaded.get(type(self).__qualname__):
             widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
             rank_zero_warn(
-                f"{getattr(trainer, 'ckpt_path', 'the checkpoint')} holds no widths (it was saved with weights only, or without "
+                f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or without "
                 f"DynastyPrecision): its weights run at {widths}, not at those that they were trained with"
             )
 
@@ -198,27 +199,26 @@ class DynastyPrecision(Precision):
         if self._module is None:
             return {}
         assert self.report is not None
-        return {
-            "version": _STATE_VERSION,
+        fields = {
             "map": self.precision_map().to_state(),
             "stream": self.report.stream.state_dict(),
             "environment": environment(),
         }
+        return sealed_state(_STATE_VERSION, fields)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        if state_dict.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"the checkpoint holds precision state of version {state_dict.get('version')}, this package reads {_STATE_VERSION}"
-            )
-        precision_map = PrecisionMap.from_state(state_dict["map"], source="the checkpoint's map")
-        self.structure.check_equal(precision_map.structure, "the checkpoint")
+        source = _checkpoint_of(self._layers_owner())
+        with reading(state_dict, version=_STATE_VERSION, owner=type(self).__name__, source=source) as state:
+            precision_map = PrecisionMap.from_state(state["map"], source=f"the map in {source}")
+            stream, saved = state["stream"], dict(state["environment"])
+        self.structure.check_equal(precision_map.structure, source)
         self.apply_map(precision_map)
         assert self.report is not None
-        self.report.stream.load_state_dict(state_dict["stream"])
-        differing = {k: (v, environment()[k]) for k, v in state_dict["environment"].items() if environment().get(k) != v}
+        self.report.stream.load_state_dict(stream)
+        differing = {k: (v, environment()[k]) for k, v in saved.items() if environment().get(k) != v}
         if differing:
             warnings.warn(f"resumed in another environment than the checkpoint's, so not bit for bit: {differing}", stacklevel=2)
 
@@ -227,6 +227,11 @@ class DynastyPrecision(Precision):
         if module is None:
             raise RuntimeError("DynastyPrecision has converted no module yet: pass it to a Trainer and call fit, validate, test or predict")
         return module
+
+
+def _checkpoint_of(module: nn.Module) -> str:
+    """The file that its Trainer is about to load, for messages."""
+    return str(getattr(getattr(module, "_trainer", None), "ckpt_path", None) or "the checkpoint")
 
 
 class _TrainerWatch:

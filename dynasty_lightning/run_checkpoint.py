@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint of a run under way, from which it goes on after a kill as if nothing had happened."""
 
-import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,19 +12,26 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from .checkpoint_files import SealedCheckpointIO, read_checkpoint
+from .files import DamagedFile, remove_leftovers
+
 _STATE: Final = "RunCheckpoint"
 
 
 class RunCheckpoint(Callback):
     """Saves the Trainer's whole state to one file now and then, with torch's random streams, which Lightning leaves out.
 
-    It has to stand behind all other callbacks, whose state it saves, and needs a loader with a state of its own. A save that fails costs
-    the run nothing but a warning.
+    It has to stand behind all other callbacks, whose state it saves, needs a loader with a state of its own, and a Trainer with
+    `SealedCheckpointIO`: nothing that was damaged is trained on. A save that fails costs the run nothing but a warning, and leaves the
+    file as it was.
 
     Args:
         path: replaced as a whole by each save; its folder is made.
         seconds: between saves, taken at the end of a step; 0 saves after each.
         identity: strings that must be the same for a run to go on (what is trained, by what code, on what): there it is exact to the bit.
+
+    Raises:
+        ValueError: at fit, a Trainer without `SealedCheckpointIO`.
     """
 
     def __init__(self, path: Path, *, seconds: float, identity: Mapping[str, str]) -> None:
@@ -44,20 +50,28 @@ class RunCheckpoint(Callback):
 
     def found(self) -> Path | None:
         """The file, if a run can go on from it; one that is damaged or of another run, code or machine is removed, with a warning."""
+        remove_leftovers(self.path)  # of a save that a kill cut short
         if not self.path.is_file():
             return None
         try:
-            identity = torch.load(self.path, map_location="cpu", weights_only=True)["callbacks"][_STATE]["identity"]
-        except Exception as error:  # whatever a file that was cut off or overwritten does to torch.load
-            reason = f"cannot be read ({type(error).__name__})"
-        else:
+            identity = read_checkpoint(self.path)["callbacks"][_STATE]["identity"]
             other = [name for name in self.identity if identity.get(name) != self.identity[name]]
+        except DamagedFile as error:
+            reason = f"is not read ({error})"
+        except Exception as error:  # whole, but somebody else's: of any form
+            reason = f"is none of a run ({type(error).__name__})"
+        else:
             if not other:
                 return self.path
             reason = f"is of another {other[0]} ({identity.get(other[0])}, here {self.identity[other[0]]})"
         warnings.warn(f"the checkpoint {self.path.name} {reason}: the run starts over", stacklevel=2)
         self.path.unlink(missing_ok=True)
         return None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(trainer.strategy.checkpoint_io, SealedCheckpointIO):
+            raise ValueError("RunCheckpoint needs a Trainer whose checkpoints have digests: add plugins=[SealedCheckpointIO()]")
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -88,15 +102,11 @@ class RunCheckpoint(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if time.monotonic() - self._saved < self.seconds:
             return
-        new = _unfinished(self.path)
         loader: Any = trainer.train_dataloader
         self._loader = loader.state_dict()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            trainer.save_checkpoint(new)
-            os.replace(new, self.path)
+            trainer.save_checkpoint(self.path)
         except (OSError, RuntimeError) as error:  # torch makes RuntimeError of a full disk
-            new.unlink(missing_ok=True)
             if not self._warned:
                 warnings.warn(f"no checkpoint could be written to go on from after a kill: {error}", stacklevel=1)
                 self._warned = True
@@ -104,13 +114,9 @@ class RunCheckpoint(Callback):
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove what a run left that has ended: its checkpoint, and one that was not written to its end."""
-    for file in (path, _unfinished(path)):
-        file.unlink(missing_ok=True)
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(".new")
+    """Remove what a run left that has ended: its checkpoint, and those that were not written to their end."""
+    path.unlink(missing_ok=True)
+    remove_leftovers(path)
 
 
 __all__ = ["RunCheckpoint", "remove_checkpoint"]

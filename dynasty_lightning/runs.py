@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from .callback import DynastyCallback
+from .checkpoint_files import SealedCheckpointIO
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
 from .models.schedule import Decay
@@ -188,7 +189,7 @@ def train(
         max_epochs=config.epochs,
         accelerator=config.accelerator,
         devices=1,
-        plugins=[] if plugin is None else [plugin],
+        plugins=[SealedCheckpointIO(), *([] if plugin is None else [plugin])],
         precision=FLOATS.get(method.name) if plugin is None else None,  # type: ignore[arg-type]
         callbacks=[*([callback] if callback else []), *([core] if core else []), watch, *([kept] if kept else [])],
         logger=False,

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads scikit-learn's digits, Fashion-MNIST and CIFAR-100 from local files, checked before they are trusted."""
+"""Reads scikit-learn's digits, Fashion-MNIST and CIFAR-100 from local files, checked before they are trusted.
 
+Archives are unpacked no further than official ones are large, and what comes out of them is kept only if its md5 is the official one.
+"""
+
+import bz2
 import gzip
 import hashlib
 import io
@@ -9,12 +13,15 @@ import os
 import pickle
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
+
+from ..files import DamagedFile, cache_folder, read_bounded, write_whole
 
 DATA_VARIABLE: Final = "DYNASTY_DATA"
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -34,6 +41,9 @@ _CIFAR100_MD5: Final = {
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
     "meta": "7973b15100ade9c7d40fb424638fde48",
 }
+_MOST_BYTES: Final = 256 << 20
+"""Of a file or an unpacked archive; the largest official ones have 155 and 187 million."""
+_OPENERS: Final = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +128,7 @@ def cifar100(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
     for name, md5 in _CIFAR100_MD5.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks the file {name!r} of CIFAR-100: unpack the archive again")
-        content = (folder / name).read_bytes()
+        content = read_bounded(folder / name, _MOST_BYTES)
         _check_md5(folder / name, content, md5)
         files[name] = _unpickle(content)
     images, labels = ([np.asarray(files[split][key]) for split in ("train", "test")] for key in (b"data", b"fine_labels"))
@@ -167,10 +177,7 @@ def _idx(folder: Path, name: str, md5: str) -> np.ndarray:
     path = packed if packed.is_file() else folder / name
     if not path.is_file():
         raise FileNotFoundError(f"{folder} lacks {name}.gz")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
+    content = _unpacked(path) if path == packed else read_bounded(path, _MOST_BYTES)
     _check_md5(path, content, md5)
     # Magic number: two zero bytes, 8 for unsigned bytes, the number of axes.
     if content[:3] != b"\0\0\x08":
@@ -183,11 +190,45 @@ def _idx(folder: Path, name: str, md5: str) -> np.ndarray:
 def _check_md5(path: Path, content: bytes, expected: str) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise ValueError(f"{path} has md5 {found}, not the official {expected}: delete it and fetch it again")
+        raise DamagedFile(f"{path} has md5 {found}, not the official {expected}: delete it and fetch it again")
+
+
+class _Bounded(io.RawIOBase):
+    """What is read of a stream, as long as it is no more than `_MOST_BYTES`: tarfile believes the sizes that an archive names."""
+
+    def __init__(self, stream: BinaryIO, source: Path) -> None:
+        self._stream, self._source, self._left = stream, source, _MOST_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = self._stream.read(self._left + 1 if size is None or size < 0 else min(size, self._left + 1))
+        self._left -= len(content)
+        if self._left < 0:
+            raise DamagedFile(f"{self._source} unpacks to more than {_MOST_BYTES:,} bytes, which no official one does: fetch it again")
+        return content
+
+
+def _unpacked(path: Path) -> bytes:
+    """The content of a gzip file."""
+    with _damage_named(path), gzip.open(path) as stream:
+        bounded = _Bounded(cast(BinaryIO, stream), path)
+        return b"".join(iter(lambda: bounded.read(1 << 20), b""))
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """DamagedFile for whatever the modules of the standard library raise of an archive that is none."""
+    try:
+        yield
+    except DamagedFile:
+        raise
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+            raise
+        raise DamagedFile(f"{path} is damaged or no archive of its kind ({error}): fetch it again") from error
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynasty-lightning" / _CIFAR100
+    return cache_folder() / _CIFAR100
 
 
 def _is_unpacked(folder: Path) -> bool:
@@ -200,21 +241,20 @@ def _unpack(archive: Path) -> Path:
     if _is_unpacked(folder):
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:  # in file order: seeking back in an xz archive would unpack it again
-                name = Path(member.name).name
-                if not member.isfile() or member.name != f"{_CIFAR100}/{name}" or name not in _CIFAR100_MD5:
-                    continue
-                stream = tar.extractfile(member)
-                assert stream is not None  # a file member has a stream
-                content = stream.read()
-                _check_md5(archive / name, content, _CIFAR100_MD5[name])
-                temporary = folder / f".{name}.{os.getpid()}"
-                temporary.write_bytes(content)
-                temporary.replace(folder / name)
-    except (tarfile.TarError, lzma.LZMAError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive} is damaged or no tar archive ({error}): fetch it again") from error
+    with archive.open("rb") as file:
+        start = file.read(max(map(len, _OPENERS)))
+    opener: Any = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
+    # As a stream, in file order: seeking back in an xz archive would unpack it again.
+    with _damage_named(archive), opener(archive, "rb") as unpacked, tarfile.open(fileobj=_Bounded(unpacked, archive), mode="r|") as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if not member.isfile() or member.name != f"{_CIFAR100}/{name}" or name not in _CIFAR100_MD5:
+                continue
+            stream = tar.extractfile(member)
+            assert stream is not None  # a file member has a stream
+            content = stream.read()
+            _check_md5(archive / name, content, _CIFAR100_MD5[name])
+            write_whole(folder / name, content)  # without a seal: the md5 is compared whenever it is read
     if not _is_unpacked(folder):
-        raise ValueError(f"{archive} lacks {', '.join(n for n in _CIFAR100_MD5 if not (folder / n).is_file())} in {_CIFAR100}/")
+        raise DamagedFile(f"{archive} lacks {', '.join(n for n in _CIFAR100_MD5 if not (folder / n).is_file())} in {_CIFAR100}/")
     return folder

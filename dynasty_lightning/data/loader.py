@@ -19,7 +19,8 @@ class EpochLoader(ABC):
 
     A loader that shuffles is an endless stream of epochs, and each `iter` gives the next `len(loader)` batches of it: also
     after an epoch that was left early or after `load_state_dict`, whatever Lightning counts as the epoch's rest. Epoch e is
-    shuffled by seed and e alone, so the state is two numbers. A loader that does not shuffle starts anew each time.
+    shuffled by seed and e alone, so the state is two numbers, and what they were counted with. A loader that does not shuffle starts
+    anew each time.
 
     Args:
         available: number of samples.
@@ -71,11 +72,36 @@ class EpochLoader(ABC):
             yield self._batch(self._indices(order, batch), epoch, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and next batch; Lightning saves them in checkpoints."""
-        return {"epoch": self._epoch, "next_batch": self._next_batch}
+        """Epoch and next batch, and what they are numbers of; Lightning saves them in checkpoints."""
+        return {"epoch": self._epoch, "next_batch": self._next_batch, **self._counted_with()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._epoch, self._next_batch = state["epoch"], state["next_batch"]
+        """Go on where a loader was.
+
+        Raises:
+            ValueError: a state that lacks a number or has an odd one; in the middle of an epoch, one of another batch size, or of other
+                samples or another order: this loader would show some samples of that epoch twice and others never.
+        """
+        numbers: dict[str, Any] = {name: state.get(name) for name in ("epoch", "next_batch", *self._counted_with())}
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"the loader's state lacks {name}, or has {value!r} for it: it is of another version or changed; take the weights alone"
+                )
+        if numbers["next_batch"]:
+            for name, mine in self._counted_with().items():
+                if numbers[name] != mine:
+                    raise ValueError(
+                        f"the checkpoint was made in the middle of an epoch with {name}={numbers[name]}, and this loader has "
+                        f"{name}={mine}: go on with {numbers[name]}, or from a checkpoint at the end of an epoch"
+                    )
+            if numbers["next_batch"] >= len(self):
+                raise ValueError(f"the loader's state says batch {numbers['next_batch']} of an epoch of {len(self)}: it was changed")
+        self._epoch, self._next_batch = numbers["epoch"], numbers["next_batch"]
+
+    def _counted_with(self) -> dict[str, int]:
+        """What a place in the middle of an epoch depends on."""
+        return {"batch_size": int(self.batch_size), "seed": int(self.seed), "samples": self.samples, "available": self._available}
 
     @abstractmethod
     def _batch(self, samples: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:

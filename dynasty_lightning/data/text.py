@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 from typing_extensions import override
 
+from ..files import DamagedFile, read_bounded
 from .loader import WindowLoader, window_count
 
 CHARACTERS: Final = "\n" + "".join(map(chr, range(ord(" "), ord("~") + 1)))
@@ -29,6 +30,7 @@ _LEFT_OUT: Final = {"distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data"
 _TESTS: Final = {"test", "tests"}
 _LEAST_CHARACTERS: Final = 200_000
 _EVALUATION_BATCH: Final = 64
+_MOST_SOURCE_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,7 @@ def stdlib_docs(root: Path | None = None) -> TextData:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: less text than a network can learn from.
+        ValueError: less text than a network can learn from, or a source file that is none.
     """
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not folder.is_dir():
@@ -156,15 +158,20 @@ def _files(folder: Path) -> list[str]:
     return sorted(path for path in found if not _TESTS.intersection(path.split("/")) and (folder / path).is_file())
 
 
-def _documents(file: Path, path: str) -> Iterator[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in old files
-        tree = ast.parse(file.read_bytes(), path)
-    if path == _TOPICS:
-        topics = ast.literal_eval(next(node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value))
-        yield from (topics[name].strip() for name in sorted(topics))
-        return
-    yield from _docstrings(tree)
+def _documents(file: Path, path: str) -> list[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in old files
+            tree = ast.parse(read_bounded(file, _MOST_SOURCE_BYTES), path)
+        if path != _TOPICS:
+            return list(_docstrings(tree))
+        assigned = [node.value for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign) and node.value]
+        topics = ast.literal_eval(assigned[0])
+        return [topics[name].strip() for name in sorted(topics)]
+    except DamagedFile:
+        raise
+    except (SyntaxError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFile(f"{file} is no source of this Python's standard library ({error}): install it again") from error
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:

@@ -440,5 +440,5 @@ def test_a_policy_that_returns_no_entries_is_named(returned):
 
 def test_a_checkpoint_of_another_version_is_named():
     callback = dynasty()
-    with pytest.raises(ValueError, match="DynastyCallback's state of version 1, this package reads 2"):
+    with pytest.raises(ValueError, match="DynastyCallback's state in the checkpoint is of version 1, this package reads 3"):
         callback.load_state_dict({"policy_name": "dynasty"})

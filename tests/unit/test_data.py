@@ -1,12 +1,17 @@
 """Data files are checked before they are trusted; loaders repeat and resume exactly."""
 
+import bz2
+import errno
 import gzip
 import hashlib
 import io
 import itertools
+import lzma
 import pickle
 import struct
 import tarfile
+import tracemalloc
+from contextlib import suppress
 
 import lightning as L
 import numpy as np
@@ -16,7 +21,9 @@ import torch
 from dynasty_lightning.data import DATASETS, TensorDataModule, load_data
 from dynasty_lightning.data import files as data_files
 from dynasty_lightning.data.files import ImageData
+from dynasty_lightning.data.loader import WindowLoader
 from dynasty_lightning.data.module import TensorLoader
+from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.models import Classifier, build_model
 
 
@@ -152,6 +159,7 @@ def small_cifar100(tmp_path, monkeypatch):
         contents[split] = pickle.dumps({b"data": pixels, b"fine_labels": list(range(count))}, protocol=4)
     contents["meta"] = pickle.dumps({b"fine_label_names": [b"apple", b"aquarium_fish"]}, protocol=4)
     monkeypatch.setattr(data_files, "_CIFAR100_MD5", {n: hashlib.md5(c).hexdigest() for n, c in contents.items()})
+    monkeypatch.delenv("DYNASTY_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DYNASTY_DATA", raising=False)
     folder = tmp_path / "downloads"
@@ -203,7 +211,72 @@ def test_cifar100_wrong_archive_leaves_nothing_in_the_cache(small_cifar100, tmp_
 def test_cifar100_damaged_archive(small_cifar100):
     archive = small_cifar100 / "cifar-100-python.tar.xz"
     archive.write_bytes(archive.read_bytes()[:200])
-    with pytest.raises(ValueError, match="is damaged or no tar archive"):
+    with pytest.raises(ValueError, match="is damaged or no archive"):
+        load_data("cifar100", small_cifar100)
+
+
+ARCHIVES = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "plain": open}
+
+
+@pytest.mark.parametrize("kind", ARCHIVES)
+def test_an_archive_of_gigabytes_is_refused_before_it_is_unpacked(small_cifar100, tmp_path, monkeypatch, kind):
+    """Also where the size is one that tarfile believes: of a member, of one that is passed over, of a header of its own."""
+    monkeypatch.setattr(data_files, "_MOST_BYTES", 1 << 20)
+    archive = small_cifar100 / "cifar-100-python.tar.xz"
+    for name, form in (("cifar-100-python/train", tarfile.REGTYPE), ("padding", tarfile.REGTYPE), ("header", tarfile.XHDTYPE)):
+        member = tarfile.TarInfo(name)
+        member.type, member.size = form, 8 << 30
+        with ARCHIVES[kind](archive, "wb") as file:
+            file.write(member.tobuf(tarfile.GNU_FORMAT))
+            for _ in range(4):
+                file.write(bytes(1 << 20))
+        tracemalloc.start()
+        with pytest.raises(DamagedFile, match=r"tar\.xz unpacks to more than 1,048,576 bytes.*: fetch it again"):
+            load_data("cifar100", small_cifar100)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        tracemalloc.stop()
+    assert not list((tmp_path / "cache").rglob("train"))
+
+
+def test_a_packed_idx_file_of_gigabytes_is_refused_before_its_md5(small_fashion_mnist, monkeypatch):
+    monkeypatch.setattr(data_files, "_MOST_BYTES", 1 << 20)
+    (small_fashion_mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 << 20)))
+    monkeypatch.setattr(data_files, "_check_md5", lambda path, *_: "t10k-labels" in path.name and pytest.fail("md5 of too much"))
+    with pytest.raises(DamagedFile, match=r"t10k-labels-idx1-ubyte\.gz unpacks to more than"):
+        load_data("fashion-mnist", small_fashion_mnist)
+    path = small_fashion_mnist / "t10k-labels-idx1-ubyte"
+    path.with_suffix(".gz").unlink()
+    path.write_bytes(bytes(2 << 20))
+    with pytest.raises(DamagedFile, match="t10k-labels-idx1-ubyte is larger than"):
+        load_data("fashion-mnist", small_fashion_mnist)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "plain"])
+def test_no_damaged_archive_ends_in_an_error_of_the_standard_library(small_cifar100, kind):
+    with lzma.open(small_cifar100 / "cifar-100-python.tar.xz") as file:
+        tar = file.read()
+    archive = small_cifar100 / "cifar-100-python.tar"
+    (small_cifar100 / "cifar-100-python.tar.xz").unlink()
+    with ARCHIVES[kind](archive, "wb") as file:
+        file.write(tar)
+    whole, generator = archive.read_bytes(), np.random.default_rng(0)
+    for cut in (*generator.integers(0, len(whole), 5), *[None] * 25):
+        data = bytearray(whole[:cut])
+        for at in generator.integers(0, len(whole), 0 if cut is not None else 3):
+            data[at] = generator.integers(0, 256)
+        archive.write_bytes(data)
+        with suppress(DamagedFile):  # and nothing else
+            load_data("cifar100", archive)
+        for path in data_files._cache().iterdir():
+            path.unlink()
+
+
+def test_a_disk_that_fails_is_no_damaged_archive(small_cifar100, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(data_files._Bounded, "read", fails)
+    with pytest.raises(OSError, match="Input/output error"):
         load_data("cifar100", small_cifar100)
 
 
@@ -310,6 +383,52 @@ def test_resume_goes_on_with_the_very_next_batch(stop):
     assert labels_of(got) == labels_of(expected[stop:])
     for (x, _), (y, _) in zip(got, expected[stop:], strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"batch_size": 5}, "with batch_size=3, and this loader has batch_size=5: go on with 3, or"),
+        ({"batch_size": 1}, "with batch_size=3, and this loader has batch_size=1"),
+        ({"seed": 4}, "with seed=0, and this loader has seed=4"),
+        ({"images": 11}, "with samples=10, and this loader has samples=11"),
+    ],
+)
+def test_the_middle_of_an_epoch_is_nowhere_in_another_ones_and_its_end_is(other, message):
+    source = loader()
+    batches = iter(source)
+    next(batches)
+    with pytest.raises(ValueError, match=f"in the middle of an epoch {message}"):
+        loader(**other).load_state_dict(source.state_dict())
+    list(batches)
+    resumed, expected = loader(**other), loader(**other)
+    resumed.load_state_dict(source.state_dict())
+    list(expected)
+    assert labels_of(resumed) == labels_of(expected)  # the second epoch
+
+
+def test_windows_of_another_text_are_not_gone_on_with():
+    def windows(length):
+        return WindowLoader(np.zeros(length, np.uint8), context=4, batch_size=2, shuffle=True, samples=5)
+
+    source = windows(100)
+    next(iter(source))
+    with pytest.raises(ValueError, match="with available=24, and this loader has available=23"):
+        windows(96).load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("odd", [None, -1, 1.0, True, "1", 4, "lacking"])
+@pytest.mark.parametrize("name", ["epoch", "next_batch", "batch_size", "seed", "samples", "available"])
+def test_odd_states_of_a_loader_are_refused_by_the_name_of_the_number(name, odd):
+    state = loader().state_dict() | {"next_batch": 1}
+    if odd == "lacking":
+        del state[name]
+    else:
+        state[name] = odd
+    if (name, odd) == ("epoch", 4):
+        return  # as good as any
+    with pytest.raises(ValueError, match=f"lacks {name}, or has|with {name}=4, and this|says batch 4 of an epoch of 4"):
+        loader().load_state_dict(state)
 
 
 def test_training_goes_on_after_an_epoch_left_early_and_evaluation_starts_anew():
