@@ -13,6 +13,7 @@ from typing import Any, Final, TextIO
 
 from .progress import ProgressBoard
 from .results_file import ResultsFile, read_records
+from .run_checkpoint import remove_checkpoint
 from .runs import COMPLETE, DIVERGED, FAILED, RunConfig, failure, finite, record_of, threads, train_one
 from .tasks import check_pair
 from .workers import run_in_workers
@@ -95,6 +96,9 @@ def run_grid(
     with ResultsFile(out) as file:
         left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]
         stood = len(grid) - len(left)
+        for run in grid:
+            if run not in left:  # a kill came when its record was written, and its checkpoint still there
+                remove_checkpoint(_checkpoint(out, run))
         print(f"{len(grid)} runs, {stood} of them in {out} already; {len(left)} to do, {at_once} at a time", file=stream, flush=True)
         clock = _Clock(left, file.records.values(), at_once)
         board = ProgressBoard(len(left), stream)
@@ -107,6 +111,8 @@ def run_grid(
             record = content if kind == "done" else _record_of_death(run, content)
             count[record["status"]] += 1
             saved = file.add(record)
+            if saved and kind == "done":  # not before: a kill between the two would cost the run
+                remove_checkpoint(_checkpoint(out, run))
             clock.took(run, record)
             board.finish(record | {"label": run.label}, clock.note())
             if not saved:
@@ -178,7 +184,11 @@ def _folder(out: Path) -> Path:
 
 def _kept(out: Path, run: RunConfig, keep: float | None) -> dict[str, Any]:
     """Where and how often a run keeps its state."""
-    return {} if keep is None else {"checkpoint": _folder(out) / f"{run.key[:24]}.ckpt", "every": keep}
+    return {} if keep is None else {"checkpoint": _checkpoint(out, run), "every": keep}
+
+
+def _checkpoint(out: Path, run: RunConfig) -> Path:
+    return _folder(out) / f"{run.key[:24]}.ckpt"
 
 
 class _Clock:

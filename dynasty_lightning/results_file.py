@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A file of results, one JSON line a run: only ever appended to, by one process at a time, whole lines or none.
 
-Neither a kill, nor a full disk, nor a file that is replaced while it is open loses a finished run's record.
+Neither a kill, nor a full disk, nor a file that is replaced while it is open loses a finished run's record. Each line carries its digest,
+not the file: lines come one by one, files are put together from several, and damage costs the line that it hit.
 """
 
 import fcntl
@@ -9,11 +10,15 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from .files import DIGEST_FIELD, DamagedFile, check_record, parse_json, seal_record
+
+_DIGEST_CHARACTERS: Final = 64
 _WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, between the last attempts to write
 
 
@@ -22,14 +27,18 @@ class FileInUse(OSError):
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The last record of each key, in the order in which keys came first. Lines that are no records are left out, with a warning."""
+    """The last record of each key, in the order in which keys came first; the digests that were compared are not in them.
+
+    Lines that are no records, or damaged, are left out, with a warning. Lines of a version before there were digests are taken.
+    """
     records: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
-        record = _record(line)
-        if record is None:
-            warnings.warn(f"{path}, line {number} is no record and is left out: {_shown(line)}", stacklevel=2)
+        try:
+            record = _record(line)
+        except DamagedFile as error:
+            warnings.warn(f"{path}, line {number} {error} and is left out, so that its run is to do again: {_shown(line)}", stacklevel=2)
         else:
             records[record["key"]] = record
     return list(records.values())
@@ -91,7 +100,7 @@ class ResultsFile:
             if self.unsaved and self._is_replaced():
                 self._move_to_the_new_file()
             while self.unsaved:
-                self._append((json.dumps(self.unsaved[0], allow_nan=False) + "\n").encode())
+                self._append((json.dumps(seal_record(self.unsaved[0]), allow_nan=False) + "\n").encode())
                 self._mine.append(self.unsaved.pop(0))
         except OSError as error:
             self.error = error
@@ -134,8 +143,9 @@ class ResultsFile:
         rest = content[begin:]
         if not rest:
             return
-        if _record(rest) is not None:  # all but its end was written
-            os.write(file, b"\n")
+        with suppress(DamagedFile):
+            _record(rest)
+            os.write(file, b"\n")  # all but its end was written
             return
         torn = self.path.with_name(self.path.name + ".torn")
         with torn.open("ab") as aside:
@@ -166,12 +176,22 @@ class ResultsFile:
         self.unsaved = lost + self.unsaved
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def _record(line: bytes) -> dict[str, Any]:
+    """A line's record, without its digest. Raises DamagedFile that begins with what the line is."""
     try:
-        record = json.loads(line)
-    except ValueError:  # also of bytes that are no text
-        return None
-    return record if isinstance(record, Mapping) and {"key", "config", "status"} <= record.keys() else None  # type: ignore[return-value]
+        record = parse_json(line, "it")
+    except DamagedFile:
+        record = None
+    if not isinstance(record, dict) or not {"key", "config", "status"} <= record.keys():
+        raise DamagedFile("is no record")
+    last = next(reversed(record.values()))
+    # Not by its name alone: that may be what was damaged.
+    if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
+        try:
+            check_record(record, "it")
+        except DamagedFile:
+            raise DamagedFile("is damaged (not what its digest was made of)") from None
+    return {name: value for name, value in record.items() if name != DIGEST_FIELD}
 
 
 def _shown(line: bytes) -> str:

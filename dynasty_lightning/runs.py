@@ -33,7 +33,7 @@ from .checkpoint_files import SealedCheckpointIO
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
 from .models.schedule import Decay
-from .run_checkpoint import RunCheckpoint, remove_checkpoint
+from .run_checkpoint import RunCheckpoint
 from .tasks import Task, build_task, check_decay, check_pair
 
 Send = Callable[[dict[str, Any]], None]
@@ -240,7 +240,8 @@ def train_one(
 ) -> dict[str, Any]:
     """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed", or "diverged" after NaN losses.
 
-    A checkpoint is there to outlive a kill: with any result it is removed, and a run that failed starts over.
+    A checkpoint is there to outlive a kill. Whoever takes the record removes it once that is safe (`remove_checkpoint`), also of a run that
+    failed, which then starts over.
     """
     began = time.monotonic()
     record = record_of(config)
@@ -262,8 +263,6 @@ def train_one(
         lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
         record |= failure(error, DIVERGED if lost else FAILED)
     record["wall_seconds"] = time.monotonic() - began + earlier
-    if checkpoint:
-        remove_checkpoint(checkpoint)
     clean: dict[str, Any] = finite(record)
     return clean
 

@@ -1,6 +1,7 @@
 """Damage on a disk: a flipped bit, a page of zeros, a cut. Every file of state that the package writes is refused before it is used."""
 
 import re
+import warnings
 
 import lightning as L
 import numpy as np
@@ -15,6 +16,7 @@ from dynasty_lightning.checkpoint_files import SealedCheckpointIO, read_checkpoi
 from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.policy.precision_map import ModelStructure
+from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.run_checkpoint import RunCheckpoint
 
 FLIPS, PAGES, CUTS = 100, 20, 20
@@ -53,9 +55,25 @@ def write_widths(path):
     BitWidthMap(structure=structure(), bits={"net.0": {Role.WEIGHT: torch.randint(2, 9, (2, 3), dtype=torch.uint8)}}).save(path)
 
 
+def write_results(path):
+    with ResultsFile(path) as file:
+        file.add({"key": "k" * 64, "config": {"method": "uniform8"}, "status": "complete", "accuracy": 0.7, "loss": 1 / 3, "machine": {}})
+
+
+def read_results(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            (record,) = read_records(path)
+        except UserWarning as warning:
+            raise DamagedFile(str(warning)) from None
+    assert record["loss"] == 1 / 3
+
+
 KINDS = {
     "checkpoint": (write_checkpoint, read_checkpoint),
     "precision map": (write_map, PrecisionMap.load),
+    "results": (write_results, read_results),
     "widths": (write_widths, BitWidthMap.load),
 }
 

@@ -261,7 +261,7 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
     for arguments, message in (
         (["--checkpoint", str(run / "checkpoint-float32-0.ckpt")], "was not trained with DynastyPrecision"),
         (["--checkpoint", str(run / "nothing.ckpt")], "does not exist"),
-        (["--checkpoint", str(run / "summary.json")], "cannot be read as a checkpoint"),
+        (["--checkpoint", str(run / "summary.json")], "summary.json has no digest at its end"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["export", *arguments, "--out", str(tmp_path / "other")])

@@ -110,6 +110,18 @@ def test_damage_in_the_middle_is_told_and_costs_no_other_line(path):
     assert [str(w.message).split(" is no record")[0].rpartition(" ")[2] for w in told] == ["2", "3", "4"]
 
 
+def test_a_line_of_another_number_is_left_out_and_one_without_a_digest_is_not(path):
+    with ResultsFile(path) as file:
+        file.add(record("a", accuracy=0.5))
+        file.add(record("b"))
+    path.write_text(path.read_text().replace("0.5", "0.6") + line("old"))
+    with pytest.warns(UserWarning, match=r"line 1 is damaged .* and is left out, so that its run is to do again"):
+        assert read_records(path) == [record("b"), record("old")]
+    path.write_text(path.read_text().replace("sha256", "sha257"))
+    with pytest.warns(UserWarning, match="line [12] is damaged"):
+        assert read_records(path) == [record("old")]
+
+
 def test_one_process_at_a_time(path):
     with ResultsFile(path):
         with pytest.raises(FileInUse, match="another process appends to it"):

@@ -13,7 +13,7 @@ from dynasty_lightning.checkpoint_files import SealedCheckpointIO
 from dynasty_lightning.compare import make_grid, run_grid
 from dynasty_lightning.data import TensorDataModule, load_data
 from dynasty_lightning.models.classifier import Classifier
-from dynasty_lightning.results_file import read_records
+from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.run_checkpoint import RunCheckpoint
 from dynasty_lightning.runs import RunConfig, train_one
 
@@ -65,7 +65,6 @@ def test_a_broken_run_ends_as_an_unbroken_one(tmp_path, method):
     assert resumed["parts"] == 2
     assert figures(resumed) == figures(unbroken)
     assert resumed["wall_seconds"] > resumed["seconds"] > 0
-    assert not list(tmp_path.iterdir())
 
 
 def test_broken_twice(tmp_path):
@@ -116,11 +115,37 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
     assert not list((tmp_path / "folder").iterdir())
 
 
+def small_grid():
+    settings = {"epochs": 3, "batch_size": 32, "train_samples": 160}
+    return make_grid(data=["digits"], models=["mlp"], methods=["dynasty@4:interval=3"], seeds=[3], **settings)
+
+
 def test_a_failed_run_leaves_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Classifier, "test_step", lambda *args: 1 / 0)
-    record = train_one(config(), checkpoint=tmp_path / "run.ckpt", every=0.0)
-    assert record["status"] == "failed"
-    assert not list(tmp_path.iterdir())
+    assert run_grid(small_grid(), tmp_path / "results.jsonl", keep=0.0, in_process=True).failed == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_a_checkpoint_outlives_its_run_until_the_record_is_on_the_disk(tmp_path, monkeypatch):
+    """A kill between the two costs no run, and what it leaves is taken away by the next one."""
+    out, add = tmp_path / "results.jsonl", ResultsFile.add
+
+    def killed(after):
+        def stop(file, record):
+            if after:
+                add(file, record)
+            raise KeyboardInterrupt
+
+        return stop
+
+    for after in (False, True):
+        monkeypatch.setattr(ResultsFile, "add", killed(after))
+        with pytest.raises(KeyboardInterrupt):
+            run_grid(small_grid(), out, keep=0.0, in_process=True)
+        assert [path.suffix for path in (tmp_path / "results.jsonl.running").iterdir()] == [".ckpt"]
+    assert read_records(out)[0]["parts"] == 2
+    assert run_grid(small_grid(), out, keep=0.0, in_process=True).stood == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
 class Killer(L.Callback):
@@ -168,12 +193,10 @@ def killed_once(config, data_dir, send, *, checkpoint, every):
 
 def test_a_killed_worker_loses_no_more_than_a_step(tmp_path):
     out = tmp_path / "results.jsonl"
-    settings = {"epochs": 3, "batch_size": 32, "train_samples": 160}
-    grid = make_grid(data=["digits"], models=["mlp"], methods=["dynasty@4:interval=3"], seeds=[3], **settings)
-    first = run_grid(grid, out, train=killed_once, keep=1e-9)
+    first = run_grid(small_grid(), out, train=killed_once, keep=1e-9)
     assert first.failed == 1
     assert [p.suffix for p in (tmp_path / "results.jsonl.running").iterdir()] == [".ckpt"]
-    assert run_grid(grid, out, train=killed_once, keep=1e-9).complete == 1
+    assert run_grid(small_grid(), out, train=killed_once, keep=1e-9).complete == 1
     *_, record = read_records(out)
     assert record["parts"] == 2
     unbroken = train_one(config())
