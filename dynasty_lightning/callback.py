@@ -7,7 +7,7 @@ import numbers
 import statistics
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final, cast
 from weakref import ref
 
@@ -324,6 +324,7 @@ class DynastyCallback(Callback):
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
             "analysis": self._analysis.state_dict(),
+            "analytics": asdict(self._analytics),
             "overhead": self._overhead,
             "costed": None if self._costed is None else self._costed.to_state(),
             "raised": self._raised,
@@ -360,6 +361,7 @@ class DynastyCallback(Callback):
         self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
         self._nonfinite, self._raised = state["nonfinite"], state["raised"]
         self._analysis.load_state_dict(state["analysis"])
+        self._analytics = AnalyticsCost(**state["analytics"])
         self._analyses, self._overhead = state["analyses"], state["overhead"]
         self._costed = None if state["costed"] is None else Widths.from_state(state["costed"])
         rates, self._rate = state["rates"]

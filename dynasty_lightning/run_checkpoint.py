@@ -27,7 +27,7 @@ class RunCheckpoint(Callback):
 
     Args:
         path: replaced as a whole by each save; its folder is made.
-        seconds: between saves, taken at the end of a step; 0 saves after each.
+        seconds: between saves, taken at the end of a step; 0 saves after each but the last.
         identity: strings that must be the same for a run to go on (what is trained, by what code, on what): there it is exact to the bit.
 
     Raises:
@@ -100,6 +100,18 @@ class RunCheckpoint(Callback):
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # An epoch's last step is saved at the epoch's end: from here, Lightning 2.6 would go on with a count of batches that a second
+        # resume takes for the new epoch's, and train too many.
+        if not trainer.is_last_batch:
+            self._save_if_due(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Nor at the end of the run: what has nothing left to train does not come to what callbacks do when training starts and ends.
+        if trainer.current_epoch + 1 != trainer.max_epochs:
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: L.Trainer) -> None:
         if time.monotonic() - self._saved < self.seconds:
             return
         loader: Any = trainer.train_dataloader

@@ -77,6 +77,22 @@ def test_broken_twice(tmp_path):
     assert figures(resumed) == figures(train_one(config()))
 
 
+def test_broken_behind_an_epochs_end_and_once_more(tmp_path):
+    """Lightning counts on from an epoch's last step as if that were the next one's: 16 steps of 15."""
+    path = tmp_path / "run.ckpt"
+    for step in (STEPS_AN_EPOCH + 1, STEPS_AN_EPOCH + 3):
+
+        def stop(progress, step=step):
+            if progress["step"] == step:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train_one(config("float32"), progress=stop, checkpoint=path, every=0.0)
+    resumed = train_one(config("float32"), checkpoint=path)
+    assert (resumed["parts"], resumed["steps"]) == (3, 3 * STEPS_AN_EPOCH)
+    assert figures(resumed) == figures(train_one(config("float32")))
+
+
 @pytest.mark.parametrize("what", ["cut off", "no checkpoint", "other code", "changed code", "other run"])
 def test_what_a_run_cannot_go_on_from(tmp_path, monkeypatch, what):
     path = tmp_path / "run.ckpt"
