@@ -79,8 +79,8 @@ class EpochLoader(ABC):
         """Go on where a loader was.
 
         Raises:
-            ValueError: a state that lacks a number or has an odd one; in the middle of an epoch, one of another batch size, or of other
-                samples or another order: this loader would show some samples of that epoch twice and others never.
+            ValueError: a state that lacks a number or has an odd one; in the middle of an epoch, one of another batch size over all ranks,
+                of other samples or of another order: this loader would show some samples of that epoch twice and others never.
         """
         numbers: dict[str, Any] = {name: state.get(name) for name in ("epoch", "next_batch", *self._counted_with())}
         for name, value in numbers.items():
@@ -89,8 +89,9 @@ class EpochLoader(ABC):
                     f"the loader's state lacks {name}, or has {value!r} for it: it is of another version or changed; take the weights alone"
                 )
         if numbers["next_batch"]:
+            same_batches = numbers["batch_size"] * numbers["ranks"] == self._step  # shared out among other ranks, it is the same batch
             for name, mine in self._counted_with().items():
-                if numbers[name] != mine:
+                if numbers[name] != mine and not (same_batches and name in ("batch_size", "ranks")):
                     raise ValueError(
                         f"the checkpoint was made in the middle of an epoch with {name}={numbers[name]}, and this loader has "
                         f"{name}={mine}: go on with {numbers[name]}, or from a checkpoint at the end of an epoch"
@@ -101,7 +102,10 @@ class EpochLoader(ABC):
 
     def _counted_with(self) -> dict[str, int]:
         """What a place in the middle of an epoch depends on."""
-        return {"batch_size": int(self.batch_size), "seed": int(self.seed), "samples": self.samples, "available": self._available}
+        return {
+            "batch_size": int(self.batch_size), "ranks": self._shard[1], "seed": int(self.seed), "samples": self.samples,
+            "available": self._available,
+        }  # fmt: skip
 
     @abstractmethod
     def _batch(self, samples: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:

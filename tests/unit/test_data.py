@@ -407,6 +407,18 @@ def test_the_middle_of_an_epoch_is_nowhere_in_another_ones_and_its_end_is(other,
     assert labels_of(resumed) == labels_of(expected)  # the second epoch
 
 
+def test_a_batch_may_be_shared_out_among_other_ranks(monkeypatch):
+    source = loader(batch_size=4)
+    next(iter(source))
+    expected = labels_of(source)[:2]
+    monkeypatch.setattr(TensorLoader, "_shard", (0, 2))
+    with pytest.raises(ValueError, match="with ranks=1, and this loader has ranks=2"):
+        loader(batch_size=4).load_state_dict(loader(batch_size=4).state_dict() | {"next_batch": 1, "ranks": 1})
+    resumed = loader(batch_size=2)
+    resumed.load_state_dict({**resumed.state_dict(), "next_batch": 1, "batch_size": 4, "ranks": 1})
+    assert labels_of(resumed)[:2] == [batch[::2] for batch in expected]
+
+
 def test_windows_of_another_text_are_not_gone_on_with():
     def windows(length):
         return WindowLoader(np.zeros(length, np.uint8), context=4, batch_size=2, shuffle=True, samples=5)
@@ -418,7 +430,7 @@ def test_windows_of_another_text_are_not_gone_on_with():
 
 
 @pytest.mark.parametrize("odd", [None, -1, 1.0, True, "1", 4, "lacking"])
-@pytest.mark.parametrize("name", ["epoch", "next_batch", "batch_size", "seed", "samples", "available"])
+@pytest.mark.parametrize("name", ["epoch", "next_batch", "batch_size", "ranks", "seed", "samples", "available"])
 def test_odd_states_of_a_loader_are_refused_by_the_name_of_the_number(name, odd):
     state = loader().state_dict() | {"next_batch": 1}
     if odd == "lacking":
