@@ -27,6 +27,7 @@ from dynasty_lightning.core.roles import Gemm
 from . import layers as layer_checks
 
 _PART = 150  # geometries of one child
+_UNTRUSTED = 5  # of the shapes that go through float64 anyway, one in so many is looked at
 _CHANNELS = (1, 2, 3, 4, 8, 16, 17, 32, 64)
 
 
@@ -126,6 +127,8 @@ def _part(first: int, count: int, axes: int, *, layers: bool, rule: bool) -> Non
         case = {**asdict(geometry), "input": shape}
         print(json.dumps({"seed": seed, "case": case, "wrong": []}), flush=True)
         trusted = matmul.is_trusted(geometry, shape)
+        if not trusted and seed % _UNTRUSTED:
+            continue
         print(json.dumps({"seed": seed, "case": case, "wrong": look(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
 
 

@@ -86,7 +86,15 @@ MUTATIONS = (
     Mutation("plain: third byte of a lane", "(x2.v[i] & 0xFFu) << 16", "(x1.v[i] & 0xFFu) << 16", plain=True),
     Mutation("dequantize: no sign", "ShiftLeft<1>(low & Ints(0x80))", "(low & Ints(0))"),
     Mutation("mean over padding", "double((last_row - first_row) * (end - c))", "double((last_row - first_row) * a.block_channels)"),
-    Mutation("squares summed the other way round", "          Add(total, sum);", "          total = c + 1 == last ? (Add(sum, total), sum) : sum;"),
+    Mutation("squares summed the other way round", "for (int64_t c = first; c < last; ++c) {", "for (int64_t c = last - 1; c >= first; --c) {"),
+    Mutation("squares of the low lanes alone", "_mm512_extractf32x8_ps(x.v, 1)", "_mm512_extractf32x8_ps(x.v, 0)"),
+    Mutation("sums of squares lost", "_mm512_fmadd_pd(high, high, sums.high)", "_mm512_mul_pd(high, high)"),
+    Mutation("mean of positions in float32", "out[i * step] = sums[i] / count;", "out[i * step] = float(sums[i] / count);"),
+    Mutation("mean of channels in float32", "total / double((last_row - first_row) * (end - c));", "float(total) / double((last_row - first_row) * (end - c));"),
+    Mutation("a whole chunk reads its first vector", "Load(x + r * a.stride_row + v * kLanes));", "Load(x + r * a.stride_row));"),
+    Mutation("a ragged chunk reads its first vector", "Load(x + r * a.stride_row + v * kLanes, lanes)", "Load(x + r * a.stride_row, lanes)"),
+    Mutation("plain: squares in float32", "double(x.v[i]) * double(x.v[i])", "double(x.v[i] * x.v[i])", plain=True),
+    Mutation("plain: sums of squares lost", "sums.v[i] += double(x.v[i])", "sums.v[i] = double(x.v[i])", plain=True),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
 )  # fmt: skip
 
@@ -115,7 +123,10 @@ class Checks:
         cases += [native_cases.edge_case((8, 32, 5), below=below)[0] for below in (False, True)]
         self.cases = [(case, case.in_torch()) for case in cases]
         layouts = [BlockLayout(shape=(20, 40, 30), block_shape=(20, 16), channel_axis=axis) for axis in (1, 2)]
+        wide = torch.randn(6, 5, 150) * 1e20  # two whole chunks of channels and a ragged one; squares that float32 does not hold
         self.squares = [(x, layout, mean_squares_in_torch(x, layout)) for layout in layouts]
+        layout = BlockLayout(shape=(6, 5, 150), block_shape=(6, 4), channel_axis=2)
+        self.squares += [(t, layout, mean_squares_in_torch(t, layout)) for t in (wide, wide.bfloat16())]
         self.product, self.bias = x.bfloat16(), torch.randn(40)
         self.position = StreamPosition(seed=3, layer=4)
         self.numbers = stream_numbers(self.position, 2, 100)
