@@ -26,6 +26,9 @@ _MAX_LOG_STEP: Final = 1.5
 _COST_GAIN: Final = 2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
 _NOISE_GAIN: Final = 0.7
 _HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
+_MEMORY: Final = 64.0
+"""Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a thousand times the usual one for a step
+would else set E's thresholds for 27 analyses, in all of which E is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +264,11 @@ class ThresholdPolicy(ABC):
             past = {n: torch.zeros_like(getattr(s, n)) for n in names}
             self._weights[name] = 0.0
         keep = self.smoothing
+        for n in names:
+            now, before = float(getattr(s, n).mean()), float(past[n].mean())
+            limit = _MEMORY * now * self._weights[name]
+            if before > limit > 0:
+                past[n] = past[n] * (limit / before)
         self._averages[name] = {n: keep * past[n] + (1 - keep) * getattr(s, n) for n in names}
         self._weights[name] = keep * self._weights[name] + (1 - keep)
         averages = {n: v / self._weights[name] for n, v in self._averages[name].items()}

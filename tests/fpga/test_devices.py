@@ -12,6 +12,7 @@ import pytest
 from fpga import Device, DeviceError, DeviceTimeout, GemmConfig, GemmJob, Geometry, JobError, Operand, OperandError, open_device
 from fpga.config import ACCUMULATOR_BITS
 from fpga.cost import core_cost, core_cycles
+from fpga.job import Walk
 from fpga.vectors import Layer, random_jobs, random_operand
 
 from . import core_oracle
@@ -302,6 +303,28 @@ def test_sums_that_no_part_holds_are_refused_with_their_bound(device: Device) ->
         device.run(GemmJob(a=extreme(4, 70, 15), b=extreme(4, 70, 15)))
     with pytest.raises(JobError, match=r"2\*\*62 or more: use smaller batches"):
         GemmJob(a=extreme(4, 5, 31), b=extreme(4, 5, 31))
+
+
+def test_a_step_has_no_more_terms_than_a_tap() -> None:
+    """Four channels at 81 taps: a step is 4 products, not a tile's, so that parts hold as many steps as the accumulator does."""
+    config = GemmConfig()
+    a, b = extreme(4, 4, 0), extreme(4, 4, 0)
+    largest = 255 * 255 << 26
+    taps = Geometry(input=(81,), output=(1,), taps=(81,))
+
+    def operand(like: Operand, positions: int) -> Operand:
+        exponents = np.zeros((1, positions, 1), int)
+        exponents[0, 0] = 13
+        repeat = {"mantissas": np.repeat(like.mantissas, positions, 1), "bits": np.full((1, positions, 1), 8)}
+        return Operand(**repeat, scale_exponents=exponents, signed=np.zeros((1, positions, 1), bool))
+
+    job = GemmJob(a=operand(a, 81), b=operand(b, 81), geometry=taps)
+    assert job.largest_product == largest
+    parts = Walk(job, config).parts()
+    limit = 1 << (ACCUMULATOR_BITS - 1)
+    assert 4 * largest < limit <= config.tile * config.block_edge * largest
+    count = (limit - 1) // (4 * largest)
+    assert [(p.step_begin, p.step_count) for p in parts] == [(s, min(count, 81 - s)) for s in range(0, 81, count)]
 
 
 def test_the_cost_of_a_part_adds_up(device: Device) -> None:

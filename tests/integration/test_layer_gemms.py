@@ -308,3 +308,69 @@ def test_an_exact_zero_is_positive():
     x[1] = 0
     y = layer[0].multiply(x)
     assert not torch.signbit(y[1]).any()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 7), lambda: nn.Conv1d(12, 6, 3, padding=1, groups=3)])
+@pytest.mark.parametrize("path", ["vectors", "torch"])
+def test_gradients_in_eval_mode_are_those_of_train_mode(make, path):
+    """Y is a prediction's, of blocks and windows of one sample; WGRAD's X and E are those of training."""
+    torch.manual_seed(3)
+    model = nn.Sequential(make())
+    convert(model, mode="exact", seed=5)
+    layer = model[0]
+    layer.set_precision(Role.ACTIVATION, OperandPrecision(bits=3))
+    layer.set_precision(Role.ERROR, OperandPrecision(lsb_exponent=-2))
+    shape = (6, 12) if isinstance(layer, nn.Linear) else (6, 12, 5)
+    x = torch.randn(shape) * torch.exp2(-6.0 * torch.arange(6)).view(-1, *[1] * (len(shape) - 1))  # samples far apart: the window shows
+    results = {}
+    for training in (True, False):
+        layer.train(training)
+        layer.stream.calls.zero_()
+        inputs, layer.weight.grad = x.clone().requires_grad_(), None
+        with mock.patch.object(native, "_library", return_value=PATHS[path]):
+            y = model(inputs)
+            torch.manual_seed(4)
+            y.backward(torch.randn(y.shape))
+        results[training] = (y.detach(), inputs.grad, layer.weight.grad)
+    assert not torch.equal(results[True][0], results[False][0])
+    for mine, theirs in zip(results[True][1:], results[False][1:], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_calls_that_no_gradient_may_be_taken_of_are_not_counted():
+    model = nn.Sequential(nn.Linear(8, 8))
+    stream = convert(model).stream
+    x = torch.randn(4, 8)
+    counts = []
+
+    def call(inputs, **requires):
+        for parameter in model.parameters():
+            parameter.requires_grad_(requires.get("parameters", True))
+        model(inputs)
+        counts.append(int(stream.calls[0]))
+
+    call(x)  # 1
+    with torch.no_grad():
+        call(x)
+    with torch.inference_mode():
+        call(x)
+    call(x, parameters=False)  # nothing wants one
+    call(x.clone().requires_grad_(), parameters=False)  # 2
+    model.eval()
+    call(x)  # 3
+    with torch.no_grad():
+        call(x)
+    assert counts == [1, 1, 1, 1, 2, 3, 3]
+    stream.advance()
+    assert int(stream.calls[0]) == 0
+
+
+def test_the_gradient_of_a_bias_is_a_float32_sum_in_some_order():
+    layer = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
+    convert(layer, mode="exact", seed=1)
+    e = torch.randn(64, 8, 9, 9) * torch.exp2(4 * torch.randn(64, 8, 9, 9))
+    for memory in (torch.contiguous_format, torch.channels_last):
+        layer[0].bias.grad = None
+        layer(torch.randn(64, 4, 9, 9)).backward(e.contiguous(memory_format=memory))
+        got, terms = layer[0].bias.grad.double(), 64 * 81
+        assert ((got - e.double().sum((0, 2, 3))).abs() <= terms * 2.0**-24 * e.double().abs().sum((0, 2, 3))).all()

@@ -1,6 +1,8 @@
 """The quantizer against the oracle: exhaustively on small blocks, at random over everything else; the kernels and pure torch alike."""
 
 import itertools
+import math
+from fractions import Fraction
 from unittest import mock
 
 import numpy as np
@@ -12,6 +14,7 @@ from dynasty_lightning.core.formats import BlockFormat
 from dynasty_lightning.core.quantize import quantize
 from dynasty_lightning.core.random import StreamPosition
 from dynasty_lightning.core.roles import Role
+from dynasty_lightning.core.rounding import round_stochastic
 from tests import oracle
 
 
@@ -155,6 +158,62 @@ def test_drop_is_unbiased_at_every_depth(above):
     blocks = got.unflatten(1, (-1, 2)).mean(2)
     assert float(blocks.std()) > 0
     assert abs(float(blocks.mean()) - float(x[0, 0])) < 4 * float(blocks.std()) / blocks.numel() ** 0.5
+
+
+@pytest.mark.parametrize("least", [0, 2, 4])
+@pytest.mark.parametrize(("role", "rounding"), [(Role.ACTIVATION, "stochastic"), (Role.WEIGHT, "stochastic"), (Role.ERROR, "nearest")])
+def test_a_rounding_that_is_not_the_roles_own_leaves_widths_and_drops_as_specified(role, rounding, least):
+    """X and W keep their width rule and drop nothing; E at nearest follows W's: below the threshold `least` bits, which may be none."""
+    x = torch.randn(8, 24) * torch.exp2(torch.arange(-5.0, 1.0)).repeat_interleave(4)
+    for seed, signless in ((1, False), (2, True)):
+        got = check(
+            x.abs() if signless else x, role, lsb_exponent=-1, least_bits=least, rounding=rounding, stream={"seed": seed}
+        )  # fmt: skip
+        exponents = torch.frexp(x.abs().unflatten(0, (2, 4)).unflatten(2, (6, 4)).amax((1, 3))).exponent - 1
+        assert bool((exponents < -1).any())
+        if rounding == "nearest":
+            assert set(got.bits[exponents < -1].tolist()) == {least}
+        else:  # a mantissa may still be zero by chance, and so its block
+            assert set(got.bits[exponents < -1].tolist()) <= {0, least}
+
+
+def test_an_element_of_two_to_the_128th():
+    x = torch.full((4, 4), torch.finfo(torch.float32).max)
+    got = check(x, Role.ERROR, bits=8)
+    assert (int(got.mantissas[0, 0]), int(got.scale_exponents)) == (64, 122)
+    assert float(got.dequantize(torch.float64)[0, 0]) == 2.0**128
+    assert bool(got.dequantize().isinf().all())
+    # Enlarged by a drop: 2**127 below a threshold of 2**131 is kept in one of eight cases, as 1 * 2**131.
+    x = torch.full((4, 512), 2.0**127)
+    got = check(x, Role.ERROR, lsb_exponent=131)
+    kept = got.mantissas != 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert set(got.dequantize(torch.float64)[kept].tolist()) == {2.0**131}
+
+
+def test_what_is_reported_of_a_scope_that_is_not_finite():
+    x = torch.randn(3, 8, 5)
+    x[1, 2, 3] = float("inf")
+    for scope, block, where in (("tensor", (4, 4), ...), ("sample", (1, 4), 1)):
+        for library in LIBRARIES.values():
+            with mock.patch.object(native, "_library", lambda library=library: library):
+                got = quantize(x, 4, role=Role.ACTIVATION, block_shape=block, scope=scope)
+            for field in ("mantissas", "bits", "scale_exponents", "signed", "occupied"):
+                assert not bool(getattr(got, field)[where].any()), field
+            assert not bool(got.finite[where].any())
+            if scope == "sample":
+                assert bool(got.occupied[[0, 2]].all())
+                assert bool(got.bits[[0, 2]].eq(4).all())
+
+
+def test_stochastic_rounding_over_all_random_numbers_is_off_by_half_a_number_at_most():
+    numbers = torch.arange(1 << 16, dtype=torch.int32)
+    for fraction in (0.0, 2.0**-18, 2.0**-17, 2.0**-16, 0.3, 0.5, 1 - 2.0**-17, 1 - 2.0**-18):
+        for whole in (-3, 0, 5):
+            up = int((round_stochastic(torch.full((1 << 16,), whole + fraction), numbers) - whole).sum())
+            exact = Fraction(float(np.float32(whole + fraction))) - whole
+            assert up == math.floor(exact * 2**16 + Fraction(1, 2))
+            assert abs(Fraction(up, 2**16) - exact) <= Fraction(1, 2**17)
 
 
 def test_nonfinite_scopes_pass_unquantized():
