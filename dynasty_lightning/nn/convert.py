@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swaps Linear and Conv layers in place, and says what was swapped and what was not, and why."""
 
+import dis
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -21,6 +23,12 @@ from .plan import LayerPlan, Mode
 _GEMM_TYPES = (
     nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear,
 )  # fmt: skip
+
+_PRODUCTS: Final = frozenset({
+    "linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d",
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward",
+})  # fmt: skip
+"""Functions that multiply by a weight which a module may hold itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,4 +260,13 @@ def _reason_of_others(module: nn.Module) -> str | None:
     if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
         return "a Linear with a transposed weight (GPT-2's): replace it by nn.Linear with weight.t()"
     own = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and "embed" not in name]
-    return f"has a weight of its own ({', '.join(own)}); if it multiplies by it (F.linear), make that an nn.Linear" if own else None
+    if not own or not _multiplies(type(module)):
+        return None
+    return f"has a weight of its own ({', '.join(own)}); if it multiplies by it (F.linear), make that an nn.Linear"
+
+
+def _multiplies(kind: type[nn.Module]) -> bool:
+    """Whether a product of matrices is named in the code of a module's own methods."""
+    functions = [f for c in kind.__mro__ if c not in (nn.Module, object) for f in vars(c).values() if isinstance(f, FunctionType)]
+    codes = [code for f in functions for code in (f.__code__, *f.__code__.co_consts) if isinstance(code, CodeType)]
+    return any(not _PRODUCTS.isdisjoint(code.co_names) or any(i.argrepr == "@" for i in dis.get_instructions(code)) for code in codes)

@@ -425,12 +425,31 @@ def test_the_report_names_what_multiplies_by_itself():
             self.matrix = nn.Parameter(torch.randn(4, 4))
             self.position_embedding = nn.Parameter(torch.randn(4, 4))
 
+        def forward(self, x):
+            return nn.functional.linear(x + self.position_embedding, self.matrix)
+
+    class Operator(Own):
+        def forward(self, x):
+            return self.half(x)
+
+        def half(self, x):
+            return x @ self.matrix
+
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.randn(1, 4, 4))
+
+        def forward(self, x):
+            return x + self.position
+
     model = nn.ModuleDict({
-        "fc": nn.Linear(4, 4), "gpt": Conv1D(), "own": Own(), "bag": nn.EmbeddingBag(4, 4), "pair": nn.Bilinear(4, 4, 4),
+        "fc": nn.Linear(4, 4), "gpt": Conv1D(), "own": Own(), "operator": Operator(), "position": Position(),
+        "bag": nn.EmbeddingBag(4, 4), "pair": nn.Bilinear(4, 4, 4),
         "table": nn.Embedding(4, 4), "attention": dnn.MultiheadAttention(4, 2),
     })  # fmt: skip
     skipped = {name: reason for name, _, reason in convert(model).skipped}
-    assert set(skipped) == {"gpt", "own", "bag", "pair"}
+    assert set(skipped) == {"gpt", "own", "operator", "bag", "pair"}
     assert "GPT-2" in skipped["gpt"]
     assert "has a weight of its own (matrix)" in skipped["own"]
 
