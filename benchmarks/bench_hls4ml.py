@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dynasty_lightning.demo import DemoConfig, machine, run_demo, versions
-from dynasty_lightning.export_run import export_run, load_images
+from dynasty_lightning.export_run import export_run
 from dynasty_lightning.files import write_whole
 from dynasty_lightning.hls4ml_export import export_hls4ml
+from fpga.images import load_images
 from fpga.runtime import Program
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn
 
 import torch
 
+from fpga.images import load_images
 from fpga.runtime import Program
 
 from .compare import describe_grid, make_grid, run_grid
@@ -18,7 +19,7 @@ from .compare_report import write_report
 from .data import DATASETS
 from .data.files import DATA_VARIABLE
 from .demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo
-from .export_run import export_run, load_images
+from .export_run import export_run
 from .hls4ml_export import BACKENDS, export_hls4ml
 from .methods import method_names, parse_methods
 from .models import MODELS

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from fpga import open_device
+from fpga.images import load_images, save_images
 from fpga.runtime import Program, Runner
 
 from .checkpoint_files import read_checkpoint
 from .data import TensorDataModule, load_data
 from .export import export_program
-from .files import DamagedFile, parse_arrays, read_sealed, write_whole
+from .files import DamagedFile
 from .models import Classifier, build_model
 from .nn.convert import convert
 from .nn.layers import dynamic_layers
@@ -21,7 +22,6 @@ from .policy.precision_map import PrecisionMap
 from .report import read_summary
 from .tasks import TEXT_DATA, TEXT_MODELS
 
-IMAGES_FILE = "images.npz"
 _BATCH = 50
 
 
@@ -79,7 +79,7 @@ def export_run(
     program = export_program(network, shape, labels=loaded.class_names, source=source)
     program.save(out)
     chosen, labels = data.test_images[:images], data.test_labels[:images].numpy()
-    _save_images(out / IMAGES_FILE, chosen.numpy(), labels)
+    save_images(out, chosen.numpy(), labels)
     print(
         f"{out}: {len(program.steps)} steps, {sum(a.nbytes for a in program.arrays.values())} bytes of weights and constants", file=stream
     )
@@ -112,25 +112,3 @@ def compare(folder: Path, expected: np.ndarray[Any, Any], labels: np.ndarray[Any
         "accuracy": float((classes == labels).mean()),
         "accuracy_torch": float((expected.argmax(axis=1) == labels).mean()),
     }
-
-
-def load_images(folder: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Images, float32 [N, ...], and labels [N] of an exported folder.
-
-    Raises:
-        FileNotFoundError: there are none.
-        DamagedFile: they are not as they were written, or others than a program's.
-    """
-    path = folder / IMAGES_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: name a folder that `dynasty-lightning export` wrote")
-    arrays = parse_arrays(read_sealed(path), str(path))
-    images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None or images.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
-        raise DamagedFile(f"{path} holds {found}, not images (float32) and a label (integer) for each: export the program anew")
-    return images, labels
-
-
-def _save_images(path: Path, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> None:
-    write_whole(path, lambda file: np.savez_compressed(file, images=images, labels=labels), sealed=True)

@@ -13,11 +13,11 @@ from typing import Any, Final
 
 from .board_files import Board, board_names, load_board
 from .emit import emit
+from .images import IMAGES_FILE, load_images
 from .overlay_files import bit_part
 from .quoting import markdown_code, markdown_text, python_literal, shell_word
 from .runtime import ARRAYS_FILE, GRAPH_FILE, Program
 
-IMAGES_FILE: Final = "images.npz"
 MARKER: Final = "deploy.json"
 SCRIPT: Final = "classify.py"
 NOTEBOOK: Final = "classify.ipynb"
@@ -39,11 +39,12 @@ def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = Non
 
     Raises:
         DeployError: `out` holds something else, the overlay is for another part, or images are missing.
-        ProgramError, FileNotFoundError: no such program, or a damaged one.
+        ProgramError, FileNotFoundError, DamagedFile: no such program or images, or damaged ones.
     """
     loaded = Program.load(program)
     if not (program / IMAGES_FILE).is_file():
         raise DeployError(f"{program} has no {IMAGES_FILE}: `dynasty-lightning export` writes one")
+    images, _ = load_images(program)
     if overlay is not None:
         _check_overlay(overlay, board)
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -51,7 +52,7 @@ def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = Non
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
-        _fill(work, program, loaded, board, overlay, out.name)
+        _fill(work, program, loaded, board, overlay, out.name, images=len(images))
         work.chmod(0o755)
         if out.exists():
             shutil.rmtree(out) if out.is_dir() else out.unlink()
@@ -71,7 +72,7 @@ def _check_overlay(overlay: Path, board: Board) -> None:
         raise DeployError(f"{overlay} was built for {part}, but {board.title} has {board.part}")
 
 
-def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: Path | None, name: str) -> None:
+def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: Path | None, name: str, *, images: int) -> None:
     shutil.copytree(Path(__file__).parent, folder / "fpga", ignore=shutil.ignore_patterns("__pycache__", ".*", "*.toml"))
     (folder / "program").mkdir()
     for file in (GRAPH_FILE, ARRAYS_FILE, IMAGES_FILE):
@@ -93,7 +94,7 @@ def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: P
         "README.md",
         title=markdown_text(board.title),
         steps=len(program.steps),
-        images=_image_count(folder / "program" / IMAGES_FILE),
+        images=images,
         overlay_row=row,
         overlay_step=step,
         copy=markdown_code(f"scp -r {shell_word(name)} xilinx@pynq:"),
@@ -113,13 +114,6 @@ def _script(board: Board) -> str:
     for name in literals:
         text = text.replace(f'"${name}"', f"${name}")
     return Template(text).substitute(literals, title=markdown_text(board.title))
-
-
-def _image_count(path: Path) -> int:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as archive:
-        return len(archive["labels"])
 
 
 def _notebook(script: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 sys.path.insert(0, str(HERE))
 
 from fpga import open_device
+from fpga.images import load_images
 from fpga.runtime import Program, Runner
 
 # %%
@@ -27,8 +28,7 @@ if "__file__" in globals() and len(sys.argv) > 1:
 
 # %%
 program = Program.load(HERE / "program")
-with np.load(HERE / "program" / "images.npz", allow_pickle=False) as archive:
-    images, labels = archive["images"], archive["labels"]
+images, labels = load_images(HERE / "program")
 
 options = {}
 if DEVICE.startswith("pynq"):

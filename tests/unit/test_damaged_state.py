@@ -18,6 +18,7 @@ from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.policy.precision_map import ModelStructure
 from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.run_checkpoint import RunCheckpoint
+from fpga.images import IMAGES_FILE, load_images, save_images
 
 FLIPS, PAGES, CUTS = 100, 20, 20
 PAGE = 4096
@@ -70,18 +71,24 @@ def read_results(path):
     assert record["loss"] == 1 / 3
 
 
+def write_images(path):
+    images = np.random.default_rng(0).standard_normal((20, 1, 8, 8)).astype(np.float32)
+    save_images(path.parent, images, np.arange(20))
+
+
 KINDS = {
-    "checkpoint": (write_checkpoint, read_checkpoint),
-    "precision map": (write_map, PrecisionMap.load),
-    "results": (write_results, read_results),
-    "widths": (write_widths, BitWidthMap.load),
+    "run.ckpt": (write_checkpoint, read_checkpoint),
+    "map.safetensors": (write_map, PrecisionMap.load),
+    "widths.safetensors": (write_widths, BitWidthMap.load),
+    "results.jsonl": (write_results, read_results),
+    IMAGES_FILE: (write_images, lambda path: load_images(path.parent)),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_damage_of_a_file_of_state_is_read(tmp_path, kind):
     write, read = KINDS[kind]
-    path = tmp_path / "state"
+    path = tmp_path / kind
     write(path)
     content = path.read_bytes()
     read(path)

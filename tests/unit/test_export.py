@@ -23,6 +23,7 @@ from dynasty_lightning.nn.layers import dynamic_layers
 from fpga import Operand, open_device
 from fpga.board_files import load_board
 from fpga.deploy import DeployError, deploy
+from fpga.images import load_images, save_images
 from fpga.overlay_files import bit_bytes, write_overlay
 from fpga.quantizer import ActivationRequest, quantize_activations
 from fpga.runtime import Program, ProgramError, Runner
@@ -172,7 +173,7 @@ def program_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = trained(build_model("mlp", in_channels=1, image_size=4, classes=3), (1, 4, 4))
     export_program(network, (1, 4, 4), labels=["x", "y", "z"]).save(folder)
     images = np.random.default_rng(0).standard_normal((20, 1, 4, 4)).astype(np.float32)
-    np.savez(folder / "images.npz", images=images, labels=np.zeros(20, np.int64))
+    save_images(folder, images, np.zeros(20, np.int64))
     return folder
 
 
@@ -296,12 +297,12 @@ def test_five_hundred_real_images_get_the_same_classes_on_the_simulated_board(tm
         main(["export", "--checkpoint", str(run / "checkpoint-dynasty-0.ckpt"), "--out", str(tmp_path / "program"), "--images", "500"]) == 0
     )
     program = Program.load(tmp_path / "program")
-    images = np.load(tmp_path / "program" / "images.npz")
+    images, labels = load_images(tmp_path / "program")
     classes = {}
     for name in ("csim", "pynq-sim"):
         with open_device(name, program.config) as device:
-            classes[name] = Runner(program, device).classify(images["images"])
+            classes[name] = Runner(program, device).classify(images)
     assert len(classes["csim"]) == 500
     assert np.array_equal(classes["csim"], classes["pynq-sim"])
-    assert (classes["csim"] == images["labels"]).mean() > 0.5
+    assert (classes["csim"] == labels).mean() > 0.5
     capsys.readouterr()

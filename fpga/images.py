@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The test images beside a program: `images.npz`, sealed, so that no damaged one is classified."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .files import DamagedFile, parse_arrays, read_sealed, write_whole
+
+IMAGES_FILE: Final = "images.npz"
+
+Images = npt.NDArray[np.float32]
+
+
+def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
+    """Write images, float32 [N, ...], and integer labels [N], whole or not at all."""
+    write_whole(folder / IMAGES_FILE, lambda file: np.savez_compressed(file, images=images, labels=labels), sealed=True)
+
+
+def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
+    """What `save_images` wrote.
+
+    Raises:
+        FileNotFoundError: there are none.
+        DamagedFile: they are not as they were written, or others than a program's.
+    """
+    path = folder / IMAGES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: `dynasty-lightning export` writes one")
+    try:
+        arrays = parse_arrays(read_sealed(path), str(path))
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. Export the program anew; images of your own are written by fpga.images.save_images") from None
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None or labels is None or images.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise DamagedFile(f"{path} holds {found}, not images (float32) and a label (integer) for each: export the program anew")
+    return images, labels
+
+
+__all__ = ["IMAGES_FILE", "load_images", "save_images"]
