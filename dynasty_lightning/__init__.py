@@ -2,6 +2,7 @@
 """Train neural networks in block-wise dynamic precision from a Lightning Trainer."""
 
 from .callback import DynastyCallback as DynastyCallback
+from .checkpoint_files import SealedCheckpointIO as SealedCheckpointIO
 from .core.formats import BlockFormat as BlockFormat
 from .core.formats import BlockTensor as BlockTensor
 from .core.precision import OperandPrecision as OperandPrecision

@@ -158,6 +158,23 @@ def test_what_sealed_checkpoints_cannot_do_is_named(tmp_path):
         trainer([kept]).fit(Model())
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_a_trainer_with_the_plugin_reads_no_damaged_checkpoint_and_goes_on_from_a_whole_one(tmp_path):
+    path = tmp_path / "own.ckpt"
+    done = trainer([], SealedCheckpointIO(), steps=2)
+    done.fit(Model())
+    done.save_checkpoint(path)
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(DamagedFile, match=r"own\.ckpt is damaged.*Go on from another checkpoint"):
+        trainer([], SealedCheckpointIO(), steps=4).fit(Model(), ckpt_path=path)
+    path.write_bytes(content)
+    resumed = trainer([], SealedCheckpointIO(), steps=4)
+    resumed.fit(Model(), ckpt_path=path)
+    assert resumed.global_step == 4
+
+
 # -- Our state in a checkpoint of the user's
 
 
@@ -179,10 +196,10 @@ class Model(L.LightningModule):
         return DataLoader(batches, batch_size=None)
 
 
-def trainer(callbacks, steps=12):
+def trainer(callbacks, *plugins, steps=12):
     return L.Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[DynastyPrecision()], callbacks=callbacks,
+        plugins=[DynastyPrecision(), *plugins], callbacks=callbacks,
     )  # fmt: skip
 
 
