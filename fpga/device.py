@@ -19,6 +19,7 @@ from .registers import LAYOUT_VERSION, error_text
 
 Array = npt.NDArray[Any]
 
+MAX_TIMEOUT_S: Final = 1e6
 _LAUNCH_BLOCKS: Final = 1 << 18
 _D = TypeVar("_D", bound="Device")
 
@@ -64,10 +65,10 @@ class Device(ABC):
             DeviceTimeout: not done after `timeout_s` seconds.
             DeviceError: the device reports an error, or is closed.
             OperandError, JobError: operands that this core does not take, or sums that it cannot hold.
-            ValueError: `timeout_s` is not positive.
+            ValueError: `timeout_s` is not in (0, 10**6]: a wait without end is none that a caller can want.
         """
-        if not timeout_s > 0 or math.isnan(timeout_s):
-            raise ValueError(f"timeout_s must be positive, not {timeout_s}")
+        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s must be positive, in (0, {MAX_TIMEOUT_S:g}] seconds, not {timeout_s!r}")
         if self._closed:
             raise DeviceError(f"this {self.name} device is closed: open another with open_device({self.name!r})")
         return self._run(job, timeout_s)

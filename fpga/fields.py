@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from .files import DamagedFile, read_bounded, read_json
 
 MAX_JSON_BYTES: Final = 4 << 20
@@ -31,6 +33,11 @@ class Field:
 def is_whole(value: object) -> bool:
     """An int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    """A whole number of Python or NumPy that is no bool; what callers pass, where a file has `is_whole`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def whole(least: int, most: int) -> Field:

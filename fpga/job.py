@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import ACCUMULATOR_BITS, GemmConfig
-from .operand import Operand
+from .fields import is_integer, shown
+from .operand import MAX_ELEMENTS, Operand
 from .registers import AXES, FLAG_RAW, FLAG_ROW_EXPONENTS, GEMMS, JOB_WORDS, LAYOUT_VERSION
 
 Array = npt.NDArray[Any]
@@ -22,7 +23,6 @@ SUM_BITS: Final = ACCUMULATOR_BITS - 1
 """Every sum of one part stays below 2**47 in magnitude."""
 WHOLE_SUM_BITS: Final = 62
 MAX_EXTENT: Final = 1 << 24
-MAX_ELEMENTS: Final = 1 << 31
 
 
 class JobError(ValueError):
@@ -46,8 +46,11 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            values = tuple(int(v) for v in getattr(self, field.name))
+            values = getattr(self, field.name)
             neutral, least = (0, 0) if field.name == "padding" else (1, 1)
+            if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(is_integer, values)):
+                raise JobError(f"{field.name} must be a sequence of whole numbers, one for each axis, not {shown(values)}")
+            values = tuple(map(int, values))
             if len(values) > AXES:
                 raise JobError(f"{field.name} has {len(values)} axes; the core takes up to {AXES}")
             if any(not least <= v < MAX_EXTENT for v in values):
@@ -122,6 +125,11 @@ class GemmJob:
             raise JobError(f"gemm must be one of {', '.join(GEMMS)}, not {self.gemm!r}")
         if self.output not in ("float32", "int64"):
             raise JobError(f"output must be 'float32' or 'int64', not {self.output!r}")
+        for name, operand in (("a", self.a), ("b", self.b)):
+            if not isinstance(operand, Operand):
+                raise JobError(f"{name} must be an Operand, not a {type(operand).__name__}")
+        if not isinstance(self.geometry, Geometry):
+            raise JobError(f"geometry must be a Geometry, not a {type(self.geometry).__name__}")
         if self.a.block_edge != self.b.block_edge:
             raise JobError(f"A has blocks of edge {self.a.block_edge}, B of {self.b.block_edge}")
         if self.b.row_exponents or (self.a.row_exponents and self.gemm != "forward"):
@@ -260,10 +268,15 @@ class Walk:
 
 
 def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count: int, words_a: int, words_b: int, words_c: int) -> Array:
-    """A launch's words in memory, uint32; row results' exponents follow where A has row exponents."""
+    """A launch's words in memory, uint32; row results' exponents follow where A has row exponents.
+
+    Raises:
+        JobError: a count that no word of 32 bits holds.
+    """
     job, g = walk.job, walk.job.geometry
     values: dict[str, int] = {
         "layout_version": LAYOUT_VERSION,
+        "words_job": len(JOB_WORDS) + (_table_rows(walk) if job.a.row_exponents else 0),
         "gemm": GEMMS.index(job.gemm),
         "flags": raw * FLAG_RAW | job.a.row_exponents * FLAG_ROW_EXPONENTS,
         "rows": job.rows,
@@ -280,12 +293,31 @@ def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count:
     }
     for field in fields(g):
         values |= {f"{field.name}_{axis}": v for axis, v in zip("zyx", getattr(g, field.name), strict=True)}
+    signed = {"exponent"}
+    if wide := [name for name, value in values.items() if name not in signed and not 0 <= value < 1 << 32]:
+        raise JobError(f"{wide[0]} = {values[wide[0]]} is no word of 32 bits: split the batch")
     words = np.array([values[name] & 0xFFFFFFFF for name, _ in JOB_WORDS], np.uint32)
     if not job.a.row_exponents:
         return words
-    table = np.zeros(-(-job.rows // walk.config.block_edge) * walk.config.block_edge, np.int32)
+    table = np.zeros(_table_rows(walk), np.int32)
     table[: job.rows] = job.exponents
     return np.concatenate([words, table.view(np.uint32)])
+
+
+def beyond_memory(job: Array, a: Array, b: Array, c: Array) -> str | None:
+    """What a job's words say of its memories that is not so, None if all that they announce is there; words as they lie in memory."""
+    if job.size < len(JOB_WORDS):
+        return f"a job has {len(JOB_WORDS)} words, not {job.size}"
+    said = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
+    for name, memory in (("job", job), ("a", a), ("b", b), ("c", c)):
+        if said[f"words_{name}"] > memory.size:
+            return f"words_{name} is {said[f'words_{name}']}, but there are {memory.size}"
+    return None
+
+
+def _table_rows(walk: Walk) -> int:
+    """Rows whose exponents follow a job's words: those of whole blocks."""
+    return -(-walk.job.rows // walk.config.block_edge) * walk.config.block_edge
 
 
 def round_once(sums: Array, exponents: Array) -> Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands: integer arrays, checked; packed to and from the core's memory words (docs/core.md, "Packed form")."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -8,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import EDGES, MAX_BITS, MIN_BITS, GemmConfig, edge_of_shape
-from .fields import is_whole, shown
+from .fields import is_integer, is_whole, shown
 
 Array = npt.NDArray[Any]
 
 HEADERS_PER_WORD: Final = 4
+MAX_ELEMENTS: Final = 1 << 31
+"""Operands and results have fewer."""
+MAX_EXPONENT: Final = 1 << 20
+"""Scale exponents lie within plus and minus this: far beyond float32, so that sums of them stay integers of 32 bits."""
 _SIGNED: Final = 1 << 4
 _SHIFT_AT: Final = 5
 _RESERVED: Final = 0xFFFF << 10 & 0xFFFF
@@ -33,7 +38,8 @@ class Operand:
         row_exponents: each row of a block has its own width, sign and exponent.
 
     Raises:
-        OperandError: shapes that do not fit, widths outside 0, 2..8, mantissas outside their width, the most negative code.
+        OperandError: shapes that do not fit, widths outside 0, 2..8, mantissas outside their width, the most negative code, scale
+            exponents beyond +-2**20.
         ValueError: a block shape that the core does not compute.
     """
 
@@ -61,10 +67,17 @@ class Operand:
             values = np.asarray(getattr(self, name))
             if values.shape != self.grid_shape:
                 raise OperandError(f"{name} must have the grid's shape {self.grid_shape}, not {values.shape}")
-            if dtype is not np.bool_ and values.dtype.kind not in "iu":
+            if name == "signed":
+                if values.dtype.kind not in "biu" or not np.isin(values, (0, 1)).all():
+                    raise OperandError(
+                        f"signed must be true or false for each block, not {values.dtype} from {values.min()} to {values.max()}"
+                    )
+            elif values.dtype.kind not in "iu":
                 raise OperandError(f"{name} must be integers, not {values.dtype}")
-            if name == "bits":
+            elif name == "bits":
                 self._check_widths(values)
+            elif values.min() < -MAX_EXPONENT or values.max() > MAX_EXPONENT:
+                raise OperandError(f"scale_exponents must lie in [-2**20, 2**20], not {values.min()} to {values.max()}")
             object.__setattr__(self, name, np.ascontiguousarray(values.astype(dtype)))
         self._check_mantissas()
 
@@ -248,10 +261,11 @@ def unpack(packed: PackedOperand, shape: tuple[int, int, int], config: GemmConfi
         OperandError: corrupt words; the message names what and where.
     """
     edge, tile = config.block_edge, config.tile
+    _check_packed(packed, shape, row_exponents)
     rows, positions, channels = shape
     row_blocks, channel_blocks = -(-rows // edge), -(-channels // edge)
     segments, lines = -(-channel_blocks // tile), row_blocks * positions
-    words = np.ascontiguousarray(packed.words, np.uint64)
+    words = np.ascontiguousarray(packed.words)
     if words.size < lines * segments:
         raise OperandError(f"{words.size} words are too few for a directory of {lines * segments}")
     per_block = edge if row_exponents else 1
@@ -291,6 +305,23 @@ def unpack(packed: PackedOperand, shape: tuple[int, int, int], config: GemmConfi
     if end != words.size:
         raise OperandError(f"{words.size - end} words follow the last segment")
     return _assemble(header_grid, elements, packed.bases, shape, edge, row_exponents)
+
+
+def _check_packed(packed: PackedOperand, shape: tuple[int, int, int], row_exponents: bool) -> None:
+    """Raise OperandError for a shape that no operand has, and words or bases that are not of their types and shapes."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(is_integer(n) and n >= 1 for n in shape):
+        raise OperandError(f"an operand's shape is rows, positions, channels, each at least 1, not {shown(shape)}")
+    if (elements := math.prod(map(int, shape))) >= MAX_ELEMENTS:
+        raise OperandError(f"an operand of shape {tuple(shape)} has {elements} elements; the core addresses fewer than {MAX_ELEMENTS}")
+    words, bases = np.asarray(packed.words), np.asarray(packed.bases)
+    if words.ndim != 1 or words.dtype != np.uint64:
+        raise OperandError(f"words must be uint64 along one axis, not {words.dtype} {words.shape}")
+    expected = (shape[0],) if row_exponents else ()
+    if bases.shape != expected or bases.dtype.kind not in "iu":
+        raise OperandError(f"bases must be integers of shape {expected}, not {bases.dtype} {bases.shape}")
+    # With the shift of a header it must stay a scale exponent.
+    if bases.min() < -MAX_EXPONENT or bases.max() > MAX_EXPONENT - 31:
+        raise OperandError(f"bases must lie in [-2**20, 2**20 - 31], not {bases.min()} to {bases.max()}")
 
 
 def _assemble(headers: Array, elements: Array, bases: Array, shape: tuple[int, int, int], edge: int, row_exponents: bool) -> Operand:

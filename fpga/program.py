@@ -254,6 +254,13 @@ def _pool_shape(step: Step, x: Shape) -> Shape:
         # A window that begins in the padding behind is none.
         output.append(count - 1 if step.get("ceil") and (count - 1) * s >= n + p else count)
     _check_windows(step["taps"], output)
+    # What a runner pads x to: the windows' span, which dilation stretches however few taps there are.
+    spans = [
+        max(n + p, (o - 1) * s + d * (k - 1) + 1 - p) + p
+        for n, o, k, s, p, d in zip(spatial, output, step["taps"], step["stride"], step["padding"], pool_dilation(step), strict=True)
+    ]
+    if x[0] * math.prod(spans) > MAX_ELEMENTS:
+        raise ValueError(f"spans {spans} positions of {x[0]} channels with its padding, more than {MAX_ELEMENTS} elements")
     return (x[0], *output)
 
 

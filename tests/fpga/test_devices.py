@@ -337,7 +337,7 @@ def test_the_cost_of_a_part_adds_up(device: Device) -> None:
         assert costs[-1].time_cycles >= costs[-1].bytes_moved / 2
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e300, "5", True])
 def test_a_timeout_must_be_positive(device: Device, timeout: float) -> None:
     with pytest.raises(ValueError, match="timeout_s must be positive"):
         device.run(jobs_of(LAYERS["linear"], device.config, 0)["forward"], timeout_s=timeout)
@@ -378,6 +378,8 @@ def test_a_device_that_ran_out_of_time_works_after_reset(device: Device) -> None
         ({"gemm": "backward"}, "gemm must be one of forward, dgrad, wgrad"),
         ({"output": "float64"}, "output must be 'float32' or 'int64'"),
         ({"gemm": "dgrad"}, "B of this dgrad GEMM must be rows x positions x channels = 21 x 1 x any"),
+        ({"geometry": None}, "geometry must be a Geometry, not a NoneType"),
+        ({"a": np.ones((4, 1, 4))}, "a must be an Operand, not a ndarray"),
         ({"geometry": geometry((3,), 1)}, r"A of this forward GEMM must be .* = 13 x 3 x any, not \(13, 1, 21\)"),
     ],
 )
@@ -385,6 +387,30 @@ def test_operands_that_make_no_gemm_are_refused(changes: dict[str, Any], message
     job = jobs_of(LAYERS["linear"], GemmConfig(), 0)["forward"]
     with pytest.raises(JobError, match=message):
         replace(job, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("stride", (1.5,), r"stride must be a sequence of whole numbers, one for each axis, not \(1\.5,\)"),
+        ("stride", (2.0,), "stride must be a sequence of whole numbers"),
+        ("taps", (True,), "taps must be a sequence of whole numbers"),
+        ("taps", ("3",), "taps must be a sequence of whole numbers"),
+        ("taps", "3", "taps must be a sequence of whole numbers"),
+        ("input", 7, "input must be a sequence of whole numbers, one for each axis, not 7"),
+        ("padding", (-1,), r"padding must lie in \[0, 16777216\), not \(-1,\)"),
+        ("dilation", (0,), r"dilation must lie in \[1, 16777216\)"),
+        ("output", (1 << 70,), "output must lie in"),
+        ("input", (1, 1, 1, 1), "input has 4 axes; the core takes up to 3"),
+    ],
+)
+def test_a_geometry_of_other_things_than_whole_numbers_is_refused(name: str, values: Any, message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        Geometry(**{name: values})
+
+
+def test_a_geometry_takes_numpys_integers() -> None:
+    assert Geometry(input=(np.int64(5),), output=(np.uint8(5),)) == Geometry(input=(5,), output=(5,))
 
 
 def test_row_exponents_belong_to_forward_and_edges_must_agree() -> None:

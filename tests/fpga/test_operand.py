@@ -73,6 +73,10 @@ def test_memory_follows_the_widths() -> None:
         ({"bits": np.zeros((1, 1, 2), int)}, "does not fit 0"),
         ({"bits": np.full((1, 1, 3), 4)}, r"grid's shape \(1, 1, 2\), not \(1, 1, 3\)"),
         ({"scale_exponents": np.zeros((1, 1, 2))}, "scale_exponents must be integers"),
+        ({"scale_exponents": np.full((1, 1, 2), 1 << 32)}, r"scale_exponents must lie in \[-2\*\*20, 2\*\*20\], not 4294967296 to"),
+        ({"scale_exponents": np.full((1, 1, 2), -(1 << 20) - 1)}, "not -1048577 to -1048577"),
+        ({"signed": np.full((1, 1, 2), 0.5)}, "signed must be true or false for each block, not float64"),
+        ({"signed": np.full((1, 1, 2), 2)}, "from 2 to 2"),
     ],
 )
 def test_illegal_arrays_are_refused(changes: dict[str, object], message: str) -> None:
@@ -133,6 +137,27 @@ def test_truncated_and_overlong_memory_is_refused() -> None:
     ):
         with pytest.raises(OperandError, match=message):
             unpack(replace(packed, words=words), operand.shape, config)
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 33, -1), (0, 1, 8), (4, 1), (4.0, 1, 8), (True, 1, 8), (1 << 20, 1 << 10, 2), "418"])
+def test_a_shape_that_no_operand_has_is_refused_before_it_is_believed(shape: object) -> None:
+    with pytest.raises(OperandError, match=r"an operand's shape is rows, positions, channels|an operand of shape .* has"):
+        unpack(PackedOperand(words=np.zeros(0, np.uint64), bases=np.int32(0)), shape, GemmConfig())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "bases", "message"),
+    [
+        (np.zeros(2, np.float64), np.int32(0), "words must be uint64"),
+        (np.zeros((2, 1), np.uint64), np.int32(0), "words must be uint64"),
+        (np.zeros(1, np.uint64), np.zeros(4, np.int32), r"bases must be integers of shape \(\)"),
+        (np.zeros(1, np.uint64), np.float32(0.5), "bases must be integers"),
+        (np.zeros(1, np.uint64), np.int64(1 << 33), "bases must lie in"),
+    ],
+)
+def test_words_and_bases_are_what_pack_gives(words: np.ndarray, bases: np.ndarray, message: str) -> None:
+    with pytest.raises(OperandError, match=message):
+        unpack(PackedOperand(words=words, bases=bases), (4, 1, 8), GemmConfig())
 
 
 def test_the_most_negative_code_is_refused_on_load() -> None:

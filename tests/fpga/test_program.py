@@ -150,6 +150,10 @@ WRONG: dict[str, tuple[Callable[[Graph, dict[str, Any]], Any], str]] = {
     "taps beyond the input": (changes("m", taps=[9, 9]), "makes no position"),
     "too few axes": (changes("m", taps=[2]), "taps must have 2 numbers"),
     "other positions": (changes("c", output=[8, 7]), r"makes positions \[8, 7\], but its taps.*make \[8, 8\]"),
+    "a padding of 1e5 under a dilation as large": (
+        changes("m", padding=[50000, 50000], dilation=[100000, 100000]),
+        r"spans \[100008, 100008\] positions of 6 channels with its padding, more than 16777216 elements",
+    ),
     "huge padding of a convolution": (changes("c", padding=[1 << 22, 1], output=[8388614, 8]), "more than 16777216"),
     "other channels": (changes("c", weight_shape=[6, 9, 3]), "weights for 3 channels and 9 taps, but reads 2 channels"),
     "weights beyond all memory": (changes("c", weight_shape=[1 << 20, 9, 1 << 20]), "at most 134217728 weights"),
