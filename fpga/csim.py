@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .config import GemmConfig
 from .device import CoreDevice, CoreStatus
 from .errors import DeviceError, DeviceTimeout, ToolMissing
+from .job import beyond_memory
 from .libraries import COMPILE_SECONDS, cached_library, find_compiler, library_folder, load_cached, run, version_of
 from .registers import registers_header
 
@@ -68,6 +69,8 @@ class CSimDevice(CoreDevice):
             ) from error
 
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
+        if problem := beyond_memory(words, a, b, c):
+            raise DeviceError(f"csim: the job is not started: {problem}")
         status = _Status()
         text = ctypes.create_string_buffer(_TEXT_BYTES)
         # The thread keeps what the call writes to, should it be abandoned.

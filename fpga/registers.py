@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from string import Template
 from typing import Final, Literal
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 """Changes with every change of the packed form, of the job's words or of the registers."""
 
 AP_START: Final = 1 << 0
@@ -65,6 +65,7 @@ FLAG_ROW_EXPONENTS: Final = 1 << 1
 
 JOB_WORDS: Final = (
     ("layout_version", "LAYOUT_VERSION"),
+    ("words_job", "32-bit words of the job in memory, row exponents included: checked before the rest is read, and nothing behind them is"),
     ("gemm", "0 forward, 1 dgrad, 2 wgrad"),
     ("flags", "bit 0: raw int64 output; bit 1: A has row exponents"),
     ("rows", "N, rows of X and E"),
@@ -88,12 +89,13 @@ ERRORS: Final = (
     (0, "none", "no error"),
     (1, "layout_version", "the job was written for another layout version than the core's"),
     (2, "gemm", "the job names no GEMM, or an unknown flag"),
-    (3, "extent", "an extent, stride or dilation of the job is zero or too large, or the result does not fit its memory"),
+    (3, "extent", "an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result does not fit its memory"),
     (4, "range", "the job's tiles or steps lie outside the GEMM"),
     (5, "header_a", "a block of A has an illegal header: operand memory is corrupt"),
     (6, "header_b", "a block of B has an illegal header: operand memory is corrupt"),
     (7, "segment_a", "a segment of A is not as long as its directory says: operand memory is corrupt"),
     (8, "segment_b", "a segment of B is not as long as its directory says: operand memory is corrupt"),
+    (9, "job_memory", "the job's memory, as it says itself, ends before its words or the row exponents that it announces"),
 )
 
 _HEADER: Final = Template(

@@ -21,8 +21,9 @@ from pynqmetadata.frontends import Metadata
 from .board_files import Board
 from .config import GemmConfig
 from .csim import CSimDevice
+from .job import beyond_memory
 from .overlay_files import CORE_ADDRESS, CORE_RANGE, bit_part
-from .registers import AP_DONE, AP_IDLE, AP_START, JOB_WORDS, LAYOUT_VERSION, REGISTERS
+from .registers import AP_DONE, AP_IDLE, AP_START, LAYOUT_VERSION, REGISTERS
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +36,6 @@ _FPGA0_CLK_CTRL: Final = 0x170
 _PLL_MULTIPLIER: Final = 20  # of 50 MHz
 _OFFSETS: Final = {r.name: r.offset for r in REGISTERS}
 _CTRL: Final = _OFFSETS["CTRL"]
-_JOB_HEADER_BYTES: Final = 4 * len(JOB_WORDS)
 
 
 @dataclass
@@ -209,7 +209,8 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
                 if dram is None or dram.ctypes.data % np.dtype(dtype).itemsize:
                     return  # the bus answers with an error, and the core waits for ever
                 memories.append(dram[: dram.size // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(dtype))
-        if self.faults.hang or not self._is_job_in_bounds(memories):
+        # Beyond its buffers a real core would read and write other people's memory.
+        if self.faults.hang or beyond_memory(*memories):
             return
         begin = time.monotonic()
         status = self.core._launch(memories[0], memories[1], memories[2], memories[3], 3600.0)
@@ -225,12 +226,3 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
                 self._registers[_OFFSETS[name] // 4] = value
             self._registers[_OFFSETS["cycles"] // 4 : _OFFSETS["cycles"] // 4 + 2] = [status.cycles & 0xFFFFFFFF, status.cycles >> 32]
             self._registers[_CTRL // 4] = AP_IDLE | AP_DONE
-
-    @staticmethod
-    def _is_job_in_bounds(memories: list[Array]) -> bool:
-        """Whether the job keeps to the buffers: beyond them a real core would read and write other people's memory."""
-        job, a, b, c = memories
-        if job.size < len(JOB_WORDS):
-            return False
-        words = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
-        return bool(words["words_a"] <= a.size and words["words_b"] <= b.size and words["words_c"] <= c.size)

@@ -8,18 +8,20 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fpga.csim as csim
+import fpga.device
 from fpga import CompileError, DeviceError, DeviceTimeout, GemmConfig, GemmJob, ToolMissing, open_device
 from fpga.csim import build_library, sources
 from fpga.device import CoreStatus
 from fpga.job import Walk, job_words
 from fpga.libraries import find_compiler
 from fpga.operand import pack
-from fpga.registers import JOB_WORDS, error_text
+from fpga.registers import FLAG_ROW_EXPONENTS, JOB_WORDS, LAYOUT_VERSION, error_text
 from fpga.vectors import random_jobs, random_operand
 from tests.waiting import HANG_S, wait_until
 
@@ -216,7 +218,11 @@ def launch(job: GemmJob, device: csim.CSimDevice, *, a: np.ndarray | None = None
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        ({"layout_version": 2}, "layout_version"),
+        ({"layout_version": LAYOUT_VERSION - 1}, "layout_version"),
+        ({"layout_version": LAYOUT_VERSION + 1}, "layout_version"),
+        ({"words_job": 0}, "job_memory"),
+        ({"words_job": len(JOB_WORDS) - 1}, "job_memory"),
+        ({"flags": 2}, "job_memory"),  # row exponents, and none follow
         ({"gemm": 3}, "gemm"),
         ({"flags": 4}, "gemm"),
         ({"gemm": 1, "flags": 2}, "gemm"),
@@ -228,6 +234,7 @@ def launch(job: GemmJob, device: csim.CSimDevice, *, a: np.ndarray | None = None
         ({"stride_y": 0}, "extent"),
         ({"taps_x": 1 << 31}, "extent"),
         ({"padding_z": 1 << 30}, "extent"),
+        ({"dilation_x": 1 << 23, "taps_x": 1 << 9}, "extent"),  # products that wrap in 32 bits
         ({"tile_begin": 1}, "range"),
         ({"tile_count": 0}, "range"),
         ({"tile_count": 1 << 31}, "range"),
@@ -241,6 +248,25 @@ def test_the_core_refuses_a_job_that_makes_no_sense(words: dict[str, int], error
         assert launch(product(), device).error == 0
         status = launch(product(), device, **words)
         assert error_text(status.error).startswith(error + ":")
+
+
+@pytest.mark.parametrize("name", ["words_job", "words_a", "words_b", "words_c"])
+def test_a_job_that_claims_more_memory_than_there_is_is_not_started(name: str) -> None:
+    with open_device("csim") as device, pytest.raises(DeviceError, match=f"not started: {name} is 1048576, but there are"):
+        launch(product(), device, **{name: 1 << 20})
+
+
+def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core would read what lies behind the job."""
+
+    def hostile(*arguments: Any, **options: Any) -> np.ndarray:
+        words = job_words(*arguments, **options)
+        words[[name for name, _ in JOB_WORDS].index("flags")] |= FLAG_ROW_EXPONENTS
+        return words
+
+    monkeypatch.setattr(fpga.device, "job_words", hostile)
+    with open_device("csim") as device, pytest.raises(DeviceError, match="csim: the core reports error 9, job_memory: the job's memory"):
+        device.run(product())
 
 
 def test_corrupt_operand_memory_never_goes_unseen_where_it_could_do_harm() -> None:

@@ -65,7 +65,11 @@ void dynamic_gemm_row_of(const int32_t *x, res_T *res, const words_T *job, const
     int32_t base = 0;
     const uint32_t words_a = Quantizer::pack(x, request, a, base);
     JobWords: for (int w = 0; w < dp::kJobWords; ++w) words[w] = uint32_t(job[w].to_uint());
+    // What there is, whatever the job's file says.
+    words[dp::kJobWordsJob] = dp::kJobWords + dp::kEdge;
     words[dp::kJobWordsA] = words_a;
+    words[dp::kJobWordsB] = CONFIG_T::weight_words;
+    words[dp::kJobWordsC] = CONFIG_T::out_positions * CONFIG_T::out_channels;
     RowExponents: for (int row = 0; row < dp::kEdge; ++row) words[dp::kJobWords + row] = row ? 0 : uint32_t(base + CONFIG_T::weight_exponent);
     Weights: for (int w = 0; w < CONFIG_T::weight_words; ++w) {
         b[w] = dp::Word_t(weights[2 * w].to_uint()) | dp::Word_t(weights[2 * w + 1].to_uint()) << 32;

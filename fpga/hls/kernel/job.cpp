@@ -44,15 +44,33 @@ bool is_small(const Extent& extent) {
   return result;
 }
 
+// Whether no tap of any output position lies beyond the padding: then positions in 32 bits do not wrap into the operand.
+bool keeps_inside(const Job& job) {
+#pragma HLS INLINE
+  bool result = true;
+  AXES: for (int axis = 0; axis < kAxes; ++axis) {
+    const uint64_t last_place = uint64_t(job.output.size[axis] - 1) * job.stride.size[axis];
+    const uint64_t last = last_place + uint64_t(job.taps.size[axis] - 1) * job.dilation.size[axis];
+    result &= last < uint64_t(job.input.size[axis]) + 2 * uint64_t(job.padding.size[axis]);
+  }
+  return result;
+}
+
 }  // namespace
 
 Error decode_job(const uint32_t* memory, Job& job) {
   uint32_t words[kJobWords];
-  READ: for (int i = 0; i < kJobWords; ++i) {
+  // The first words say how many there are.
+  HEAD: for (int i = 0; i <= kJobWordsJob; ++i) {
 #pragma HLS PIPELINE II=1
     words[i] = memory[i];
   }
   if (words[kJobLayoutVersion] != kLayoutVersion) return Error::kLayoutVersion;
+  if (words[kJobWordsJob] < uint32_t(kJobWords)) return Error::kJobMemory;
+  REST: for (int i = kJobWordsJob + 1; i < kJobWords; ++i) {
+#pragma HLS PIPELINE II=1
+    words[i] = memory[i];
+  }
   if (words[kJobGemm] > uint32_t(Gemm::kWgrad) || (words[kJobFlags] & ~(kFlagRaw | kFlagRowExponents))) return Error::kGemm;
   job.gemm = Gemm(words[kJobGemm]);
   job.is_raw = (words[kJobFlags] & kFlagRaw) != 0;
@@ -76,6 +94,7 @@ Error decode_job(const uint32_t* memory, Job& job) {
   job.words_a = words[kJobWordsA];
   job.words_b = words[kJobWordsB];
   job.words_c = words[kJobWordsC];
+  job.words_job = words[kJobWordsJob];
 
   const uint64_t input_size = volume(job.input);
   const uint64_t output_size = volume(job.output);
@@ -84,7 +103,7 @@ Error decode_job(const uint32_t* memory, Job& job) {
                            volume(job.stride) < kMaxProduct && volume(job.dilation) < kMaxProduct && is_small(job.padding) &&
                            job.rows > 0 && job.rows < kMaxExtent && job.in_channels > 0 && job.in_channels < kMaxExtent &&
                            job.out_channels > 0 && job.out_channels < kMaxExtent;
-  if (!has_extents) return Error::kExtent;
+  if (!has_extents || !keeps_inside(job)) return Error::kExtent;
   // No result and no operand has 2**31 elements or more.
   const uint64_t rows = job.rows;
   if (rows * input_size >= kMaxProduct || rows * output_size >= kMaxProduct || job.out_channels * tap_count >= kMaxProduct ||
@@ -102,6 +121,8 @@ Error decode_job(const uint32_t* memory, Job& job) {
   job.row_blocks = blocks_of(job.rows, kEdge);
   job.in_blocks = blocks_of(job.in_channels, kEdge);
   job.out_blocks = blocks_of(job.out_channels, kEdge);
+  const uint64_t table = job.has_row_exponents ? uint64_t(job.row_blocks) * kEdge : 0;
+  if (kJobWords + table > job.words_job) return Error::kJobMemory;
 
   if (job.gemm == Gemm::kForward) {
     job.m_blocks = job.row_blocks * job.output_size;

@@ -130,6 +130,13 @@ struct SegmentErrors {
   Error length;
 };
 
+// An exponent within what float32 can tell apart, of any sum: beyond, all results are zero or infinite, and adding to it could overflow.
+int32_t clamped(int32_t exponent) {
+#pragma HLS INLINE
+  constexpr int32_t kMostExponent = 1024;
+  return exponent > kMostExponent ? kMostExponent : exponent < -kMostExponent ? -kMostExponent : exponent;
+}
+
 // Turns a segment's words into blocks. If anything in it is illegal, all of its blocks are zero and `error` says why.
 void decode_segment(const Word_t* segment, uint32_t length, uint32_t blocks, bool has_row_exponents, bool contracts_rows,
                     const SegmentErrors& errors, hls::stream<Block>& stream, Error& error) {
@@ -264,7 +271,8 @@ void write_result(const Job& job, const uint32_t* job_words, hls::stream<SumRow>
       const uint32_t position = is_wgrad ? tile.tap : flat(place.position, extent);
       advance(place, extent);
       ROWS: for (int row = 0; row < kEdge; ++row) {
-        const int32_t exponent = job.has_row_exponents ? int32_t(job_words[kJobWords + first_row + row]) : job.exponent;
+        const int32_t exponent =
+            clamped(job.has_row_exponents ? int32_t(job_words[kJobWords + first_row + row]) : job.exponent);
         BLOCK_COLUMNS: for (uint32_t j = 0; j < tile.n_count; ++j) {
 #pragma HLS LOOP_TRIPCOUNT min=1 max=kTile
           const SumRow sum_row = sums.read();

@@ -32,6 +32,7 @@ struct Job {
   uint32_t words_a;
   uint32_t words_b;
   uint32_t words_c;
+  uint32_t words_job;
 
   // Derived.
   uint32_t row_blocks;
