@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 sys.path.insert(0, str(HERE))
 
-from fpga import open_device
+try:
+    from fpga import open_device
+except ImportError as error:  # an older Python, or no NumPy
+    sys.exit(str(error))
+
+import numpy as np
 from fpga.images import load_images
 from fpga.runtime import Program, Runner
 

@@ -1,6 +1,7 @@
 """fpga runs on a board: NumPy and the standard library, Python 3.10."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,22 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
         allowed |= {"matplotlib"} if path.parent.name == "templates" else set()  # pictures in the notebook made of it
         for name in names:
             assert name.partition(".")[0] in allowed, f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", ["__init__.py", "requires.py", "templates/classify.py"])
+def test_what_an_old_python_reads_first_is_written_for_it(path: str) -> None:
+    ast.parse((ROOT / path).read_text(), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 8, 18), (3, 9, 18)])
+def test_an_old_python_is_told_which_one_it_takes(version: tuple[int, ...], tmp_path: Path) -> None:
+    """In one sentence, before anything that it cannot read."""
+    shutil.copytree(ROOT, tmp_path / "fpga", ignore=shutil.ignore_patterns("__pycache__", "hls"))
+    shutil.copy(ROOT / "templates/classify.py", tmp_path)
+    for name in ("config.py", "device.py", "runtime.py"):
+        (tmp_path / "fpga" / name).write_text("raise SyntaxError('an old Python')")
+    code = f"import sys, runpy; sys.version_info = {version}; runpy.run_path('classify.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = f"{version[0]}.{version[1]}"
+    assert done.stderr == f"fpga needs Python 3.10 or later, and this is {found}: on a board, take PYNQ's image 3.0 or later\n"
