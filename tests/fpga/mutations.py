@@ -25,6 +25,9 @@ DEVICE_TESTS = (
     "tests/fpga/test_devices.py",
     "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or smallest_subnormal or beyond_31 or block_diagonal or (every_configuration and 8))",
 )
+LOCK_TESTS = ("tests/fpga/test_board_lock.py", "")
+JOB_TESTS = ("tests/fpga/test_csim.py", "makes_no_sense")
+FUZZ_TESTS = ("tests/fpga/test_core_fuzz.py", "")
 
 
 class Mutation(NamedTuple):
@@ -39,7 +42,11 @@ class Mutation(NamedTuple):
     def tests(self) -> tuple[str, str]:
         """File and selection of the tests that must see it."""
         if self.file.endswith(".py"):
-            return DRIVER_TESTS
+            return LOCK_TESTS if self.name.startswith("lock: ") else DRIVER_TESTS
+        if self.name.startswith("refusal: "):
+            return FUZZ_TESTS
+        if self.name.startswith("job: "):
+            return JOB_TESTS
         return LAYER_TESTS if self.file.startswith("hls4ml/") else DEVICE_TESTS
 
     @property
@@ -90,6 +97,14 @@ MUTATIONS = (
     Mutation("high half of raw sums lost", "kernel/memory.cpp", "uint32_t(raw >> 32)", "uint32_t(raw >> 63)"),
     Mutation("last partial tile dropped", "kernel/job.cpp", "tile.n_count = job.n_blocks - tile.n_begin < kTile ? job.n_blocks - tile.n_begin : kTile;", "tile.n_count = kTile;"),
     Mutation("steps of one tap only", "kernel/job.cpp", "job.gemm == Gemm::kWgrad ? tile.tap : index / job.k_steps", "tile.tap"),
+    Mutation("refusal: job's words not counted", "kernel/job.cpp", "if (words[kJobWordsJob] < uint32_t(kJobWords))", "if (false)"),
+    Mutation("refusal: row exponents without their table", "kernel/job.cpp", "kJobWords + table > job.words_job", "kJobWords + 0 * table > job.words_job"),
+    Mutation("job: taps beyond the padding", "kernel/job.cpp", "!has_extents || !keeps_inside(job)", "!has_extents || (false && !keeps_inside(job))"),
+    Mutation("refusal: raw results counted as words", "kernel/job.cpp", "result * (job.is_raw ? 2 : 1) > job.words_c", "result > job.words_c"),
+    Mutation("refusal: directory one word too long", "kernel/memory.cpp", "if (index < memory_words)", "if (index <= memory_words)"),
+    Mutation("refusal: segment's end wraps", "kernel/memory.cpp", "uint64_t(offset) + length > memory_words", "offset + length > memory_words"),
+    Mutation("refusal: segments of any length", "kernel/memory.cpp", "length > uint32_t(kMaxSegmentWords) || ", ""),
+    Mutation("refusal: exponents as they are", "kernel/memory.cpp", "kMostExponent = 1024", "kMostExponent = 0x7fffffff"),
     Mutation("layer: halves rounded up", "hls4ml/quantize.h", "(rest == half && (kept & 1))", "rest == half"),
     Mutation("layer: window one binade wider", "hls4ml/quantize.h", "ceiling - (kWindow + 7) + sign", "ceiling - (kWindow + 8) + sign"),
     Mutation("layer: sign takes no bit", "hls4ml/quantize.h", "int(group.width) - sign;", "int(group.width);"),
@@ -114,6 +129,16 @@ MUTATIONS = (
     Mutation("driver: clock not read back", "board.py", 'if abs(read - self.clock_mhz) > _CLOCK_TOLERANCE * self.clock_mhz:', 'if False:'),
     Mutation("driver: started again after an interrupt", "board.py", '        if self._busy:', '        if False:'),
     Mutation("driver: no lock between processes", "board.py", 'fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'pass'),
+    Mutation("lock: links followed", "board.py", 'os.O_RDONLY | os.O_NOFOLLOW |', 'os.O_RDONLY |'),
+    Mutation("lock: opened to write", "board.py", 'safe = os.O_RDONLY |', 'safe = os.O_RDWR |'),
+    Mutation("lock: mode left to the umask", "board.py", 'os.fchmod(handle, 0o644)', 'pass'),
+    Mutation("lock: any kind of file", "board.py", 'not stat.S_ISREG(found.st_mode) or found.st_nlink != 1', 'found.st_nlink != 1 and False'),
+    Mutation("lock: another name of a file", "board.py", ' or found.st_nlink != 1', ''),
+    Mutation("lock: errors as the system words them", "board.py", 'except OSError as error:\n        raise DeviceError(f"the lock', 'except ZeroDivisionError as error:\n        raise DeviceError(f"the lock'),
+    Mutation("lock: any name", "board.py", 'if not _LOCK_NAME.fullmatch(name):', 'if False:'),
+    Mutation("lock: folder's owner not looked at", "board.py", ' or found.st_uid != os.geteuid()', ''),
+    Mutation("lock: folder's mode not looked at", "board.py", ' or found.st_mode & 0o022', ''),
+    Mutation("lock: folder may be a link", "board.py", 'found = folder.lstat()', 'found = folder.stat()'),
     Mutation("driver: all ones taken for an answer", "board.py", 'if control == _ALL_ONES:', 'if False:'),
     Mutation("driver: layout version not checked", "device.py", 'if status.version != LAYOUT_VERSION:', 'if False:'),
     Mutation("driver: error register not looked at", "device.py", '        if status.error:', '        if False:'),

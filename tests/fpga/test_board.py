@@ -19,7 +19,7 @@ from fpga.board import PynqDevice, SimulatedPynqDevice
 from fpga.board_files import load_board
 from fpga.overlay_files import CORE_ADDRESS, bit_bytes, bit_part, hwh_text, write_overlay
 from fpga.reference import ReferenceDevice
-from fpga.registers import AP_START, REGISTERS
+from fpga.registers import AP_START, LAYOUT_VERSION, REGISTERS
 from fpga.simboard import PAGE, SimulatedBoard
 from fpga.vectors import random_operand
 from tests.waiting import HANG_S, Clock
@@ -168,9 +168,9 @@ def test_names_that_a_vendor_tool_changes_are_found(overlay: Path) -> None:
 def test_a_core_of_another_layout_version_is_refused(overlay: Path) -> None:
     board = SimulatedBoard(load_board("pynq-z2"), GemmConfig())
     board.faults.version = 77
-    with pytest.raises(DeviceError, match="the core has layout version 77, this package 1: emit and build it anew"):
+    with pytest.raises(DeviceError, match=f"the core has layout version 77, this package {LAYOUT_VERSION}: emit and build it anew"):
         open_board(overlay, board)
-    board.faults.version = 1
+    board.faults.version = LAYOUT_VERSION
     with open_board(overlay, board) as opened:
         works(opened)
 

@@ -67,6 +67,7 @@ void mutate_job(std::vector<uint32_t>& words) {
   // Flags are hit as often as all else together: most of what they ask for is memory.
   if (below(4) == 0) words[dp::kJobFlags] ^= 1u << below(3);
   if (below(8) == 0) words[dp::kJobGemm] = below(4);
+  if (below(8) == 0) words[dp::kJobExponent] = odd_number();
   for (uint32_t n = below(4); n > 0; --n) {
     uint32_t& word = words[below(words.size())];
     switch (below(4)) {
