@@ -3,23 +3,26 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .config import EDGES, GemmConfig
 from .deploy import add_deploy_arguments, run_deploy
 from .devices import DEVICES, open_device
 from .emit import add_emit_arguments, run_emit
 from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
+from .fields import read_object, shown
+from .libraries import CacheError, run
 from .registers import REGISTERS
 from .selftest import report, run_cases, write_junit
 from .vectors import SEED, write_vectors
 from .vendor import add_build_arguments, run_build
+
+BENCH_SECONDS: Final = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return int(options.run(options))
-    except (CompileError, DeviceError, DeviceTimeout, ToolMissing) as error:
+    except (CacheError, CompileError, DeviceError, DeviceTimeout, ToolMissing) as error:
         print(f"dynasty-fpga: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
@@ -92,13 +95,10 @@ def config_from(options: argparse.Namespace) -> GemmConfig:
     """The configuration that the options ask for. Raises ValueError."""
     values = {}
     if options.config:
-        try:
-            values = json.loads(options.config.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{options.config} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{options.config} must hold a JSON object, not a {type(values).__name__}")
+        values = read_object(options.config)
         values = values.get("config", values)
+        if not isinstance(values, dict):
+            raise ValueError(f"{options.config}: config must be an object, not {shown(values)}")
     for name, value in (
         ("block_edge", options.edge),
         ("lanes", options.lanes),
@@ -157,7 +157,11 @@ def _compare(options: argparse.Namespace, config: GemmConfig, arguments: dict[st
 
 
 def run_bench(config: GemmConfig) -> int:
-    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would; its exit status."""
+    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would; 0 if it has nothing to say.
+
+    Raises:
+        CompileError: vectors differ, or it did not end; with what it printed.
+    """
     from .csim import FLAGS, HLS, KERNEL_SOURCES, compile_cpp, sources
 
     bench = "test/test_dpgemm.cpp"
@@ -168,12 +172,10 @@ def run_bench(config: GemmConfig) -> int:
             (folder / name).write_bytes(content)
         write_vectors(config, folder / "vectors")
         compile_cpp(folder, [*KERNEL_SOURCES, bench], Path("test_dpgemm"), list(FLAGS))
-        done = subprocess.run(
-            [str(folder / "test_dpgemm"), "vectors"], cwd=folder, capture_output=True, text=True, timeout=600, check=False
-        )
-    complaints = "WARNING" in done.stdout
-    print(done.stdout if done.returncode or complaints else "vendor's bench: " + done.stdout.splitlines()[-1])
-    return done.returncode or int(complaints)
+        printed = run([str(folder / "test_dpgemm"), "vectors"], folder=folder, seconds=BENCH_SECONDS)
+    complaints = "WARNING" in printed
+    print(printed if complaints else "vendor's bench: " + printed.splitlines()[-1])
+    return int(complaints)
 
 
 def _run_registers(_: argparse.Namespace) -> int:

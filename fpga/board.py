@@ -285,10 +285,14 @@ class SimulatedPynqDevice(PynqDevice):
         if load_board(board).processor != "processing_system7":
             raise ValueError(f"boards with a Zynq-7000 can be simulated (pynq-z1, pynq-z2), {board} has another processing system")
         self._folder = tempfile.TemporaryDirectory(prefix="dpgemm-overlay-")
-        self.simulated = SimulatedBoard(load_board(board), config, **options)
-        overlay = write_overlay(Path(self._folder.name), load_board(board), clock_mhz=clock_mhz)
         self._has_own_lock = lock is None
-        super().__init__(config, overlay=overlay, board=board, clock_mhz=clock_mhz, pynq_device=self.simulated, lock=lock)
+        try:
+            self.simulated = SimulatedBoard(load_board(board), config, **options)
+            overlay = write_overlay(Path(self._folder.name), load_board(board), clock_mhz=clock_mhz)
+            super().__init__(config, overlay=overlay, board=board, clock_mhz=clock_mhz, pynq_device=self.simulated, lock=lock)
+        except BaseException:
+            self._folder.cleanup()
+            raise
 
     def _lock_folder(self) -> Path:
         # Nobody else can want this board: its lock goes with it.

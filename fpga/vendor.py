@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from .board_files import load_board
+from .device import MAX_TIMEOUT_S
 from .emit import check_folder
 from .errors import CompileError, DeviceTimeout, ToolMissing
 from .fields import read_xml, shown
 from .files import write_whole
+from .libraries import run
 
 _COUNT: Final = re.compile(r"[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
@@ -37,9 +39,9 @@ _TOOLS: Final = {
     "vivado_hls": ("-f",),
 }
 _DEFAULT_TIMEOUT_S: Final = 4 * 3600.0
-_MAX_TIMEOUT_S: Final = 1e6
 _MAX_DEPTH: Final = 50  # of loops in loops
 _KILL_SECONDS: Final = 30.0
+_VERSION_SECONDS: Final = 120.0
 _TAIL_BYTES: Final = 64 << 10
 
 
@@ -82,10 +84,10 @@ def find_tool() -> Tool | None:
 
 def _version(path: str) -> str:
     try:
-        done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=120, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    found = re.search(r"v?(\d{4}\.\d(?:\.\d)?)", done.stdout + done.stderr)
+        text = run([path, "-version"], seconds=_VERSION_SECONDS)
+    except CompileError as error:
+        text = error.output
+    found = re.search(r"v?(\d{4}\.\d(?:\.\d)?)", text)
     return found[1] if found else "unknown"
 
 
@@ -108,8 +110,8 @@ def build(
     unknown = [s for s in steps if s not in STEPS]
     if unknown or not steps:
         raise ValueError(f"steps are {', '.join(STEPS)}, not {unknown[0] if unknown else 'none'}")
-    if not 0 < timeout_s <= _MAX_TIMEOUT_S:
-        raise ValueError(f"the timeout must be in (0, {_MAX_TIMEOUT_S:g}] seconds, not {timeout_s}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(f"the timeout must be in (0, {MAX_TIMEOUT_S:g}] seconds, not {timeout_s}")
     folder = Path(folder)
     check_folder(folder)
     tool = find_tool()
@@ -134,7 +136,10 @@ def _run(command: list[str], folder: Path, environment: dict[str, str], timeout_
     log = folder / LOG
     begin = time.monotonic()
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        # Without input: a tool that asks something would wait for an answer until the time is up.
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         ended = threading.Event()
         progress = threading.Thread(target=_tell_progress, args=(log, begin, ended, stream), daemon=True)
         progress.start()

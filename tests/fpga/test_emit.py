@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import fpga.__main__
+import fpga.csim
 import fpga.emit
-from fpga import GemmConfig
+from fpga import CompileError, GemmConfig
 from fpga.__main__ import main
 from fpga.board_files import board_names, load_board, read_board
 from fpga.csim import HLS, ap_types, sources
@@ -270,6 +272,74 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "words_c" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["csim", "--lanes", "8"])
+
+
+CONFIG_FILES = {
+    "no JSON": b"{",
+    "no text": b"\x93\xff{}",
+    "too deep": b"[" * 100_000,
+    "a list": b"[]",
+    "a config that is none": b'{"config": 3}',
+    "an unknown key": b'{"lane": 3}',
+    "a text for a number": b'{"tile": "16"}',
+    "no whole number": b'{"tile": 16.5}',
+}
+
+
+@pytest.mark.parametrize("content", CONFIG_FILES.values(), ids=CONFIG_FILES)
+def test_a_bad_configuration_ends_in_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    assert main(["csim", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dynasty-fpga: ")
+    assert error.count("\n") == 1
+
+
+COMMANDS = {
+    "no configuration": ["csim", "--config", "none.json"],
+    "a folder for a configuration": ["csim", "--config", "."],
+    "a device for a configuration": ["csim", "--config", "/dev/zero"],
+    "a seed below 0": ["selftest", "--device", "reference", "--seed", "-1"],
+    "a report in no folder": ["selftest", "--device", "reference", "--junit", "none/j.xml"],
+    "a report for a folder": ["selftest", "--device", "reference", "--values", "0", "--junit", "."],
+    "no overlay": ["selftest", "--device", "pynq", "--overlay", "none.bit"],
+    "a clock that is no number": ["selftest", "--device", "pynq-sim", "--clock-mhz", "nan"],
+    "an unknown board": ["emit", "--board", "../x", "--out", "out"],
+    "a build folder below a file": ["emit", "--board", "pynq-z2", "--out", "file/out"],
+    "no build folder": ["build", "none"],
+    "a file for a build folder": ["build", "file"],
+    "no step": ["build", "none", "--steps", ","],
+    "no program": ["deploy", "--program", "none", "--board", "pynq-z2", "--out", "out"],
+    "a file for a program": ["deploy", "--program", "file", "--board", "pynq-z2", "--out", "out"],
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_a_command_that_cannot_be_done_ends_in_one_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("nothing")
+    assert main(arguments) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("dynasty-fpga: ")
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"), [("sleep 3600", "(?s)test_dpgemm vectors.*not done after 2 s"), ("echo WRONG; exit 1", "WRONG")]
+)
+def test_a_bench_that_fails_or_hangs_is_told(body: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_script(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
+        (folder / output).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / output).chmod(0o755)
+
+    monkeypatch.setattr(fpga.csim, "compile_cpp", compile_script)
+    monkeypatch.setattr(fpga.__main__, "BENCH_SECONDS", 2.0)
+    with pytest.raises(CompileError, match=message):
+        fpga.__main__.run_bench(GemmConfig())
 
 
 def test_csim_with_the_bench(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import stat
 from pathlib import Path
 
@@ -118,6 +119,26 @@ def test_a_tool_that_hangs_is_stopped_with_all_it_started(folder: Path, tmp_path
             return True
 
     wait_until(has_ended)
+
+
+def test_a_tool_gets_no_input_to_wait_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch, "vitis_hls", 'readlink /proc/self/fd/0 > input; read -r answer || echo "nobody answers"; exit 3')
+    with pytest.raises(CompileError, match="nobody answers"):
+        build(folder, stream=io.StringIO())
+    assert (folder / "input").read_text() == "/dev/null\n"
+
+
+def test_a_version_is_read_from_any_bytes_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tool leaves running holds its output open."""
+    tools = install(tmp_path, monkeypatch, "vitis_hls", "")
+    tool = tools / "vitis_hls"
+    tool.write_text(f"#!/bin/bash\nsleep 3600 &\necho $! > {tmp_path}/child\nprintf 'Vitis \\xff\\xa9 v2024.1\\n' >&2; exit 1\n")
+    try:
+        found = find_tool()
+    finally:
+        os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    assert found is not None
+    assert found.version == "2024.1"
 
 
 def test_an_edited_folder_is_not_built(folder: Path) -> None:
