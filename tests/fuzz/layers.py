@@ -23,6 +23,11 @@ from dynasty_lightning.nn.layers import DynamicLayer
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _EXECUTOR = "float64"
+_BLOCKS: tuple[dict[str, Any], ...] = (
+    *[{"block_shape": (4, 4)}] * 3, {"block_shape": (8, 8)}, {"block_shape": (16, 16)}, {"block_shape": (1, 16)}, {"block_shape": (1, 32)},
+    {"block_shape": (4, 4), "width_group": (8, 8)}, {"block_shape": (4, 4), "width_group": (4, 16)},
+    {"block_shape": (1, 32), "scaling": "mx"},
+)  # fmt: skip
 Results = dict[str, Tensor]
 
 
@@ -42,10 +47,12 @@ def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list
     )  # fmt: skip
     models = {mode: nn.Sequential(module) if mode == "exact" else nn.Sequential(_copied(module)) for mode in ("fast", "exact")}
     x = torch.randn(shape) * torch.randn(shape).exp2()
-    precisions = {r: rng.choice((None, OperandPrecision(bits=4), OperandPrecision(lsb_exponent=-4))) for r in Role}
+    blocks = rng.choice(_BLOCKS)
+    requests = (None, OperandPrecision(bits=4), OperandPrecision(lsb_exponent=-4))
+    precisions = {r: rng.choice(requests[: 2 if 1 in blocks["block_shape"] else 3]) for r in Role}
     layers = {}
     for mode, model in models.items():
-        convert(model, mode=mode, seed=seed % 1000)  # type: ignore[arg-type]
+        convert(model, mode=mode, seed=seed % 1000, **blocks)
         layers[mode] = model[0]
         for role, precision in precisions.items():
             layers[mode].set_precision(role, precision)
@@ -111,7 +118,7 @@ def _reference(layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, obs
     def execute(gemm: Gemm, left: Any, right: Any, plan: Any, shape: tuple[int, ...]) -> Tensor:
         if plan.band is not None and gemm is not Gemm.WGRAD:
             right = replace(right, band=plan.band)
-        a, b = left.values(torch.float64), right.values(torch.float64)
+        a, b = left.with_passthrough(torch.float64), right.with_passthrough(torch.float64)
         name = ("Y", "dX", "dW")[gemm]
         want[name] = multiply(gemm, a, b, plan.geometry, shape)
         sizes[name] = multiply(gemm, a.abs(), b.abs(), plan.geometry, shape)
