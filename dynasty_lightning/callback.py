@@ -602,6 +602,8 @@ class DynastyCallback(Callback):
         plugin.apply_map(PrecisionMap(structure=plugin.structure, entries={name: roles for name, roles in entries.items() if roles}))
 
     def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
+        if trainer.barebones:  # where nothing is logged, and whoever tries is told so
+            return
         last = self.history[-1]
         bar = {"dynasty/speedup_charged": last["speedup_charged"], "dynasty/bits_E": last["mean_bits"]["E"]}
         values = {

@@ -5,6 +5,7 @@ A map is applied, the cost target is met, E is alive, gradients are finite, ever
 says so here; warnings come once for each reason while training runs, and the table at its end tells target, result and reasons.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -147,7 +148,7 @@ class Promises:
         if outcome.target is not None and outcome.target > 1.0 and not outcome.reached:
             self._warn(
                 "target",
-                f"target_speedup={outcome.target:g} was not reached: {outcome.speedup:.2f}x over the whole run. "
+                f"target_speedup={outcome.target:g} was not reached: {_speedup(outcome.speedup)} over the whole run. "
                 + "; ".join(self.reasons(outcome)),
             )
         return self.lines(outcome)
@@ -167,6 +168,10 @@ class Promises:
     def _say(self, text: str) -> None:
         if self.speaks:
             warnings.warn(text, PromiseWarning, stacklevel=4)
+
+
+def _speedup(value: float) -> str:
+    return "no step was analysed" if math.isnan(value) else f"{value:.2f}x"
 
 
 def _names(names: list[str]) -> str:

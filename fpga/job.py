@@ -257,11 +257,13 @@ class Walk:
         limit = 1 << SUM_BITS
         if self.job.bound < limit:
             return [self.whole]
-        step_bound = self.config.tile * self.config.block_edge * self.job.largest_product
+        taps = 1 if self.job.gemm == "wgrad" else self.job.geometry.tap_count
+        terms = min(self.config.tile * self.config.block_edge, self.job.terms // taps)
+        step_bound = terms * self.job.largest_product
         count = (limit - 1) // step_bound
         if count < 1:
             raise JobError(
-                f"a step of {self.config.tile * self.config.block_edge} products may reach {step_bound:.3g} LSBs, 2**{SUM_BITS} or more: "
+                f"a step of {terms} products may reach {step_bound:.3g} LSBs, 2**{SUM_BITS} or more: "
                 "the operands' exponents span more than the window of docs/numerics.md"
             )
         return [Part(s, min(count, self.steps - s)) for s in range(0, self.steps, count)]

@@ -70,6 +70,12 @@ def test_fast_dev_run():
         trainer(callbacks=[dynasty()], fast_dev_run=True).fit(Module(), loader())
 
 
+def test_a_trainer_without_anything_else():
+    """`barebones` warns of everybody who logs."""
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps"))
+    check_dynamic(fit(Module, beside_uniform=False, barebones=True, **off))
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_evaluation_before_fit_changes_nothing(verb):
     data = DataLoader(digits(), batch_size=500)
@@ -189,6 +195,15 @@ def test_fabric_is_refused_by_name():
 
 
 # -- Data
+
+
+def test_batches_of_two_loaders():
+    class Both(Module):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch["large"]) + 0.5 * self.loss(batch["small"])
+
+    run = fit(Both, data=lambda: {"large": loader(), "small": loader(16)}, max_epochs=2, limit_train_batches=30)
+    check(run)
 
 
 class Stream(IterableDataset):

@@ -355,7 +355,7 @@ class Gan(L.LightningModule):
 
 def test_two_networks_and_two_optimizers():
     """A GAN: in one batch the discriminator's layers run three times and the generator's once."""
-    run = fit(Gan, max_epochs=2, limit_train_batches=25, options={"loss_guard": None})
+    run = fit(Gan, max_epochs=2, limit_train_batches=25)
     check_dynamic(run)
     assert run.module.losses[-1] == pytest.approx(run.uniform[-1], abs=0.6)
 

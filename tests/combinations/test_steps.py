@@ -110,7 +110,7 @@ def test_lbfgs_calls_its_closure_several_times_a_step():
     def make():
         return Module(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4, history_size=4))
 
-    run = fit(make, data=lambda: loader(64), max_steps=30, options={"loss_guard": None})
+    run = fit(make, data=lambda: loader(64), max_steps=30)
     check(run, missed="could not be made up for in 30 steps")
 
 
@@ -135,7 +135,7 @@ class Sam(torch.optim.SGD):
 
 
 def test_sam_perturbs_weights_between_two_passes():
-    run = fit(lambda: Module(optimizer=lambda p: Sam(p, lr=0.05, momentum=0.8)), options={"loss_guard": None})
+    run = fit(lambda: Module(optimizer=lambda p: Sam(p, lr=0.05, momentum=0.8)))
     first, second = run.module.losses[::2], run.module.losses[1::2]
     assert len(first) == len(second) == STEPS
     # The second pass sees the moved weights, not those that were quantized before.

@@ -70,6 +70,17 @@ def test_a_restored_policy_goes_on_as_the_first_would_have():
     assert first.multiplier == second.multiplier
 
 
+def test_a_spike_of_gradients_is_forgotten():
+    """One step of gradients a thousand times the usual ones: two analyses later E's thresholds are a few bits off, not ten."""
+    policy = DynastyPolicy()
+    usual = policy.update(measured(loss=2.0))["a"][Role.ERROR].values.double().mean()
+    spike = {n: replace(s, **{k: 1e6 * getattr(s, k) for k in ("e_square", "dx_square", "dw_square")}) for n, s in LAYERS.items()}
+    policy.update(replace(measured(loss=2.0), layers=spike))
+    for _ in range(2):
+        entries = policy.update(measured(loss=2.0))
+    assert abs(float(entries["a"][Role.ERROR].values.double().mean() - usual)) <= 3
+
+
 def test_statistics_without_harm_leave_lambda_alone():
     policy = DynastyPolicy(smoothing=0.0)
     policy.update(measured(loss=2.0))
