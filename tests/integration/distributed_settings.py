@@ -17,9 +17,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from dynasty_lightning import DynastyPrecision
+from dynasty_lightning import DynastyPrecision, convert
 from dynasty_lightning.data.loader import TensorLoader, WindowLoader
 
 from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
@@ -575,3 +576,24 @@ class Recomputed(Net):
 
 def gradient_checkpointing(ranks, rank, folder):
     return fit(ranks, rank, Recomputed(), Batches(lambda i: images(i, ranks, rank), 14))
+
+
+def sharded_accumulation(ranks, rank, folder):
+    strategy = _model_parallel(data_parallel_size=ranks, tensor_parallel_size=1)
+    return fit(ranks, rank, ShardedAdam(), _micro(ranks, rank, 2), accumulate_grad_batches=2, strategy=strategy)
+
+
+def join_without_a_trainer(ranks, rank, folder):
+    """torch's own loop: converted layers in DDP, one rank out of batches before the other."""
+    net = Net()
+    report = convert(net, seed=3, rank=rank)
+    model = DistributedDataParallel(net)
+    optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.05), 0
+    with model.join():
+        for x, y in _own_images(rank, (7, 5)[rank]):
+            F.cross_entropy(model(x), y).backward()
+            report.stream.advance()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+    return {"steps": steps, "weights": [float(p.detach().double().sum()) for p in net.parameters()]}

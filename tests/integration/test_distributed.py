@@ -39,7 +39,7 @@ def alike(name, ranks=2, folder=None):
         "bucket_view", "broadcast_buffers", "own_buffers",
         "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights", "gradient_checkpointing",
         "nonfinite_on_one_rank", "loss_guard_on_one_rank", "empty_batches_on_one_rank",
-        "rest_in_bfloat16", "gradients_in_float16", "gradients_of_low_rank", "sharded_bfloat16",
+        "rest_in_bfloat16", "gradients_in_float16", "gradients_of_low_rank", "sharded_bfloat16", "sharded_accumulation",
         "loaders_of_two_lengths", "streams_of_two_lengths", "time_limit", "early_stopping_between_validations",
     ],
 )  # fmt: skip
@@ -136,6 +136,12 @@ def test_exact_mode_gives_the_same_maps_on_every_number_of_ranks(ranks):
         one, more = alike(name, 1)["maps"], alike(name, ranks)["maps"]
         assert len(one) == 6
         assert _differing(one[:same], more[:same], shift=math.log2(ranks)) == [[]] * same
+
+
+def test_a_rank_out_of_batches_joins_in_a_loop_without_a_trainer():
+    long, short = (r["value"] for r in run("join_without_a_trainer", 2))
+    assert (long["steps"], short["steps"]) == (7, 5)
+    assert short["weights"] == long["weights"]
 
 
 @pytest.mark.parametrize("name", ["epochs_of_two_lengths", "stop_on_one_rank"])
