@@ -206,7 +206,7 @@ class DynastyCallback(Callback):
         ranks.check_same(self.precision_map().hash(), what="the first precision map")
         state = self.state_dict()
         ranks.check_same(
-            str([state[key] for key in ("schedule", "steps", "run_cost", "last_event_step", "analyses", "overhead", "rates", "history")]),
+            str([state[key] for key in ("schedule", "steps", "run_cost", "last_event_step", "analyses", "overhead", "history")]),
             what="what DynastyCallback knows of the run so far: did they load the same checkpoint?",
         )
         weights = {name: layer.weight for name, layer in self._layers.items() if not isinstance(layer.weight, DTensor)}

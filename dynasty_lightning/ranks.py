@@ -45,23 +45,35 @@ class Ranks:
         mine = facts.detach().to("cpu", torch.float64).reshape(1, -1)
         if self.size == 1:
             return mine
-        mine = torch.cat([torch.tensor([[_number(what), float(mine.numel())]], dtype=torch.float64), mine], 1).to(self.device)
-        rows = [torch.empty_like(mine) for _ in range(self.size)]
-        with self.waiting(what):
-            dist.all_gather(rows, mine)
-        table = torch.cat(rows).cpu()
-        if odd := _minority(list(zip(*table[:, :2].T.tolist(), strict=True))):
-            raise RuntimeError(f"rank {self.rank} came to {what}, but {_named(odd)} to something else: all ranks must run the same steps")
-        return table[:, 2:]
+        self._meet(what, mine.numel())
+        return self._gather(mine, what)
 
     def total(self, values: Tensor, *, what: str) -> Tensor:
         """The sum over ranks, on the CPU, in the values' own type. Raises RuntimeError if a rank did not come."""
         if self.size == 1:
             return values.cpu()
         sums = values.detach().contiguous().to(self.device, copy=True)
+        self._meet(what, sums.numel())
         with self.waiting(what):
             dist.all_reduce(sums)
         return sums.cpu()
+
+    def _meet(self, what: str, count: int) -> None:
+        """Agree on what is exchanged next, and on how many values: sizes that differ end whole processes, in words of the backend's."""
+        intents = self._gather(torch.tensor([[_number(what), float(count)]], dtype=torch.float64), what).tolist()
+        if others := [rank for rank, intent in enumerate(intents) if intent != intents[self.rank]]:
+            raise RuntimeError(
+                f"rank {self.rank} came to {what} with {count} values, and {_named(others)} to something else or with another number of "
+                "them: all ranks must run the same steps, with the same layers"
+            )
+
+    def _gather(self, mine: Tensor, what: str) -> Tensor:
+        """float64 [1, n] of all ranks, on the CPU: [size, n]."""
+        mine = mine.to(self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        with self.waiting(what):
+            dist.all_gather(rows, mine)
+        return torch.cat(rows).cpu()
 
     def check_same(self, text: str, *, what: str) -> None:
         """Raise RuntimeError, which names the ranks, unless all ranks have the same text."""

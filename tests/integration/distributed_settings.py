@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynasty_lightning import DynastyPrecision, convert
 from dynasty_lightning.data.loader import TensorLoader, WindowLoader
+from dynasty_lightning.ranks import Ranks
 
 from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
 
@@ -597,3 +598,27 @@ def join_without_a_trainer(ranks, rank, folder):
             optimizer.zero_grad()
             steps += 1
     return {"steps": steps, "weights": [float(p.detach().double().sum()) for p in net.parameters()]}
+
+
+class Growing(Net):
+    """Gets a layer more in mid-run, on one rank."""
+
+    extra = None
+
+    def on_train_batch_start(self, batch, index):
+        if index == 5 and self.trainer.global_rank == 1:
+            self.extra = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.extra is None else self.extra(y)
+
+
+def layer_added_on_one_rank(ranks, rank, folder):
+    return fit(ranks, rank, Growing(), Batches(lambda i: images(i, ranks, rank), 14))
+
+
+def other_values_on_one_rank(ranks, rank, folder):
+    """What rank 0 sends for its analysis meets another number of values on rank 1, which saves a checkpoint."""
+    both = Ranks(size=ranks, rank=rank)
+    return both.table(torch.zeros(5000), what="an analysis") if rank == 0 else both.total(torch.zeros(1), what="a checkpoint")

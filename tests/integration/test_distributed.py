@@ -167,6 +167,18 @@ def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, tol
     assert told in other["error"]
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("layer_added_on_one_rank", "came to the analysis of step 6 with (48|64) values, and rank {} to something else"),
+        ("other_values_on_one_rank", "came to (an analysis|a checkpoint) with [0-9]+ values, and rank {} to something else"),
+    ],
+)
+def test_ranks_that_exchange_other_things_are_told_before_the_backend_ends_them(name, told):
+    for rank, result in enumerate(run(name, 2)):
+        assert re.search(told.format(1 - rank), result["error"])
+
+
 def test_a_wait_ends_in_time_and_says_for_which_layer():
     for rank, result in enumerate(run("slow_rank", 2)):
         assert f"rank {rank} of 2 came to the gradient of body at step 2, and not all other ranks did" in result["error"]
