@@ -170,7 +170,7 @@ def _documents(file: Path, path: str) -> list[str]:
         return [topics[name].strip() for name in sorted(topics)]
     except DamagedFile:
         raise
-    except (SyntaxError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (SyntaxError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         raise DamagedFile(f"{file} is no source of this Python's standard library ({error}): install it again") from error
 
 

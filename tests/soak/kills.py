@@ -147,8 +147,9 @@ def _starting() -> Iterator[Any]:
     """Starts processes of `train`, forked from one that has all modules loaded and no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__spec__.name])  # by its name also where this module is __main__
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, [before["PYTHONPATH"]])]), "OMP_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONWARNINGS", "OMP_NUM_THREADS")}
+    path = os.pathsep.join([str(_ROOT), *filter(None, [before["PYTHONPATH"]])])
+    os.environ |= {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore::RuntimeWarning", "OMP_NUM_THREADS": "1"}  # runpy's, of this module
 
     def start(folder: Path) -> BaseProcess:
         process = context.Process(target=train, args=(folder,), daemon=True)

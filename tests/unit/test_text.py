@@ -13,6 +13,7 @@ from dynasty_lightning.data import TextData, TextDataModule, stdlib_docs
 from dynasty_lightning.data import text as text_module
 from dynasty_lightning.data.loader import WindowLoader
 from dynasty_lightning.data.text import CHARACTERS, UNKNOWN, VOCABULARY, decode, encode
+from dynasty_lightning.files import DamagedFile
 
 
 def counting(length):
@@ -115,6 +116,20 @@ def test_parts_are_contiguous(small_library):
 def test_too_little_text(small_library, monkeypatch):
     monkeypatch.setattr(text_module, "_LEAST_CHARACTERS", 1000)
     with pytest.raises(ValueError, match=r"holds \d\d characters of documentation, fewer than 1000: install the whole standard library"):
+        stdlib_docs(small_library)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("alpha.py", b'"""cut off'), ("alpha.py", b"\0"), ("alpha.py", b"# coding: nothing"), ("alpha.py", b"-" * 10_000 + b"1"),
+        ("pydoc_data/topics.py", b""), ("pydoc_data/topics.py", b"topics = f()"), ("pydoc_data/topics.py", b"topics = [1]"),
+        ("pydoc_data/topics.py", b"topics = {'with': 1}"),
+    ],
+)  # fmt: skip
+def test_a_damaged_library_is_told_by_the_name_of_the_file(small_library, name, content):
+    (small_library / name).write_bytes(content)
+    with pytest.raises(DamagedFile, match=f"{name} is no source of this Python's standard library .*: install it again"):
         stdlib_docs(small_library)
 
 
