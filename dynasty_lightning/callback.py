@@ -118,6 +118,8 @@ class DynastyCallback(Callback):
         if probe_interval < 1:
             raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
         self.probe_interval = probe_interval
+        if energy_model is not None and not isinstance(energy_model, EnergyModel):
+            raise TypeError(f"energy_model must be an EnergyModel or None, not {energy_model!r}")
         self.energy_model = energy_model or EnergyModel()
         self.table = table
         self._plugin: DynastyPrecision | None = None

@@ -22,8 +22,8 @@ from .checked_state import reading, sealed_state
 from .core.formats import BlockFormat, Scaling
 from .core.precision import OperandPrecision
 from .core.roles import Role
-from .nn.convert import ConversionReport, convert, grow
-from .nn.layers import DynamicLayer, dynamic_layers
+from .nn.convert import ConversionReport, check_names, convert, grow
+from .nn.layers import DynamicLayer, check_seed, dynamic_layers
 from .nn.plan import Mode
 from .policy.precision_map import ModelStructure, PrecisionMap
 from .ranks import Ranks
@@ -69,10 +69,10 @@ class DynastyPrecision(Precision):
             raise ValueError(f"mode must be 'fast' or 'exact', not {mode!r}")
         if rest not in ("32", "bf16"):
             raise ValueError(f"rest must be '32' or 'bf16', not {rest!r}")
-        if isinstance(exclude, str):
-            raise ValueError(f"exclude is a collection of names, not the string {exclude!r}: use exclude=({exclude!r},)")
-        if seed is not None and not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
+        check_names("exclude", exclude)
+        check_names("unquantized", unquantized)
+        if seed is not None:
+            check_seed(seed)
         self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
         self.format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
@@ -117,7 +117,7 @@ class DynastyPrecision(Precision):
             known = self.layers
             self._layers = WeakValueDictionary(dynamic_layers(module))
             new = [name for name, layer in self._layers.items() if known.get(name) is not layer]
-            rank_zero_info(f"new layers train in dynamic precision from here on, at first at 8 bits: {', '.join(new)}")
+            rank_zero_info(f"new layers train in blocks from here on, at 8 bits or as they were copied: {', '.join(new)}")
 
     def _check_ranks(self, module: nn.Module) -> None:
         """Raise RuntimeError, which names the rank, where one has other options or other layers than the rest."""

@@ -27,6 +27,12 @@ def check_bits(bits: int, *, name: str = "bits") -> int:
     return bits
 
 
+def _pair(name: str, given: Any) -> tuple[int, int]:
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(n, int) for n in given):
+        raise ValueError(f"{name} is two whole numbers, (rows, channels), not {given!r}")
+    return given[0], given[1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFormat:
     """How a layer's operands are cut into blocks. Raises ValueError for a shape that no back end computes.
@@ -42,7 +48,7 @@ class BlockFormat:
     scaling: Scaling = "window"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_shape", tuple(self.block_shape))  # a config file gives lists
+        object.__setattr__(self, "block_shape", _pair("block_shape", self.block_shape))  # a config file gives lists
         if self.block_shape not in SQUARE_BLOCKS + LINE_BLOCKS:
             raise ValueError(f"block_shape must be one of {SQUARE_BLOCKS + LINE_BLOCKS} (rows x channels), not {self.block_shape}")
         if self.scaling not in ("window", "mx"):
@@ -50,7 +56,7 @@ class BlockFormat:
         if self.scaling == "mx" and self.block_shape != MX_BLOCK:
             raise ValueError(f"scaling 'mx' is that of MX's own {MX_BLOCK} blocks, not of {self.block_shape}")
         if self.width_group is not None:
-            object.__setattr__(self, "width_group", tuple(self.width_group))
+            object.__setattr__(self, "width_group", _pair("width_group", self.width_group))
             rows, channels = self.width_group
             if self.block_shape in LINE_BLOCKS:
                 raise ValueError(f"width_group needs square blocks, not {self.block_shape}: those are cut anew along each GEMM's reduction")

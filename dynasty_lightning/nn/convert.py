@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from ..core import native
 from ..core.formats import BlockFormat, Scaling
 from .attention import MultiheadAttention as OwnAttention
-from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, dynamic_layers, geometry_of
+from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, check_seed, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
 
 _GEMM_TYPES = (
@@ -72,6 +72,11 @@ def convert(
     Raises:
         ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model is converted in another format.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert takes a torch.nn.Module, not {model!r}")
+    check_names("exclude", exclude)
+    check_names("unquantized", unquantized)
+    check_seed(seed)
     block_format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
     names = [name for name, _ in model.named_modules()]
     for pattern in exclude:
@@ -79,6 +84,14 @@ def convert(
             raise ValueError(f"exclude pattern {pattern!r} matches no layer; layers: {', '.join(n for n in names if n) or '(none)'}")
     stream = next((m.stream for m in model.modules() if isinstance(m, DynamicLayer)), None) or StreamState(seed, rank)
     return _convert(model, stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized)
+
+
+def check_names(option: str, names: Any) -> None:
+    """Raises ValueError for one string, which would be read letter by letter, and TypeError for what is no collection of strings."""
+    if isinstance(names, str):
+        raise ValueError(f"{option} is a collection of names, not the string {names!r}: use {option}=({names!r},)")
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option} is a collection of names, not {names!r}")
 
 
 def grow(

@@ -31,6 +31,15 @@ _DEFAULT_BITS: Final = 8
 _TYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_seed(seed: Any) -> int:
+    """Raises TypeError or ValueError unless it is a whole number of 32 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, not {seed!r}")
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
+    return seed
+
+
 class StreamState:
     """Where the random stream of a model stands: seed, rank, backward passes so far, forward calls of each layer since the last.
 
@@ -44,8 +53,7 @@ class StreamState:
     watch: Callable[[], None] | None = None
 
     def __init__(self, seed: int = 0, rank: int = 0, layers: int = 0) -> None:
-        if not 0 <= seed < 1 << 32:
-            raise ValueError(f"seed must fit 32 unsigned bits, not {seed}")
+        check_seed(seed)
         # On the CPU even inside `with torch.device("meta")`, where models are built without memory; and to be counted on.
         with torch.inference_mode(False):
             self.counters = torch.tensor([seed, rank, 0], dtype=torch.int64, device="cpu")
@@ -542,5 +550,5 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
 
 __all__ = [
     "CONVERTED_TYPES", "BlockConv1d", "BlockConv2d", "BlockConv3d", "BlockLinear", "DynamicLayer", "LayerObservation",
-    "StreamState", "dynamic_layers", "geometry_of",
+    "StreamState", "check_seed", "dynamic_layers", "geometry_of",
 ]  # fmt: skip

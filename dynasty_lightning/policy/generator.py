@@ -149,8 +149,12 @@ class ThresholdPolicy(ABC):
     """What `calibrate` may be; a policy for which one makes no sense leaves it out."""
 
     def __post_init__(self) -> None:
-        if self.noise_budget is not None and not self.noise_budget > 0:
-            raise ValueError(f"noise_budget must be positive, not {self.noise_budget}")
+        for name in ("noise_budget", "smoothing", "hysteresis"):
+            value = getattr(self, name)
+            if (value is not None or name != "noise_budget") and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+        if self.noise_budget is not None and not 0 < self.noise_budget < math.inf:
+            raise ValueError(f"noise_budget must be positive and finite, not {self.noise_budget}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
         if not 0 <= self.hysteresis < 0.5:

@@ -90,7 +90,7 @@ _OF_CALLBACK: Final = (
 """Options of the callback, which hands on what it does not know: misspelt, they arrive here."""
 
 
-def make_policy(name: str, *, target_speedup: float | None = None, noise_budget: float | None = None, **options: Any) -> Policy:
+def make_policy(name: str, /, *, target_speedup: float | None = None, noise_budget: float | None = None, **options: Any) -> Policy:
     """A policy by name.
 
     Raises:

@@ -93,7 +93,7 @@ class Allocation:
     @classmethod
     def named(cls, name: str) -> "Allocation":
         """One of `ALLOCATIONS`, "late-P" with P percent of the run at 8 bits, or "ramp-R" whose cost grows R times. Raises ValueError."""
-        kind, _, number = name.partition("-")
+        kind, _, number = name.partition("-") if isinstance(name, str) else ("", "", "")
         try:
             if number and kind == "late":
                 return cls(final=float(number) / 100.0)

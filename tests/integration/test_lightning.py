@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role
+from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role, convert
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.data import TensorDataModule, load_data
 from dynasty_lightning.models import CifarResNet, Classifier
@@ -380,11 +380,21 @@ def test_bad_callback_options(options, message):
         ({"width_group": (6, 4)}, "multiple of block_shape"),
         ({"exclude": "head"}, r"exclude=\('head',\)"),
         ({"seed": -1}, "32 unsigned bits"),
+        ({"seed": "1"}, "seed must be a whole number, not '1'"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"exclude": None}, "exclude is a collection of names, not None"),
+        ({"exclude": (1,)}, r"exclude is a collection of names, not \(1,\)"),
+        ({"unquantized": None}, "unquantized is a collection of names, not None"),
+        ({"block_shape": 4}, r"block_shape is two whole numbers, \(rows, channels\), not 4"),
+        ({"width_group": 8}, r"width_group is two whole numbers, \(rows, channels\), not 8"),
     ],
 )
 def test_bad_plugin_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         DynastyPrecision(**options)
+    if "rest" not in options:  # the same options, the same words
+        with pytest.raises((ValueError, TypeError), match=message):
+            convert(nn.Sequential(nn.Linear(4, 4)), **options)
 
 
 def test_nothing_to_convert():

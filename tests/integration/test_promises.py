@@ -423,8 +423,14 @@ def test_plugin_and_callback_travel():
         ({"target_speedup": 5, "least_bit": 5}, ValueError, "no option 'least_bit', did you mean 'least_bits'"),
         ({"target_speedup": 5, "policy": DynastyPolicy}, TypeError, r"policy takes an object: DynastyPolicy\(...\), not the class"),
         ({"target_speedup": 5, "policy": object()}, TypeError, "object is no Policy: it lacks name, needs_statistics"),
+        ({"target_speedup": 5, "allocation": 3}, ValueError, "allocation must be one of constant, .* not 3"),
+        ({"target_speedup": 5, "energy_model": "board"}, TypeError, "energy_model must be an EnergyModel or None, not 'board'"),
+        ({"target_speedup": 5, "smoothing": "a"}, TypeError, "smoothing must be a number, not 'a'"),
+        ({"target_speedup": 5, "hysteresis": None}, TypeError, "hysteresis must be a number, not None"),
+        ({"target_speedup": 5, "name": "x"}, ValueError, "policy 'dynasty': no option 'name'"),
+        ({"noise_budget": float("inf")}, ValueError, "noise_budget must be positive and finite, not inf"),
     ],
-    ids=[*"abcdefghij"],
+    ids=[*"abcdefghijklmnop"],
 )  # fmt: skip
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
