@@ -117,7 +117,7 @@ def test_lbfgs_calls_its_closure_several_times_a_step():
 class Sam(torch.optim.SGD):
     """Sharpness-aware minimization: the gradient is taken where the loss is worse."""
 
-    radius = 0.1
+    radius = 0.05
 
     @torch.no_grad()
     def step(self, closure):
@@ -135,12 +135,12 @@ class Sam(torch.optim.SGD):
 
 
 def test_sam_perturbs_weights_between_two_passes():
-    run = fit(lambda: Module(optimizer=lambda p: Sam(p, lr=0.05, momentum=0.8)))
+    run = fit(lambda: Module(optimizer=lambda p: Sam(p, lr=0.02, momentum=0.8)))
     first, second = run.module.losses[::2], run.module.losses[1::2]
     assert len(first) == len(second) == STEPS
     # The second pass sees the moved weights, not those that were quantized before.
     assert sum(b > a for a, b in zip(first, second, strict=True)) > 0.9 * STEPS
-    check(run, missed="could not be made up for in 60 steps")
+    check(run)
 
 
 def test_a_learning_rate_that_begins_at_zero():
