@@ -107,7 +107,10 @@ def config_from(options: argparse.Namespace) -> GemmConfig:
     ):
         if value is not None:
             values[name] = value
-    return GemmConfig.from_dict(values)
+    try:
+        return GemmConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{options.config}: {error}" if options.config else str(error)) from None
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -128,9 +128,12 @@ def read_bounded(path: PathLike, most_bytes: int) -> bytes:
             raise DamagedFile(f"{path} is no regular file")
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     with open(path, "rb") as file:
-        content = file.read(most_bytes + 1) if os.fstat(file.fileno()).st_size <= most_bytes else None
-    if content is None or len(content) > most_bytes:
-        raise DamagedFile(f"{path} is larger than the {most_bytes:,} bytes that such a file may have")
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise DamagedFile(f"{path} is larger than the {most_bytes:,} bytes that such a file may have")
+        content = file.read(size + 1)  # not most_bytes: as much memory as is asked for is taken at once
+    if len(content) > size:
+        raise DamagedFile(f"{path} grew while it was read: try again")
     return content
 
 
@@ -257,7 +260,7 @@ def parse_array(data: bytes, source: str, most_bytes: int = MOST_ARRAY_BYTES) ->
         raise DamagedFile(f"{source} has no header of an array ({type(error).__name__}: {error})") from None
     if dtype.hasobject:
         raise DamagedFile(f"{source} holds Python objects, which are not read")
-    if min(shape, default=0) < 0 or size > most_bytes or size != len(data) - file.tell():
+    if not dtype.itemsize or min(shape, default=0) < 0 or size > most_bytes or size != len(data) - file.tell():
         raise DamagedFile(f"{source} says {dtype} {shape}, which is not the {len(data) - file.tell():,} bytes that follow")
     array = np.frombuffer(data, dtype, offset=file.tell()) if size else np.empty(math.prod(shape), dtype)
     return array.reshape(shape[::-1]).T.copy() if fortran else array.reshape(shape).copy()

@@ -38,6 +38,8 @@ MAX_ELEMENTS: Final = 1 << 24
 """Of one sample's tensor."""
 MAX_WEIGHTS: Final = 1 << 27
 """Of one layer."""
+MAX_PROGRAM_WEIGHTS: Final = 1 << 28
+"""Of all layers."""
 MAX_WINDOWS: Final = 1 << 24
 """Taps times output positions of a convolution or a pooling."""
 MAX_ARRAY_BYTES: Final = 1 << 30
@@ -494,13 +496,20 @@ def parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> 
     """A program from the value of its graph and the bytes of its arrays, which are asked for once the graph is found right.
 
     Raises:
-        ProgramError: naming what is wrong.
+        ProgramError: naming `source` and what is wrong.
         DamagedFile: another digest, or bytes that are no arrays.
     """
+    try:
+        return _parse_program(graph, read_arrays, source)
+    except ProgramError as error:
+        raise ProgramError(f"{source}: {error}") from None
+
+
+def _parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> Program:
     if not isinstance(graph, dict):
-        raise ProgramError(f"{source}: {GRAPH_FILE} must hold an object, not {type(graph).__name__}: export it anew")
+        raise ProgramError(f"{GRAPH_FILE} must hold an object, not {type(graph).__name__}: export it anew")
     if type(graph.get("format")) is not int or graph["format"] != FORMAT:
-        raise ProgramError(f"{source}: {GRAPH_FILE} has format {_short(graph.get('format'))}, this runtime reads {FORMAT}: export it anew")
+        raise ProgramError(f"{GRAPH_FILE} has format {_short(graph.get('format'))}, this runtime reads {FORMAT}: export it anew")
     check_record(graph, f"{source}: {GRAPH_FILE}")
     for name, kind in (
         ("steps", list),
@@ -511,16 +520,16 @@ def parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> 
         ("arrays_sha256", str),
     ):
         if not isinstance(graph.get(name), kind):
-            raise ProgramError(f"{source}: {GRAPH_FILE} has no {name} that is a {kind.__name__}: export it anew")
+            raise ProgramError(f"{GRAPH_FILE} has no {name} that is a {kind.__name__}: export it anew")
     try:
         config = GemmConfig.from_dict(graph["config"])
-    except (ValueError, TypeError) as error:
-        raise ProgramError(f"{source}: the core's configuration: {error}") from None
+    except ValueError as error:
+        raise ProgramError(f"the core's configuration: {error}") from None
     input_shape = tuple(graph["input_shape"])
     specs = array_specs(graph["steps"], infer_shapes(graph["steps"], input_shape), config)
     content = read_arrays()
     if hashlib.sha256(content).hexdigest() != graph["arrays_sha256"]:
-        raise ProgramError(f"{source}: {ARRAYS_FILE} is damaged, or not that of {GRAPH_FILE}: export it anew")
+        raise ProgramError(f"{ARRAYS_FILE} is damaged, or not that of {GRAPH_FILE}: export it anew")
     # Each array has a header of 128 bytes or so.
     most_bytes = min(sum(spec.most_bytes + 1024 for _, spec in specs.values()), MAX_ARRAY_BYTES)
     program = Program(
@@ -590,6 +599,9 @@ def _check_size(what: str, shape: Shape) -> None:
 def array_specs(steps: Sequence[Step], shapes: Mapping[str, Shape], config: GemmConfig) -> dict[str, tuple[str, ArraySpec]]:
     """The step that reads each constant, and what the constant must be. Raises ProgramError for a step without its constants."""
     specs: dict[str, tuple[str, ArraySpec]] = {}
+    weights = sum(math.prod(step["weight_shape"]) for step in steps if "weight_shape" in step)
+    if weights > MAX_PROGRAM_WEIGHTS:
+        raise ProgramError(f"its layers have {weights} weights together; {MAX_PROGRAM_WEIGHTS} are the most")
     for step in steps:
         kind, given = STEP_KINDS[step["op"]], step.get("arrays", {})
         wanted = kind.arrays(step, shapes[step["inputs"][0]], config)

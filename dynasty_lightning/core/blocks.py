@@ -110,6 +110,23 @@ def _channels_innermost(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def band_width(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) -> int:
+    """`BandedWeight.width`, without its indices, which are as many as a weight has elements at one tap."""
+    return _bands(weight_shape, groups, unit)[1]
+
+
+def _bands(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) -> tuple[Tensor, int]:
+    """First column of each unit's rows, and the columns that they all have."""
+    outputs, group_inputs = weight_shape[:2]
+    rows, channels = unit
+    group_outputs = outputs // groups
+    first_row = torch.arange(0, outputs, rows)
+    last_row = torch.clamp(first_row + rows - 1, max=outputs - 1)
+    first = first_row // group_outputs * group_inputs // channels * channels
+    ends = (last_row // group_outputs + 1) * group_inputs
+    return first, int((-(-(ends - first) // channels) * channels).max())
+
+
 class BandedWeight:
     """W [O, I / groups, *taps] of a grouped Conv inside its block-diagonal matrix [O, I, *taps].
 
@@ -122,14 +139,9 @@ class BandedWeight:
         self, weight_shape: tuple[int, ...], groups: int, block_shape: tuple[int, int], unit: tuple[int, int] | None = None
     ) -> None:
         outputs, group_inputs = weight_shape[:2]
-        rows, channels = unit or block_shape
-        group_outputs = outputs // groups
-        group = torch.arange(outputs) // group_outputs
-        first_row = torch.arange(0, outputs, rows)
-        last_row = torch.minimum(first_row + rows - 1, torch.tensor(outputs - 1))
-        self.first_columns = group[first_row] * group_inputs // channels * channels
-        ends = (group[last_row] + 1) * group_inputs
-        self.width = int((-(-(ends - self.first_columns) // channels) * channels).max())
+        rows = (unit or block_shape)[0]
+        self.first_columns, self.width = _bands(weight_shape, groups, unit or block_shape)
+        group = torch.arange(outputs) // (outputs // groups)
         self.shape = (outputs, self.width, *weight_shape[2:])
         per_output = self.first_columns[torch.arange(outputs) // rows]
         self.first_columns = per_output[:: block_shape[0]]

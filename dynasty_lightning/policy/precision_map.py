@@ -14,23 +14,52 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from ..core.blocks import BandedWeight
+from ..core.blocks import band_width
 from ..core.formats import LINE_BLOCKS, MAX_BITS, BlockFormat
 from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import SHARED, Role
-from ..files import write_whole
+from ..fields import Field, check_fields, is_whole, one_of, shown, whole
+from ..files import parse_json, read_bounded, write_whole
 
 FORMAT_VERSION: Final = 1
 _PRECISION_FORMAT: Final = "dynasty-lightning/precision-map"
 _WIDTHS_FORMAT: Final = "dynasty-lightning/bit-width-map"
 _HEADER: Final = "dynasty"
 _DIGEST: Final = "sha256"
+MOST_BYTES: Final = 1 << 30
+"""Of a map's file."""
+_MOST_CHANNELS: Final = 1 << 22
+_MOST_EXTENT: Final = 1 << 24
+
+
+def _wholes(least: int, most: int, fewest: int, count: int) -> Field:
+    def holds(value: Any) -> bool:
+        return isinstance(value, list) and fewest <= len(value) <= count and all(is_whole(n) and least <= n <= most for n in value)
+
+    return Field(rule=f"a list of {fewest} to {count} whole numbers in [{least}, {most}]", holds=holds)
+
+
+_PAIR: Final = _wholes(1, _MOST_EXTENT, 2, 2)
+_OBJECT: Final = Field(rule="an object", holds=lambda v: isinstance(v, Mapping) and all(isinstance(key, str) for key in v))
+_STATE_FIELDS: Final = {"header": Field(rule="a text", holds=lambda v: isinstance(v, str)), "tensors": _OBJECT}
+_STRUCTURE_FIELDS: Final = {
+    "layers": _OBJECT,
+    "block_shape": _PAIR,
+    "width_group": Field(rule=f"none or {_PAIR.rule}", holds=lambda v: v is None or _PAIR.holds(v)),
+}
+_GEOMETRY_FIELDS: Final = {
+    "kind": one_of("linear", "conv"),
+    "weight_shape": _wholes(1, _MOST_EXTENT, 2, 5),
+    "stride": _wholes(1, _MOST_EXTENT, 0, 3),
+    "padding": _wholes(0, _MOST_EXTENT, 0, 3),
+    "dilation": _wholes(1, _MOST_EXTENT, 0, 3),
+    "groups": whole(1, _MOST_CHANNELS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +79,11 @@ class ModelStructure:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelStructure":
-        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        """The inverse of `to_json`. Raises ValueError for anything else."""
+        check_fields("the structure", _mapping("the structure", data), _STRUCTURE_FIELDS)
         layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
-        block_format = BlockFormat(block_shape=_tuple(data["block_shape"]), width_group=_tuple(data["width_group"]))
+        width_group = data["width_group"]
+        block_format = BlockFormat(block_shape=tuple(data["block_shape"]), width_group=None if width_group is None else tuple(width_group))
         return cls(layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group)
 
     def hash(self) -> str:
@@ -153,10 +184,11 @@ class PrecisionMap:
     def from_state(cls, state: Mapping[str, Any], *, source: str = "the saved map") -> "PrecisionMap":
         """The inverse of `to_state`. Raises ValueError as `load` does."""
         try:
-            text, tensors = state["header"], dict(state["tensors"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{source} lacks or garbles {error}: it is no PrecisionMap.to_state()") from error
-        return cls._assemble(_parse_header(text, _PRECISION_FORMAT, source), tensors, source)
+            check_fields("it", _mapping("it", state), _STATE_FIELDS)
+        except ValueError as error:
+            raise ValueError(f"{source} is no PrecisionMap.to_state(): {error}") from None
+        _check_tensors(state["tensors"], source)
+        return cls._assemble(_parse_header(state["header"], _PRECISION_FORMAT, source), state["tensors"], source)
 
     def _header(self) -> str:
         return _render_header(_PRECISION_FORMAT, self.structure, limits=self._limits())
@@ -183,21 +215,24 @@ class PrecisionMap:
         structure = _parse_structure(header, source)
         limits = header.get("limits")
         if not isinstance(limits, dict) or {k.rpartition("/")[0] for k in tensors} != set(limits):
-            raise ValueError(f"{source}: tensors {sorted(tensors)} and width limits {limits!r} do not belong together; save it again")
+            raise ValueError(
+                f"{source}: tensors {shown(sorted(tensors))} and width limits {shown(limits)} do not belong together; save it again"
+            )
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for key, value in tensors.items():
             name, role, kind = _parse_key(key, structure, source)
             expected = {"lsb_exponent": torch.int16, "bits": torch.uint8}.get(kind)
-            if expected is None or not isinstance(value, Tensor) or value.dtype != expected:
-                found = getattr(value, "dtype", type(value))
-                raise ValueError(f"{source}: {key} is {found}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
+            if expected is None or value.dtype != expected:
+                raise ValueError(f"{source}: {key} is {value.dtype}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
             if role in entries.get(name, {}):
                 raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
+            widths = limits[f"{name}/{role.letter}"]
+            if not isinstance(widths, list) or not 2 <= len(widths) <= 3:
+                raise ValueError(f"{source}: {key}: its limits must be [least, most] or [least, most, backward] bits, not {shown(widths)}")
+            names = ("least_bits", "most_bits", "backward_bits")
             try:
-                least, most, *rest = limits[f"{name}/{role.letter}"]
-                (backward,) = rest or (MAX_BITS,)
-                precision = OperandPrecision(**{kind: value}, least_bits=least, most_bits=most, backward_bits=backward)
-            except (ValueError, TypeError) as error:
+                precision = OperandPrecision(**{kind: value}, **dict(zip(names, widths, strict=False)))  # type: ignore[arg-type]
+            except ValueError as error:
                 raise ValueError(f"{source}: {key}: {error}") from error
             entries.setdefault(name, {})[role] = precision
         try:
@@ -281,7 +316,7 @@ def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[
         width = g.in_channels
         if g.groups > 1:
             unit = BlockFormat(block_shape=structure.block_shape, width_group=structure.width_group).band_unit
-            width = BandedWeight(g.weight_shape, g.groups, structure.block_shape, unit).width
+            width = band_width(g.weight_shape, g.groups, unit)
         expected = [-(-g.out_channels // rows), -(-width // channels), *g.taps]
     else:
         axes = len(g.weight_shape) if g.kind == "conv" else max(len(shape), 2)
@@ -327,43 +362,41 @@ def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: 
 def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no map file at {path}")
-    data = Path(path).read_bytes()
+    data = read_bounded(path, MOST_BYTES)
     try:
         # safetensors.torch.load hides the metadata; the layout is 8 bytes of header size, then the header as JSON.
         tensors = load_safetensors(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); save or copy the map again") from error
-    if _HEADER not in metadata:
+    except Exception as error:  # what the library does with a damaged file is no closed list
+        raise ValueError(f"{path} is not a whole safetensors file ({shown(error)}); save or copy the map again") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get(_HEADER), str):
         raise ValueError(f"{path} is a safetensors file but no map: its metadata has no {_HEADER!r}; maps are written by PrecisionMap.save")
     text = metadata[_HEADER]
     header = _parse_header(text, expected, str(path))
+    _check_tensors(tensors, str(path))
     if metadata.get(_DIGEST) != _digest([text], tensors):
         raise ValueError(f"{path} is damaged: its contents do not match the {_DIGEST} written with them; save or copy the map again")
     return header, tensors
 
 
 def _parse_header(text: Any, expected: str, source: str) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{source}: its header is not JSON ({error}); save the map again") from error
+    header = parse_json(text, f"{source}: the map's header")
     found = header.get("format") if isinstance(header, dict) else header
     if found != expected:
-        raise ValueError(f"{source} holds {found!r}, not {expected!r}: give a file of that kind")
+        raise ValueError(f"{source} holds {shown(found)}, not {expected!r}: give a file of that kind")
     version = header.get("version")
-    if version != FORMAT_VERSION:
+    if not is_whole(version) or version != FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format version {version!r}, this package reads {FORMAT_VERSION}: use the package version that wrote it"
+            f"{source} has format version {shown(version)}, this package reads {FORMAT_VERSION}: use the package version that wrote it"
         )
     return dict(header)
 
 
 def _parse_structure(header: Mapping[str, Any], source: str) -> ModelStructure:
     try:
-        structure = ModelStructure.from_json(header["structure"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source}: the model structure in its header lacks or garbles {error}; save the map again") from error
+        structure = ModelStructure.from_json(header.get("structure"))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{source}: the model structure in its header is not in order: {error}; save the map again") from error
     if structure.hash() != header.get("structure_hash"):
         raise ValueError(f"{source}: the model structure in its header does not match its hash: edited or damaged; save it again")
     return structure
@@ -381,23 +414,33 @@ def _parse_key(key: str, structure: ModelStructure, source: str) -> tuple[str, R
         raise ValueError(f"{source}: {key}: {error}; rename or drop it") from error
 
 
-def _geometry(name: str, fields: Mapping[str, Any]) -> LayerGeometry:
-    """A layer's geometry from JSON, which LayerGeometry itself does not check for types."""
-    values = {k: _tuple(v) for k, v in fields.items()}
-    if values.get("kind") not in ("linear", "conv"):
-        raise ValueError(f"the kind of layer {name!r}, 'linear' or 'conv', not {values.get('kind')!r}")
-    for field_name, least in (("weight_shape", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
-        numbers = values[field_name]
-        if not isinstance(numbers, tuple) or any(type(n) is not int or n < least for n in numbers):
-            raise ValueError(f"{field_name} of layer {name!r}, integers from {least} on, not {numbers!r}")
-    if len(values["weight_shape"]) < 2 or type(values["groups"]) is not int or values["groups"] < 1:
-        raise ValueError(f"weight_shape and groups of layer {name!r}, two axes and one group at least, not {fields!r}")
-    return LayerGeometry(**values)
+def _geometry(name: str, fields: Any) -> LayerGeometry:
+    """A layer's geometry from JSON, which LayerGeometry itself does not check for types and sizes."""
+    where = f"layer {shown(name)}"
+    check_fields(where, _mapping(where, fields), _GEOMETRY_FIELDS)
+    if max(fields["weight_shape"][0], fields["weight_shape"][1] * fields["groups"]) > _MOST_CHANNELS:
+        raise ValueError(
+            f"{where} has weight_shape {fields['weight_shape']} in {fields['groups']} groups; {_MOST_CHANNELS} channels are the most"
+        )
+    try:
+        return LayerGeometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _mapping(where: str, values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{where} must be an object, not {shown(values)}")
+    return values
+
+
+def _check_tensors(tensors: Any, source: str) -> None:
+    """Raise ValueError unless all are named grids of integers; only then are they looked into."""
+    for key, value in _mapping(f"{source}: tensors", tensors).items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in (torch.int16, torch.uint8):
+            found = f"{value.dtype} ({value.layout})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"{source}: {key[:99]} is {found}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
 
 
 def _widths(grid: Tensor) -> str:
     return f"with values {sorted(set(grid.flatten().tolist()))[:12]}"
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
