@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from .progress import ProgressBoard
+from .record_fields import last_line
 from .results_file import ResultsFile, read_records
 from .run_checkpoint import remove_checkpoint
 from .runs import COMPLETE, DIVERGED, FAILED, RunConfig, failure, finite, record_of, threads, train_one
@@ -143,7 +144,7 @@ def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
         record = records.get(run.key)
         state = "to do" if record is None else record["status"]
         if record is not None and record["status"] == FAILED:
-            state = f"failed, to do again ({record['error'].splitlines()[-1]})"
+            state = f"failed, to do again ({last_line(record.get('error'))})"
         elif record is not None and record.get("accuracy") is not None:
             state += f", accuracy {100 * record['accuracy']:.2f} %"
         lines.append(f"{run.key[:12]}  {run.label}: {state}")

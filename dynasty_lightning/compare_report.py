@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads files of results that `compare` wrote; gives a Markdown report with pictures beside it."""
 
-import itertools
 import shlex
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 from .compare_pictures import draw_course, draw_setting
 from .compare_settings import CONFIDENCE, CORE, Difference, Row, Setting, courses, settings_of, titles
 from .files import write_whole
+from .record_fields import check_reported, last_line, options_of
 from .report import BASELINE, DIGITS_NOTE, Spread
-from .results_file import read_records
+from .results_file import sift_records
 from .runs import COMPLETE, DIVERGED
 
 
@@ -26,9 +27,12 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         FileNotFoundError: a file that does not exist.
         ValueError: no record in any of them.
     """
-    records = list({r["key"]: r for path in files for r in read_records(path)}.values())
+    found = [sift_records(path, check_reported) for path in files]
+    records, odd = list({r["key"]: r for some, _ in found for r in some}.values()), [text for _, texts in found for text in texts]
+    for text in odd:
+        warnings.warn(text, stacklevel=2)
     if not records:
-        raise ValueError(f"no record in {', '.join(map(str, files))}: nothing has run yet")
+        raise ValueError(f"no record in {', '.join(map(str, files))}: nothing has run yet" + (f", or {odd[0]}" if odd else ""))
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(records)
     written, parts = [], []
@@ -44,7 +48,7 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         written += pictures
         parts.append(_section(setting, title, pictures))
     title = f"# Results of {', '.join(path.name for path in files)}\n"
-    write_whole(out, "\n".join([title, *parts, _provenance(records)]))
+    write_whole(out, "\n".join([title, *parts, *_left_out(odd), _provenance(records)]))
     return [out, *written]
 
 
@@ -145,7 +149,7 @@ def _failures(setting: Setting) -> list[str]:
         lines.append("Not completed:\n")
     for row, run in lost:
         accuracy = f", accuracy {100 * run['accuracy']:.2f} %" if run.get("accuracy") is not None else ""
-        error = f": {_cell(run['error'].strip().splitlines()[-1])}" if run.get("error") else ""
+        error = f": {_cell(last_line(run['error']))}" if run.get("error") else ""
         lines.append(f"- {row.label}, seed {run['seed']}: {run['status']}{accuracy}{error}")
     if warned:
         lines.append(("\n" if lost else "") + "Warnings:\n")
@@ -153,6 +157,11 @@ def _failures(setting: Setting) -> list[str]:
         texts = [*run.get("warnings", []), *([f"core: {run['core_error']}"] if run.get("core_error") else [])]
         lines.append(f"- {row.label}, seed {run['seed']}: {_cell('; '.join(texts))}")
     return [*lines, ""] if lines else []
+
+
+def _left_out(odd: Sequence[str]) -> list[str]:
+    """Lines of the files that are no records."""
+    return ["## Left out\n", *(f"- {_cell(text)}" for text in odd), ""] if odd else []
 
 
 def _provenance(records: Sequence[Mapping[str, Any]]) -> str:
@@ -177,10 +186,8 @@ def _commands(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Commands of runs, those that differ only in method joined, and seeds that follow each other too."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for record in records:
-        words = shlex.split(record["command"])
-        options = (
-            dict(itertools.batched(words[2:], 2)) if hasattr(itertools, "batched") else dict(zip(words[2::2], words[3::2], strict=True))
-        )
+        options = options_of(record["command"])
+        assert options is not None  # check_record
         method = options.pop("--methods")
         first = int(options.pop("--seed"))
         for name in ("--seeds", "--out"):

@@ -10,14 +10,17 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from .files import DIGEST_FIELD, DamagedFile, check_record, parse_json, seal_record
+from .files import DIGEST_FIELD, DamagedFile, check_record, parse_json, read_bounded, seal_record
+from .record_fields import check_record as check_fields
 
+MOST_BYTES: Final = 1 << 30
+"""Of a file of results."""
 _DIGEST_CHARACTERS: Final = 64
 _WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, between the last attempts to write
 
@@ -31,17 +34,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Lines that are no records, or damaged, are left out, with a warning. Lines of a version before there were digests are taken.
     """
+    records, odd = sift_records(path)
+    for text in odd:
+        warnings.warn(text, stacklevel=2)
+    return records
+
+
+def sift_records(path: Path, *checks: Callable[[dict[str, Any]], object]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What `read_records` gives, and a line of text for each line that is left out.
+
+    Args:
+        checks: what a record must be beside what `record_fields.check_record` says; they raise ValueError.
+    """
     records: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    odd = []
+    for number, line in enumerate(read_bounded(path, MOST_BYTES).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             record = _record(line)
-        except DamagedFile as error:
-            warnings.warn(f"{path}, line {number} {error} and is left out, so that its run is to do again: {_shown(line)}", stacklevel=2)
+            for check in checks:
+                check(record)
+        except ValueError as error:
+            what, text = (
+                ("is damaged (not what its digest was made of)", _shown(line))
+                if isinstance(error, _DamagedLine)
+                else ("is no record", str(error))
+            )
+            odd.append(f"{path}, line {number} {what} and is left out, so that its run is to do again: {text}")
         else:
             records[record["key"]] = record
-    return list(records.values())
+    return list(records.values()), odd
 
 
 class ResultsFile:
@@ -143,9 +166,8 @@ class ResultsFile:
         rest = content[begin:]
         if not rest:
             return
-        with suppress(DamagedFile):
-            _record(rest)
-            os.write(file, b"\n")  # all but its end was written
+        if _is_whole(rest):  # all but its end was written
+            os.write(file, b"\n")
             return
         torn = self.path.with_name(self.path.name + ".torn")
         with torn.open("ab") as aside:
@@ -177,21 +199,33 @@ class ResultsFile:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """A line's record, without its digest. Raises DamagedFile that begins with what the line is."""
+    """A line's record, without its digest. Raises ValueError that says what is wrong with it."""
+    record = parse_json(line, _shown(line))
+    if isinstance(record, dict) and record:
+        last = next(reversed(record.values()))
+        # Not by its name alone: that may be what was damaged.
+        if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
+            try:
+                check_record(record, "it")
+            except DamagedFile:
+                raise _DamagedLine from None
+        record = {name: value for name, value in record.items() if name != DIGEST_FIELD}
+    return check_fields(record)
+
+
+class _DamagedLine(ValueError):
+    """Not what its digest was made of."""
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether all but its end was written."""
     try:
-        record = parse_json(line, "it")
-    except DamagedFile:
-        record = None
-    if not isinstance(record, dict) or not {"key", "config", "status"} <= record.keys():
-        raise DamagedFile("is no record")
-    last = next(reversed(record.values()))
-    # Not by its name alone: that may be what was damaged.
-    if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
-        try:
-            check_record(record, "it")
-        except DamagedFile:
-            raise DamagedFile("is damaged (not what its digest was made of)") from None
-    return {name: value for name, value in record.items() if name != DIGEST_FIELD}
+        _record(line)
+    except (DamagedFile, _DamagedLine):
+        return False
+    except ValueError:
+        pass  # whole, but of a form of its own
+    return True
 
 
 def _shown(line: bytes) -> str:
@@ -199,4 +233,4 @@ def _shown(line: bytes) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-__all__ = ["FileInUse", "ResultsFile", "read_records"]
+__all__ = ["FileInUse", "ResultsFile", "read_records", "sift_records"]

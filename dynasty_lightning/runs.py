@@ -33,15 +33,14 @@ from .checkpoint_files import SealedCheckpointIO
 from .core_check import DEFAULT_BOARD, core_speedups
 from .methods import FLOATS, Method
 from .models.schedule import Decay
+from .record_fields import COMPLETE as COMPLETE
+from .record_fields import DIVERGED as DIVERGED
+from .record_fields import FAILED as FAILED
 from .run_checkpoint import RunCheckpoint
 from .tasks import Task, build_task, check_decay, check_pair
 
 Send = Callable[[dict[str, Any]], None]
 """Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds."""
-
-COMPLETE: Final = "complete"
-DIVERGED: Final = "diverged"
-FAILED: Final = "failed"
 
 _PACKAGE: Final = Path(__file__).parent
 _REPORT_SECONDS: Final = 0.5
