@@ -80,7 +80,7 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     header = ["method", "runs", "accuracy %", "loss", f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]", "which says"]
     lines += _table(header, [_accuracy_cells(setting, row) for row in setting.rows])
     cases = setting.against_rivals()
-    lines += _rivals(cases)
+    lines += _rivals(setting, cases)
     lines.append(
         f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; the intervals are Student's t, "
         f"each for itself, not corrected for their number ({max(len(setting.rows) - 1, 0) + len(cases)}).\n"
@@ -105,14 +105,18 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _rivals(cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
-    """Ours minus each other method that was steered to the same target."""
+def _rivals(setting: Setting, cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
+    """Ours minus each other method that was steered to the same target; where the two did not reach it, what each cost instead."""
     if not cases:
         return []
-    header = ["at the same target", "pairs", f"difference, points [{CONFIDENCE:.0%} interval]", "which says, of the first"]
+    header = ["with the same target", "pairs", f"difference, points [{CONFIDENCE:.0%} interval]", "which says, of the first"]
     return _table(
-        header, [[f"{row.label} minus {rival.label}", str(d.spread.n), d.text(), d.reading()] for row, rival, d in cases]
-    )  # fmt: skip
+        header,
+        [
+            [f"{row.label} minus {rival.label}", str(d.spread.n), d.text(), setting.costs_apart(row, rival) or d.reading()]
+            for row, rival, d in cases
+        ],
+    )
 
 
 def _accuracy_cells(setting: Setting, row: Row) -> list[str]:

@@ -22,6 +22,10 @@ _OF_BLOCKS: Final = {"mode": "fast", "block_shape": [4, 4], "width_group": None,
 """Settings that belong to a row's name, with the values that are not told."""
 _FLOATS: Final = ("float32", "bf16")
 _NUMBER: Final = "0123456789."
+_TELLING_PAIRS: Final = 3
+"""The interval of two pairs is 13 of their standard errors wide on each side: that it holds zero says nothing."""
+_REACHED: Final = 0.02
+"""Of a target, by which a speedup may miss it and still be the same cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ class Difference:
             return f"a drop of {-self.high:.2f} to {-self.low:.2f} points"
         if self.low > 0:
             return f"a gain of {self.low:.2f} to {self.high:.2f} points"
+        if self.spread.n < _TELLING_PAIRS:
+            return "nothing yet: two pairs cannot tell a drop from none"
         return f"no drop larger than {-self.low:.2f} points"
 
 
@@ -153,6 +159,15 @@ class Setting:
         """Mean and interval of `pairs`."""
         pairs = self.pairs(row)
         return None if pairs is None else Difference.of(pairs)
+
+    def costs_apart(self, row: Row, rival: Row) -> str | None:
+        """What two rows with one target cost, where that is not the same: one of them is not within 2 % of the target, or tells nothing."""
+        speeds = [r.spread("speedup_charged") for r in (row, rival)]
+        target = float(row.target or "nan") if (row.target or "").count(".") <= 1 else math.nan
+        if all(s.n and abs(s.mean - target) <= _REACHED * target for s in speeds):
+            return None
+        told = " and ".join(f"{s.mean:.2f}x" if s.n else "an unknown speedup" for s in speeds)
+        return f"not the same cost: {told}, where {row.target}x was asked for"
 
     def against_rivals(self) -> list[tuple[Row, Row, Difference]]:
         """Ours and each other method with the same target and blocks, where a seed has both: accuracy of ours minus the other's."""

@@ -59,15 +59,19 @@ def export_run(
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
     plugin = state.get("DynastyPrecision")
-    if plugin is None:
+    if not isinstance(plugin, dict) or "map" not in plugin:
         raise ValueError(f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export")
     precision_map = PrecisionMap.from_state(plugin["map"], source=f"the map in {checkpoint}")
-    loaded = load_data(arguments["data"], data_dir or arguments["data_dir"])
+    loaded = load_data(arguments["data"], data_dir or arguments.get("data_dir"))
     data = TensorDataModule(loaded, batch_size=_BATCH)
     shape = tuple(data.test_images.shape[1:])
     network = build_model(arguments["model"], in_channels=shape[0], image_size=shape[-1], classes=data.classes)
     module = Classifier(network, classes=data.classes)
-    module.load_state_dict(state["state_dict"])
+    try:
+        module.load_state_dict(state["state_dict"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{checkpoint} holds no weights of the {arguments['model']} that its summary names ({text})") from None
     structure = precision_map.structure
     convert(module, mode="exact", block_shape=structure.block_shape, width_group=structure.width_group)
     for name, roles in precision_map.entries.items():
@@ -75,7 +79,12 @@ def export_run(
             dynamic_layers(module)[name].set_precision(role, precision)
     module.eval()
 
-    source = {"checkpoint": checkpoint.name, "model": arguments["model"], "data": arguments["data"], "step": int(state["global_step"])}
+    source = {
+        "checkpoint": checkpoint.name,
+        "model": arguments["model"],
+        "data": arguments["data"],
+        "step": int(state.get("global_step", 0)),
+    }
     program = export_program(network, shape, labels=loaded.class_names, source=source)
     program.save(out)
     chosen, labels = data.test_images[:images], data.test_labels[:images].numpy()

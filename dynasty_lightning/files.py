@@ -2,6 +2,7 @@
 """Files that are whole or not there, and read only if they are what was written: those of `fpga.files`, which has to stand alone."""
 
 from fpga.files import DIGEST_FIELD as DIGEST_FIELD
+from fpga.files import MOST_JSON_BYTES as MOST_JSON_BYTES
 from fpga.files import DamagedFile as DamagedFile
 from fpga.files import cache_folder as cache_folder
 from fpga.files import check_record as check_record

@@ -103,6 +103,55 @@ RECORD_FIELDS: Final[Mapping[str, Field]] = {
 """Of a record; it may hold more, which nothing reads."""
 
 
+_FILE_NAME: Final = matching(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", "the name of a file in the same folder")
+_BITS: Final = _mapping(number(0, 64).holds, "mean widths")
+
+DEMO_ARGS: Final[Mapping[str, Field]] = {"data": _WORD, "model": _WORD, "epochs": whole(1, 1 << 30), "data_dir": _optional(_TEXT)}
+DEMO_RUN: Final[Mapping[str, Field]] = {
+    "name": _WORD,
+    **{name: RECORD_FIELDS[name] for name in ("seed", "bits", "seconds", "analytics_share")},
+    "accuracy": _SHARE,
+    **dict.fromkeys(("speedup_ideal", "energy_ratio_compute", "energy_ratio_sram", "energy_ratio_total"), _optional(_RATIO)),
+    "speedup_charged": _optional(_RATIO),
+    "steps": whole(0, 1 << 40),
+    "warmup_steps": whole(0, 1 << 40),
+    "history_file": _FILE_NAME,
+    "image_widths_file": _optional(_FILE_NAME),
+}
+"""Of a run in a demo's summary."""
+HISTORY_FIELDS: Final[Mapping[str, Field]] = {
+    "step": whole(0, 1 << 40),
+    "mean_bits": _BITS,
+    "bits": _mapping(_BITS.holds, "mean widths by layer"),
+}
+"""Of a line of a demo's history."""
+
+
+def check_demo_args(args: Any) -> None:
+    """Raise ValueError that names the field unless a demo's settings can be told."""
+    if not isinstance(args, dict):
+        raise ValueError(f"args must be an object, not {shown(args)}")
+    _check("args", args, DEMO_ARGS, ("data", "model"))
+
+
+def check_demo_run(run: Any) -> None:
+    """Raise ValueError that names the field unless a run of a demo is as the table says."""
+    if not isinstance(run, dict):
+        raise ValueError(f"it is no object, but {shown(run)}")
+    _check("it", run, DEMO_RUN, ("name", "seed", "accuracy"))
+    if run["name"] != "float32" and run.get("speedup_charged") is None:
+        raise ValueError("it has no speedup_charged")
+
+
+def check_history(entry: Any) -> None:
+    """Raise ValueError that names the field unless a line of a history is as the table says."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"it is no object, but {shown(entry)}")
+    _check("it", entry, HISTORY_FIELDS, tuple(HISTORY_FIELDS))
+    if lacking := [role for role in "XWE" if role not in entry["mean_bits"]]:
+        raise ValueError(f"its mean_bits lack {lacking[0]}")
+
+
 def check_record(record: Any) -> dict[str, Any]:
     """The record, if what it holds of the table is as the table says.
 
@@ -151,4 +200,17 @@ def options_of(command: Any) -> dict[str, str] | None:
     return options if "--methods" in options and seed.isascii() and seed.isdigit() and len(seed) < 20 else None
 
 
-__all__ = ["COMPLETE", "CONFIG_FIELDS", "DIVERGED", "FAILED", "RECORD_FIELDS", "check_record", "check_reported", "last_line", "options_of"]
+__all__ = [
+    "COMPLETE",
+    "CONFIG_FIELDS",
+    "DIVERGED",
+    "FAILED",
+    "RECORD_FIELDS",
+    "check_demo_args",
+    "check_demo_run",
+    "check_history",
+    "check_record",
+    "check_reported",
+    "last_line",
+    "options_of",
+]

@@ -2,18 +2,20 @@
 """Reads a run folder that `demo` wrote; gives its table and three pictures."""
 
 import itertools
-import json
 import math
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from .files import write_whole
+from .fields import shown
+from .files import MOST_JSON_BYTES, parse_arrays, parse_json, read_bounded, read_json, read_sealed, write_whole
+from .record_fields import check_demo_args, check_demo_run, check_history
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,17 +71,38 @@ class Spread:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder. Raises FileNotFoundError where there is none, ValueError where it is not one."""
+    """The summary of a run folder, without runs that are not as a run is: those are told by a warning.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one.
+    """
     path = folder / SUMMARY_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {SUMMARY_FILE}: name a folder that `dynasty-lightning demo` wrote")
-    try:
-        summary = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
+    summary = read_json(path)
     if not isinstance(summary, dict) or not {"args", "runs"} <= summary.keys():
         raise ValueError(f"{path} is no summary of a demo: it lacks args or runs")
-    return summary
+    try:
+        check_demo_args(summary["args"])
+    except ValueError as error:
+        raise ValueError(f"{path} is no summary of a demo: {error}") from None
+    if not isinstance(summary["runs"], list):
+        raise ValueError(f"{path} is no summary of a demo: its runs are no list, but {shown(summary['runs'])}")
+    return {**summary, "runs": _sifted(summary["runs"], check_demo_run, f"{path}, run")}
+
+
+def _sifted(values: Sequence[Any], check: Callable[[Any], object], where: str) -> list[Any]:
+    """Those that `check` raises no ValueError for; the others are told, counted from 1."""
+    kept = []
+    for number, value in enumerate(values, start=1):
+        try:
+            check(value)
+        except ValueError as error:
+            warnings.warn(f"{where} {number} is left out: {error}", stacklevel=3)
+        else:
+            kept.append(value)
+    return kept
 
 
 def method_name(method: str) -> str:
@@ -148,20 +171,64 @@ def draw_report(folder: Path) -> list[Path]:
         if any(r["name"] != "float32" for r in summary["runs"]):
             written.append(save_picture(draw_accuracy(summary), folder / ACCURACY_PICTURE))
         for run in (r for r in summary["runs"] if r["name"] == "dynasty"):
-            history = read_history(folder / run["history_file"])
-            if len(history) > 1:
-                written.append(save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE))
-            if run.get("image_widths_file") is not None:
-                with np.load(folder / run["image_widths_file"]) as widths:
-                    written.append(save_picture(draw_widths_over_image(dict(widths), run, summary), folder / IMAGE_PICTURE))
+            for draw in (_draw_time, _draw_image):
+                try:
+                    written += draw(folder, run, summary)
+                except (ValueError, OSError) as error:
+                    warnings.warn(f"{folder} lacks a picture: {error}", stacklevel=2)
             break  # the first seed stands for all: steps and images differ from seed to seed
     pyplot.close("all")
     return written
 
 
+def _draw_time(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Path]:
+    history = read_history(folder / run["history_file"]) if "history_file" in run else []
+    return [save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE)] if len(history) > 1 else []
+
+
+def _draw_image(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Path]:
+    if run.get("image_widths_file") is None:
+        return []
+    widths = read_widths(folder / run["image_widths_file"])
+    return [save_picture(draw_widths_over_image(widths, run, summary), folder / IMAGE_PICTURE)]
+
+
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """One measurement a line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """One measurement a line, in the order of steps; lines that are none, or a step again, are left out with a warning.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is too large.
+    """
+    last = -1
+
+    def check(line: bytes) -> None:
+        nonlocal last
+        entry = parse_json(line, "it")
+        check_history(entry)
+        if entry["step"] <= last:
+            raise ValueError(f"step {entry['step']} does not follow {last}")
+        last = entry["step"]
+
+    lines = [line for line in read_bounded(path, MOST_JSON_BYTES).split(b"\n") if line.strip()]
+    return [parse_json(line, str(path)) for line in _sifted(lines, check, f"{path}, line")]
+
+
+def read_widths(path: Path) -> dict[str, np.ndarray]:
+    """Images and the widths that they get in each convolution, as `draw_widths_over_image` takes them.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds something else.
+    """
+    arrays = parse_arrays(read_sealed(path, MOST_JSON_BYTES), str(path), MOST_JSON_BYTES)
+    images, labels = arrays.get("images"), arrays.get("labels")
+    grids = [array for name, array in arrays.items() if name.startswith("X/")]
+    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
+        raise ValueError(f"{path} holds no images uint8 [n, 1 or 3, height, width] with labels, but {sorted(arrays)}")
+    if labels.shape != images.shape[:1] or labels.dtype.kind != "U":
+        raise ValueError(f"{path} holds labels {labels.dtype} {labels.shape}, not a text for each of {len(images)} images")
+    if any(g.dtype != np.uint8 or g.ndim != 4 or len(g) != len(images) or not g.size or g.max() > _MOST_BITS for g in grids):
+        raise ValueError(f"{path} holds widths that are not uint8 [{len(images)}, channel blocks, rows, columns] up to {_MOST_BITS}")
+    return arrays
 
 
 def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
@@ -222,7 +289,7 @@ def draw_widths_over_time(history: Sequence[Mapping[str, Any]], run: Mapping[str
 
     layers = list(history[-1]["bits"])
     steps = [h["step"] for h in history]
-    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(steps)), float(max(run["steps"], steps[-1]))]
+    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(steps)), float(max(run.get("steps", 0), steps[-1]))]
     if edges[-1] <= edges[-2]:
         edges[-1] = edges[-2] + 1
     figure, panels = pyplot.subplots(1, 3, sharey=True, figsize=(12, 1.9 + 0.27 * len(layers)), layout="constrained")
@@ -345,7 +412,7 @@ def _outline(image: np.ndarray) -> float:
 
 def _setting(summary: Mapping[str, Any]) -> str:
     args = summary["args"]
-    text = f"{args['data']}, {args['model']}, {args['epochs']} epochs of {summary.get('train_images', '?')} images"
+    text = f"{args['data']}, {args['model']}, {args.get('epochs', '?')} epochs of {summary.get('train_images', '?')} images"
     return text + (" (no evidence for accuracy)" if args["data"] == "digits" else "")
 
 

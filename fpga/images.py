@@ -34,7 +34,8 @@ def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
     except DamagedFile as error:
         raise DamagedFile(f"{error}. Export the program anew; images of your own are written by fpga.images.save_images") from None
     images, labels = arrays.get("images"), arrays.get("labels")
-    if images is None or labels is None or images.dtype != np.float32 or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    is_ours = images is not None and labels is not None and images.dtype == np.float32 and labels.dtype.kind in "iu"
+    if images is None or labels is None or not is_ours or images.ndim < 2 or not len(images) or labels.shape != images.shape[:1]:
         found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
         raise DamagedFile(f"{path} holds {found}, not images (float32) and a label (integer) for each: export the program anew")
     return images, labels

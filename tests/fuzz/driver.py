@@ -18,12 +18,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,8 +34,11 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("dynasty_lightning", "fpga")
 EXTRA_BYTES: Final = 1 << 30
 """Of address space, over what the process has before the first input."""
-SECONDS: Final = 5.0
+SECONDS = 5.0
 """Of processor time, for one input: a busy machine is no finding."""
+WARM = 3
+"""Inputs of each target before the limits are set."""
+_PLACE: Final = struct.Struct("<qqqq")  # job, number of the input under way, and how many were accepted and refused before it
 _SILENCE: Final = 120.0  # seconds after which a child that began no other input is ended
 
 Use = Callable[[], object]
@@ -189,7 +193,7 @@ def work(targets: Sequence[Target], jobs: Sequence[tuple[str, int, int]], seed: 
         send: takes dicts, JSON-ready.
     """
     known = {target.name: target for target in targets}
-    with open(place, "r+b") as file, mmap.mmap(file.fileno(), 16) as at, tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with open(place, "r+b") as file, mmap.mmap(file.fileno(), _PLACE.size) as at, tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for name, _, _ in jobs:
             _once(known[name], Path(folder))
         limit_memory()
@@ -197,7 +201,7 @@ def work(targets: Sequence[Target], jobs: Sequence[tuple[str, int, int]], seed: 
             target, tally = known[name], Counter()
             begin = told = time.monotonic()
             for number in range(first, first + count):
-                at[:] = struct.pack("<qq", job, number)
+                at[:] = _PLACE.pack(job, number, tally["accepted"], tally["refused"])
                 data = target.input(seed, number)
                 what, signature, trace = examine(target, data, Path(folder))
                 tally[what] += 1
@@ -214,7 +218,7 @@ def work(targets: Sequence[Target], jobs: Sequence[tuple[str, int, int]], seed: 
 
 def _once(target: Target, folder: Path) -> None:
     """What is imported and compiled at first use counts to nobody's limits."""
-    for number in range(3):
+    for number in range(WARM):
         examine(target, target.input(-1, number), folder)
 
 
@@ -243,20 +247,20 @@ def run(
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place, order = Path(folder) / "place", Path(folder) / "order"
         while jobs:
-            place.write_bytes(struct.pack("<qq", 0, -1))
+            place.write_bytes(_PLACE.pack(0, -1, 0, 0))
             order.write_text(json.dumps({"jobs": jobs, "seed": seed, "seconds": seconds, "place": str(place)}))
             status, errors = _child(module, order, place, outcomes, base, counts, progress)
             if status == 0:
                 break
-            job, number = struct.unpack("<qq", place.read_bytes())
+            job, number, accepted, refused = _PLACE.unpack(place.read_bytes())
             if number < 0:
                 raise RuntimeError(f"the child ended before its first input, exit {status}: {errors[-2000:]}")
             name, first, count = jobs[job]
             target = next(t for t in targets if t.name == name)
             what = "a process that says nothing" if status is None else f"a process that ends, exit {status}"
             outcomes[name].add(Finding(name, what, errors[-4000:], target.input(seed, number)))
-            for dead in outcomes:
-                base[dead] = (outcomes[dead].accepted, outcomes[dead].refused, outcomes[dead].seconds)
+            outcomes[name].accepted, outcomes[name].refused = base[name][0] + accepted, base[name][1] + refused
+            base[name] = (outcomes[name].accepted, outcomes[name].refused, outcomes[name].seconds)
             jobs = [(name, number + 1, first + count - number - 1), *jobs[job + 1 :]]
     return outcomes
 
@@ -266,36 +270,35 @@ def _child(module, order, place, outcomes, base, counts, progress) -> tuple[int 
     command = [sys.executable, "-X", "faulthandler", "-m", module, "--work", str(order)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert child.stdout is not None
-        watch = _watch(child, place)
-        try:
-            for line in child.stdout:
-                message = json.loads(line)
-                outcome = outcomes[message["target"]]
-                if "tally" in message:
-                    before = base[message["target"]]
-                    outcome.accepted = before[0] + message["tally"].get("accepted", 0)
-                    outcome.refused = before[1] + message["tally"].get("refused", 0)
-                    outcome.seconds = before[2] + message["seconds"]
-                else:
-                    data = bytes.fromhex(message["data"])
-                    outcome.add(Finding(message["target"], message["what"], message["trace"], data))
-                progress(message["target"], outcome, counts[message["target"]])
-        finally:
-            with suppress(ProcessLookupError):
-                if child.poll() is None and sys.exc_info()[0] is not None:
-                    child.kill()
+        pipes = {"stdout": subprocess.PIPE, "stderr": errors}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as child, _watched(child, place):
+            try:
+                for line in child.stdout:
+                    message = json.loads(line)
+                    _take(message, outcomes, base)
+                    progress(message["target"], outcomes[message["target"]], counts[message["target"]])
+            except BaseException:
+                child.kill()
+                raise
             status = child.wait()
-            watch()
         errors.seek(0)
         return (None if status == -signal.SIGKILL else status), errors.read()
 
 
-def _watch(child: subprocess.Popen, place: Path) -> Callable[[], None]:
-    """End a child that begins no other input for long. Returns what ends the watch."""
-    import threading
+def _take(message: dict, outcomes: dict[str, Outcome], base: dict[str, tuple[int, int, float]]) -> None:
+    """Enter what a child sent."""
+    outcome, before = outcomes[message["target"]], base[message["target"]]
+    if "tally" in message:
+        outcome.accepted = before[0] + message["tally"].get("accepted", 0)
+        outcome.refused = before[1] + message["tally"].get("refused", 0)
+        outcome.seconds = before[2] + message["seconds"]
+    else:
+        outcome.add(Finding(message["target"], message["what"], message["trace"], bytes.fromhex(message["data"])))
 
+
+@contextmanager
+def _watched(child: subprocess.Popen, place: Path) -> Iterator[None]:
+    """End a child that begins no other input for long."""
     ended = threading.Event()
 
     def look() -> None:
@@ -310,12 +313,11 @@ def _watch(child: subprocess.Popen, place: Path) -> Callable[[], None]:
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-
-    def end() -> None:
+    try:
+        yield
+    finally:
         ended.set()
         thread.join()
-
-    return end
 
 
 def save(outcomes: dict[str, Outcome], folder: Path) -> list[str]:

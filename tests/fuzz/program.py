@@ -16,8 +16,9 @@ import numpy as np
 import fpga.program
 from fpga import GemmConfig, Operand
 from fpga.files import MOST_ARRAY_BYTES, parse_arrays, seal_record
+from fpga.images import IMAGES_FILE, load_images
 from fpga.operand import PackedOperand, pack, unpack
-from fpga.program import ARRAYS_FILE, GRAPH_FILE, IMAGES_FILE, STEP_KINDS, Program, ProgramError, load_images
+from fpga.program import ARRAYS_FILE, GRAPH_FILE, STEP_KINDS, Program, ProgramError
 from fpga.reference import ReferenceDevice
 from fpga.runtime import Runner
 

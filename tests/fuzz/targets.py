@@ -3,7 +3,7 @@
 
 from typing import Final
 
-from . import program, readers
+from . import program, readers, records
 from .driver import Target
 
-TARGETS: Final[tuple[Target, ...]] = (*readers.TARGETS, *program.TARGETS)
+TARGETS: Final[tuple[Target, ...]] = (*readers.TARGETS, *records.TARGETS, *program.TARGETS)

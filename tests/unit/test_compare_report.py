@@ -85,6 +85,8 @@ def test_an_interval_worked_out_by_hand():
     [
         ([], "-", "no interval from fewer than two pairs"),
         ([-0.3], "-0.30 (one pair)", "no interval from fewer than two pairs"),
+        ([-0.2, -0.6], "-0.40 [-2.94, +2.14]", "nothing yet: two pairs cannot tell a drop from none"),
+        ([-2.4, -2.6], "-2.50 [-3.77, -1.23]", "a drop of 1.23 to 3.77 points"),
         ([-0.2, -0.6, -0.4], "-0.40 [-0.90, +0.10]", "no drop larger than 0.90 points"),
         ([-2.2, -2.6, -2.4], "-2.40 [-2.90, -1.90]", "a drop of 1.90 to 2.90 points"),
         ([2.2, 2.6, 2.4], "+2.40 [+1.90, +2.90]", "a gain of 1.90 to 2.90 points"),
@@ -132,13 +134,61 @@ def test_rivals_are_those_with_the_same_target_and_blocks():
 
 def test_rivals_in_the_report(report):
     text, _ = report(study())
-    assert "at the same target" not in text
-    text, _ = report(study() + [run("per_layer@5.1", seed, 0.59) for seed in range(3)])
+    assert "with the same target" not in text
+    text, _ = report(study() + [run("per_layer@5.1", seed, 0.59, speedup_charged=5.15) for seed in range(3)])
     # 59.8, 60.4 and 61.6 minus 59: mean 1.6, sd .916515, half = 4.302653 * .916515 / sqrt(3) = 2.2768.
-    assert rows(text, "| at the same target") == {
+    assert rows(text, "| with the same target") == {
         "dynasty@5.1 minus per_layer@5.1": ["3", "+1.60 [-0.68, +3.88]", "no drop larger than 0.68 points"]
     }
     assert "not corrected for their number (5)." in text  # four methods minus uniform 8 bits, and this one
+
+
+def test_rivals_at_another_cost_are_not_compared(report):
+    """4.65x and 3.36x are not the same target, whatever both asked for."""
+    ours = [run("dynasty@5", seed, 0.60 + seed / 100, speedup_charged=4.65) for seed in range(3)]
+    text, _ = report([*ours, *(run("per_layer@5", seed, 0.59, speedup_charged=3.36) for seed in range(3))])
+    ((_, _, says),) = rows(text, "| with the same target").values()
+    assert says == "not the same cost: 4.65x and 3.36x, where 5x was asked for"
+    text, _ = report([*ours, *(run("per_layer@5", seed, 0.59, speedup_charged=None) for seed in range(3))])
+    ((_, _, says),) = rows(text, "| with the same target").values()
+    assert says == "not the same cost: 4.65x and an unknown speedup, where 5x was asked for"
+
+
+ODD = {
+    "the seed": ({"seed": "0"}, "it: seed must be a whole number in [0, 4294967295], not '0'"),
+    "an accuracy in percent": ({"accuracy": 61.0}, "it: accuracy must be null or a number in [0, 1], not 61.0"),
+    "an accuracy that is none": ({"accuracy": math.nan}, "it: accuracy must be null or a number in [0, 1], not nan"),
+    "no settings": ({"config": [1]}, "it: config must be an object of settings, not [1]"),
+    "settings of other types": ({"config": {"method": ["x"]}}, "its config: method must be a text of one line, not ['x']"),
+    "settings that lack one": ({"config": {"method": "uniform8"}}, "its config lacks 'data'"),
+    "a command of something else": ({"command": "rm -r x"}, "it: command must be a command of `compare` with --methods and a whole --seed"),
+    "a quotation without end": ({"command": "dynasty-lightning compare 'x"}, "it: command must be"),
+    "versions as a text": ({"versions": "1"}, "it: versions must be an object of texts, not '1'"),
+    "a status of its own": ({"status": "done"}, "it: status must be one of complete, diverged, failed, not 'done'"),
+    "warnings as a text": ({"warnings": "x"}, "it: warnings must be a list of texts, not 'x'"),
+    "half a character": ({"error": "\ud800"}, "it: error must be a text, not"),
+    "bits of another form": ({"bits": 8}, "it: bits must be null or an object of mean widths, not 8"),
+    "a speedup of zero": ({"speedup_charged": 0}, "it: speedup_charged must be null or a number in [1e-06, 1000000.0], not 0"),
+}
+
+
+def test_an_odd_record_is_told_by_line_and_the_rest_is_reported(tmp_path):
+    good = [run("uniform8", s, 0.5) for s in range(2)]
+    odd = [run("dynasty@5", 0, 0.5) | {"key": f"odd {i}"} | change for i, (change, _) in enumerate(ODD.values())]
+    path = write(tmp_path / "results.jsonl", [good[0], *odd, good[1]])
+    with path.open("a") as file:
+        file.write("[" * 100_000 + "\n" + '{"key": 1}\n')
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        out, *_ = write_report([path], tmp_path / "report.md")
+    told = [str(w.message) for w in caught]
+    assert [t.partition(" is no record")[0] for t in told] == [
+        f"{path}, line {n}" for n in [*range(2, len(ODD) + 2), len(ODD) + 3, len(ODD) + 4]
+    ]
+    for text, (_, message) in zip(told, ODD.values(), strict=False):
+        assert message in text
+    text = out.read_text()
+    assert [cells[0] for cells in rows(text, "| method | runs").values()] == ["2"]
+    assert text.count("is no record and is left out") == len(ODD) + 2
 
 
 def test_what_was_trained_otherwise_stands_apart():

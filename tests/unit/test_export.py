@@ -16,6 +16,7 @@ from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.data import load_data
 from dynasty_lightning.export import ExportError, export_program
+from dynasty_lightning.export_run import export_run
 from dynasty_lightning.models import build_model
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import quantize_operand
@@ -268,6 +269,17 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
             main(["export", *arguments, "--out", str(tmp_path / "other")])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    for changed, message in (
+        ({"model": "mlp"}, "holds no weights of the mlp that its summary names"),
+        ({"model": "chartransformer", "data": "stdlib-docs"}, "is of a text model"),
+    ):
+        (run / "summary.json").write_text(json.dumps(summary | {"args": summary["args"] | changed}))
+        with pytest.raises(ValueError, match=message):
+            export_run(run / "checkpoint-dynasty-0.ckpt", tmp_path / "other", stream=sys.stdout)
+    (run / "summary.json").write_text(json.dumps(summary | {"args": {}}))
+    with pytest.raises(ValueError, match="args lacks 'data'"):
+        export_run(run / "checkpoint-dynasty-0.ckpt", tmp_path / "other", stream=sys.stdout)
 
 
 @pytest.mark.slow

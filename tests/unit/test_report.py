@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot
 
 from dynasty_lightning import report
+from dynasty_lightning.files import write_whole
 
 LAYERS = ["network.stem", "network.blocks.0.conv1", "network.head"]
 
@@ -67,7 +68,7 @@ def folder(tmp_path):
         if entry["name"] == "dynasty":
             entry |= {"history_file": f"history-{entry['seed']}.jsonl", "image_widths_file": f"widths-{entry['seed']}.npz"}
             (tmp_path / entry["history_file"]).write_text("".join(json.dumps(h) + "\n" for h in make_history()))
-            np.savez(tmp_path / entry["image_widths_file"], **make_widths())
+            write_whole(tmp_path / entry["image_widths_file"], lambda file: np.savez(file, **make_widths()), sealed=True)
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -105,6 +106,49 @@ def test_table():
     assert "10000 test images" in table
     assert "no evidence" not in table
     assert max(map(len, table.splitlines())) <= 110
+
+
+def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
+    path = folder / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["runs"][1:1] = [7, {"name": "uniform8"}, run("uniform4", 0, "0.5"), run("dynasty", 9, 0.5) | {"history_file": "../x"}]
+    path.write_text(json.dumps(summary))
+    history = folder / "history-0.jsonl"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join([lines[0], "{", json.dumps({"step": 15}), lines[0], *lines[1:]]))
+    (folder / "widths-0.npz").write_bytes(b"PK" * 100)
+    with pytest.warns(UserWarning, match="is left out|lacks a picture") as caught:
+        pictures = report.draw_report(folder)
+    assert [p.name for p in pictures] == [report.ACCURACY_PICTURE, report.TIME_PICTURE]
+    told = "\n".join(str(w.message) for w in caught)
+    for text in (
+        f"{path}, run 2 is left out: it is no object, but 7",
+        f"{path}, run 3 is left out: it lacks 'seed'",
+        f"{path}, run 4 is left out: it: accuracy must be a number in [0, 1], not '0.5'",
+        f"{path}, run 5 is left out: it: history_file must be the name of a file in the same folder, not '../x'",
+        f"{history}, line 2 is left out: it is not JSON",
+        f"{history}, line 3 is left out: it lacks 'mean_bits'",
+        f"{history}, line 4 is left out: step 10 does not follow 10",
+        f"{folder} lacks a picture: {folder / 'widths-0.npz'} has no digest",
+    ):
+        assert text in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff", "summary.json is not JSON"),
+        (b"[" * 100_000, "summary.json is not JSON"),
+        (b'{"args": 1, "runs": []}', "args must be an object, not 1"),
+        (b'{"args": {"data": "digits", "model": 3}, "runs": []}', "args: model must be a text of one line, not 3"),
+        (b'{"args": {"data": "digits", "model": "mlp"}, "runs": {}}', "its runs are no list"),
+    ],
+)
+def test_a_summary_that_is_none_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "summary.json").write_bytes(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        report.read_summary(tmp_path)
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_table_of_digits_says_that_they_are_no_evidence():
