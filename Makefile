@@ -17,7 +17,7 @@ NEWEST_TESTS := tests/property tests/unit/test_cost.py tests/unit/test_data.py t
   tests/fpga/test_emit.py tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
 NEWEST_LEFT_OUT := sanitized or (test_devices and reference)
 
-.PHONY: help demo test test-numpy2 soak check csim bench notebooks clean setup system
+.PHONY: help demo test test-numpy2 soak fuzz check csim bench notebooks clean setup system
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -40,6 +40,9 @@ check: setup  ## Lint, format, types, import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: setup  ## Feed a million mutated files to every reader, under limits of memory and time
+	$(BIN)/python -m tests.fuzz --count 1000000
 
 csim: setup  ## Compile the core's C++ and compare it with its reference
 	$(BIN)/python -m fpga csim --bench
