@@ -412,9 +412,9 @@ def rng_limit(size: int) -> int:
 
 
 TARGETS: Final = (
-    Target(name="program", text="graph and arrays of a program, digests right", make=_make, read=_read, share=5),
+    Target(name="program", text="graph and arrays of a program, digests right", make=_make, read=_read, share=4),
     Target(name="program-bytes", text="damaged bytes of a program, and archives that lie", make=_make_damaged, read=_read, share=4),
-    Target(name="words", text="packed weights", make=_make_words, read=_read_words, share=12, named=False),
-    Target(name="arrays", text="an archive of arrays", make=_make_arrays, read=_read_arrays, share=4),
-    Target(name="images", text="images beside a program", make=_make_images, read=_read_images, share=4),
+    Target(name="words", text="packed weights", make=_make_words, read=_read_words, share=16, named=False),
+    Target(name="arrays", text="an archive of arrays", make=_make_arrays, read=_read_arrays, share=8),
+    Target(name="images", text="images beside a program", make=_make_images, read=_read_images, share=8),
 )

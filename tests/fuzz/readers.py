@@ -320,7 +320,7 @@ _XML: Final = (
 
 
 def _make_hwh(rng: random.Random) -> bytes:
-    return rng.choice(_XML) if rng.random() < 0.1 else mutate_bytes(rng, _HWH)
+    return rng.choice(_XML) if rng.random() < 0.01 else mutate_bytes(rng, _HWH)
 
 
 def _read_hwh(data: bytes, folder: Path) -> Callable[[], object]:
@@ -342,7 +342,7 @@ def _make_synthesis(rng: random.Random) -> bytes:
     kind = rng.random()
     if kind < 0.4:
         return mutate_bytes(rng, _SYNTHESIS)
-    if kind < 0.9:
+    if kind < 0.99:
         return _SYNTHESIS.replace(rng.choice((b"10.00", b"7.3", b"1234", b">1<", b">100<", b"3</DSP")), rng.choice(_NUMBERS), 1)
     return rng.choice((*_XML, b"<profile>" + b"<P" + b"><P" * 3000 + b">" + b"</P>" * 3001 + b"</profile>", b"<profile/>"))
 
@@ -381,17 +381,17 @@ def _read_manifest(data: bytes, folder: Path) -> Callable[[], object]:
 
 
 TARGETS: Final = (
-    Target(name="map", text="a precision map's file", make=_make_map, read=_read_map, share=4),
+    Target(name="map", text="a precision map's file", make=_make_map, read=_read_map, share=3),
     Target(name="map-state", text="a precision map in a checkpoint", make=_make_state, read=_read_state, share=3),
     Target(name="widths", text="a bit-width map's file", make=_make_widths, read=_read_widths, share=4),
-    Target(name="json", text="any JSON file", make=_make_json, read=_read_json, share=12),
-    Target(name="config", text="a core's configuration", make=_make_config, read=_read_config, share=12),
+    Target(name="json", text="any JSON file", make=_make_json, read=_read_json, share=30),
+    Target(name="config", text="a core's configuration", make=_make_config, read=_read_config, share=20),
     Target(
-        name="method", text="the name of a method, with target and options", make=_make_method, read=_read_method, share=12, named=False
+        name="method", text="the name of a method, with target and options", make=_make_method, read=_read_method, share=30, named=False
     ),
-    Target(name="board", text="a board's JSON file", make=_make_board, read=_read_board, share=6),
-    Target(name="bit", text="the header of a .bit file", make=_make_bit, read=_read_bit, share=10),
-    Target(name="hwh", text="a hardware handoff (XML)", make=_make_hwh, read=_read_hwh, share=2),
-    Target(name="synthesis", text="a vendor tool's report (XML)", make=_make_synthesis, read=_read_synthesis, share=4),
-    Target(name="manifest", text="the manifest of a build folder", make=_make_manifest, read=_read_manifest, share=4),
+    Target(name="board", text="a board's JSON file", make=_make_board, read=_read_board, share=12),
+    Target(name="bit", text="the header of a .bit file", make=_make_bit, read=_read_bit, share=25),
+    Target(name="hwh", text="a hardware handoff (XML)", make=_make_hwh, read=_read_hwh, share=4),
+    Target(name="synthesis", text="a vendor tool's report (XML)", make=_make_synthesis, read=_read_synthesis, share=12),
+    Target(name="manifest", text="the manifest of a build folder", make=_make_manifest, read=_read_manifest, share=12),
 )

@@ -140,7 +140,7 @@ def _read_history(data: bytes, folder: Path) -> Callable[[], object]:
 
 
 TARGETS: Final = (
-    Target(name="records", text="a file of results with odd records", make=_make, read=_read, share=3),
+    Target(name="records", text="a file of results with odd records", make=_make, read=_read, share=2),
     Target(name="summary", text="the summary of a run folder", make=_make_summary, read=_read_summary, share=6),
-    Target(name="history", text="the history of a run", make=_make_history, read=_read_history, share=8),
+    Target(name="history", text="the history of a run", make=_make_history, read=_read_history, share=12),
 )

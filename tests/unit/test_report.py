@@ -236,7 +236,7 @@ def test_picture_layer():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is no JSON"), ("[]", "is no summary of a demo"), ('{"runs": []}', "lacks args or runs")]
+    ("content", "message"), [("{", "is not JSON"), ("[]", "is no summary of a demo"), ('{"runs": []}', "lacks args or runs")]
 )
 def test_a_wrong_summary(tmp_path, content, message):
     (tmp_path / "summary.json").write_text(content)
