@@ -5,6 +5,7 @@ Runs are independent, so several train at once, each in a worker process. `summa
 demo that was killed leaves what it had; `report` draws any such folder.
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -22,7 +23,7 @@ from .callback import DynastyCallback
 from .core.formats import MAX_BITS, MIN_BITS
 from .core_check import check_on_core, describe
 from .data import DATASETS, TensorDataModule, load_data
-from .files import write_whole
+from .files import seal_record, write_whole
 from .methods import Method
 from .models import MODELS, Classifier, LanguageModel
 from .nn.inspect import activation_widths
@@ -266,8 +267,9 @@ def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: in
     callback.precision_map().save(out / names["map_file"])
     callback.bit_width_map().save(out / names["bit_widths_file"])
     lines = [json.dumps(_finite(h), allow_nan=False) + "\n" for h in callback.history]
-    write_whole(out / names["history_file"], "".join(lines))
-    return names
+    history = "".join(lines).encode()
+    write_whole(out / names["history_file"], history)
+    return names | {"history_sha256": hashlib.sha256(history).hexdigest()}
 
 
 def _write_image_widths(out: Path, module: Classifier | LanguageModel, data: TensorDataModule, seed: int) -> dict[str, str]:
@@ -328,7 +330,7 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
 
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    write_whole(out / SUMMARY_FILE, (json.dumps(_finite(summary), indent=1, allow_nan=False) + "\n"))
+    write_whole(out / SUMMARY_FILE, json.dumps(seal_record(_finite(summary)), indent=1, allow_nan=False) + "\n")
 
 
 __all__: Sequence[str] = [

@@ -17,4 +17,5 @@ from fpga.files import record_digest as record_digest
 from fpga.files import remove_leftovers as remove_leftovers
 from fpga.files import seal_record as seal_record
 from fpga.files import unsealed as unsealed
+from fpga.files import without_digest as without_digest
 from fpga.files import write_whole as write_whole

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a run folder that `demo` wrote; gives its table and three pictures."""
 
+import hashlib
 import itertools
 import math
 import statistics
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from .fields import shown
-from .files import MOST_JSON_BYTES, parse_arrays, parse_json, read_bounded, read_json, read_sealed, write_whole
+from .files import MOST_JSON_BYTES, DamagedFile, parse_arrays, parse_json, read_bounded, read_json, read_sealed, without_digest, write_whole
 from .record_fields import check_demo_args, check_demo_run, check_history
 
 if TYPE_CHECKING:
@@ -75,12 +76,16 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not one.
+        ValueError: it is not one, or damaged.
     """
     path = folder / SUMMARY_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {SUMMARY_FILE}: name a folder that `dynasty-lightning demo` wrote")
-    summary = read_json(path)
+    try:
+        summary = read_json(path)
+        summary = without_digest(summary, str(path)) if isinstance(summary, dict) else summary
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}. Copy the folder again, or run the demo again") from None
     if not isinstance(summary, dict) or not {"args", "runs"} <= summary.keys():
         raise ValueError(f"{path} is no summary of a demo: it lacks args or runs")
     try:
@@ -182,7 +187,7 @@ def draw_report(folder: Path) -> list[Path]:
 
 
 def _draw_time(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Path]:
-    history = read_history(folder / run["history_file"]) if "history_file" in run else []
+    history = read_history(folder / run["history_file"], run.get("history_sha256")) if "history_file" in run else []
     return [save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE)] if len(history) > 1 else []
 
 
@@ -193,12 +198,18 @@ def _draw_image(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]
     return [save_picture(draw_widths_over_image(widths, run, summary), folder / IMAGE_PICTURE)]
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
     """One measurement a line, in the order of steps; lines that are none, or a step again, are left out with a warning.
 
+    Args:
+        sha256: of the file, as the summary has it; None takes any.
+
     Raises:
-        OSError, ValueError: it cannot be read, or is too large.
+        OSError, ValueError: it cannot be read, is too large, or not the one of that digest.
     """
+    content = read_bounded(path, MOST_JSON_BYTES)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise DamagedFile(f"{path} is damaged: it is not what {SUMMARY_FILE} has the digest of. Run the demo again")
     last = -1
 
     def check(line: bytes) -> None:
@@ -209,7 +220,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"step {entry['step']} does not follow {last}")
         last = entry["step"]
 
-    lines = [line for line in read_bounded(path, MOST_JSON_BYTES).split(b"\n") if line.strip()]
+    lines = [line for line in content.split(b"\n") if line.strip()]
     return [parse_json(line, str(path)) for line in _sifted(lines, check, f"{path}, line")]
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from .files import DIGEST_FIELD, DamagedFile, check_record, parse_json, read_bounded, seal_record
+from .files import DamagedFile, parse_json, read_bounded, seal_record, without_digest
 from .record_fields import check_record as check_fields
 
 MOST_BYTES: Final = 1 << 30
 """Of a file of results."""
-_DIGEST_CHARACTERS: Final = 64
 _WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, between the last attempts to write
 
 
@@ -200,15 +199,11 @@ class ResultsFile:
 def _record(line: bytes) -> dict[str, Any]:
     """A line's record, without its digest. Raises ValueError that says what is wrong with it."""
     record = parse_json(line, _shown(line))
-    if isinstance(record, dict) and record:
-        last = next(reversed(record.values()))
-        # Not by its name alone: that may be what was damaged.
-        if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
-            try:
-                check_record(record, "it")
-            except DamagedFile:
-                raise _DamagedLine from None
-        record = {name: value for name, value in record.items() if name != DIGEST_FIELD}
+    if isinstance(record, dict):
+        try:
+            record = without_digest(record, "it")
+        except DamagedFile:
+            raise _DamagedLine from None
     return check_fields(record)
 
 

@@ -33,6 +33,7 @@ MOST_ARRAY_BYTES: Final = 4 << 30
 DIGEST_FIELD: Final = "sha256"
 _SEAL: Final = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 _SEAL_BYTES: Final = 73
+_DIGEST_CHARACTERS: Final = 64
 _CHUNK: Final = 1 << 20
 _NO_FOLDER_SYNC: Final = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot sync a folder
 
@@ -220,6 +221,19 @@ def check_record(record: Mapping[str, Any], source: str) -> None:
         raise DamagedFile(f"{source} is damaged: its content is not what its {DIGEST_FIELD} was made of")
 
 
+def without_digest(record: dict[str, Any], source: str) -> dict[str, Any]:
+    """A JSON object without its digest, which is compared; one that never had any, as of an earlier version, is taken.
+
+    Raises:
+        DamagedFile: naming `source`, as `check_record`.
+    """
+    last = next(reversed(record.values()), None)
+    # Not by its name alone: that may be what was damaged.
+    if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
+        check_record(record, source)
+    return {name: value for name, value in record.items() if name != DIGEST_FIELD}
+
+
 # -- arrays
 
 
@@ -297,5 +311,6 @@ __all__ = [
     "remove_leftovers",
     "seal_record",
     "unsealed",
+    "without_digest",
     "write_whole",
 ]

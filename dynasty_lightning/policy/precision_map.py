@@ -24,7 +24,7 @@ from ..core.geometry import LayerGeometry
 from ..core.precision import OperandPrecision
 from ..core.roles import SHARED, Role
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
-from ..files import parse_json, read_bounded, write_whole
+from ..files import DamagedFile, parse_json, read_bounded, write_whole
 
 FORMAT_VERSION: Final = 1
 _PRECISION_FORMAT: Final = "dynasty-lightning/precision-map"
@@ -380,7 +380,10 @@ def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], 
 
 
 def _parse_header(text: Any, expected: str, source: str) -> dict[str, Any]:
-    header = parse_json(text, f"{source}: the map's header")
+    try:
+        header = parse_json(text, f"{source}: the map's header")
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}; save or copy the map again") from None
     found = header.get("format") if isinstance(header, dict) else header
     if found != expected:
         raise ValueError(f"{source} holds {shown(found)}, not {expected!r}: give a file of that kind")

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from typing import ClassVar
 
 import lightning as L
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dynasty_lightning import BitWidthMap, DynastyCallback, DynastyPrecision, OperandPrecision, PrecisionMap, Role
+from dynasty_lightning import BitWidthMap, DynastyCallback, DynastyPrecision, OperandPrecision, PrecisionMap, Role, demo
 from dynasty_lightning.checked_state import reading, sealed_state, state_digest
 from dynasty_lightning.checkpoint_files import SealedCheckpointIO, read_checkpoint
 from dynasty_lightning.core.geometry import LayerGeometry
 from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.policy.precision_map import ModelStructure
+from dynasty_lightning.report import SUMMARY_FILE, read_history, read_summary
 from dynasty_lightning.results_file import ResultsFile, read_records
 from dynasty_lightning.run_checkpoint import RunCheckpoint
 from fpga.images import IMAGES_FILE, load_images, save_images
@@ -76,7 +78,37 @@ def write_images(path):
     save_images(path.parent, images, np.arange(20))
 
 
+class Demo:
+    """What a demo's callback has to write."""
+
+    history: ClassVar = [
+        {"step": step, "bits": {"net.0": {"X": 3.0, "W": 4.0, "E": 5.0}}, "mean_bits": {"X": 3.0, "W": 4.0, "E": 5.0}} for step in (3, 6, 9)
+    ]
+
+    def precision_map(self):
+        return PrecisionMap(structure=structure(), entries={})
+
+    def bit_width_map(self):
+        return BitWidthMap(structure=structure(), bits={})
+
+
+def write_demo(path):
+    """A run folder; the file of the path is one of it."""
+    files = demo._write_run_files(path.parent, Demo(), "dynasty", 0)
+    figures = {"accuracy": 0.5, "speedup_charged": 4.5, "steps": 9}
+    demo._write_summary(
+        path.parent, {"args": {"data": "digits", "model": "mlp"}, "runs": [{"name": "dynasty", "seed": 0, **figures, **files}]}
+    )
+
+
+def read_demo(path):
+    (run,) = read_summary(path.parent)["runs"]
+    assert len(read_history(path.parent / run["history_file"], run["history_sha256"])) == 3
+
+
 KINDS = {
+    SUMMARY_FILE: (write_demo, read_demo),
+    "history-dynasty-0.jsonl": (write_demo, read_demo),
     "run.ckpt": (write_checkpoint, read_checkpoint),
     "map.safetensors": (write_map, PrecisionMap.load),
     "widths.safetensors": (write_widths, BitWidthMap.load),
