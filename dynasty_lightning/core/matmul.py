@@ -65,10 +65,10 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
     float64, with freed memory poisoned (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
 
         1-D, 2-D, 3-D   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps, that reads
-                        nothing but padding
-        3-D             groups, dilation, or a stride above the kernel
+                        nothing but padding; or a stride above the kernel, with padding (found in 1-D, on several threads)
+        3-D             groups, dilation, a stride above the kernel, or an input position that no tap reads
 
-    The rule says no more than needed in 1-D and 2-D: a stride above the kernel is right there, and so is one output position at stride 1.
+    A stride above the kernel without padding is right in 1-D and 2-D, and so is one output position at stride 1.
     Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone. float64, another code path, was right everywhere.
     """
     if geometry.kind == "linear":
@@ -76,12 +76,19 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
     axes = list(zip(input_shape[2:], geometry.taps, geometry.stride, geometry.padding, geometry.dilation, strict=True))
     if len(axes) > 2 and (geometry.groups > 1 or any(stride > taps or dilation > 1 for _, taps, stride, _, dilation in axes)):
         return False
-    return not any(_has_odd_edge(*axis) for axis in axes)
+    return not any(_has_odd_edge(*axis) or (len(axes) > 2 and _leaves_input(*axis)) for axis in axes)
+
+
+def _leaves_input(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
+    """Input positions behind the last that a tap reads."""
+    return (size + 2 * padding - dilation * (taps - 1) - 1) % stride > padding
 
 
 def _has_odd_edge(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
-    """One output position at a stride above 1; a tap or an output position that reads padding alone."""
+    """One output position at a stride above 1; a stride above the kernel, with padding; a tap or an output position in padding alone."""
     outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+    if padding and stride > taps:
+        return True
     if outputs == 1 and stride > 1:
         return True
     if not padding:

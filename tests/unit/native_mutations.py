@@ -92,7 +92,7 @@ MUTATIONS = (
     Mutation("mean of positions in float32", "out[i * step] = sums[i] / count;", "out[i * step] = float(sums[i] / count);"),
     Mutation("mean of channels in float32", "total / double((last_row - first_row) * (end - c));", "float(total) / double((last_row - first_row) * (end - c));"),
     Mutation("a whole chunk reads its first vector", "Load(x + r * a.stride_row + v * kLanes));", "Load(x + r * a.stride_row));"),
-    Mutation("a ragged chunk reads its first vector", "Load(x + r * a.stride_row + v * kLanes, lanes)", "Load(x + r * a.stride_row, lanes)"),
+    Mutation("a ragged chunk reads its first vector", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row + v * kLanes, lanes));", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row, lanes));"),
     Mutation("plain: squares in float32", "double(x.v[i]) * double(x.v[i])", "double(x.v[i] * x.v[i])", plain=True),
     Mutation("plain: sums of squares lost", "sums.v[i] += double(x.v[i])", "sums.v[i] = double(x.v[i])", plain=True),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
