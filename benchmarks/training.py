@@ -9,9 +9,9 @@ calls them; what the Trainer itself adds, the same for all, is left out.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import SimpleNamespace
 from typing import Any, Literal
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +25,15 @@ TARGET = 5.0
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
-class Trainer(SimpleNamespace):
-    """Stands for Lightning's; what is referred to weakly has to be a class of one's own."""
+class Module(L.LightningModule):
+    """Holds a network; its figures are logged by nobody."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def log_dict(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 class Training:
@@ -64,12 +71,13 @@ class DynamicTraining(Training):
         self.plugin = DynastyPrecision(mode=mode, rest=rest, seed=seed, block_shape=block_shape)
         super().__init__(self.plugin.convert_module(network), batches, compiled=compiled)
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
-        # The parts of a Trainer that the callback reads, and a module whose figures nobody logs.
-        self._trainer: Any = Trainer(
-            precision_plugin=self.plugin, global_step=0, max_steps=-1, max_epochs=-1, current_epoch=0, num_training_batches=math.inf,
-            world_size=1, is_global_zero=True, accumulate_grad_batches=1, callbacks=[], loggers=[], optimizers=[self.optimizer],
+        # A Trainer that runs no loop: the hooks find in it what they find in any.
+        self._trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_epochs=-1, plugins=[self.plugin], callbacks=[self.callback], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        self._module: Any = SimpleNamespace(log_dict=lambda *_, **__: None, automatic_optimization=True)
+        self._trainer.strategy.optimizers = [self.optimizer]
+        self._module = Module(self.network)
         self.callback.setup(self._trainer, self._module, "fit")
         self.callback.on_fit_start(self._trainer, self._module)
 
@@ -86,8 +94,12 @@ class DynamicTraining(Training):
         self.plugin.report.stream.advance()
         self.optimizer.step()
         self.steps += 1
-        self._trainer.global_step += 1
+        self._count()
         self.callback.on_train_batch_end(self._trainer, self._module, None, None, self.steps - 1)
+
+    def _count(self) -> None:
+        """Tell the Trainer how many steps there were."""
+        self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.steps
 
     def plain_step(self) -> None:
         """A step without analysis, whatever the schedule says."""
@@ -120,7 +132,8 @@ class DynamicTraining(Training):
         self.callback.load_state_dict(other.callback.state_dict())
         self.plugin.apply_map(other.plugin.precision_map())
         self.network.load_state_dict(other.network.state_dict())
-        self.steps = self._trainer.global_step = other.steps
+        self.steps = other.steps
+        self._count()
 
     def blocks(self) -> int:
         """Blocks of X, W and E of the last analysed step, all layers."""
