@@ -336,14 +336,17 @@ def _use(program: Program) -> None:
 
 
 def _make_images(rng: random.Random) -> bytes:
+    """Odd content under a seal that fits, and now and then a file that changed after it was sealed."""
     images, labels = np.zeros((3, 1, 4, 4), np.float32), np.arange(3)
     arrays: Arrays = {"images": images, "labels": labels}
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.5:
         _change_array(rng, arrays)
-        return _npz(arrays)
-    if rng.random() < 0.5:
-        return mutate_bytes(rng, _npz(arrays))
-    return _odd_archive(rng)
+        content = _npz(arrays)
+    else:
+        content = mutate_bytes(rng, _npz(arrays)) if kind < 0.75 else _odd_archive(rng)
+    file = content + f"\nsha256:{hashlib.sha256(content).hexdigest()}\n".encode()
+    return mutate_bytes(rng, file) if rng.random() < 0.1 else file
 
 
 def _read_images(data: bytes, folder: Path) -> Callable[[], object]:
