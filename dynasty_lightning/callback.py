@@ -6,7 +6,7 @@ import math
 import numbers
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Final, cast
 from weakref import ref
@@ -111,6 +111,8 @@ class DynastyCallback(Callback):
         elif options or noise_budget is not None:
             raise ValueError(f"options of a Policy object are its own: give {', '.join(options) or 'noise_budget'} to its constructor")
         self.policy: Policy = check_policy(policy)
+        if type(policy) is UniformPolicy and self.target_speedup is not None:
+            raise ValueError(f"target_speedup={target_speedup} is met by choosing widths, and {policy} has fixed ones: give one of the two")
         self._interval, self._warmup_steps = interval, warmup_steps if policy.needs_statistics else 0
         self._loss_guard = loss_guard
         self._fresh_policy = copy.deepcopy(policy.state_dict())
@@ -120,6 +122,8 @@ class DynastyCallback(Callback):
         self.probe_interval = probe_interval
         if energy_model is not None and not isinstance(energy_model, EnergyModel):
             raise TypeError(f"energy_model must be an EnergyModel or None, not {energy_model!r}")
+        if not isinstance(table, bool):
+            raise TypeError(f"table must be True or False, not {table!r}")
         self.energy_model = energy_model or EnergyModel()
         self.table = table
         self._plugin: DynastyPrecision | None = None
@@ -498,7 +502,7 @@ class DynastyCallback(Callback):
     def _update(self, look: Look, widths: Widths, measurement: Measurement) -> None:
         """A new map from the policy, put in force."""
         self.promises.errors_dropped({name: share for name, share in widths.dropped.items() if name in look.layers})
-        entries = _checked_entries(self.policy, self.policy.update(measurement))
+        entries = _checked_entries(self.policy, self.policy.update(measurement), self._layers)
         target = measurement.target_speedup
         if target is None or target > _NEARLY_UNIFORM:
             self._apply(entries)
@@ -639,12 +643,14 @@ def _largest_rate(trainer: "pl.Trainer") -> float:
     return max((float(group.get("lr", 0.0)) for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
 
 
-def _checked_entries(policy: Policy, entries: Any) -> Entries:
-    """What a policy's `update` returned. Raises TypeError unless it is a map's entries."""
+def _checked_entries(policy: Policy, entries: Any, layers: Collection[str]) -> Entries:
+    """What a policy's `update` returned. Raises TypeError unless it is a map's entries, ValueError for a layer that there is not."""
     rule = f"policy {policy.name!r}: update returns {{layer name: {{Role: OperandPrecision}}}}"
     if not isinstance(entries, Mapping):
         raise TypeError(f"{rule}, not {entries!r}; {{}} leaves everything as it is")
     for name, roles in entries.items():
+        if name not in layers:
+            raise ValueError(f"{rule}; there is no converted layer {name!r}: {', '.join(list(layers)[:8])}{', ...' * (len(layers) > 8)}")
         if not isinstance(roles, Mapping):
             raise TypeError(f"{rule}; for {name!r} it returned {roles!r}")
         for role, precision in roles.items():

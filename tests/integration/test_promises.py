@@ -18,7 +18,7 @@ from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.core.precision import OperandPrecision
 from dynasty_lightning.core.roles import Role
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.policy.generator import DynastyPolicy
+from dynasty_lightning.policy.generator import DynastyPolicy, UniformPolicy
 from dynasty_lightning.promises import PromiseWarning
 
 QUIET = {
@@ -429,8 +429,10 @@ def test_plugin_and_callback_travel():
         ({"target_speedup": 5, "hysteresis": None}, TypeError, "hysteresis must be a number, not None"),
         ({"target_speedup": 5, "name": "x"}, ValueError, "policy 'dynasty': no option 'name'"),
         ({"noise_budget": float("inf")}, ValueError, "noise_budget must be positive and finite, not inf"),
+        ({"target_speedup": 5, "policy": UniformPolicy(bits=4)}, ValueError, "target_speedup=5 is met by choosing widths, and Unif"),
+        ({"target_speedup": 5, "table": "no"}, TypeError, "table must be True or False, not 'no'"),
     ],
-    ids=[*"abcdefghijklmnop"],
+    ids=[*"abcdefghijklmnopqr"],
 )  # fmt: skip
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
@@ -445,6 +447,15 @@ def test_a_policy_that_returns_no_entries_is_named(returned):
 
     with pytest.raises(TypeError, match=r"policy 'dynasty': update returns \{layer name: \{Role: OperandPrecision\}\}"):
         fit(Task(), dynasty(policy=Broken()))
+
+
+def test_a_policy_that_names_a_layer_that_is_not_there_is_told():
+    class Elsewhere(DynastyPolicy):
+        def update(self, measurement):
+            return {"nowhere": {Role.ERROR: OperandPrecision(bits=4)}}
+
+    with pytest.raises(ValueError, match=r"policy 'dynasty': .* there is no converted layer 'nowhere': net"):
+        fit(Task(), dynasty(policy=Elsewhere()))
 
 
 def test_a_checkpoint_of_another_version_is_named():
