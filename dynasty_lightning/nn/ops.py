@@ -5,11 +5,13 @@ They are opaque to torch.compile and set no Python attribute, so a compiled netw
 An operand travels between them packed: one byte an element, and for each block an int16 exponent and a header byte.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Never
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..core.blocks import BlockLayout
 from ..core.native import empty_channels_innermost, empty_grid
@@ -337,3 +339,20 @@ def _layer_backward_fake(
     dx = _empty_result(e, input_shape, input_dtype, channels_last=channels_last) if need_dx else empty
     dw = e.new_empty(plan.geometry.weight_shape, dtype=torch.float32) if need_dw else empty.clone()
     return dx, dw
+
+
+def _flops(plan_key: str, output_shape: Sequence[int]) -> int:
+    weight = LayerPlan.from_key(plan_key).geometry.weight_shape
+    return 2 * math.prod(output_shape) * math.prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.dynasty.layer_forward, get_raw=True)
+def _forward_flops(*args: Any, out_val: tuple[Tensor, ...], **_: Any) -> int:
+    """As torch counts the plain layer. Where the operator is not dispatched, on the CPU, its products of matrices are counted."""
+    return _flops(args[8], out_val[0].shape)
+
+
+@register_flop_formula(torch.ops.dynasty.layer_backward, get_raw=True)
+def _backward_flops(e: Tensor, *args: Any, **_: Any) -> int:
+    need_dx, need_dw = args[9:11]
+    return (bool(need_dx) + bool(need_dw)) * _flops(args[5], e.shape)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.throughput import measure_flops
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynasty_lightning.nn as dnn
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
@@ -568,3 +569,22 @@ def test_attention_refuses_shapes_that_are_none_of_torchs():
         ours(x[None], x[None], x[None])
     with pytest.raises(ValueError, match=r"attn_mask must be of shape \(5, 5\) or \(4, 5, 5\), not \(5, 4\)"):
         ours(x, x, x, attn_mask=torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(  # none with groups, whose dW torch counts as if there were none
+    ("layer", "shape"),
+    [(nn.Linear(32, 64), (2, 5, 32)), (nn.Conv2d(4, 8, 3, stride=2, padding=1), (2, 4, 9, 7))],
+    ids=["linear", "conv"],
+)
+def test_operations_are_counted_as_those_of_the_plain_layer(layer, shape, device):
+    def counted(net):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            net(x).sum().backward()
+        return counter.get_total_flops()
+
+    plain = nn.Sequential(copy.deepcopy(layer)).to(device)
+    converted = copy.deepcopy(plain)
+    convert(converted)
+    assert counted(converted) == counted(plain) > 0
