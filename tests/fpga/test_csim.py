@@ -103,7 +103,7 @@ def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
     slow = script(
         tmp_path / "slow",
         '[ "$1" = --version ] && exec g++ --version\nwhile [ "$1" != -o ]; do shift; done\n'
-        f'echo half > "$2"; touch {tmp_path}/half; sleep 3600\n',
+        f'echo half > "$2"; echo $$ > {tmp_path}/pid; touch {tmp_path}/half; exec sleep 3600\n',
     )
     code = f"from fpga import open_device; open_device('csim', cache={str(cache)!r})"
     environment = {**os.environ, "CXX": str(slow), "PYTHONPATH": str(ROOT.parent), "TMPDIR": str(tmp_path)}
@@ -112,6 +112,7 @@ def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
     assert (tmp_path / "half").exists()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(HANG_S)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # a session of its own
     assert not list(cache.glob("**/*"))
     with open_device("csim", cache=cache) as device:
         assert device.run(product()).values.shape == (8, 1, 8)
