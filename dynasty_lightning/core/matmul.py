@@ -67,6 +67,7 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
         1-D, 2-D, 3-D   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps, that reads
                         nothing but padding; or a stride above the kernel, with padding (found in 1-D, on several threads)
         3-D             groups, dilation, a stride above the kernel, or an input position that no tap reads
+        any, bf16       below 32 input channels of a group, taps of the last axis times these a multiple of 32 above 32: Y is another sum
 
     A stride above the kernel without padding is right in 1-D and 2-D, and so is one output position at stride 1.
     Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone. float64, another code path, was right everywhere.
@@ -74,6 +75,9 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
     if geometry.kind == "linear":
         return True
     axes = list(zip(input_shape[2:], geometry.taps, geometry.stride, geometry.padding, geometry.dilation, strict=True))
+    channels = geometry.in_channels // geometry.groups
+    if channels < 32 and channels * geometry.taps[-1] > 32 and channels * geometry.taps[-1] % 32 == 0:
+        return False
     if len(axes) > 2 and (geometry.groups > 1 or any(stride > taps or dilation > 1 for _, taps, stride, _, dilation in axes)):
         return False
     return not any(_has_odd_edge(*axis) or (len(axes) > 2 and _leaves_input(*axis)) for axis in axes)

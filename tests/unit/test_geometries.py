@@ -28,6 +28,9 @@ WRONG = [
     (conv((128, 64, 3, 3), stride=(2, 2), padding=(1, 1)), (4, 64, 1, 1)),
     (conv((17, 16, 2, 1, 4), stride=(2, 1, 2)), (2, 16, 7, 2, 19)),  # input that no tap reads
     (conv((2, 16, 4), stride=(5,), padding=(2,)), (1, 16, 14)),  # on two threads
+    (conv((8, 16, 4, 4), stride=(4, 4)), (2, 16, 8, 8)),  # another sum, each time
+    (conv((8, 8, 2, 8)), (2, 8, 6, 17)),
+    (conv((8, 4, 2, 2, 16), stride=(1, 1, 16)), (2, 4, 4, 4, 48)),
     (conv((64, 32, 4, 1), stride=(2, 2), padding=(3, 1), dilation=(2, 1)), (3, 32, 1, 14)),  # ended the process
 ]
 RIGHT = [
@@ -36,6 +39,8 @@ RIGHT = [
     (conv((128, 64, 1, 1), stride=(2, 2)), (8, 64, 8, 8)),
     (conv((192, 3, 16, 16), stride=(16, 16)), (8, 3, 224, 224)),
     (conv((64, 1, 3, 3), padding=(1, 1), groups=64), (8, 64, 7, 7)),
+    (conv((32, 8, 4, 4), stride=(4, 4)), (2, 8, 16, 16)),
+    (conv((32, 32, 4, 4), stride=(4, 4)), (2, 32, 16, 16)),
     (conv((10, 512, 4, 4)), (8, 512, 4, 4)),
     (conv((16, 8, 3, 3, 3), padding=(1, 1, 1)), (2, 8, 8, 8, 8)),
     (conv((16, 8, 3, 3, 3), stride=(2, 2, 2), padding=(1, 1, 1)), (2, 8, 8, 8, 8)),
