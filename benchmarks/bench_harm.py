@@ -153,7 +153,7 @@ def twins(a: argparse.Namespace, stage: Stage) -> list[MeasuredNetwork]:
     """The stage's network in plain float32, once for each of some batches of augmented training images that training never saw."""
     result = []
     loader = make_task(a).data.train_dataloader()
-    loader.load_state_dict({"epoch": UNSEEN_EPOCH, "next_batch": 0})
+    loader.load_state_dict({**loader.state_dict(), "epoch": UNSEEN_EPOCH, "next_batch": 0})
     for images, labels in itertools.islice(loader, a.batches):
         module = make_task(a).module
         names = set(module.state_dict())
