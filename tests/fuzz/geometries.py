@@ -25,6 +25,7 @@ from dynasty_lightning.core.matmul import multiply
 from dynasty_lightning.core.roles import Gemm
 
 from . import layers as layer_checks
+from .driver import ROOT
 
 _PART = 1000  # geometries of one child, which takes seconds to start
 _PART_OF_LAYERS = 200
@@ -110,7 +111,8 @@ def search(
         flags: of `--layers` and `--without-rule`.
     """
     command = [sys.executable, "-m", "tests.fuzz.geometries", "--part", str(first), str(count), str(axes or 0), str(threads), *flags]
-    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_PERTURB_": str(perturb)}, check=False)
+    environment = {**os.environ, "MALLOC_PERTURB_": str(perturb), "PYTHONPATH": str(ROOT)}
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     lines = [json.loads(line) for line in child.stdout.splitlines()]
     faults = [f"seed {r['seed']}: {', '.join(r['wrong'])}: {r['case']}" for r in lines if r["wrong"]]
     if child.returncode:

@@ -283,6 +283,7 @@ def changed(value, path):
     return type(value)(changed(item, rest) if i == key else item for i, item in enumerate(value))
 
 
+@pytest.mark.filterwarnings("ignore:resumed in another environment")  # other tests set the number of threads
 @pytest.mark.parametrize("owner", STATES)
 def test_each_number_of_our_state_that_was_changed_is_refused_by_the_name_of_its_field(saved, owner):
     callback, plugin, converted = dynasty(), DynastyPrecision(), Model()
