@@ -64,8 +64,9 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
     Some kernels leave results unwritten (whatever the memory held before) or end the process. It was found in random geometries beside
     float64, with freed memory poisoned (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
 
-        1-D, 2-D, 3-D   an axis has one output position and a stride above 1, or a tap, or an output position all of whose taps, that reads
-                        nothing but padding; or a stride above the kernel, with padding (found in 1-D, on several threads)
+        1-D, 2-D, 3-D   on some axis the kernel is larger than the input without its padding, or the padding is more than keeps the size
+                        (a tap, or an output position with all its taps, may then read nothing but padding); or there is one output
+                        position at a stride above 1; or a stride above the kernel, with padding (found in 1-D, on several threads)
         3-D             groups, dilation, a stride above the kernel, or an input position that no tap reads
         any, bf16       below 32 input channels of a group, taps of the last axis times these a multiple of 32 above 32: Y is another sum
 
@@ -89,16 +90,10 @@ def _leaves_input(size: int, taps: int, stride: int, padding: int, dilation: int
 
 
 def _has_odd_edge(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
-    """One output position at a stride above 1; a stride above the kernel, with padding; a tap or an output position in padding alone."""
-    outputs = (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
-    if padding and stride > taps:
-        return True
-    if outputs == 1 and stride > 1:
-        return True
-    if not padding:
-        return False
-    inside = [[0 <= out * stride - padding + tap * dilation < size for tap in range(taps)] for out in range(outputs)]
-    return not all(any(row) for row in inside) or not all(any(column) for column in zip(*inside, strict=True))
+    """A kernel that does not fit inside; more padding than keeps the size; one output at a stride above 1; padding between kernels."""
+    extent = dilation * (taps - 1) + 1
+    is_single = size + 2 * padding - extent < stride
+    return size < extent or 2 * padding > extent - 1 or (is_single and stride > 1) or (padding > 0 and stride > taps)
 
 
 def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[int, ...]) -> int:

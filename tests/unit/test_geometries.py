@@ -31,6 +31,8 @@ WRONG = [
     (conv((8, 16, 4, 4), stride=(4, 4)), (2, 16, 8, 8)),  # another sum, each time
     (conv((8, 8, 2, 8)), (2, 8, 6, 17)),
     (conv((8, 4, 2, 2, 16), stride=(1, 1, 16)), (2, 4, 4, 4, 48)),
+    (conv((2, 3, 2, 3, 3), padding=(1, 0, 0)), (1, 3, 1, 6, 3)),  # a kernel of two taps on an axis of one
+    (conv((1, 32, 1, 2), stride=(4, 2), padding=(0, 2), dilation=(1, 2)), (2, 32, 32, 1)),  # likewise, on two threads
     (conv((64, 32, 4, 1), stride=(2, 2), padding=(3, 1), dilation=(2, 1)), (3, 32, 1, 14)),  # ended the process
 ]
 RIGHT = [
