@@ -286,6 +286,8 @@ def unpack(packed: PackedOperand, shape: tuple[int, int, int], config: GemmConfi
             end += length
             quarters = words[offset : offset + length].view("<u2")
             first, count = segment * tile, min(tile, channel_blocks - segment * tile)
+            if quarters.size < count * per_block:
+                raise OperandError(f"{where} has {length} words, too few for {count * per_block} headers")
             headers = quarters[: count * per_block].reshape(count, per_block)
             _check_headers(headers, where)
             planes = (headers & 15).max(axis=1).astype(int)

@@ -139,6 +139,19 @@ def test_truncated_and_overlong_memory_is_refused() -> None:
             unpack(replace(packed, words=words), operand.shape, config)
 
 
+@pytest.mark.parametrize("row_exponents", [False, True])
+def test_a_segment_shorter_than_its_headers_is_refused(row_exponents: bool) -> None:
+    config = GemmConfig()
+    words = np.array([1 << 32 | 1, 0], np.uint64)  # one segment, of one word, which holds four headers
+    with pytest.raises(OperandError, match="segment 0 of line 0 has 1 words, too few for"):
+        unpack(
+            PackedOperand(words=words, bases=np.zeros(4 if row_exponents else (), np.int32)),
+            (4, 1, 20),
+            config,
+            row_exponents=row_exponents,
+        )
+
+
 @pytest.mark.parametrize("shape", [(1, 1 << 33, -1), (0, 1, 8), (4, 1), (4.0, 1, 8), (True, 1, 8), (1 << 20, 1 << 10, 2), "418"])
 def test_a_shape_that_no_operand_has_is_refused_before_it_is_believed(shape: object) -> None:
     with pytest.raises(OperandError, match=r"an operand's shape is rows, positions, channels|an operand of shape .* has"):
