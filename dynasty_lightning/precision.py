@@ -4,8 +4,8 @@
 import os
 import platform
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary, ref
 
@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -79,15 +80,18 @@ class DynastyPrecision(Precision):
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
+        self._knows_widths: ref[Any] | None = None  # the Trainer that trained the module, loaded its widths, or was told that it has none
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None, "_layers": {}}  # the module travels on its own
+        return {**self.__dict__, "_module": None, "_layers": {}, "_knows_widths": None}  # the module travels on its own
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         _refuse_strategy(module)
         if self._module is not None and self._module() is module:
             self.take_in_new_layers()  # its stream goes on
+        else:
+            self._knows_widths = None
         self.report = convert(
             module,
             mode=self.mode,
@@ -132,11 +136,29 @@ class DynastyPrecision(Precision):
         """Say so where a checkpoint is about to be loaded that has weights but no widths."""
         trainer = getattr(module, "_trainer", None)
         loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None)
+        if loaded or (trainer is not None and trainer.state.fn is TrainerFn.FITTING):
+            self._knows_widths = ref(trainer)
         if loaded and not loaded.get(type(self).__qualname__):
             widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
             rank_zero_warn(
                 f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or without "
                 f"DynastyPrecision): its weights run at {widths}, not at those that they were trained with"
+            )
+
+    def _look_for_map(self) -> None:
+        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for, and no map is in force.
+
+        Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this is no warning.
+        """
+        trainer = getattr(self._layers_owner(), "_trainer", None)
+        if trainer is None or (self._knows_widths is not None and self._knows_widths() is trainer):
+            return
+        self._knows_widths = ref(trainer)
+        if not self.precision_map().entries:
+            rank_zero_info(
+                f"no map is in force and this Trainer has not trained the model: its {len(self._layers)} converted layers run at uniform "
+                f"8 bits. If it was trained with a map, pass that run's checkpoint (trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
+                "load_from_checkpoint reads the weights alone), or put a saved map in force with apply_map"
             )
 
     @override
@@ -155,6 +177,27 @@ class DynastyPrecision(Precision):
             return nullcontext()
         device = next((p.device.type for p in self._layers_owner().parameters()), "cpu")
         return torch.autocast(device, dtype=torch.bfloat16)
+
+    @override
+    @contextmanager
+    def val_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
+
+    @override
+    @contextmanager
+    def test_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
+
+    @override
+    @contextmanager
+    def predict_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
 
     @override
     def post_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
@@ -216,6 +259,8 @@ class DynastyPrecision(Precision):
             stream, saved = state["stream"], dict(state["environment"])
         self.structure.check_equal(precision_map.structure, source)
         self.apply_map(precision_map)
+        if (trainer := getattr(self._layers_owner(), "_trainer", None)) is not None:
+            self._knows_widths = ref(trainer)
         assert self.report is not None
         self.report.stream.load_state_dict(stream)
         differing = {k: (v, environment()[k]) for k, v in saved.items() if environment().get(k) != v}

@@ -375,6 +375,67 @@ def test_a_checkpoint_without_widths_says_so(tmp_path):
         L.Trainer(plugins=[DynastyPrecision()], **QUIET).test(Task(), loader(), ckpt_path=tmp_path / "whole.ckpt", verbose=False)
 
 
+class Scored(Task):
+    """With evaluation of each kind."""
+
+    def validation_step(self, batch, batch_idx):
+        return self.net(batch[0]).sum()
+
+    test_step = predict_step = validation_step
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What the plugin says without warning."""
+    told = []
+    monkeypatch.setattr("dynasty_lightning.precision.rank_zero_info", told.append)
+    return told
+
+
+@pytest.mark.filterwarnings("ignore:The dataloader, .*:UserWarning")
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_weights_that_are_evaluated_without_their_map_say_so_once(verb, said):
+    """As those of `load_from_checkpoint`, in a Trainer that is given no checkpoint: the map is not part of them."""
+    trainer = L.Trainer(plugins=[DynastyPrecision()], **QUIET | {"limit_val_batches": 2, "limit_test_batches": 2})
+    task = Scored()
+    for _ in range(2):
+        getattr(trainer, verb)(task, loader())
+    (words,) = said
+    assert (
+        f"its 2 converted layers run at uniform 8 bits. If it was trained with a map, pass that run's checkpoint (trainer.{verb}(" in words
+    )
+    getattr(trainer, verb)(Scored(), loader())
+    assert len(said) == 2, "another model is another matter"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The dataloader, .*:UserWarning", "ignore:Be aware that when using `ckpt_path`", "ignore:.*holds no widths"
+)
+def test_nothing_is_said_of_widths_where_they_are_known(tmp_path, said):
+    """In a fit and after it, where a map was put in force, and of checkpoints with widths, or with a warning of their own."""
+    quiet = QUIET | {"enable_checkpointing": False, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    callback = DynastyCallback(target_speedup=3, interval=2, table=False)
+    plugin, task = DynastyPrecision(seed=1), Scored()
+    made = L.Trainer(plugins=[plugin], callbacks=[callback], max_steps=8, **quiet)
+    made.fit(task, loader(), loader())
+    made.save_checkpoint(tmp_path / "whole.ckpt")
+    made.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    uniform = L.Trainer(plugins=[DynastyPrecision(seed=1)], max_steps=2, **quiet)
+    uniform.fit(Scored(), loader(), loader())
+    uniform.test(uniform.lightning_module, loader())
+    uniform.save_checkpoint(tmp_path / "uniform.ckpt")
+    for name in ("whole", "uniform", "weights"):
+        trainer = L.Trainer(plugins=[DynastyPrecision()], **quiet)
+        trainer.test(Scored(), loader(), ckpt_path=tmp_path / f"{name}.ckpt")
+        trainer.validate(trainer.lightning_module, loader())
+    mine, fresh = DynastyPrecision(), Scored()
+    mine.convert_module(fresh)
+    mine.apply_map(plugin.precision_map())
+    L.Trainer(plugins=[mine], **quiet).predict(fresh, loader())
+    assert mine.precision_map().entries
+    assert said == []
+
+
 def test_fabric_refuses_the_plugin_by_name():
     fabric = L.Fabric(accelerator="cpu", devices=1, plugins=[DynastyPrecision()])
     model = fabric.setup(network())
