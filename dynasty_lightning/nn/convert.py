@@ -61,7 +61,8 @@ def convert(
 
     Converting again is harmless: layers that are converted keep their widths, and the report names them too. Layers that were converted
     apart, or copied since, get the model's random stream, and a name of their own where another has theirs.
-    Without a Trainer call `report.stream.advance()` after each backward pass.
+    Without a Trainer call `report.stream.advance()` after each backward pass: random numbers then depend on the pass alone. Without it they
+    are new at every training call all the same, and depend on how many a layer has had.
 
     Args:
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.

@@ -43,7 +43,8 @@ def check_seed(seed: Any) -> int:
 class StreamState:
     """Where the random stream of a model stands: seed, rank, backward passes so far, forward calls of each layer since the last.
 
-    One object is shared by all layers of a model; `advance` belongs after each backward (the precision plugin calls it).
+    One object is shared by all layers of a model; `advance` belongs after each backward (the precision plugin calls it). A loop that never
+    calls it draws no number twice: calls are counted on.
 
     Attributes:
         watch: called before each layer's own work, but not in compiled networks; the precision plugin looks there whether it is still the

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dynasty_lightning.core import native
 from dynasty_lightning.core.blocks import BandedWeight
@@ -363,6 +364,29 @@ def test_calls_that_no_gradient_may_be_taken_of_are_not_counted():
     assert counts == [1, 1, 1, 1, 2, 3, 3]
     stream.advance()
     assert int(stream.calls[0]) == 0
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed", "copied"])
+def test_a_loop_that_never_advances_draws_new_numbers_at_every_step(way):
+    """Training calls are counted on: one batch at the same weights has E rounded anew each time, in mid-loop and after a resume, too."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
+    stream = convert(model, seed=3).stream
+    network = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+    x, e = torch.randn(8, 16, requires_grad=True), torch.randn(8, 8)
+    seen = []
+    for step in range(6):
+        if way == "copied" and step == 3:
+            state = stream.state_dict()
+            network = model = copy.deepcopy(model)
+            model[0].stream.load_state_dict(state)
+        model.zero_grad()
+        y = checkpoint(network, x, use_reentrant=False) if way == "checkpointed" else network(x)
+        y.backward(e)
+        seen.append(model[0].weight.grad)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert model[0].stream.backward_count == 0
 
 
 def test_the_gradient_of_a_bias_is_a_float32_sum_in_some_order():
