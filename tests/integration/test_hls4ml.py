@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynasty_lightning import hls4ml_export
 from dynasty_lightning.cli import main
 from dynasty_lightning.export import export_program
-from dynasty_lightning.hls4ml_export import FixedPoint, Hls4mlExportError, export_hls4ml, last_place_of, plain_network, trace_apart
+from dynasty_lightning.hls4ml_export import (
+    FixedPoint,
+    Hls4mlExportError,
+    choose_types,
+    export_hls4ml,
+    last_place_of,
+    plain_network,
+    trace_apart,
+)
 from dynasty_lightning.hls4ml_layer import DynamicGemm, register
 from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
@@ -333,6 +342,42 @@ def test_a_head_behind_a_flatten_reads_the_feature_map_in_torchs_order(
     layers = report["backends"]["vitis"]["layers"]
     assert [layer["op"] for layer in layers][-2:] == ["flatten", "linear"]
     assert all(layer["signal_to_difference_db"] > 30 for layer in layers)
+
+
+@pytest.mark.parametrize("on_core", [True, False], ids=["core", "plain"])
+@pytest.mark.parametrize("groups", [4, 1], ids=["grouped", "whole"])
+def test_a_convolution_is_exact_for_the_input_that_hls4ml_stores(
+    groups: int, on_core: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped ones, whose weights have zeros between groups, as others: to the bit. What differs from ours is that hls4ml rounds the image
+    first: on the core that is a second rounding, which moves those that it puts half-way between two steps of a coarser block."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )  # fmt: skip
+    program = program_of(network, (8, 6, 6))
+    images = torch.randn(4, 8, 6, 6).numpy()
+    with open_device("reference", program.config) as device:
+        runner = Runner(program, device)
+        input_type, types = choose_types(runner, images, percentile=100.0)
+        stored = input_type.stored(images)
+        ours, again = runner.trace(images)["0"], runner.trace(stored.astype(np.float32))["0"]
+        weight, bias = (types["0"].constants[k].stored(v) for k, v in (("weight", full_weight(runner)), ("bias", runner.layers["0"].bias)))
+    exact = nn.functional.conv2d(*(torch.from_numpy(a) for a in (stored, weight, bias)), padding=1).numpy()
+    kept = []
+    monkeypatch.setattr(hls4ml_export, "trace_apart", lambda *arguments: kept.append(trace_apart(*arguments)) or kept[0])
+    with (tmp_path / "t").open("w") as stream:
+        settings: Any = {"core": ("0",) if on_core else (), "backends": ("vitis",), "stream": stream}
+        report = export_hls4ml(program, images, np.zeros(4, np.int64), tmp_path / "out", **settings)
+    theirs = np.moveaxis(kept[0][1]["conv0"].reshape(4, 6, 6, 8), -1, 1)
+    assert np.array_equal(theirs, types["0"].result.stored(again if on_core else exact))
+    assert 40 < report["backends"]["vitis"]["layers"][0]["signal_to_difference_db"] < 60
+    assert not np.array_equal(ours, again), "the second rounding"
+
+
+def full_weight(runner: Runner) -> Array:
+    """The first layer's weight as a convolution of all channels."""
+    return np.ascontiguousarray(np.moveaxis(runner.layers["0"].weight.values(), 2, 1).reshape(8, 8, 3, 3))
 
 
 @pytest.mark.parametrize(
