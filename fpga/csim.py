@@ -65,7 +65,7 @@ class CSimDevice(CoreDevice):
         except OSError as error:
             raise DeviceError(
                 f"csim: the system does not load the library that was just compiled ({error}): set DYNASTY_CACHE to a folder on a disk "
-                "from which programs may run"
+                "from which programs may run, or name a C++ compiler for this machine in CXX"
             ) from error
 
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
@@ -121,7 +121,10 @@ class _Call(threading.Thread):
 
 
 def _load(path: Path) -> Any:
-    entry = ctypes.CDLL(str(path)).dpgemm_run
+    try:
+        entry = ctypes.CDLL(str(path)).dpgemm_run
+    except AttributeError as error:  # it lacks the function
+        raise OSError(str(error)) from None
     entry.restype = None
     entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.POINTER(_Status), ctypes.c_char_p, ctypes.c_size_t]
     return entry
@@ -167,7 +170,7 @@ def build_library(
 def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
     """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError."""
     command = [*find_compiler(), *flags, "-isystem", str(ap_types()), "-Iinclude", *names, "-o", str(output)]
-    run(command, folder=folder, seconds=COMPILE_SECONDS)
+    run(command, folder=folder, seconds=COMPILE_SECONDS, output=output)
 
 
 def compiler_version() -> str:

@@ -21,6 +21,7 @@ VERSION_SECONDS: Final = 60.0
 _FOLDER_MODE: Final = 0o755  # others may read, whatever else the umask would let them do
 _LIBRARY_MODE: Final = 0o644
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_WAY_OUT: Final = "name one in CXX, or unset it to use g++"
 
 Loaded = TypeVar("Loaded")
 
@@ -40,6 +41,10 @@ def find_compiler() -> tuple[str, ...]:
     except ValueError:  # an open quote
         words = []
     if not words or (found := shutil.which(words[0])) is None:
+        if words and os.path.isdir(words[0]):
+            raise ToolMissing(f"no C++ compiler: CXX names {words[0]!r}, which is a folder; {_WAY_OUT}")
+        if words and os.path.isfile(words[0]):
+            raise ToolMissing(f"no C++ compiler: CXX names {words[0]!r}, which may not be run; chmod +x it, or {_WAY_OUT}")
         raise ToolMissing(f"no C++ compiler {named!r} on PATH: install g++ (Debian: apt-get install g++), or name one in CXX")
     return found, *words[1:]
 
@@ -51,38 +56,65 @@ def version_of(compiler: tuple[str, ...]) -> str:
     return lines[0] if lines else " ".join(compiler)
 
 
-def run(command: list[str], *, folder: Path | None = None, seconds: float) -> str:
+def run(command: list[str], *, folder: Path | None = None, seconds: float, output: Path | None = None) -> str:
     """What a command prints; it and all that it started are ended after so many seconds.
 
+    Args:
+        output: a file that it is to write, from `folder` on.
+
     Raises:
-        CompileError: it cannot be started, fails, or does not end.
+        CompileError: it cannot be started, fails, does not end, or ends well without having written the file.
     """
-    where = str(folder or Path.cwd())
+    where = folder or Path.cwd()
     # A file and no pipe: what a compiler leaves running would hold a pipe open for ever.
-    with tempfile.TemporaryFile() as output:
+    with _temporary_file(command, where) as log:
         try:
             process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         except OSError as error:
-            raise CompileError(command, where, f"it cannot be started: {error}") from None
+            raise CompileError(command, str(where), f"it cannot be started: {error}") from None
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise CompileError(command, where, f"{_printed(output)}\nnot done after {seconds:g} s") from None
+            raise CompileError(command, str(where), f"{_printed(log)}\nnot done after {seconds:g} s") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        text = _printed(output)
+        text = _printed(log)
     if status:
-        raise CompileError(command, where, text)
+        raise CompileError(command, str(where), f"{text.rstrip()}\n{_how_it_ended(status)}".lstrip("\n"))
+    if output is not None and not _is_written(where / output):
+        raise CompileError(command, str(where), f"{text.rstrip()}\nit ended as if all were well, but wrote no {output.name}".lstrip("\n"))
     return text
 
 
-def _printed(output: IO[bytes]) -> str:
-    output.seek(0)
-    return output.read().decode(errors="replace")
+def _temporary_file(command: list[str], where: Path) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        told = f"no place for what it prints ({error}): set TMPDIR to a folder that can be written"
+        raise CompileError(command, str(where), told) from error
+
+
+def _how_it_ended(status: int) -> str:
+    if status > 0:
+        return f"it ended with exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # of those for real time
+        name = f"signal {-status}"
+    return f"it was ended by {name}" + (", as by a system that runs out of memory" if name == "SIGKILL" else "")
+
+
+def _is_written(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _printed(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
 
 
 # -- the cache
@@ -98,18 +130,29 @@ def cached_library(name: str, compile_in: Callable[[Path], Path], *, folder: Pat
         rebuild: compile it whatever is there.
 
     Raises:
-        CacheError: the folder is not safe, or cannot be written.
+        CacheError: the folder is not safe, or it or the one for temporary files cannot be written.
     """
     path = folder / name
     try:
         make_folder(folder)
-        if not rebuild and _is_ours(path):
-            return path
-        with tempfile.TemporaryDirectory(prefix="dynasty-") as work:
-            write_whole(path, compile_in(Path(work)).read_bytes(), sealed=True, follow=False, mode=_LIBRARY_MODE)
     except OSError as error:
-        raise CacheError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written") from error
+        raise _cannot_write(folder, error) from error
+    if not rebuild and _is_ours(path):
+        return path
+    try:
+        with tempfile.TemporaryDirectory(prefix="dynasty-") as work:
+            content = compile_in(Path(work)).read_bytes()
+    except OSError as error:
+        raise CacheError(f"cannot compile in a temporary folder ({error}): set TMPDIR to a folder that can be written") from error
+    try:
+        write_whole(path, content, sealed=True, follow=False, mode=_LIBRARY_MODE)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     return path
+
+
+def _cannot_write(folder: Path, error: OSError) -> CacheError:
+    return CacheError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written")
 
 
 def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -> Loaded:
@@ -135,8 +178,16 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
-    if not is_safe(folder):
-        raise CacheError(f"other users can change what is in {folder}: set DYNASTY_CACHE to a folder of your own, or chmod go-w this one")
+    if is_safe(folder):
+        return
+    own = folder.stat()
+    if not _owned(own):
+        whose, or_else = f", which belongs to user {own.st_uid}", ""
+    elif not _protected(own, _OTHERS_WRITE):
+        whose, or_else = "", f", or chmod go-w {folder}"
+    else:
+        whose, or_else = ", or put another in its place", f", or chmod o-w {folder.parent}"
+    raise CacheError(f"other users can change what is in {folder}{whose}: set DYNASTY_CACHE to a folder of your own{or_else}")
 
 
 def is_safe(folder: Path) -> bool:

@@ -120,12 +120,30 @@ def test_a_folder_that_others_can_change_holds_no_library(cache: Cache, tmp_path
     for folder, mode in ((cache.folder, 0o777), (cache.folder, 0o775), (tmp_path, 0o777)):
         before = stat.S_IMODE(folder.stat().st_mode)
         folder.chmod(mode)
-        with pytest.raises(CacheError, match=r"other users can change what is in .*/cache: set DYNASTY_CACHE"):
+        with pytest.raises(CacheError, match=r"other users can change what is in .*/cache.*: set DYNASTY_CACHE"):
             cache.get()
         folder.chmod(mode | stat.S_ISVTX)  # as /tmp
         assert cache.get()
         folder.chmod(before)
     assert cache.count == 1
+
+
+def test_a_folder_that_is_not_safe_is_told_with_what_would_make_it_so(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache.folder
+    cache.get()
+    folder.chmod(0o777)
+    with pytest.raises(CacheError, match=rf"of your own, or chmod go-w {folder}$"):
+        cache.get()
+    folder.chmod(0o755)
+    tmp_path.chmod(0o777)
+    with pytest.raises(CacheError, match=rf", or put another in its place: set DYNASTY_CACHE .*, or chmod o-w {tmp_path}$"):
+        cache.get()
+    tmp_path.chmod(0o755)
+    belongs_to_another(folder, monkeypatch)
+    with pytest.raises(CacheError, match=rf"in {folder}, which belongs to user \d+: set DYNASTY_CACHE to a folder of your own$"):
+        cache.get()
 
 
 def test_users_of_one_cache_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +201,47 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CXX", named)
     with pytest.raises(ToolMissing, match=r"no C\+\+ compiler .*install g\+\+"):
         find_compiler()
+
+
+def test_what_cannot_be_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("")
+    for named, told in ((tmp_path, "which is a folder; name one in CXX"), (tmp_path / "text", "which may not be run; chmod")):
+        monkeypatch.setenv("CXX", str(named))
+        with pytest.raises(ToolMissing, match=rf"no C\+\+ compiler: CXX names '{named}', {told}"):
+            find_compiler()
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("true", "it ended as if all were well, but wrote no seven.so"),
+        ("echo here it is > note; touch seven.so", "it ended as if all were well, but wrote no seven.so"),
+        ("mkdir seven.so", "it ended as if all were well, but wrote no seven.so"),
+        ("echo no licence; exit 3", "no licence\nit ended with exit status 3"),
+        ("kill -KILL $$", "it was ended by SIGKILL, as by a system that runs out of memory"),
+        ("kill -SEGV $$", "it was ended by SIGSEGV"),
+        ("kill -40 $$", "it was ended by signal 40"),
+    ],
+)
+def test_how_a_compiler_failed_is_told(tmp_path: Path, does: str, told: str) -> None:
+    """Also one that says nothing itself, and one that ends well and has compiled nothing: the cache is not to blame for that."""
+    (tmp_path / "work").mkdir()
+    compiler = script(tmp_path / "compiler", does)
+
+    def compile_in(_: Path) -> Path:
+        run([compiler], folder=tmp_path / "work", seconds=60, output=Path("seven.so"))
+        return tmp_path / "work" / "seven.so"
+
+    with pytest.raises(CompileError, match=rf"(?s)compiler\nin .*failed:\n{told}$"):
+        cached_library("seven.so", compile_in, folder=tmp_path / "cache")
+
+
+def test_no_room_for_temporary_files_is_not_the_caches_fault(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CacheError, match=r"cannot compile in a temporary folder \(.*nowhere.*set TMPDIR"):
+        cache.get()
+    with pytest.raises(CompileError, match=r"no place for what it prints \(.*nowhere.*set TMPDIR"):
+        run(["true"], seconds=60)
 
 
 def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
