@@ -124,13 +124,19 @@ def _library() -> Any:
         return None
     try:
         return load_cached(lambda rebuild: build(rebuild=rebuild), load)
-    except (BuildError, OSError) as error:
-        warnings.warn(
-            f"the compiled quantizer is not available, so training runs on the pure-torch one, several times slower: {error}\n"
-            "Install g++ (Debian: apt-get install g++), or set DYNASTY_NATIVE=0 to do without and not be told.",
-            stacklevel=4,
+    except BuildError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = (
+            f"the system does not load the library that was just compiled ({error})\nSet DYNASTY_CACHE to a folder on a disk from which "
+            "programs may run, or name a C++ compiler for this machine in CXX"
         )
-        return None
+    warnings.warn(
+        f"the compiled quantizer is not available, so training runs on the pure-torch one, several times slower: {reason}\n"
+        "DYNASTY_NATIVE=0 does without it and says nothing.",
+        stacklevel=4,
+    )
+    return None
 
 
 def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cache: Path | str | None = None, rebuild: bool = False) -> Path:
@@ -154,7 +160,7 @@ def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cach
 
     def compile_in(folder: Path) -> Path:
         output = folder / "kernels.so"
-        run([*compiler, *flags, "-o", str(output), *map(str, files)], seconds=COMPILE_SECONDS)
+        run([*compiler, *flags, "-o", str(output), *map(str, files)], seconds=COMPILE_SECONDS, output=output)
         return output
 
     try:
@@ -167,21 +173,29 @@ def build(*, sanitizer: Sanitizer | None = None, plain_lanes: bool = False, cach
         folder = Path(cache) if cache is not None else library_folder("kernels")
         return cached_library(f"dynasty-kernels-{key.hexdigest()[:24]}.so", compile_in, folder=folder, rebuild=rebuild)
     except CompileError as error:
-        raise BuildError("\n".join([" ".join(error.command), *error.output.splitlines()[-_QUOTED_LINES:]])) from error
+        lines = [" ".join(error.command), *error.output.splitlines()[-_QUOTED_LINES:]]
+        raise BuildError("\n".join([*lines, "If it is this compiler that cannot do it, name another in CXX."])) from error
     except (ToolMissing, CacheError) as error:
         raise BuildError(str(error)) from error
 
 
 def load(path: Path) -> Any:
-    """A built library with its functions typed."""
+    """A built library with its functions typed. Raises OSError if the system does not load it, or it has not all of them."""
     library = ctypes.CDLL(str(path))
     structures = {"quantize": _QuantizeArgs, "dequantize": _DequantizeArgs, "widen": _WidenArgs, "mean_squares": _MeanSquaresArgs}
     for name, structure in structures.items():
-        function = getattr(library, f"dynasty_{name}")
+        function = _function(library, name)
         function.argtypes, function.restype = [ctypes.POINTER(structure)], ctypes.c_int
-    library.dynasty_stream_numbers.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-    library.dynasty_stream_numbers.restype = None
+    function = _function(library, "stream_numbers")
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], None
     return library
+
+
+def _function(library: Any, name: str) -> Any:
+    try:
+        return getattr(library, f"dynasty_{name}")
+    except AttributeError as error:
+        raise OSError(str(error)) from None
 
 
 def _processor() -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -659,6 +660,26 @@ def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compil
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    ("compiling", "told"),
+    [
+        ("true", r"wrote no kernels\.so\nIf it is this compiler that cannot do it, name another in CXX"),
+        ("echo text > $output", r"does not load .*invalid ELF header.*\nSet DYNASTY_CACHE .*programs may run, or name a C\+\+ compiler"),
+        ("echo 'int f(){return 1;}' | g++ -shared -fPIC -xc++ - -o $output", r"does not load .*undefined symbol: dynasty_quantize"),
+    ],
+    ids=["nothing", "text", "another library"],
+)
+def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(tmp_path, monkeypatch, compiling, told):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/bash\n[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done; output=$2\n{compiling}\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{told}") as caught:
+        assert native._library.__wrapped__() is None
+    assert not re.search(r"cannot write|nstall g\+\+", str(caught[0].message))
+
+
 def test_a_compiler_with_a_launcher_before_it(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "env g++")
     assert number(native.build(cache=tmp_path / "cache")) == 7
@@ -667,8 +688,9 @@ def test_a_compiler_with_a_launcher_before_it(stub, tmp_path, monkeypatch):
 def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path))
     tmp_path.chmod(0o777)
-    with pytest.warns(UserWarning, match=r"(?s)several times slower.*other users can change what is in"):
+    with pytest.warns(UserWarning, match=r"(?s)several times slower.*other users can change what is in") as caught:
         assert native._library.__wrapped__() is None
+    assert "nstall g++" not in str(caught[0].message), "which would not help"
 
 
 def test_a_cache_that_cannot_be_written(stub, tmp_path, monkeypatch):
