@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpga import CompileError, ToolMissing, open_device
+from fpga import CompileError, DeviceError, ToolMissing, open_device
 from fpga.board_files import load_board
+from fpga.libraries import CacheError
 
 from .bridge import OffloadReport, config_for, core_cost_of_step, offload
 from .nn.layers import dynamic_layers
@@ -44,7 +45,7 @@ def check_on_core(
     begin = time.perf_counter()
     try:
         simulated = open_device(device, config_for(next(iter(dynamic_layers(network).values())).format))
-    except (ToolMissing, CompileError, ValueError) as error:
+    except (ToolMissing, CompileError, CacheError, DeviceError, ValueError) as error:
         return {"unavailable": str(error)}
     build_seconds = time.perf_counter() - begin
     with simulated:

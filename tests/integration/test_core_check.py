@@ -13,7 +13,8 @@ from dynasty_lightning.core_check import check_on_core, core_speedups, describe
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import dynamic_layers
-from fpga import ToolMissing
+from fpga import CompileError, DeviceError, ToolMissing
+from fpga.libraries import CacheError
 from fpga.reference import ReferenceDevice
 
 
@@ -97,14 +98,16 @@ def test_a_wrong_value_is_found_and_said(network: nn.Module, monkeypatch: pytest
     assert "DIFFER" in describe(figures)
 
 
-def test_without_a_compiler_the_reason_is_kept(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ToolMissing, CompileError, CacheError, DeviceError])
+def test_without_a_compiler_the_reason_is_kept(kind: type[Exception], network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> object:
-        raise ToolMissing("no g++")
+        raise CompileError(["g++"], "here", "no g++") if kind is CompileError else kind("no g++")
 
     monkeypatch.setattr(core_check, "open_device", missing)
     figures = check_on_core(network, torch.randn(4, 1, 8, 8), batch())
-    assert figures == {"unavailable": "no g++"}
-    assert describe(figures) == "C simulation of the core: not run. no g++"
+    assert list(figures) == ["unavailable"]
+    assert figures["unavailable"].endswith("no g++")
+    assert describe(figures) == f"C simulation of the core: not run. {figures['unavailable']}"
 
 
 def test_line_blocks_have_no_core() -> None:
