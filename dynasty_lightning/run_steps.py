@@ -26,6 +26,7 @@ class RunSteps:
         self.before: int | None = None
         self._first_global_step = 0
         self._first_done = 0
+        self._has_seen_batches = False
 
     def start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Training begins or goes on: what the Trainer has counted since it began is done."""
@@ -34,10 +35,11 @@ class RunSteps:
         if pl_module.automatic_optimization:
             self.done = trainer.global_step - self.before
         self._first_global_step, self._first_done = trainer.global_step, self.done
+        self._has_seen_batches = False
 
     def after_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
         """Count the batch that ended; whether a step ended with it, as it does not while gradients accumulate."""
-        done = self.done
+        done, self._has_seen_batches = self.done, True
         self.done = trainer.global_step - (self.before or 0) if pl_module.automatic_optimization else done + 1
         return self.done > done
 
@@ -63,7 +65,12 @@ class RunSteps:
 
     def _steps_ahead(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batches: float, epochs: int) -> int:
         epoch = trainer.current_epoch
+        progress: Any = trainer.fit_loop.epoch_progress.current
         seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # Where training goes on from the end of an epoch, batches are still those of that epoch until the next one has its first. Later
+        # the Trainer's epochs say nothing: it does not count the start of one that follows a checkpoint of the last batch's hook.
+        if not self._has_seen_batches and progress.started == progress.processed:
+            seen = 0
         left = [max(batches - seen, 0)] + [batches] * min(max(epochs - epoch - 1, 0), _MOST_EPOCHS)
         if not pl_module.automatic_optimization:
             return int(sum(left))

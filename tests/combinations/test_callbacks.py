@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/combinations.md, Lightning's own callbacks beside ours."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    LambdaCallback,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -18,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dynasty_lightning import DynastyPrecision
 
-from .runs import Module, Run, Scored, check, check_dynamic, digits, dynasty, fit, loader, trainer
+from .runs import QUIET, Module, Run, Scored, check, check_dynamic, digits, dynasty, fit, loader, trainer
 
 EPOCHS = {"max_epochs": 4, "limit_train_batches": 15}
 
@@ -158,6 +160,55 @@ def test_checkpoints_of_a_run(tmp_path):
     found = t.test(Scored(), data, ckpt_path=end, weights_only=True, verbose=False)
     assert plugin.precision_map().hash() == unbroken.plugin.precision_map().hash()
     assert found == unbroken.trainer.test(unbroken.module, data, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_checkpoints_at_an_epochs_last_step(tmp_path, every):
+    """Saved in that batch's hook, before its epoch is counted, or behind the epoch: the run goes on with the next epoch's first batch."""
+    data = torch.utils.data.Subset(digits(), range(5 * 32))
+
+    def run(**options):
+        torch.manual_seed(0)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **({"every_n_train_steps": 5} if every == "step" else {}))
+        module, callback, plugin = Module(), dynasty(interval=3, warmup_steps=2), DynastyPrecision(seed=1)
+        planned = []
+        watch = LambdaCallback(on_train_batch_start=lambda *_: planned.append(callback._planned_steps))
+        t = trainer(callbacks=[saver, callback, watch], plugin=plugin, enable_checkpointing=True, max_epochs=4)
+        t.fit(module, DataLoader(data, batch_size=32), **options)
+        assert (t.global_step, t.current_epoch) == (20, 4)
+        assert set(planned) == {20.0}, "every step knows which one is the last"
+        return module, callback, plugin
+
+    module, callback, plugin = run()
+    for step in (5, 10, 15):
+        resumed, again, its = run(ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert resumed.losses == module.losses[step:]
+        assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), module.parameters(), strict=True))
+        assert str(again.history) == str(callback.history)  # there are NaNs in it
+        assert again.run_cost.state_dict() == callback.run_cost.state_dict()
+        assert its.precision_map().hash() == plugin.precision_map().hash()
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_epoch_behind_a_checkpoint_of_the_last_step_has_no_start(tmp_path, ours):
+    """Lightning's own: whoever acts in `on_train_epoch_start` is not called for the first epoch of a run that goes on from such a one."""
+
+    def run(**options):
+        torch.manual_seed(0)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=15)
+        started = []
+        watch = LambdaCallback(on_train_epoch_start=lambda t, _: started.append(t.current_epoch))
+        t = L.Trainer(**{
+            **QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [saver, watch, *([dynasty()] if ours else [])],
+            "plugins": [DynastyPrecision(seed=1)] if ours else None,
+        })  # fmt: skip
+        t.fit(Module(), DataLoader(torch.utils.data.Subset(digits(), range(15 * 32)), batch_size=32), **options)
+        return started
+
+    assert run() == [0, 1, 2]
+    assert run(ckpt_path=tmp_path / "step=15.ckpt", weights_only=True) == [2]
 
 
 class Ordered:
