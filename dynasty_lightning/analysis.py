@@ -1,403 +1,394 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an analysed step showed, of all layers, micro-batches and ranks: statistics for the policy, widths and their cost.
+"""One analysis: of as many steps as it takes until all layers that train have shown what they cost, and what their errors do.
 
-Knows no Trainer. All ranks take part at each step at which one could look: first in a table of fixed size (who recorded what, docs/
-distributed.md), then in sums whose layout follows from that table, so that it is the same on all of them whatever their data were.
+Mostly it takes two. Layers that run in turns (two networks of a GAN by the parity of steps, tasks, experts) take more: those that run now
+and then are waited for, rarer ones are watched until they come. What a layer costs in the run is what it costs when it runs times how
+often it does. Knows no Trainer.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from enum import Enum
+from typing import Any, Final, cast
 
-import torch
-from torch import Tensor
-
-from .core.formats import MAX_BITS
-from .core.roles import SHARED, Gemm, Role
-from .cost.analytics import AnalyticsCost, analytics_cost
-from .cost.bit_products import StepCost, layer_cost
-from .nn.layers import DynamicLayer, LayerObservation
+from .core.geometry import LayerGeometry
+from .core.roles import Gemm, Role
+from .cost.analytics import AnalyticsCost
+from .cost.bit_products import StepCost
+from .look import LayerWidths, Look, StepReader, Uses, add_uses
+from .nn.layers import DynamicLayer
 from .nn.probe import ProbeRecord
 from .policy.sensitivity import LayerStatistics
 from .ranks import Ranks
 
-_MOST_AXES: Final = 8  # of an operand: more are averaged over like positions that differ
+_LEAST_PATIENCE: Final = 2  # enough for whatever goes by parity
+
+
+class Phase(Enum):
+    """What a step is looked at for."""
+
+    WIDTHS = "widths"
+    STATISTICS = "statistics"
+
+
+def patience(phase: Phase, interval: int) -> int:
+    """Steps that a phase may take: layers that run at least once in so many are waited for. Those with exact errors are dear."""
+    return max(interval // (10 if phase is Phase.STATISTICS else 5), _LEAST_PATIENCE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """What the blocks of a step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks.
+    """What the blocks of the average step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks.
 
-    `dropped`: of each layer's blocks of E, the share that its width made zero, of those that were not zero before.
+    `costs` has the layers that ran, and `cost` is their sum. `dropped`: of each layer's blocks of E, the share that its width made zero, of
+    those that were not zero before.
     """
 
-    cost: StepCost
+    costs: dict[str, StepCost]
     layers: dict[str, dict[str, float]]
     mean_bits: dict[str, float]
     zero_share: dict[str, float]
     dropped: dict[str, float]
 
+    @property
+    def cost(self) -> StepCost:
+        return sum(self.costs.values(), StepCost())
+
     def of(self, name: str, statistics: LayerStatistics) -> dict[Role, float]:
-        """A layer's mean bits; the statistics' own for a layer that was not used in that step."""
+        """A layer's mean bits; the statistics' own for a layer whose widths were not seen."""
         found = self.layers.get(name)
         return dict(statistics.mean_bits) if found is None else {r: found[r.letter] for r in Role}
 
-    def to_state(self) -> dict[str, Any]:
-        return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "cost": self.cost.to_list()}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "Widths":
-        return cls(**{**state, "cost": StepCost.from_list(state["cost"])})
-
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """What one recorded step showed.
+class Finding:
+    """What an analysis found.
 
     Attributes:
-        observations: of this rank's layers that were used, the last call of each.
-        layers: statistics over all ranks, of the layers that recorded second moments, in the order in which their forward ran.
-        widths: over all ranks; the cost is the sum of theirs.
-        analytics: what the statistics would cost, summed like it.
-        finite: whether all operands of all ranks were.
-        nonfinite: how many operands of all ranks were not.
+        widths: of the average step since the last analysis, but for those that were exact; its cost is that of the map in force, as far
+            as it was seen: layers that were not keep what they were seen to have before.
+        seen_cost: of this, the part of the layers that were.
+        mapped_cost: of this, the part of the layers that had a map; what a policy steers by. What has none is at 8 bits: the others cannot
+            make up for it, and would be squeezed to nothing if they tried.
+        layers: statistics of the layers that were seen to learn, in the order in which their forward ran.
+        exact_cost: of the average step with E at 8 bits.
+        exact_steps: how many there were.
+        news: layers whose statistics lead to a map for the first time.
+        missing: layers that have run, and whose statistics have not led to one yet.
+        owed: what the layers seen now cost in earlier steps, in which they ran unseen, with the map of now; in all of them.
+        analytics: what the statistics would cost.
+        finite: whether all operands were.
     """
 
-    observations: Mapping[str, LayerObservation]
-    layers: Mapping[str, LayerStatistics]
     widths: Widths
+    seen_cost: StepCost
+    mapped_cost: StepCost
+    layers: dict[str, LayerStatistics]
+    exact_cost: StepCost
+    exact_steps: int
+    owed: StepCost
+    news: set[str]
+    missing: set[str]
     analytics: AnalyticsCost
     finite: bool
-    nonfinite: int
 
 
 class Analysis:
-    """Looks at steps, one after the other, and remembers of them what the next look needs."""
+    """Puts the looks at steps together.
+
+    Attributes:
+        lead: steps that the last analysis needed for the widths; the next one begins as many steps before its statistics.
+        seen: layers that were in any step that was looked at.
+        shown: of these, the ones whose statistics led to a map, or that were not finite when they should have.
+    """
 
     def __init__(self) -> None:
-        self._samples = 0
-        self._passed_over = False
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._varying: set[str] = set()
+        self.lead = 1
+        self.seen: set[str] = set()
+        self.shown: set[str] = set()
+        self._reader = StepReader()
+        self._known: dict[str, LayerWidths] = {}  # of analyses before
+        self._owed: dict[str, Uses] = {}  # what ran unseen since its map was made
+        self._watched: set[str] = set()
+        self._caught: set[str] = set()  # of the watched, those that hold what a step before this one showed
+        self._pending: dict[str, Uses] = {}  # restored, of this rank
+        self._begin()
+
+    def _begin(self) -> None:
+        self._widths: dict[str, LayerWidths] = {}
+        self._exact: dict[str, LayerWidths] = {}
+        self._statistics: dict[str, tuple[int, LayerStatistics]] = {}  # with the layer's place
+        self._inexact: dict[str, tuple[int, LayerStatistics]] = {}  # of watched layers, whose E had few bits
+        self._uses: dict[str, Uses] = {}
+        self._exact_uses: dict[str, Uses] = {}
+        self._steps = dict.fromkeys(Phase, 0)
+        self._exact_steps = 0
+        self._finite = True
+
+    @property
+    def has_widths(self) -> bool:
+        """Whether any layer's cost under the map in force is known."""
+        return bool(self._widths)
+
+    @property
+    def has_statistics(self) -> bool:
+        return bool(self._statistics or self._inexact)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all operands were that this analysis looked at."""
+        return self._finite
+
+    def steps_of(self, phase: Phase) -> int:
+        """How many steps of this analysis have been looked at for that."""
+        return self._steps[phase]
+
+    def wants(self, name: str, phase: Phase | None) -> bool:
+        """Whether a layer shall record the step that begins: outside of phases, one that is watched, until it ran."""
+        if phase is None or name in self._caught:
+            return name in self._watched
+        return name not in (self._statistics if phase is Phase.STATISTICS else self._widths)
+
+    def wants_only_headers(self, name: str, phase: Phase | None) -> bool:
+        """Whether second moments are left out of that record: not of a rare layer, whoever knows when it comes again."""
+        return phase is Phase.WIDTHS and name not in self._watched
+
+    def catch(self, layers: Mapping[str, DynamicLayer]) -> None:
+        """A step that nobody looks at has ended: the watched layers that ran in it keep what they recorded for the next look."""
+        if self._watched:
+            caught = {name for name in self._watched if name in layers and layers[name].has_records}
+            self._watched -= caught
+            self._caught |= caught
 
     def look(
         self,
         layers: Mapping[str, DynamicLayer],
+        phase: Phase,
         *,
+        exact: bool,
         step: int,
         block_shape: tuple[int, int],
         step_sizes: Mapping[str, float],
         interval: int,
         ranks: Ranks,
-    ) -> Look | None:
-        """What the layers recorded in the last step, on all ranks; the layers forget it.
-
-        None, on all ranks alike, if no layer recorded anything; and, once, if the step had fewer samples than the one looked at before:
-        the last batch of an epoch says less, and its cost is not a step's.
+    ) -> Look:
+        """Take in what the layers recorded in the step that ended, on all ranks; the layers forget it.
 
         Args:
             layers: all converted layers by name.
+            phase: what the step was looked at for.
+            exact: whether its E had 8 bits in all layers.
             step: its number, for errors.
             block_shape: rows x channels of an exponent block.
             step_sizes: of the optimizer at each layer's weight; NaN where it is not known.
-            interval: steps from one look to the next.
+            interval: steps from one analysis to the next.
             ranks: all of them call this.
         """
-        calls = {name: layer.observations() for name, layer in layers.items()}
-        gradients = {name: layer.gradient for name, layer in layers.items()}
-        for layer in layers.values():
-            layer.clear_observation()
-        # Backward meets the layers in the reverse of the order in which data ran through them.
-        ran = sorted((n for n, found in calls.items() if found), key=lambda n: calls[n][-1].order, reverse=True)
-        facts = [_facts(calls[n], place=ran.index(n) if n in ran else 0, step_size=step_sizes[n]) for n in layers]
-        table = ranks.table(torch.tensor(facts).flatten(), what=f"the analysis of step {step}").view(ranks.size, len(layers), -1)
-        agreed = {name: _Agreed.of(table[:, i]) for i, name in enumerate(layers)}
-        used = {name: a for name, a in agreed.items() if a.calls}
-        if not used or self._is_small(max(a.samples for a in used.values())):
-            return None
-        # Depth first of the lowest rank that used the layer: in each the same order, but for layers that ranks use in turns.
-        names = sorted(used, key=lambda n: used[n].place)
-        for name in names:
-            self._note_shape(name, used[name])
-        sums = self._sums(names, calls, used, layers, block_shape=block_shape, interval=interval, step=step, ranks=ranks)
-        found = {
-            name: self._statistics(name, sums[name], used[name], gradients[name], layers[name], block_shape, step, ranks)
-            for name in names
-            if used[name].moments
-        }
-        return Look(
-            observations={name: calls[name][-1] for name in ran},
-            layers=found,
-            widths=_widths(sums),
-            analytics=sum((_analytics(s["analytics"]) for s in sums.values()), AnalyticsCost()),
-            # A product of finite operands may overflow.
-            finite=not any(a.nonfinite for a in used.values()) and all(s.is_finite for s in found.values()),
-            nonfinite=sum(a.nonfinite for a in used.values()),
-        )
-
-    def _is_small(self, samples: int) -> bool:
-        """Whether to pass a step over. Never twice in a row, so that none is passed over for ever."""
-        before, self._samples = self._samples, samples
-        self._passed_over = samples < before and not self._passed_over
-        return self._passed_over
-
-    def _note_shape(self, name: str, agreed: "_Agreed") -> None:
-        """A layer whose positions change has one group for each channel block from then on: averages over steps go on, and maps fit all."""
-        shape = agreed.shape
-        if shape is None or self._shapes.setdefault(name, shape) != shape:
-            self._varying.add(name)
-
-    def _sums(
-        self,
-        names: Sequence[str],
-        calls: Mapping[str, list[LayerObservation]],
-        used: Mapping[str, "_Agreed"],
-        layers: Mapping[str, DynamicLayer],
-        *,
-        block_shape: tuple[int, int],
-        interval: int,
-        step: int,
-        ranks: Ranks,
-    ) -> dict[str, dict[str, Tensor]]:
-        """By layer, what adds up over calls and ranks, in one reduction."""
-        sums: dict[str, dict[str, Tensor]] = {}
-        for name in names:
-            layer, agreed = layers[name], used[name]
-            total = {key: torch.zeros(shape, dtype=torch.float64) for key, shape in self._layout(name, layer, agreed).items()}
-            for o in calls[name]:
-                for key, value in self._call(name, o, layer, agreed, block_shape, interval).items():
-                    total[key] += value
-            sums[name] = total
-        parts = [t for total in sums.values() for t in total.values()]
-        flat = ranks.total(torch.cat([t.flatten() for t in parts]), what=f"the sums of step {step}")
-        pieces = iter(flat.split([t.numel() for t in parts]))
-        return {name: {key: next(pieces).view(t.shape) for key, t in total.items()} for name, total in sums.items()}
-
-    def _layout(self, name: str, layer: DynamicLayer, agreed: "_Agreed") -> dict[str, tuple[int, ...]]:
-        """Shapes of `_call`'s values: they follow from the layer and from what the ranks agreed on."""
-        layout: dict[str, tuple[int, ...]] = {
-            "blocks": (len(Role),), "bits": (len(Role),), "zeros": (len(Role),), "dropped": (2,), "x_signs": (2,),
-            "backward": (len(SHARED),), "unlimited": (len(SHARED),),
-            "macs": (len(Gemm),), "cost": (len(fields(StepCost)),), "analytics": (len(_ANALYTICS),),
-        }  # fmt: skip
-        if agreed.moments:
-            x, e = self._moment_shapes(name, layer, agreed)
-            w = layer.grid_shape(Role.WEIGHT)
-            layout |= {"x_square": x, "e_square": e, "dx_square": x, "w_square": w, "dw_square": w, "positions": (2,)}
-        if agreed.probes:
-            layout |= {"probe": (ProbeRecord.flat(None, present=True).numel(),), "probed": (1,), "gradient_energy": (1,)}
-        return layout
-
-    def _moment_shapes(self, name: str, layer: DynamicLayer, agreed: "_Agreed") -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of the maps of X and E: all positions, or one where they differ between calls, ranks or steps."""
-        g = layer.geometry
-        if name in self._varying or agreed.shape is None:
-            x_shape, e_shape = [1] * agreed.axes, [1] * agreed.axes
+        mine = {name: add_uses(tuple(map(float, layer.take_uses())), self._pending.get(name)) for name, layer in layers.items()}
+        self._pending = {}
+        self._caught.clear()
+        look = self._reader.look(
+            layers, step=step, block_shape=block_shape, step_sizes=step_sizes, interval=interval, ranks=ranks, uses=mine,
+            earlier=self._all_uses(),
+        )  # fmt: skip
+        uses = self._exact_uses if exact else self._uses
+        for name, counts in look.uses.items():
+            uses[name] = add_uses(counts, uses.get(name))
+        self._steps[phase] += 1
+        self._exact_steps += exact
+        self._finite = self._finite and look.finite
+        found = self._exact if exact else self._widths
+        for name, widths in look.widths.items():
+            # What passed unquantized has no blocks to count. The step is no cheaper than one at 8 bits.
+            found[name] = widths if look.finite else self._known.get(name, widths).at_baseline()
+        self.seen |= set(look.widths)
+        if not look.finite:
+            self.shown |= set(look.layers)
         else:
-            x_shape, e_shape = [1, *agreed.shape], [1, *layer.plan.output_shape((1, *agreed.shape))[1:]]
-        for shape, features in ((x_shape, g.in_channels), (e_shape, g.out_channels)):
-            shape[g.channel_axis] = -(-features // layer.format.block_shape[1])
-        return tuple(x_shape), tuple(e_shape)
+            all_uses, taken = self._all_uses(), self._statistics if phase is Phase.STATISTICS else self._inexact
+            for name, s in look.layers.items():
+                # A layer that learns in some steps only (a discriminator, not in its generator's) tells little in the others.
+                if s.learns or not all_uses[name][Gemm.WGRAD]:
+                    taken[name] = (look.widths[name].place, s)
+        return look
 
-    def _call(
-        self, name: str, o: LayerObservation, layer: DynamicLayer, agreed: "_Agreed", block_shape: tuple[int, int], interval: int
-    ) -> dict[str, Tensor]:
-        """What one call adds to the sums."""
-        cost = layer_cost(
-            o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied,
-            block_shape=block_shape, has_dgrad=o.has_dgrad, has_wgrad=o.has_wgrad,
-            first_columns=o.first_columns, backward_bits=o.backward_bits,
-        )  # fmt: skip
-        analytics = analytics_cost(
-            o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, has_dgrad=o.has_dgrad, interval=interval
+    def is_waiting(self, phase: Phase, *, steps: int, interval: int) -> bool:
+        """Whether the next step shall be looked at for the same: some layer that ran lately has not shown itself.
+
+        Args:
+            phase: what the last step was looked at for.
+            steps: since the last analysis.
+            interval: steps from one analysis to the next.
+        """
+        limit = patience(phase, interval)
+        if self._steps[phase] >= limit or not self._finite:
+            return False
+        seen = self._statistics if phase is Phase.STATISTICS else self._widths
+        needed = Gemm.WGRAD if phase is Phase.STATISTICS else Gemm.FORWARD
+        return any(
+            ((uses[needed] or uses[Gemm.FORWARD]) + 1) * limit >= steps  # one more: what comes every so often may be due just now
+            for name, uses in self._all_uses().items()
+            if name not in seen and uses[Gemm.FORWARD]
         )
-        limits = {r: p.backward_bits if (p := layer.get_precision(r)) else MAX_BITS for r in SHARED}
-        nonzero = float((o.bits[Role.ACTIVATION] > 0).sum())
-        result = {
-            "blocks": _vector(o.bits[r].numel() for r in Role),
-            "bits": _vector(o.bits[r].sum(dtype=torch.int64) for r in Role),
-            "zeros": _vector((o.bits[r] == 0).sum() for r in Role),
-            "dropped": _vector((((o.bits[Role.ERROR] == 0) & o.occupied[Role.ERROR]).sum(), o.occupied[Role.ERROR].sum())),
-            "x_signs": _vector((nonzero, o.x_unsigned * nonzero)),
-            "backward": _vector(o.backward_bits.get(r, o.bits[r]).double().mean() * o.bits[r].numel() for r in SHARED),
-            "unlimited": _vector((o.bits[r] < m).sum() if m < MAX_BITS else o.bits[r].numel() for r, m in limits.items()),
-            "macs": _vector(cost[g].macs if g in cost else 0 for g in Gemm),
-            "cost": _vector(sum(cost.values(), StepCost()).to_list()),
-            "analytics": _vector(asdict(analytics).values()),
-        }
-        if not agreed.moments:
-            return result
-        samples = o.input_shape[0]
-        positions = [math.prod(s[1:]) // s[o.geometry.channel_axis] for s in (o.input_shape, o.output_shape)]
-        shapes = self._moment_shapes(name, layer, agreed)
-        for key, square in o.squares.items():
-            square = square.to("cpu", torch.float64)
-            if key in ("w_square", "dw_square"):
-                result[key] = square
-                continue
-            weight, shape = (samples, shapes[key == "e_square"])
-            if name in self._varying:
-                axis = o.geometry.channel_axis
-                square = square.movedim(axis, 0).flatten(1).mean(1).view(shape)
-                weight *= positions[key == "e_square"]
-            result[key] = weight * square
-        result["positions"] = _vector(samples * p for p in positions)
-        if agreed.probes and o.probe is not None:
-            result |= {"probe": samples * ProbeRecord.flat(o.probe, present=True), "probed": _vector([samples])}
-            result["gradient_energy"] = _vector([o.gradient_energy])
-        return result
 
-    def _statistics(
-        self,
-        name: str,
-        sums: Mapping[str, Tensor],
-        agreed: "_Agreed",
-        gradient: Tensor | None,
-        layer: DynamicLayer,
-        block_shape: tuple[int, int],
-        step: int,
-        ranks: Ranks,
-    ) -> LayerStatistics:
-        """A layer's statistics of the global batch: the loss that training follows is the mean of the ranks' losses."""
-        varies = name in self._varying
-        x_weight, e_weight = sums["positions"].tolist() if varies else (agreed.samples, agreed.samples)
-        squares = {
-            "x_square": sums["x_square"] / x_weight,
-            "e_square": sums["e_square"] / e_weight,
-            "dx_square": sums["dx_square"] / (x_weight * ranks.size**2),
-            "w_square": sums["w_square"] / agreed.calls,
-            "dw_square": sums["dw_square"] / ranks.size**2,
+    def close(self, *, steps: int, mapped: Collection[str], leads_to_map: bool) -> Finding:
+        """What was found; the next analysis begins.
+
+        Args:
+            steps: since the last one.
+            mapped: layers that have a map.
+            leads_to_map: whether those whose statistics were found get one now.
+        """
+        known = self._known | self._widths
+        # A layer that ran in exact steps alone: better its cost there than none.
+        costs = self._exact | known
+        rates = {
+            name: _rates(costs[name], uses, steps - self._exact_steps)
+            for name, uses in self._uses.items()
+            if name in costs and uses[Gemm.FORWARD]
         }
-        if ranks.size > 1 or gradient is not None:
-            mine = torch.zeros(layer.geometry.weight_shape) if gradient is None else gradient
-            gradient = ranks.total(mine.float(), what=f"the gradient of {name} at step {step}") / ranks.size
-            squares["dw_square"] = squares["dw_square"] + layer.gradient_squares(gradient).double()
-        blocks = dict(zip(Role, sums["blocks"].tolist(), strict=True))
-        return LayerStatistics(
-            geometry=layer.geometry, samples=agreed.samples, ranks=ranks.size, step_size=agreed.step_size,
-            channels_per_block=block_shape[1],
-            positions=None if not varies else (x_weight / agreed.samples, e_weight / agreed.samples),
-            macs={g: int(m) for g, m in zip(Gemm, sums["macs"].tolist(), strict=True) if m},
-            mean_bits=_mean_bits(sums),
-            x_unsigned=float(sums["x_signs"][1] / sums["x_signs"][0].clamp(min=1)),
-            backward_bits={r: b / blocks[r] for r, b in zip(SHARED, sums["backward"].tolist(), strict=True)},
-            unlimited={r: u / blocks[r] for r, u in zip(SHARED, sums["unlimited"].tolist(), strict=True)},
-            probe=_probe(sums, gradient, ranks.size) if agreed.probes else None,
-            **squares,
-        )  # fmt: skip
+        exact = known | self._exact
+        exact_costs = [
+            exact[name].cost(_rates(exact[name], uses, self._exact_steps))
+            for name, uses in self._exact_uses.items()
+            if name in exact and uses[Gemm.FORWARD]
+        ]
+        widths = _widths(costs, rates)
+        seen = {name: widths.costs[name] for name in self._widths if name in widths.costs}
+        owed = {name: self._owed.pop(name) for name in list(self._owed) if name in seen}
+        found = self._inexact | self._statistics
+        used = {name for name, uses in self._all_uses().items() if uses[Gemm.FORWARD]}
+        finding = Finding(
+            widths=widths,
+            seen_cost=sum(seen.values(), StepCost()),
+            mapped_cost=sum((cost for name, cost in seen.items() if name in mapped), StepCost()),
+            layers={name: s for name, (_, s) in sorted(found.items(), key=lambda item: item[1][0])},
+            exact_cost=sum(exact_costs, StepCost()),
+            exact_steps=self._exact_steps,
+            owed=sum((costs[name].cost(_rates(costs[name], uses, 1)) for name, uses in owed.items()), StepCost()),
+            analytics=sum((costs[name].analytics.scaled(r[Gemm.FORWARD]) for name, r in rates.items()), AnalyticsCost()),
+            news=set(found) - self.shown if leads_to_map else set(),
+            missing=(used | self.seen) - self.shown - (set(found) if leads_to_map else set()),
+            finite=self._finite,
+        )
+        for name, uses in self._uses.items():  # what was not finite is charged at once
+            if name not in seen and uses[Gemm.FORWARD] and self._finite:
+                self._owed[name] = add_uses(uses, self._owed.get(name))
+        if leads_to_map:
+            self.shown |= set(found)
+        if self._finite:
+            self._known |= self._widths
+            self._watched = used - (set(found) & set(seen))
+        self.lead = max(self._steps[Phase.WIDTHS], 1)
+        self._begin()
+        return finding
+
+    def owed(self) -> StepCost:
+        """What ran unseen, and is in no finding yet, as far as anything is known of it."""
+        return sum(
+            (self._known[name].cost(_rates(self._known[name], uses, 1)) for name, uses in self._owed.items() if name in self._known),
+            StepCost(),
+        )
+
+    def forget_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
+        """What ran before a run began is not its own."""
+        for layer in layers.values():
+            layer.take_uses()
+
+    def uses_since(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Uses]:
+        """Of each layer on this rank since the last look."""
+        return {name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name)) for name, layer in layers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples, "passed_over": self._passed_over, "shapes": dict(self._shapes), "varying": sorted(self._varying)}
+        """All but the uses since the last look, which the layers count."""
+        return {
+            "lead": self.lead,
+            "seen": sorted(self.seen),
+            "shown": sorted(self.shown),
+            "reader": self._reader.state_dict(),
+            "watched": sorted(self._watched | self._caught),
+            **{name: {k: w.to_state() for k, w in getattr(self, f"_{name}").items()} for name in _LAYER_WIDTHS},
+            **{name: {k: (place, _statistics_state(s)) for k, (place, s) in getattr(self, f"_{name}").items()} for name in _STATISTICS},
+            "uses": [dict(self._uses), dict(self._exact_uses), dict(self._owed)],
+            "steps": [self._steps[phase] for phase in Phase],
+            "exact_steps": self._exact_steps,
+            "finite": self._finite,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._samples, self._passed_over = state["samples"], state["passed_over"]
-        self._shapes, self._varying = dict(state["shapes"]), set(state["varying"])
+    def load_state_dict(self, state: Mapping[str, Any], uses: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; `uses` as `uses_since` said then."""
+        self.lead, self._exact_steps, self._finite = int(state["lead"]), int(state["exact_steps"]), bool(state["finite"])
+        self.seen, self.shown, self._watched, self._caught = set(state["seen"]), set(state["shown"]), set(state["watched"]), set()
+        self._reader.load_state_dict(state["reader"])
+        for name in _LAYER_WIDTHS:
+            setattr(self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()})
+        for name in _STATISTICS:
+            setattr(self, f"_{name}", {k: (place, _statistics_from(s)) for k, (place, s) in state[name].items()})
+        self._uses, self._exact_uses, self._owed = ({name: tuple(u) for name, u in part.items()} for part in state["uses"])
+        self._steps = dict(zip(Phase, state["steps"], strict=True))
+        self._pending = {name: tuple(u) for name, u in uses.items()}
 
-
-_ANALYTICS: Final = tuple(f.name for f in fields(AnalyticsCost))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Agreed:
-    """What all ranks know of a layer's step.
-
-    Attributes:
-        calls, samples: of all ranks together.
-        shape: of an input without its samples, where it was the same in all calls; else None.
-        axes: of an input.
-        moments, probes: whether second moments, and measured harm, were recorded anywhere.
-        nonfinite: how many operands were not finite.
-        place: in the order in which forward ran.
-        step_size: the largest. Optimizers that share their state out leave the ranks without it with a bare learning rate. 0 where no rank
-            wanted the gradient, NaN where none knows.
-    """
-
-    calls: int
-    samples: int
-    shape: tuple[int, ...] | None
-    axes: int
-    moments: bool
-    probes: bool
-    nonfinite: int
-    place: int
-    step_size: float
-
-    @classmethod
-    def of(cls, table: Tensor) -> "_Agreed":
-        """From a row of `_facts` for each rank."""
-        rows = [r for r in table.tolist() if r[0]]
-        if not rows:
-            rows = [[0.0] * table.shape[1]]
-        shapes = {tuple(int(n) for n in r[_SHAPE:] if n) for r in rows}
-        only = next(iter(shapes)) if len(shapes) == 1 else ()
-        return cls(
-            calls=int(sum(r[0] for r in rows)),
-            samples=int(sum(r[1] for r in rows)),
-            shape=only or None,
-            axes=int(rows[0][2]),
-            moments=any(r[3] for r in rows),
-            probes=any(r[4] for r in rows),
-            nonfinite=int(sum(r[5] for r in rows)),
-            place=int(rows[0][6]),
-            step_size=max((size for size in (r[7] for r in rows) if not math.isnan(size)), default=math.nan),
-        )
+    def _all_uses(self) -> dict[str, Uses]:
+        """Since the last analysis."""
+        return self._uses | {name: add_uses(uses, self._uses.get(name)) for name, uses in self._exact_uses.items()}
 
 
-_SHAPE: Final = 8  # where the shape begins in `_facts`
+_LAYER_WIDTHS: Final = ("known", "widths", "exact")
+_STATISTICS: Final = ("statistics", "inexact")
 
 
-def _facts(calls: Sequence[LayerObservation], *, place: int, step_size: float) -> list[float]:
-    """A layer's step on this rank, as `_Agreed.of` reads it; of one length whatever happened."""
-    shapes = {o.input_shape[1:] for o in calls}
-    shape = next(iter(shapes)) if len(shapes) == 1 else ()
-    shape = (*shape, *[0] * (_MOST_AXES - len(shape))) if len(shape) <= _MOST_AXES else (0,) * _MOST_AXES
-    return [
-        len(calls),
-        sum(o.input_shape[0] for o in calls),
-        len(calls[-1].input_shape) if calls else 0,
-        any(o.squares for o in calls),
-        any(o.probe is not None for o in calls),
-        sum(sum(o.nonfinite.values()) for o in calls),
-        place,
-        step_size if any(o.has_wgrad for o in calls) else 0.0,
-        *shape,
-    ]
+def _rates(widths: LayerWidths, uses: Uses, steps: int) -> Uses:
+    """How often each GEMM runs in a step, over how often its cost was seen; 1 of a layer that every step uses alike."""
+    return tuple(u / (n * steps) if n and steps > 0 else 0.0 for u, n in zip(uses, widths.calls, strict=True))
 
 
-def _widths(sums: Mapping[str, Mapping[str, Tensor]]) -> Widths:
-    blocks, bits, zeros = (sum((s[key] for s in sums.values()), torch.zeros(len(Role))).tolist() for key in ("blocks", "bits", "zeros"))
+def _widths(layers: Mapping[str, LayerWidths], rates: Mapping[str, Uses]) -> Widths:
+    """Of the average step, in which a layer's blocks are as many as it is used; one that has no rate keeps its bits and costs nothing."""
+    sums = {"blocks": [0.0] * len(Role), "bits": [0.0] * len(Role), "zeros": [0.0] * len(Role)}
+    for name, rate in rates.items():
+        for key, total in sums.items():
+            for i, value in enumerate(getattr(layers[name], key)):
+                total[i] += rate[Gemm.FORWARD] * value
+    mean_bits, zero_share = (
+        {r.letter: value / blocks if blocks else math.nan for r, value, blocks in zip(Role, sums[key], sums["blocks"], strict=True)}
+        for key in ("bits", "zeros")
+    )
     return Widths(
-        cost=sum((StepCost.from_list(s["cost"].tolist()) for s in sums.values()), StepCost()),
-        layers={name: {r.letter: b for r, b in _mean_bits(s).items()} for name, s in sums.items()},
-        mean_bits={r.letter: b / n for r, b, n in zip(Role, bits, blocks, strict=True)},
-        zero_share={r.letter: z / n for r, z, n in zip(Role, zeros, blocks, strict=True)},
-        dropped={name: float(s["dropped"][0] / s["dropped"][1].clamp(min=1)) for name, s in sums.items()},
+        costs={name: layers[name].cost(rate) for name, rate in rates.items()},
+        layers={name: {r.letter: b for r, b in layer.mean_bits.items()} for name, layer in layers.items()},
+        mean_bits=mean_bits,
+        zero_share=zero_share,
+        dropped={name: layer.dropped for name, layer in layers.items()},
     )
 
 
-def _mean_bits(sums: Mapping[str, Tensor]) -> dict[Role, float]:
-    return dict(zip(Role, (sums["bits"] / sums["blocks"]).tolist(), strict=True))
+def _statistics_state(s: LayerStatistics) -> dict[str, Any]:
+    state = {f.name: getattr(s, f.name) for f in fields(s)}
+    by_gemm = {"macs": {int(g): m for g, m in s.macs.items()}}
+    by_role = {name: {int(r): v for r, v in state[name].items()} for name in _BY_ROLE}
+    probe = None if s.probe is None else ProbeRecord.flat(cast(ProbeRecord, s.probe), present=True)
+    return {**state, **by_gemm, **by_role, "geometry": asdict(s.geometry), "probe": probe}
 
 
-def _probe(sums: Mapping[str, Tensor], gradient: Tensor | None, ranks: int) -> ProbeRecord | None:
-    """The mean over samples. What E's rounding did to parts of dW is independent: over the whole dW it weighs as their energies do."""
-    record = ProbeRecord.from_flat(sums["probe"] / sums["probed"])
-    if record is None or gradient is None:
-        return record
-    whole = float(gradient.double().square().sum())
-    share = float(sums["gradient_energy"]) / ranks**2 / whole if whole > 0 else 1.0
-    return ProbeRecord(loss=record.loss, forward=record.forward, wgrad=share * record.wgrad, bits=record.bits, zeros=record.zeros)
+def _statistics_from(state: Mapping[str, Any]) -> LayerStatistics:
+    geometry: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["geometry"].items()}
+    by_role = {name: {Role(r): v for r, v in state[name].items()} for name in _BY_ROLE}
+    return LayerStatistics(
+        **{
+            **state,
+            **by_role,
+            "macs": {Gemm(g): m for g, m in state["macs"].items()},
+            "geometry": LayerGeometry(**geometry),
+            "probe": None if state["probe"] is None else ProbeRecord.from_flat(state["probe"]),
+            "positions": None if state["positions"] is None else tuple(state["positions"]),
+        }
+    )
 
 
-def _analytics(values: Tensor) -> AnalyticsCost:
-    return AnalyticsCost(**dict(zip(_ANALYTICS, values.tolist(), strict=True)))
-
-
-def _vector(values: Any) -> Tensor:
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)
+_BY_ROLE: Final = ("mean_bits", "backward_bits", "unlimited")
 
 
 class StepClock:

@@ -8,7 +8,7 @@ import statistics
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
-from typing import Any, Final, cast
+from typing import Any, Final
 from weakref import ref
 
 import lightning.pytorch as pl
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from .analysis import Analysis, Look, StepClock, Widths
+from .analysis import Analysis, Finding, Phase, StepClock
 from .checked_state import reading, replace_field, sealed_state
 from .core.precision import OperandPrecision
 from .core.roles import Role
@@ -28,6 +28,7 @@ from .cost.analytics import AnalyticsCost, analytics_share
 from .cost.bit_products import StepCost
 from .cost.energy import EnergyModel, energy_ratios
 from .cost.run_cost import RunCost
+from .look import Look
 from .nn.layers import DynamicLayer
 from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_policy, check_target
 from .policy.precision_map import BitWidthMap, PrecisionMap
@@ -45,7 +46,7 @@ _TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be 
 _TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up for it: aim above the target, to end at it or above
 _UNKNOWN_END: Final = 10  # of a run that nothing ends: as long again as it has been, this many intervals at least
 _RATE_JUMP: Final = 8.0  # a learning rate that grew so much since the last analysis makes the next one due: E was narrow for a small one
-_STATE_VERSION: Final = 3
+_STATE_VERSION: Final = 4
 _LOST: Final = (
     "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the precision map and the figures with them: "
     "summary() and precision_map() know nothing of this run then, and the model that comes back validates and tests at uniform 8 bits. "
@@ -146,17 +147,18 @@ class DynastyCallback(Callback):
         self._planned_steps = math.inf
         self._failed = False
         self._analyses = 0
-        self._costed: Widths | None = None
-        self._clean = False
+        self._phase: Phase | None = None
+        self._exact = False
+        self._exact_steps = 0
         self._overhead = 0.0
         self._last_cost: StepCost | None = None
         self._last_event_step = 0
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
+        self._losses_above: Tensor | float = 0.0
         self._evaluations = 0
         self._nonfinite = 0
         self._raised = False
-        self._seen: set[str] = set()
         self._largest_rates: dict[str, float] = {}
         self._rate = math.inf
         self._clock = StepClock()
@@ -187,6 +189,8 @@ class DynastyCallback(Callback):
         if not self._restored and not goes_on:
             self._begin()
             self._apply(self.policy.initial(self._layers), keep=False)
+        if not goes_on:
+            self._analysis.forget_uses(self._layers)
         self._restored = False
         self.promises.speaks = trainer.is_global_zero
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -230,18 +234,19 @@ class DynastyCallback(Callback):
         step = self._steps.done + 1
         if step + 1 < self.schedule.next_step and self._rate_jumped(trainer):
             self.schedule.postpone(step)
-        due = step >= self.schedule.next_step
-        # The step before an analysis tells what the widths in force cost. The analysed one then has E at 8 bits in all layers: second
-        # moments seen through E's own noise would take it for sensitivity of X and W, and narrow E further.
-        before = step + 1 == self.schedule.next_step
+        # What the widths in force cost is seen first. Steps whose second moments are wanted then have E at 8 bits in all layers: seen
+        # through E's own noise they would take it for sensitivity of X and W, and narrow E further.
+        due, near = step >= self.schedule.next_step, step + self._analysis.lead >= self.schedule.next_step
+        self._phase = Phase.STATISTICS if due else Phase.WIDTHS if near else None
         probing = due and self._probe_is_due
-        self._clean = due and not probing and self._costed is not None and step < self._planned_steps
+        self._exact = due and not probing and self._analysis.has_widths and step < self._planned_steps
         sums_gradients = self._ranks.size > 1 or trainer.accumulate_grad_batches > 1 or not pl_module.automatic_optimization
-        for layer in self._layers.values():
-            layer.observing, layer.headers_only = due or before, before
-            layer.probing, layer.exact_errors = probing, self._clean
+        for name, layer in self._layers.items():
+            layer.observing = self._analysis.wants(name, self._phase)
+            layer.headers_only = self._analysis.wants_only_headers(name, self._phase)
+            layer.probing, layer.exact_errors = probing, self._exact
             layer.keeps_gradient = sums_gradients
-        self._clock.start(observed=due or before)
+        self._clock.start(observed=self._phase is not None)
 
     @property
     def _probe_is_due(self) -> bool:
@@ -258,7 +263,10 @@ class DynastyCallback(Callback):
 
     @override
     def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
-        self._loss_sum = self._loss_sum + loss.detach().double()  # Lightning has divided by the number of micro-batches
+        loss = loss.detach().double()  # Lightning has divided by the number of micro-batches
+        self._loss_sum = self._loss_sum + loss
+        parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self._losses_above = self._losses_above + (loss * parts > self.guard.limit)
         self._loss_count += 1
 
     @override
@@ -268,9 +276,10 @@ class DynastyCallback(Callback):
             step = self._steps.done
             if step >= self.schedule.next_step:
                 self._analyse(trainer, pl_module, step)
-            elif step + 1 == self.schedule.next_step:
-                look = self._look(trainer)
-                self._costed = None if look is None else look.widths
+            elif step + self._analysis.lead >= self.schedule.next_step:
+                self._weigh(trainer, step)
+            else:
+                self._analysis.catch(self._layers)
         self._clock.stop()
 
     @override
@@ -280,10 +289,11 @@ class DynastyCallback(Callback):
         if self._last_cost is not None and step > self._last_event_step:
             self.run_cost.add(self._last_cost, step - self._last_event_step)
             self._last_event_step = step
-        unseen = {name: layer for name, layer in self._layers.items() if name not in self._seen}
+        unseen = {name: layer for name, layer in self._layers.items() if name not in self._analysis.seen}
         self.promises.layers_unseen(
             learning=[name for name, layer in unseen.items() if layer.weight.requires_grad],
             frozen=[name for name, layer in unseen.items() if not layer.weight.requires_grad],
+            rare=sorted(self._analysis.seen - self._analysis.shown) if self.promises.maps and self.policy.needs_statistics else [],
         )
         lines = self.promises.at_end(self._outcome()) if step else []
         if self.table and step and trainer.is_global_zero:
@@ -307,12 +317,17 @@ class DynastyCallback(Callback):
 
     @override
     def on_save_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
-        # What is saved is rank 0's, and the loss since the last analysis is the one thing that is not the same on all ranks.
+        # What is saved is rank 0's. The loss since the last analysis, and the layers' uses since the last look, are not alike on all ranks.
         if self._ranks.size > 1 and not self._failed:
-            mean = self._mean_loss(f"the checkpoint of step {trainer.global_step}")
-            self._loss_sum = mean * self._losses
-            loss = (self._loss_sum, self._loss_count, self._evaluations)
-            replace_field(checkpoint["callbacks"][self.state_key], "loss", loss)
+            mean, above = self._mean_loss(f"the checkpoint of step {trainer.global_step}")
+            self._loss_sum, self._losses_above = mean * self._losses, above * self._loss_count
+            loss = (self._loss_sum, self._loss_count, self._losses_above, self._evaluations)
+            state = checkpoint["callbacks"][self.state_key]
+            replace_field(state, "loss", loss)
+            mine = self._analysis.uses_since(self._layers)
+            what = f"the uses of layers in the checkpoint of step {trainer.global_step}"
+            total = self._ranks.total(torch.tensor(list(mine.values()), dtype=torch.float64), what=what) / self._ranks.size
+            replace_field(state, "uses", dict(zip(mine, map(tuple, total.tolist()), strict=True)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -326,16 +341,16 @@ class DynastyCallback(Callback):
             "run_cost": self.run_cost.state_dict(),
             "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
             "last_event_step": self._last_event_step,
-            "loss": (float(self._loss_sum), self._loss_count, self._evaluations),
+            "loss": (float(self._loss_sum), self._loss_count, float(self._losses_above), self._evaluations),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
             "analysis": self._analysis.state_dict(),
+            "uses": self._analysis.uses_since({} if self._plugin is None else self._layers),
             "analytics": asdict(self._analytics),
             "overhead": self._overhead,
-            "costed": None if self._costed is None else self._costed.to_state(),
+            "exact_steps": self._exact_steps,
             "raised": self._raised,
             "rates": (dict(self._largest_rates), self._rate),
-            "seen": sorted(self._seen),
             "history": self.history,
         }
         return sealed_state(_STATE_VERSION, fields)
@@ -363,25 +378,29 @@ class DynastyCallback(Callback):
         self.run_cost.load_state_dict(state["run_cost"])
         self._last_cost = None if state["last_cost"] is None else StepCost.from_list(state["last_cost"])
         self._last_event_step = state["last_event_step"]
-        loss_sum, self._loss_count, self._evaluations = state["loss"]
+        loss_sum, self._loss_count, self._losses_above, self._evaluations = state["loss"]
         self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
         self._nonfinite, self._raised = state["nonfinite"], state["raised"]
-        self._analysis.load_state_dict(state["analysis"])
+        self._analysis.load_state_dict(state["analysis"], state["uses"])
         self._analytics = AnalyticsCost(**state["analytics"])
-        self._analyses, self._overhead = state["analyses"], state["overhead"]
-        self._costed = None if state["costed"] is None else Widths.from_state(state["costed"])
+        self._analyses, self._overhead, self._exact_steps = state["analyses"], state["overhead"], int(state["exact_steps"])
         rates, self._rate = state["rates"]
-        self._largest_rates, self._seen = dict(rates), set(state["seen"])
+        self._largest_rates = dict(rates)
         self.history = list(state["history"])
 
     # -- Results
+
+    @property
+    def cost_so_far(self) -> StepCost:
+        """Of all steps that were counted; of layers that ran unseen since they were seen last, what they cost then."""
+        return self.run_cost.sum + self._analysis.owed()
 
     def summary(self) -> dict[str, Any]:
         """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis, share of time spent on analysis.
 
         `target_reached` is None where no cost was to be steered to.
         """
-        cost = self.run_cost.sum
+        cost = self.cost_so_far
         last = self.history[-1] if self.history else {}
         return {
             "steps": self.run_cost.steps,
@@ -401,8 +420,9 @@ class DynastyCallback(Callback):
         return Outcome(
             steps=self._steps.done,
             warmup_steps=self.schedule.warmup_steps,
+            exact_steps=self._exact_steps,
             target=self.target_speedup if self.policy.needs_statistics else None,
-            speedup=self.run_cost.sum.speedup_charged,
+            speedup=self.cost_so_far.speedup_charged,
             settled=math.nan if self._last_cost is None else self._last_cost.speedup_charged,
             slack=SETTLED,
         )
@@ -427,7 +447,7 @@ class DynastyCallback(Callback):
     def _table(self, promises: list[str]) -> str:
         s = self.summary()
         lines = [
-            f"Dynamic precision over {s['steps']} steps (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
+            f"Dynamic precision over {s['steps']} steps{self._where} (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
             f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
             *promises,
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
@@ -439,6 +459,11 @@ class DynastyCallback(Callback):
         for name, bits in (self.history[-1]["bits"] if self.history else {}).items():
             lines.append(f"  {name[:28]:28s} " + "".join(f"{bits[r.letter]:9.2f}" for r in Role))
         return "\n".join(lines)
+
+    @property
+    def _where(self) -> str:
+        """Where the run began, if that was not the Trainer's first step: what a checkpoint without our state says of the steps before."""
+        return f" from step {self._steps.before} on" if self._steps.before else ""
 
     # -- Analysis
 
@@ -458,50 +483,73 @@ class DynastyCallback(Callback):
         """Whether the learning rate has left that of the last analysis far behind, as at a restart of its schedule."""
         return _largest_rate(trainer) > _RATE_JUMP * self._rate
 
+    def _weigh(self, trainer: "pl.Trainer", step: int) -> None:
+        """What the widths in force cost: of this step's layers, and of those that run in others if they come in time."""
+        self._look(trainer, Phase.WIDTHS)
+        last = step + 1 == self.schedule.next_step
+        if last and step + 1 < self._planned_steps and self._is_waiting(Phase.WIDTHS, step):
+            self.schedule.postpone(step + 1)
+
+    def _is_waiting(self, phase: Phase, step: int) -> bool:
+        return self._analysis.is_waiting(phase, steps=step - self._last_event_step, interval=self.schedule.interval)
+
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
-        look, costed = self._look(trainer), self._costed
+        self._look(trainer, Phase.STATISTICS)
         last_step = self._planned_steps = self._agree_on_steps(trainer, pl_module)
-        self._costed = None
-        if look is None:
+        analysis = self._analysis
+        if not analysis.has_statistics and analysis.finite:
             self.promises.analysis_missed("the analysed step ran no converted layer backward, or on a smaller batch than the one before")
-        if look is None and (costed is None or step < last_step):
+            if not analysis.has_widths or step < last_step:
+                self.schedule.postpone(step)
+                return
+        elif step < last_step and self._is_waiting(Phase.STATISTICS, step):
             self.schedule.postpone(step)
             return
-        widths = costed if costed is not None and (self._clean or look is None) else cast(Look, look).widths
-        cost, steps = widths.cost, step - self._last_event_step
-        since = max(steps, 1)
-        if look is not None and self._clean:
-            self.run_cost.add(look.widths.cost, 1)
-            steps -= 1
-            dearer = look.widths.cost.products_charged / max(cost.products_charged, 1e-9) - 1.0
-            self._overhead = max(dearer, 0.0) / self.schedule.interval
-        self.run_cost.add(cost, steps)
-        self._last_event_step, self._last_cost = step, cost
-        loss = self._mean_loss(f"the loss up to step {step}")
-        self._loss_sum, self._loss_count, self._evaluations = 0.0, 0, 0
-        self._record(step, widths, loss)
+        since, looks = step - self._last_event_step, analysis.steps_of(Phase.STATISTICS)
+        found = analysis.close(steps=since, mapped=self.precision_map().entries, leads_to_map=self.schedule.is_warm(step))
+        cost = found.widths.cost
+        if not found.finite and self._last_cost is not None:
+            cost = self._last_cost.at_baseline()
+        if found.exact_steps:
+            self.run_cost.add(found.exact_cost, found.exact_steps)
+            dearer = found.exact_cost.products_charged / max(cost.products_charged, 1e-9) - 1.0
+            self._overhead = max(dearer, 0.0) * found.exact_steps / self.schedule.interval
+        self.run_cost.add(found.seen_cost if found.finite else cost, since - found.exact_steps)
+        self.run_cost.catch_up(found.owed)
+        self._exact_steps += found.exact_steps
+        self._last_event_step, self._last_cost, self._analytics = step, cost, found.analytics
+        loss, above = self._mean_loss(f"the loss up to step {step}")
+        self._loss_sum, self._loss_count, self._losses_above, self._evaluations = 0.0, 0, 0.0, 0
+        self._record(step, found, cost, loss)
         target = self._rest_target(step, last_step, cost)
-        reason = self.guard.check(loss, steps=since)
+        steered = found.mapped_cost.speedup_charged if self.promises.maps else cost.speedup_charged
+        if math.isnan(steered):  # nothing that has a map was seen: no reason to move
+            steered = target or cost.speedup_charged
+        reason = self.guard.check(loss, steps=max(since, 1), above=above)
         if reason is not None:
             self._raise_widths(reason)
         # After the last step nothing is tested with another map than it was trained with.
-        elif look is not None and look.finite and self.schedule.is_warm(step) and step < last_step:
+        elif found.layers and found.finite and self.schedule.is_warm(step) and step < last_step:
             self._raised = False
-            self._update(look, widths, Measurement(
-                layers={name: replace(s, mean_bits=widths.of(name, s)) for name, s in look.layers.items()}, loss=abs(loss),
-                speedup=cost.speedup_charged, target_speedup=target, step=step, steps=last_step,
-                run_speedup=self.run_cost.sum.speedup_charged,
+            self._update(found, Measurement(
+                layers={name: replace(s, mean_bits=found.widths.of(name, s)) for name, s in found.layers.items()}, loss=abs(loss),
+                speedup=steered, target_speedup=target, step=step, steps=last_step,
+                run_speedup=self.cost_so_far.speedup_charged,
             ))  # fmt: skip
             self._ranks.check_same(self.precision_map().hash(), what=f"the precision map of step {step}")
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
-        self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step))
+        if found.news:
+            self.schedule.settle_anew()
+        if found.missing:  # whose cost is still to come down
+            error = math.inf
+        self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step), looks=looks)
         self._analyses += 1
         self._observe_nothing()
         self._log(trainer, pl_module, step)
 
-    def _update(self, look: Look, widths: Widths, measurement: Measurement) -> None:
+    def _update(self, found: Finding, measurement: Measurement) -> None:
         """A new map from the policy, put in force."""
-        self.promises.errors_dropped({name: share for name, share in widths.dropped.items() if name in look.layers})
+        self.promises.errors_dropped({name: share for name, share in found.widths.dropped.items() if name in found.layers})
         entries = _checked_entries(self.policy, self.policy.update(measurement), self._layers)
         target = measurement.target_speedup
         if target is None or target > _NEARLY_UNIFORM:
@@ -510,30 +558,24 @@ class DynastyCallback(Callback):
             self._apply({}, keep=False)
         self.promises.map_applied()
 
-    def _look(self, trainer: "pl.Trainer") -> Look | None:
-        """What the step showed, over all ranks; the layers forget it. None if nothing was recorded."""
+    def _look(self, trainer: "pl.Trainer", phase: Phase) -> Look:
+        """What the step showed, over all ranks; the layers forget it."""
         self._rate = _largest_rate(trainer)
         look = self._analysis.look(
             self._layers,
+            phase,
+            exact=self._exact,
             step=self._steps.done,
             block_shape=self._require_plugin().format.block_shape,
             step_sizes=self._step_sizes(trainer),
             interval=self.schedule.interval,
             ranks=self._ranks,
         )
-        if look is None:
-            return None
-        self._seen |= set(look.widths.layers)
         self._nonfinite += look.nonfinite
         if not look.finite:
             self.promises.gradients_not_finite(n for n, o in look.observations.items() if any(o.nonfinite.values()))
-            # An operand that passes unquantized has no blocks to count. The step is no cheaper than one at 8 bits.
-            cost = (self._last_cost or look.widths.cost).at_baseline()
-            look = replace(look, widths=replace(look.widths, cost=cost))
-        if self.policy.needs_statistics:
-            self._analytics = look.analytics
-        if not self._clean:
-            self._bits = {name: {r: b.clone() for r, b in o.bits.items()} for name, o in look.observations.items()}
+        if not self._exact:
+            self._bits |= {name: {r: b.clone() for r, b in o.bits.items()} for name, o in look.observations.items()}
         return look
 
     @property
@@ -541,10 +583,15 @@ class DynastyCallback(Callback):
         """Evaluations of the loss: each ends what begins with gradients of zero, where Lightning makes them so."""
         return self._evaluations or self._loss_count
 
-    def _mean_loss(self, what: str) -> float:
-        """A step's loss on average since the last analysis, as training follows it: ranks count alike, whatever their batches."""
-        mine = torch.as_tensor(self._loss_sum, dtype=torch.float64) / max(self._losses, 1)
-        return float(self._ranks.total(mine.reshape(1), what=what)) / self._ranks.size
+    def _mean_loss(self, what: str) -> tuple[float, float]:
+        """A step's loss on average since the last analysis, as training follows it: ranks count alike, whatever their batches.
+
+        With the share of losses above the guard's limit.
+        """
+        mean = torch.as_tensor(self._loss_sum, dtype=torch.float64) / max(self._losses, 1)
+        above = torch.as_tensor(self._losses_above, dtype=torch.float64) / max(self._loss_count, 1)
+        loss, share = (self._ranks.total(torch.stack([mean.cpu(), above.cpu()]), what=what) / self._ranks.size).tolist()
+        return loss, share
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
         """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's holds."""
@@ -552,8 +599,8 @@ class DynastyCallback(Callback):
             sizes = effective_step_sizes(trainer.optimizers, self._largest_rates)
         return {name: layer_step_size(layer, sizes) for name, layer in self._layers.items()}
 
-    def _record(self, step: int, widths: Widths, loss: float) -> None:
-        cost = widths.cost
+    def _record(self, step: int, found: Finding, cost: StepCost, loss: float) -> None:
+        widths = found.widths
         self.history.append(
             {
                 "step": step,
@@ -579,7 +626,8 @@ class DynastyCallback(Callback):
         if remaining <= 0:
             return self.target_speedup
         aim = min(self.target_speedup * _TARGET_MARGIN, GREATEST_SPEEDUP)
-        budget = (self.run_cost.sum.baseline + cost.baseline * remaining) / aim - self.run_cost.sum.products_charged
+        spent = self.cost_so_far
+        budget = (spent.baseline + cost.baseline * remaining) / aim - spent.products_charged
         now, rest = self.allocation.shares(step / last_step, 1.0 / aim)
         planned = 1.0 / now
         if planned <= _NEARLY_UNIFORM:

@@ -30,6 +30,7 @@ class Outcome:
     Attributes:
         steps: of the run so far.
         warmup_steps: at 8 bits before the first map.
+        exact_steps: with E at 8 bits, because they were analysed.
         target: the cost target; None without one.
         speedup: of the whole run, in the target's currency; NaN where nothing was counted.
         settled: of the last step, likewise.
@@ -38,6 +39,7 @@ class Outcome:
 
     steps: int
     warmup_steps: int
+    exact_steps: int
     target: float | None
     speedup: float
     settled: float
@@ -56,6 +58,7 @@ class Promises:
         self.speaks = True
         self._unseen: list[str] = []
         self._frozen: list[str] = []
+        self._rare: list[str] = []
         self._misses: Counter[str] = Counter()
         self._in_a_row = 0
         self._warned: set[str] = set()
@@ -95,9 +98,12 @@ class Promises:
             "8 bits; see dynasty/nonfinite, and Lightning's detect_anomaly or a lower learning rate for their cause",
         )
 
-    def layers_unseen(self, *, learning: list[str], frozen: list[str]) -> None:
-        """Layers that ran backward in no analysed step: of weights that learn, and of frozen ones, which may have no backward at all."""
-        self._unseen, self._frozen = learning, frozen
+    def layers_unseen(self, *, learning: list[str], frozen: list[str], rare: list[str]) -> None:
+        """Layers that ran backward in no analysed step: of weights that learn, and of frozen ones, which may have no backward at all.
+
+        `rare`: those whose widths were seen, and are in the figures, but whose statistics never were.
+        """
+        self._unseen, self._frozen, self._rare = learning, frozen, rare
 
     def guard_raised(self) -> None:
         """The loss guard gave all operands 8 bits."""
@@ -117,7 +123,8 @@ class Promises:
         found += [f"{reason} ({count} of the analyses)" for reason, count in self._misses.most_common()]
         if self.maps and outcome.target is not None and outcome.settled >= outcome.target * (1.0 - outcome.slack):
             found.append(
-                f"steps at 8 bits (a warm-up of {outcome.warmup_steps}) could not be made up for in {outcome.steps} steps; "
+                f"steps at 8 bits (a warm-up of {outcome.warmup_steps}, and E in {outcome.exact_steps} that were analysed) could not be "
+                f"made up for in {outcome.steps} steps; "
                 f"the last ones were at {outcome.settled:.2f}x"
             )
         elif self.maps:
@@ -132,11 +139,14 @@ class Promises:
         lines = []
         if outcome.target is not None and outcome.target > 1.0:
             if outcome.reached:
-                lines.append(f"  target          {outcome.target:6.2f}x reached")
+                short = "" if outcome.speedup >= outcome.target else f" within {100 * outcome.slack:.0f} %"
+                lines.append(f"  target          {outcome.target:6.2f}x reached{short}")
             else:
                 lines.append(f"  target          {outcome.target:6.2f}x NOT reached: {'; '.join(self.reasons(outcome))}")
         if self._unseen:
             lines.append(f"  not analysed    {_names(self._unseen)}: in no analysed step, so at 8 bits and not in these figures")
+        if self._rare:
+            lines.append(f"  never mapped    {_names(self._rare)}: in no step of which statistics were taken, so at 8 bits")
         if self._frozen:
             lines.append(f"  no backward     {_names(self._frozen)}: frozen, forward at 8 bits, not in these figures")
         return lines
@@ -145,6 +155,12 @@ class Promises:
         """`lines`, after a warning of each promise that was not kept."""
         if self._unseen and self.maps:
             self._warn("unseen", f"{_names(self._unseen)}: in no analysed step, so at 8 bits throughout and not in the figures")
+        if self._rare:
+            self._warn(
+                "rare",
+                f"{_names(self._rare)}: ran too rarely to be in a step of which statistics were taken, so at 8 bits throughout (a smaller "
+                "interval=... takes them more often)",
+            )
         if outcome.target is not None and outcome.target > 1.0 and not outcome.reached:
             self._warn(
                 "target",

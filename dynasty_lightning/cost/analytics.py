@@ -47,6 +47,15 @@ class AnalyticsCost:
             bytes=self.bytes + other.bytes,
         )
 
+    def scaled(self, factor: float) -> "AnalyticsCost":
+        """Every count times `factor`, e.g. how many of all steps they are of."""
+        return AnalyticsCost(
+            squares=factor * self.squares,
+            map_operations=factor * self.map_operations,
+            width_operations=factor * self.width_operations,
+            bytes=factor * self.bytes,
+        )
+
     def energy(self, model: EnergyModel | None = None) -> float:
         """Picojoule a step. Every map operation counts as a float32 multiply, every byte as off chip."""
         m = model or EnergyModel()

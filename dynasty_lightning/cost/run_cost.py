@@ -21,6 +21,10 @@ class RunCost:
         self.sum = self.sum + cost.scaled(steps)
         self.steps += steps
 
+    def catch_up(self, cost: StepCost) -> None:
+        """Add what steps cost that are counted already."""
+        self.sum = self.sum + cost
+
     def state_dict(self) -> dict[str, Any]:
         return {"sum": self.sum.to_list(), "steps": self.steps}
 

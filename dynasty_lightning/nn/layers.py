@@ -24,7 +24,7 @@ from .gemms import SETTINGS, has_limit, role_settings, settings_of
 from .ops import apply_layer, refuse_torchscript, refuse_transforms
 from .plan import LayerPlan, Mode
 from .probe import ProbeRecord
-from .records import HEADERS_ONLY, PROBING, ObservationSlot, StepRecord, weight_squares
+from .records import COUNT_ONLY, HEADERS_ONLY, PROBING, ObservationSlot, StepRecord, weight_squares
 
 _REQUESTS: Final = {Role.ACTIVATION: "_x_request", Role.WEIGHT: "_w_request", Role.ERROR: "_e_request"}
 _DEFAULT_BITS: Final = 8
@@ -283,9 +283,24 @@ class DynamicLayer(nn.Module):
         """On FORWARD's grid; blocks that are cut anew for each GEMM have one width, which a limit cuts alike."""
         return forward.clamp(max=role_settings(self._settings, role)[3]) if self.plan.format.requantizes else backward
 
+    @property
+    def has_records(self) -> bool:
+        """Whether anything was recorded since `clear_observation`."""
+        return bool(self._slot.records)
+
     def clear_observation(self) -> None:
         """Forget what was recorded."""
         self._slot.clear()
+
+    def take_uses(self) -> tuple[int, ...]:
+        """How often each GEMM has run with a backward pass since this was asked last, by `Gemm`; FORWARD's without one do not count."""
+        uses, self._slot.uses = tuple(self._slot.uses), [0] * len(Gemm)
+        return uses
+
+    @property
+    def uses(self) -> tuple[int, ...]:
+        """What `take_uses` would say."""
+        return tuple(self._slot.uses)
 
     def admit(self, x: Tensor) -> None:
         """What every call looks at first.
@@ -356,7 +371,7 @@ class DynamicLayer(nn.Module):
             self.stream.position(self.layer_index) if any(needs) else self.stream.counters,
             [*self._settings[:-SETTINGS], *settings_of(None)] if self.exact_errors else self._settings,
             plan.key,
-            self._slot_key if observing else "",
+            self._slot_key if any(needs) and not torch.compiler.is_exporting() else "",  # another process has other slots
             self.training,
             needs[1] or observing,  # WGRAD reads X
             needs[0] or observing,  # DGRAD reads W
@@ -366,6 +381,8 @@ class DynamicLayer(nn.Module):
     @property
     def _slot_key(self) -> str:
         """Where to record, and what; harm is measured where every operand has thresholds that can be shifted."""
+        if not self.observing:
+            return self._slot.key + COUNT_ONLY
         if self.headers_only:
             return self._slot.key + HEADERS_ONLY
         return self._slot.key + (PROBING if self.probing and all(self._settings[::SETTINGS]) else "")

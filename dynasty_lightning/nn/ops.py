@@ -21,7 +21,7 @@ from ..core.roles import SHARED, Gemm, Role
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
 from .probe import probe_layer
-from .records import HEADERS_ONLY, PROBING, record_of, slot_of
+from .records import HEADERS_ONLY, PROBING, record_of, records, slot_of
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the operand where it was not finite."""
@@ -100,7 +100,7 @@ _PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch
 
 def wants_headers(slot_key: str, *, keep_x: bool, keep_w: bool) -> bool:
     """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a prediction; not to be saved for nothing."""
-    return bool(slot_key) or not (keep_x or keep_w)
+    return records(slot_key) or not (keep_x or keep_w)
 
 
 def _layer_backward(
@@ -126,7 +126,8 @@ def _layer_backward(
     networks do it too.
 
     Args:
-        slot_key: of the `ObservationSlot` to record to; empty for none. For second moments both gradients are computed, needed or not.
+        slot_key: of the `ObservationSlot` to record to, or to count in (`COUNT_ONLY`); empty for none. For second moments both gradients
+            are computed, needed or not.
         forward_headers: of X and W, as FORWARD read them.
         probed: X and W as they came and the requests for them, for a step whose harm is measured; else empty.
     """
@@ -145,18 +146,22 @@ def _layer_backward(
     headers = (*forward_headers, e_blocks.headers)
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
-    moments = bool(slot_key) and not slot_key.endswith(HEADERS_ONLY)
-    if need_dx or slot_key:
+    recorded = records(slot_key)
+    moments = recorded and not slot_key.endswith(HEADERS_ONLY)
+    if need_dx or recorded:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
     if need_dx or moments:
         dx = run_gemm(Gemm.DGRAD, e_blocks, w_blocks, plan, shape, dtype=input_dtype, channels_last=channels_last)
-    if need_dw or slot_key:
+    if need_dw or recorded:
         x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
     if need_dw or moments:
         if plan.format.requantizes:
             e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream)
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
-    if slot := slot_of(slot_key):
+    slot = slot_of(slot_key)
+    if slot is not None:
+        slot.count(has_dgrad=need_dx, has_wgrad=need_dw)
+    if slot is not None and recorded:
         probe = None
         if probed and e.isfinite().all():
             x, weight, x_request, w_request = probed

@@ -22,6 +22,8 @@ PROBING: Final = "?"
 """At the end of a slot's key: measure the harm of this step's rounding, too."""
 HEADERS_ONLY: Final = "#"
 """At the end of a slot's key: only widths are wanted of this step, no second moments."""
+COUNT_ONLY: Final = "-"
+"""At the end of a slot's key: nothing is recorded of this step but that its GEMMs ran."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +55,13 @@ class ObservationSlot:
         keeps_gradient: whether dW is kept from the first call on, because more micro-batches or ranks have their share in it.
         records: of the step's calls, dW taken out of them.
         gradient: the sum of the dW that were kept; None if none was.
+        uses: how often each GEMM has run, by `Gemm`, with a backward pass; recorded or not, until somebody takes the counts away.
     """
 
     def __init__(self) -> None:
         self.key = str(next(_slot_numbers))
         self.keeps_gradient = False
+        self.uses = [0] * len(Gemm)
         self.clear()
         SLOTS[self.key] = self
 
@@ -75,6 +79,13 @@ class ObservationSlot:
     def needs_gradient(self, call_index: int) -> bool:
         """Whether a call's dW has to be kept. `call_index` counts forward calls, and backward meets the last one first."""
         return self.keeps_gradient or call_index > 0 or bool(self.records)
+
+    def count(self, *, has_dgrad: bool, has_wgrad: bool) -> None:
+        """A backward pass came by."""
+        uses = self.uses
+        uses[Gemm.FORWARD] += 1
+        uses[Gemm.DGRAD] += has_dgrad
+        uses[Gemm.WGRAD] += has_wgrad
 
     def record(self, record: StepRecord) -> None:
         """Add a call to the step."""
@@ -101,7 +112,12 @@ SLOTS: Final[WeakValueDictionary[str, ObservationSlot]] = WeakValueDictionary()
 
 def slot_of(key: str) -> ObservationSlot | None:
     """The slot that a key names, whatever is wanted of the step; None for none."""
-    return SLOTS.get(key.removesuffix(PROBING).removesuffix(HEADERS_ONLY))
+    return SLOTS.get(key.rstrip(PROBING + HEADERS_ONLY + COUNT_ONLY))
+
+
+def records(key: str) -> bool:
+    """Whether a step with this key is recorded, be it its headers alone."""
+    return bool(key) and not key.endswith(COUNT_ONLY)
 
 
 def record_of(

@@ -460,5 +460,5 @@ def test_a_policy_that_names_a_layer_that_is_not_there_is_told():
 
 def test_a_checkpoint_of_another_version_is_named():
     callback = dynasty()
-    with pytest.raises(ValueError, match="DynastyCallback's state in the checkpoint is of version 1, this package reads 3"):
+    with pytest.raises(ValueError, match="DynastyCallback's state in the checkpoint is of version 1, this package reads 4"):
         callback.load_state_dict({"policy_name": "dynasty"})

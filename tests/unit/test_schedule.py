@@ -59,6 +59,16 @@ def test_loss_guard_judges_no_single_batch():
     assert not [said for _ in range(40) if (said := guard.check(10.0, steps=1))]
 
 
+def test_loss_guard_lets_a_task_pass_that_comes_once_in_a_while():
+    """One loss of 2.3 among ten of 0.1: the mean trebles, and most losses are where they were."""
+    guard = LossGuard(ratio=2.0)
+    assert guard.check(0.1) is None
+    assert guard.limit == pytest.approx(0.2)
+    assert guard.check(0.32, above=0.1) is None
+    assert guard.check(0.32, above=0.4) is None
+    assert guard.check(0.32, above=0.6) is not None
+
+
 def test_loss_guard_is_quiet_near_zero():
     guard = LossGuard(ratio=2.0)
     for loss in (2.3, 0.5, 0.0014, 0.0030, 0.01):

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that run in turns: no step runs all of them, and an analysis must reach each, and count it as often as it runs."""
+
+from collections import Counter
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynasty_lightning import DynastyCallback, DynastyPrecision
+from dynasty_lightning.analysis import Analysis
+from dynasty_lightning.data import TensorDataModule, load_data
+
+from .runs import Module, check_dynamic, dynasty, fit, loader, trainer
+
+LONG = {"max_steps": 240}
+
+
+def net(inside=64, out=10, width=64):
+    return nn.Sequential(nn.Linear(inside, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+class InTurns(Module):
+    """`turn(i)` names what trains in step i: each of the parts in `self.parts` is trained on labels of its own."""
+
+    def __init__(self, parts, turn, trunk=None):
+        super().__init__(nn.Sequential() if trunk is None else trunk)
+        self.parts, self.turn, self.step = nn.ModuleDict(parts), turn, 0
+        self.by_part = {}
+
+    def forward(self, images):
+        return self.net(images.flatten(1))
+
+    def part_loss(self, name, images, labels):
+        return F.cross_entropy(self.parts[name](self(images)), (labels + list(self.parts).index(name)) % 10)
+
+    def training_step(self, batch, batch_idx):
+        name = self.turn(self.step)
+        self.step += 1
+        loss = self.part_loss(name, *batch)
+        self.by_part.setdefault(name, []).append(float(loss.detach()))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+class ByHand(InTurns):
+    """Two networks by the parity of batches, each with an optimizer of its own."""
+
+    def __init__(self, parts, turn):
+        super().__init__(parts, turn)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        name = self.turn(batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()[list(self.parts).index(name)]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), 2e-3) for part in self.parts.values()]
+
+
+class Adversaries(Module):
+    """A generator and a discriminator by parity. The discriminator is in both kinds of steps, and learns in its own."""
+
+    def __init__(self):
+        super().__init__(net(16, 64))
+        self.judge, self.step, self.real = net(64, 1), 0, 0.0
+
+    def loss(self, batch):
+        images, fake = batch[0].flatten(1), self.net(torch.randn(len(batch[0]), 16))
+        own = self.step % 2 == 0
+        self.step += 1
+        self.judge.requires_grad_(own)
+        if own:
+            scores = self.judge(images), self.judge(fake.detach())
+            loss = sum(
+                F.binary_cross_entropy_with_logits(s, torch.full_like(s, label)) for s, label in zip(scores, (1.0, 0.0), strict=True)
+            )
+        else:
+            scores = self.judge(fake)
+            loss = F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores))
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.net.parameters(), *self.judge.parameters()], 1e-3, betas=(0.5, 0.99))
+
+
+def parity(i):
+    return "ab"[i % 2]
+
+
+KINDS = {
+    "two networks": lambda: InTurns({"a": net(), "b": net()}, parity),
+    "two networks, manual optimization": lambda: ByHand({"a": net(), "b": net()}, parity),
+    "two heads": lambda: InTurns({"a": nn.Linear(64, 10), "b": nn.Linear(64, 10)}, parity, trunk=net(64, 64)),
+    "one in four": lambda: InTurns({"a": net(), "b": net()}, lambda i: "b" if i % 4 == 2 else "a"),
+    "experts in turn": lambda: InTurns({str(i): net() for i in range(4)}, lambda i: str(i % 4)),
+    "experts by chance": lambda: InTurns({str(i): net() for i in range(4)}, lambda i: str(int(torch.randint(4, ())))),
+}
+
+
+@pytest.mark.parametrize("interval", [20, 25])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_run_in_turns_all_get_maps(kind, interval):
+    manual = "manual" in kind
+    limits = {"max_epochs": 2, "limit_train_batches": 110} if manual else {}
+    run = fit(
+        KINDS[kind], options={"interval": interval}, data=lambda: loader(16) if manual else loader(), **({} if manual else LONG), **limits
+    )
+    check_dynamic(run, within=0.12)
+    assert set(run.bits) == set(run.plugin.layers)
+    assert set(run.plugin.precision_map().entries) == set(run.plugin.layers)
+    ends, uniform_ends = (sum(losses[-40:]) / 40 for losses in (run.module.losses, run.uniform))
+    assert ends < 1.4 * uniform_ends + 0.12, f"loss {ends:.3f} where uniform 8 bits have {uniform_ends:.3f}"
+
+
+def test_a_discriminator_that_learns_in_its_own_steps():
+    """Statistics of its layers are those of steps in which they learn, whatever step an analysis falls on."""
+    for interval in (20, 25):
+        run = fit(Adversaries, options={"interval": interval}, beside_uniform=False, **LONG)
+        summary = run.callback.summary()
+        assert abs(summary["speedup_charged"] / 4.0 - 1.0) < 0.1
+        assert not run.said
+        assert set(run.bits) == set(run.plugin.layers)
+        assert all(bits["E"] > 0.5 for bits in run.bits.values()), run.bits
+
+
+def test_a_layer_that_runs_once_in_many_steps_is_watched_until_it_does():
+    """One step in 17, an analysis every 10: it never falls on two that tell."""
+    run = fit(lambda: InTurns({"a": net(), "b": net()}, lambda i: "b" if i % 17 == 5 else "a"), beside_uniform=False, **LONG)
+    assert set(run.plugin.precision_map().entries) == set(run.plugin.layers)
+    assert set(run.bits) == set(run.plugin.layers)
+    assert not run.said
+    assert all(bits["E"] > 0.5 for bits in run.bits.values()), run.bits
+
+
+def test_what_has_no_map_does_not_squeeze_the_others(monkeypatch):
+    """Half of the cost stays at 8 bits: 4x cannot be reached. It is said, and what has a map goes no further than its share asks."""
+    look = Analysis.look
+
+    def blind(self, *args, **options):
+        found = look(self, *args, **options)
+        for found_in in (self._statistics, self._inexact):
+            for name in [name for name in found_in if name.startswith("parts.b")]:
+                del found_in[name]
+        return found
+
+    monkeypatch.setattr(Analysis, "look", blind)
+    run = fit(lambda: InTurns({"a": net(), "b": net()}, parity), options={"interval": 20}, beside_uniform=False, **LONG)
+    text = "\n".join(run.said)
+    assert "target_speedup=4 was not reached" in text
+    assert "ran too rarely to be in a step of which statistics were taken" in text
+    assert all(run.bits[name]["E"] > 0.5 for name in run.bits)
+    mapped = [h["bits"][name] for h in run.callback.history[-2:] for name in h["bits"] if name.startswith("parts.a")]
+    assert min(bits["E"] for bits in mapped) > 1.0, mapped
+
+
+def true_macs(make, **options):
+    """Train at uniform widths; what the callback counted, and what forward hooks and gradients say that it is."""
+    torch.manual_seed(0)
+    module, counted = make(), Counter()
+    callback = DynastyCallback(policy="uniform", bits=4, interval=10, table=False)
+    t = trainer(callbacks=[callback], plugin=DynastyPrecision(seed=1), **options)
+
+    def count(layer, inputs, output):
+        x, w = inputs[0], layer.weight
+        macs = x.shape[0] * w.numel()
+        if output.requires_grad:
+            output.register_hook(lambda e: counted.update({"n": macs * (1 + x.requires_grad + w.requires_grad)}))
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(count)
+    t.fit(module, loader())
+    return callback, counted["n"]
+
+
+@pytest.mark.parametrize("kind", ["two networks", "two heads", "one in four", "experts by chance", "adversaries"])
+def test_a_run_costs_what_its_layers_cost_as_often_as_they_ran(kind):
+    """Multiply-accumulates of all steps, against a count by hooks: exact where calls are alike, whatever runs when."""
+    callback, macs = true_macs(Adversaries if kind == "adversaries" else KINDS[kind], max_steps=87)
+    assert callback.run_cost.steps == 87
+    assert callback.cost_so_far.macs == pytest.approx(macs, rel=1e-9)
+    assert callback.cost_so_far.speedup_ideal > 2.0
+
+
+def test_closures_that_run_several_times_count_each_time():
+    """LBFGS and its like: a step costs all of its passes."""
+    callback, macs = true_macs(
+        lambda: Module(nn.Sequential(nn.Flatten(), *net()), optimizer=lambda p: torch.optim.LBFGS(p, lr=0.2, max_iter=3, history_size=3)),
+        max_steps=20,
+    )
+    assert callback.run_cost.sum.macs == pytest.approx(macs, rel=1e-9)
+
+
+# Among these stops are all steps of one analysis.
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("stop", range(18, 26))
+def test_a_run_that_is_resumed_within_an_analysis_ends_as_the_unbroken_one(tmp_path, stop):
+    path = tmp_path / "at_stop.ckpt"
+
+    class Saver(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == stop and not path.exists():
+                trainer.save_checkpoint(path)
+
+    def run(checkpoint=None):
+        callback, plugin = dynasty(interval=10), DynastyPrecision(seed=5)
+        t = trainer(plugin=plugin, callbacks=[callback, Saver()], max_steps=44)
+        torch.manual_seed(0)
+        module = InTurns({"a": net(), "b": net()}, parity)
+        module.step = stop if checkpoint else 0
+        t.fit(
+            module,
+            TensorDataModule(load_data("digits"), batch_size=32).train_dataloader(),
+            ckpt_path=checkpoint,
+            weights_only=bool(checkpoint),
+        )
+        return module, plugin, callback
+
+    unbroken, plugin, callback = run()
+    resumed, resumed_plugin, resumed_callback = run(path)
+    assert plugin.precision_map().hash() == resumed_plugin.precision_map().hash()
+    assert callback.run_cost.state_dict() == resumed_callback.run_cost.state_dict()
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
