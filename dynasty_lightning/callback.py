@@ -34,6 +34,7 @@ from .policy.generator import GREATEST_SPEEDUP, Entries, Measurement, Policy, Un
 from .policy.precision_map import BitWidthMap, PrecisionMap
 from .policy.registry import make_policy
 from .policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
+from .policy.sensitivity import progress_and_share
 from .precision import DynastyPrecision
 from .promises import Outcome, Promises
 from .ranks import Ranks
@@ -549,7 +550,8 @@ class DynastyCallback(Callback):
 
     def _update(self, found: Finding, measurement: Measurement) -> None:
         """A new map from the policy, put in force."""
-        self.promises.errors_dropped({name: share for name, share in found.widths.dropped.items() if name in found.layers})
+        gain = progress_and_share(found.layers, loss=measurement.loss)[0] / max(measurement.loss, 1e-30)
+        self.promises.errors_dropped({name: share for name, share in found.widths.dropped.items() if name in found.layers}, gain=gain)
         entries = _checked_entries(self.policy, self.policy.update(measurement), self._layers)
         target = measurement.target_speedup
         if target is None or target > _NEARLY_UNIFORM:

@@ -16,6 +16,8 @@ PATIENCE: Final = 3
 """Due analyses in a row that change no map before anybody is told."""
 DEAD_SHARE: Final = 0.98
 """Of a layer's blocks of E that its widths made zero: more than that, and hardly anything below learns."""
+SMALL_GAIN: Final = 1e-3
+"""Of the loss, a step: less, and a run of 1,000 steps hardly learns."""
 _NAMED: Final = 6
 
 
@@ -79,14 +81,20 @@ class Promises:
                 f"({'8 bits' if not self.maps else 'the last map'}): {reason}",
             )
 
-    def errors_dropped(self, shares: Mapping[str, float]) -> None:
-        """Of each layer's E, the share of blocks that widths made zero. Warns of layers below which hardly anything learns."""
+    def errors_dropped(self, shares: Mapping[str, float], *, gain: float) -> None:
+        """Of each layer's E, the share of blocks that widths made zero. Warns of layers below which hardly anything learns.
+
+        `gain` is what a step takes off the loss, as a share of it.
+        """
         dead = [name for name, share in shares.items() if share > DEAD_SHARE and f"dead:{name}" not in self._warned]
         self._warned |= {f"dead:{name}" for name in dead}
         if dead:
+            reason = "The target may ask for too much (lower target_speedup)"
+            if gain < SMALL_GAIN:
+                reason = f"A step takes only {gain:.1g} of the loss off it, so that gradients hardly count (a higher learning rate)"
             self._say(
-                f"nearly all blocks of E are zero in {_names(dead)}: hardly any gradient passes there. The target may ask for too much "
-                "(lower target_speedup), or E needs a least width (least_bits={'E': 2})"
+                f"nearly all blocks of E are zero in {_names(dead)}: hardly any gradient passes there. {reason}, or E needs a least width "
+                "(least_bits={'E': 2})"
             )
 
     def gradients_not_finite(self, layers: Iterable[str]) -> None:

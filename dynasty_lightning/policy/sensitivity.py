@@ -19,6 +19,9 @@ NATURAL_LOSS: Final = 16.0
 square Fisher information would take for curvature, and leave E nothing."""
 ASSUMED_GAIN: Final = 0.01
 """What a step takes off the loss, as a share of it, where no step size is known: of a prompt in front of a frozen network, say."""
+LEAST_GAIN: Final = 2.0**-24
+"""A step that takes less off the loss, as a share of it, than float32 can tell says as little of what gradients are worth as one at a
+learning rate of 0."""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
 
@@ -193,6 +196,8 @@ def progress_and_share(layers: Mapping[str, LayerStatistics], *, loss: float) ->
     if not learning:  # what learns is no layer of ours
         return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
     progress = sum(layer_gains(layers, loss=loss).values())
+    if progress < LEAST_GAIN * loss:
+        progress = ASSUMED_GAIN * loss
     return progress, progress / learning
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 
-from .runs import STEPS, TARGET, Module, check, fit, loader
+from .runs import STEPS, TARGET, Module, check, check_dynamic, fit, loader
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -155,6 +155,23 @@ def test_a_learning_rate_that_begins_at_zero():
     assert at_zero
     assert all(bits["E"] > 0.5 for h in at_zero for bits in h["bits"].values())
     check(run)
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-12, 1e-40])
+def test_a_learning_rate_of_next_to_nothing_is_as_one_of_nothing(rate):
+    """A step that gains less than float32 can tell: what gradients are worth is not known, and E keeps its bits."""
+    run = fit(lambda: Module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate)), beside_uniform=False)
+    check_dynamic(run)
+
+
+def test_a_small_learning_rate_is_named_where_it_is_why_e_is_dropped():
+    def make():
+        return Module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=3e-7))
+
+    rates = fit(make, options={"target_speedup": 6.0, "interval": 20}, beside_uniform=False, max_steps=120)
+    said = [text for text in rates.said if "nearly all blocks of E are zero" in text]
+    assert said
+    assert all(re.search(r"A step takes only \de-0\d of the loss off it", text) for text in said)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e20])
