@@ -189,11 +189,20 @@ def _digest_of(file: BinaryIO, size: int | None = None) -> str:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The value of a JSON text. Raises DamagedFile that names `source` for whatever is none, nesting too deep for Python included."""
+    """The value of a JSON text.
+
+    Raises:
+        DamagedFile: naming `source`, for whatever is none, nesting too deep for Python and text that cannot be written (a lone surrogate)
+            included.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
         raise DamagedFile(f"{source} is not JSON ({error})") from None
+    return value
 
 
 def read_json(path: PathLike, most_bytes: int = MOST_JSON_BYTES) -> Any:

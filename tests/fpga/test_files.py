@@ -127,12 +127,20 @@ def test_files_that_are_too_large_or_none_are_refused_before_they_are_read(tmp_p
 
 
 @pytest.mark.parametrize(
-    "text", [b"[" * 100_000, b'{"a": ', b"\xff\xfe\xfa", b"", b"1" * 5000], ids=["deep", "cut", "bytes", "empty", "long"]
+    "text",
+    [b"[" * 100_000, b'{"a": ', b"\xff\xfe\xfa", b"", b"1" * 5000, b'["\\uD800"]', b'["\xed\xa0\x80"]'],
+    ids=["deep", "cut", "bytes", "empty", "long", "surrogate", "raw surrogate"],
 )
 def test_what_is_no_json_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "file.json").write_bytes(text)
     with pytest.raises(DamagedFile, match=r"file\.json is not JSON"):
         read_json(tmp_path / "file.json")
+
+
+def test_json_of_other_encodings_and_pairs_of_surrogates_are_read() -> None:
+    assert parse_json('["\\ud83d\\ude00"]', "text") == ["\U0001f600"]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert parse_json('{"a": "é"}'.encode(encoding), "text") == {"a": "é"}
 
 
 def test_a_record_is_known_by_its_digest_however_it_is_written() -> None:
