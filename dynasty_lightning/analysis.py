@@ -9,10 +9,13 @@ often it does. Knows no Trainer.
 import math
 import statistics
 import time
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any, Final, cast
+
+import torch
 
 from .core.geometry import LayerGeometry
 from .core.roles import Gemm, Role
@@ -76,11 +79,10 @@ class Finding:
         layers: statistics of the layers that were seen to learn, in the order in which their forward ran.
         exact_cost: of the average step with E at 8 bits.
         exact_steps: how many there were.
-        news: layers whose statistics lead to a map for the first time.
-        missing: layers that have run, and whose statistics have not led to one yet.
+        news: layers whose statistics lead to a map, and that had none.
+        missing: layers that have run, and have no map.
         owed: what the layers seen now cost in earlier steps, in which they ran unseen, with the map of now; in all of them.
         analytics: what the statistics would cost.
-        finite: whether all operands were.
     """
 
     widths: Widths
@@ -93,7 +95,6 @@ class Finding:
     news: set[str]
     missing: set[str]
     analytics: AnalyticsCost
-    finite: bool
 
 
 class Analysis:
@@ -102,31 +103,35 @@ class Analysis:
     Attributes:
         lead: steps that the last analysis needed for the widths; the next one begins as many steps before its statistics.
         seen: layers that were in any step that was looked at.
-        shown: of these, the ones whose statistics led to a map, or that were not finite when they should have.
+        shown: of these, the ones whose statistics ever led to a map, or that were not finite when they should have.
     """
 
     def __init__(self) -> None:
         self.lead = 1
         self.seen: set[str] = set()
         self.shown: set[str] = set()
+        self._mapped: set[str] = set()  # whose map is still in force
         self._reader = StepReader()
         self._known: dict[str, LayerWidths] = {}  # of analyses before
         self._owed: dict[str, Uses] = {}  # what ran unseen since its map was made
         self._watched: set[str] = set()
         self._caught: set[str] = set()  # of the watched, those that hold what a step before this one showed
-        self._pending: dict[str, Uses] = {}  # restored, of this rank
+        self._pending: dict[str, Uses] = {}  # of this rank, before the layers counted what they have counted now
+        self._absent: set[str] = set()  # without a map, and in no step of the last analysis
+        self._restored: dict[str, dict[str, Any]] = {}
+        self._names: list[str] = []
         self._begin()
 
     def _begin(self) -> None:
         self._widths: dict[str, LayerWidths] = {}
         self._exact: dict[str, LayerWidths] = {}
-        self._statistics: dict[str, tuple[int, LayerStatistics]] = {}  # with the layer's place
-        self._inexact: dict[str, tuple[int, LayerStatistics]] = {}  # of watched layers, whose E had few bits
+        self._statistics: dict[str, _Placed] = {}
+        self._inexact: dict[str, _Placed] = {}  # of watched layers, whose E had few bits
         self._uses: dict[str, Uses] = {}
         self._exact_uses: dict[str, Uses] = {}
         self._steps = dict.fromkeys(Phase, 0)
         self._exact_steps = 0
-        self._finite = True
+        self._nonfinite: set[str] = set()
 
     @property
     def has_widths(self) -> bool:
@@ -140,7 +145,7 @@ class Analysis:
     @property
     def finite(self) -> bool:
         """Whether all operands were that this analysis looked at."""
-        return self._finite
+        return not self._nonfinite
 
     def steps_of(self, phase: Phase) -> int:
         """How many steps of this analysis have been looked at for that."""
@@ -156,12 +161,19 @@ class Analysis:
         """Whether second moments are left out of that record: not of a rare layer, whoever knows when it comes again."""
         return phase is Phase.WIDTHS and name not in self._watched
 
-    def catch(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """A step that nobody looks at has ended: the watched layers that ran in it keep what they recorded for the next look."""
+    def catch(self, layers: Mapping[str, DynamicLayer]) -> bool:
+        """A step that nobody looks at has ended: the watched layers that ran in it keep what they recorded for the next look.
+
+        Returns:
+            Whether a layer ran on this rank that has no map, after a time without it: better look at it soon.
+        """
         if self._watched:
             caught = {name for name in self._watched if name in layers and layers[name].has_records}
             self._watched -= caught
             self._caught |= caught
+        strangers = [name for name in self._absent if name in layers and layers[name].uses[Gemm.FORWARD]]
+        self._absent -= set(strangers)
+        return bool(strangers)
 
     def look(
         self,
@@ -199,7 +211,9 @@ class Analysis:
             uses[name] = add_uses(counts, uses.get(name))
         self._steps[phase] += 1
         self._exact_steps += exact
-        self._finite = self._finite and look.finite
+        self._names = list(layers)
+        if not look.finite:
+            self._nonfinite |= set(look.widths)
         found = self._exact if exact else self._widths
         for name, widths in look.widths.items():
             # What passed unquantized has no blocks to count. The step is no cheaper than one at 8 bits.
@@ -209,10 +223,10 @@ class Analysis:
             self.shown |= set(look.layers)
         else:
             all_uses, taken = self._all_uses(), self._statistics if phase is Phase.STATISTICS else self._inexact
-            for name, s in look.layers.items():
+            for place, (name, s) in enumerate(look.layers.items()):
                 # A layer that learns in some steps only (a discriminator, not in its generator's) tells little in the others.
                 if s.learns or not all_uses[name][Gemm.WGRAD]:
-                    taken[name] = (look.widths[name].place, s)
+                    taken[name] = (sum(self._steps.values()), place, s)
         return look
 
     def is_waiting(self, phase: Phase, *, steps: int, interval: int) -> bool:
@@ -224,9 +238,11 @@ class Analysis:
             interval: steps from one analysis to the next.
         """
         limit = patience(phase, interval)
-        if self._steps[phase] >= limit or not self._finite:
+        if self._steps[phase] >= limit:
             return False
-        seen = self._statistics if phase is Phase.STATISTICS else self._widths
+        seen = {*(self._statistics if phase is Phase.STATISTICS else self._widths), *self._nonfinite}
+        if not self._mapped and self.seen - seen:  # before the first map: what warm-up has seen shall have one, too
+            return True
         needed = Gemm.WGRAD if phase is Phase.STATISTICS else Gemm.FORWARD
         return any(
             ((uses[needed] or uses[Gemm.FORWARD]) + 1) * limit >= steps  # one more: what comes every so often may be due just now
@@ -264,24 +280,24 @@ class Analysis:
         finding = Finding(
             widths=widths,
             seen_cost=sum(seen.values(), StepCost()),
-            mapped_cost=sum((cost for name, cost in seen.items() if name in mapped), StepCost()),
-            layers={name: s for name, (_, s) in sorted(found.items(), key=lambda item: item[1][0])},
+            mapped_cost=sum((cost for name, cost in seen.items() if name in mapped and name not in self._nonfinite), StepCost()),
+            layers=_in_order(found, self._names),
             exact_cost=sum(exact_costs, StepCost()),
             exact_steps=self._exact_steps,
             owed=sum((costs[name].cost(_rates(costs[name], uses, 1)) for name, uses in owed.items()), StepCost()),
             analytics=sum((costs[name].analytics.scaled(r[Gemm.FORWARD]) for name, r in rates.items()), AnalyticsCost()),
-            news=set(found) - self.shown if leads_to_map else set(),
-            missing=(used | self.seen) - self.shown - (set(found) if leads_to_map else set()),
-            finite=self._finite,
+            news=set(found) - self._mapped if leads_to_map else set(),
+            missing=(used | self.seen) - self._mapped - (set(found) if leads_to_map else set()),
         )
-        for name, uses in self._uses.items():  # what was not finite is charged at once
-            if name not in seen and uses[Gemm.FORWARD] and self._finite:
+        for name, uses in self._uses.items():
+            if name not in seen and uses[Gemm.FORWARD]:
                 self._owed[name] = add_uses(uses, self._owed.get(name))
         if leads_to_map:
             self.shown |= set(found)
-        if self._finite:
-            self._known |= self._widths
-            self._watched = used - (set(found) & set(seen))
+            self._mapped |= set(found)
+        self._known |= {name: widths for name, widths in self._widths.items() if name not in self._nonfinite}
+        self._watched = (self._watched | used) - (set(found) & set(seen)) - self._nonfinite
+        self._absent = set(self._names) - used - self._mapped
         self.lead = max(self._steps[Phase.WIDTHS], 1)
         self._begin()
         return finding
@@ -293,51 +309,105 @@ class Analysis:
             StepCost(),
         )
 
+    def rest(self, layers: Mapping[str, DynamicLayer], *, step: int, ranks: Ranks) -> StepCost:
+        """What ran since the last analysis, at what is known of it, in all its steps: a run ends, and no analysis comes any more."""
+        mine = self.uses_since(layers)
+        self.forget_uses(layers)
+        flat = torch.tensor(list(mine.values()), dtype=torch.float64)
+        total = ranks.total(flat, what=f"the uses of layers up to step {step}").tolist()
+        uses = {name: add_uses(tuple(counts), self._all_uses().get(name)) for name, counts in zip(mine, total, strict=True)}
+        known = self._exact | self._known | self._widths
+        self._begin()
+        return sum((known[name].cost(_rates(known[name], counts, 1)) for name, counts in uses.items() if name in known), StepCost())
+
     def forget_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """What ran before a run began is not its own."""
+        """What ran so far is none of the run's."""
+        self._pending = {}
         for layer in layers.values():
             layer.take_uses()
+
+    def hold_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
+        """What runs until `forget_uses_held` is none of the run's."""
+        held = self.uses_since(layers)
+        self.forget_uses(layers)
+        self._pending = held
+
+    def forget_uses_held(self, layers: Mapping[str, DynamicLayer]) -> None:
+        """Go on counting where `hold_uses` stopped."""
+        for layer in layers.values():
+            layer.take_uses()
+
+    def maps_are_gone(self) -> None:
+        """All operands have 8 bits again: no layer has a map."""
+        self._mapped.clear()
 
     def uses_since(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Uses]:
         """Of each layer on this rank since the last look."""
         return {name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name)) for name, layer in layers.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All but the uses since the last look, which the layers count."""
+    def state_dict(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Any]:
+        """All but the uses since the last look, which the layers count; with what watched layers hold."""
         return {
             "lead": self.lead,
             "seen": sorted(self.seen),
             "shown": sorted(self.shown),
+            "mapped": sorted(self._mapped),
             "reader": self._reader.state_dict(),
-            "watched": sorted(self._watched | self._caught),
+            "watched": sorted(self._watched),
+            "caught": {name: layers[name].records_state() for name in sorted(self._caught) if name in layers},
+            "absent": sorted(self._absent),
+            "names": list(self._names),
             **{name: {k: w.to_state() for k, w in getattr(self, f"_{name}").items()} for name in _LAYER_WIDTHS},
-            **{name: {k: (place, _statistics_state(s)) for k, (place, s) in getattr(self, f"_{name}").items()} for name in _STATISTICS},
+            **{name: {k: (*at, _statistics_state(s)) for k, (*at, s) in getattr(self, f"_{name}").items()} for name in _STATISTICS},
             "uses": [dict(self._uses), dict(self._exact_uses), dict(self._owed)],
             "steps": [self._steps[phase] for phase in Phase],
             "exact_steps": self._exact_steps,
-            "finite": self._finite,
+            "nonfinite": sorted(self._nonfinite),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], uses: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; `uses` as `uses_since` said then."""
-        self.lead, self._exact_steps, self._finite = int(state["lead"]), int(state["exact_steps"]), bool(state["finite"])
-        self.seen, self.shown, self._watched, self._caught = set(state["seen"]), set(state["shown"]), set(state["watched"]), set()
+        self.lead, self._exact_steps, self._nonfinite = int(state["lead"]), int(state["exact_steps"]), set(state["nonfinite"])
+        self.seen, self.shown, self._mapped = set(state["seen"]), set(state["shown"]), set(state["mapped"])
+        self._watched, self._absent = set(state["watched"]), set(state["absent"])
+        self._restored, self._caught, self._names = dict(state["caught"]), set(state["caught"]), list(state["names"])
         self._reader.load_state_dict(state["reader"])
         for name in _LAYER_WIDTHS:
             setattr(self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()})
         for name in _STATISTICS:
-            setattr(self, f"_{name}", {k: (place, _statistics_from(s)) for k, (place, s) in state[name].items()})
+            setattr(self, f"_{name}", {k: (look, place, _statistics_from(s)) for k, (look, place, s) in state[name].items()})
         self._uses, self._exact_uses, self._owed = ({name: tuple(u) for name, u in part.items()} for part in state["uses"])
         self._steps = dict(zip(Phase, state["steps"], strict=True))
         self._pending = {name: tuple(u) for name, u in uses.items()}
+
+    def restore_records(self, layers: Mapping[str, DynamicLayer]) -> None:
+        """Give watched layers back what they held when the state was taken."""
+        for name, records in self._restored.items():
+            if name in layers:
+                layers[name].load_records_state(records)
+        self._restored = {}
 
     def _all_uses(self) -> dict[str, Uses]:
         """Since the last analysis."""
         return self._uses | {name: add_uses(uses, self._uses.get(name)) for name, uses in self._exact_uses.items()}
 
 
+_Placed = tuple[int, int, LayerStatistics]
+"""The look that showed a layer, the layer's place in it, and its statistics."""
 _LAYER_WIDTHS: Final = ("known", "widths", "exact")
 _STATISTICS: Final = ("statistics", "inexact")
+
+
+def _in_order(found: Mapping[str, "_Placed"], names: Sequence[str]) -> dict[str, LayerStatistics]:
+    """In the order in which forward ran: that of the look that showed most, others behind the layer that was registered before them."""
+    looks = Counter(look for look, _, _ in found.values())
+    main = max(looks, key=lambda look: (looks[look], -look), default=0)
+    order = sorted((name for name in found if found[name][0] == main), key=lambda name: found[name][1])
+    for i, name in enumerate(names):
+        if name in found and name not in order:
+            before = [n for n in names[:i] if n in order]
+            order.insert(order.index(before[-1]) + 1 if before else 0, name)
+    return {name: found[name][2] for name in order}
 
 
 def _rates(widths: LayerWidths, uses: Uses, steps: int) -> Uses:

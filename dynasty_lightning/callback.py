@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -151,6 +152,7 @@ class DynastyCallback(Callback):
         self._phase: Phase | None = None
         self._exact = False
         self._exact_steps = 0
+        self._unmapped = 0.0
         self._overhead = 0.0
         self._last_cost: StepCost | None = None
         self._last_event_step = 0
@@ -190,8 +192,11 @@ class DynastyCallback(Callback):
         if not self._restored and not goes_on:
             self._begin()
             self._apply(self.policy.initial(self._layers), keep=False)
-        if not goes_on:
+        if not goes_on and not self._restored:
             self._analysis.forget_uses(self._layers)
+        elif self._restored:
+            self._analysis.forget_uses_held(self._layers)
+            self._analysis.restore_records(self._layers)
         self._restored = False
         self.promises.speaks = trainer.is_global_zero
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -279,16 +284,27 @@ class DynastyCallback(Callback):
                 self._analyse(trainer, pl_module, step)
             elif step + self._analysis.lead >= self.schedule.next_step:
                 self._weigh(trainer, step)
-            else:
-                self._analysis.catch(self._layers)
+            elif self._analysis.catch(self._layers) and self._ranks.size == 1:  # what one rank alone knows decides nothing
+                self.schedule.bring_forward(step + 2)
         self._clock.stop()
+
+    @override
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._plugin is not None:  # gradients that somebody takes there train nothing
+            self._analysis.hold_uses(self._layers)
+
+    @override
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self._plugin is not None:
+            self._analysis.forget_uses_held(self._layers)
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._observe_nothing()
         step = self._steps.done
         if self._last_cost is not None and step > self._last_event_step:
-            self.run_cost.add(self._last_cost, step - self._last_event_step)
+            self.run_cost.add(StepCost(), step - self._last_event_step)
+            self.run_cost.catch_up(self._analysis.rest(self._layers, step=step, ranks=self._ranks))
             self._last_event_step = step
         unseen = {name: layer for name, layer in self._layers.items() if name not in self._analysis.seen}
         self.promises.layers_unseen(
@@ -345,11 +361,12 @@ class DynastyCallback(Callback):
             "loss": (float(self._loss_sum), self._loss_count, float(self._losses_above), self._evaluations),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
-            "analysis": self._analysis.state_dict(),
+            "analysis": self._analysis.state_dict({} if self._plugin is None else self._layers),
             "uses": self._analysis.uses_since({} if self._plugin is None else self._layers),
             "analytics": asdict(self._analytics),
             "overhead": self._overhead,
             "exact_steps": self._exact_steps,
+            "unmapped": self._unmapped,
             "raised": self._raised,
             "rates": (dict(self._largest_rates), self._rate),
             "history": self.history,
@@ -385,6 +402,7 @@ class DynastyCallback(Callback):
         self._analysis.load_state_dict(state["analysis"], state["uses"])
         self._analytics = AnalyticsCost(**state["analytics"])
         self._analyses, self._overhead, self._exact_steps = state["analyses"], state["overhead"], int(state["exact_steps"])
+        self._unmapped = float(state["unmapped"])
         rates, self._rate = state["rates"]
         self._largest_rates = dict(rates)
         self.history = list(state["history"])
@@ -422,6 +440,7 @@ class DynastyCallback(Callback):
             steps=self._steps.done,
             warmup_steps=self.schedule.warmup_steps,
             exact_steps=self._exact_steps,
+            unmapped_share=self._unmapped / max(self.cost_so_far.products_charged, 1.0),
             target=self.target_speedup if self.policy.needs_statistics else None,
             speedup=self.cost_so_far.speedup_charged,
             settled=math.nan if self._last_cost is None else self._last_cost.speedup_charged,
@@ -507,30 +526,35 @@ class DynastyCallback(Callback):
             self.schedule.postpone(step)
             return
         since, looks = step - self._last_event_step, analysis.steps_of(Phase.STATISTICS)
-        found = analysis.close(steps=since, mapped=self.precision_map().entries, leads_to_map=self.schedule.is_warm(step))
+        loss, above = self._mean_loss(f"the loss up to step {step}")
+        self._loss_sum, self._loss_count, self._losses_above, self._evaluations = 0.0, 0, 0.0, 0
+        reason = self.guard.check(loss, steps=max(since, 1), above=above)
+        # After the last step nothing is tested with another map than it was trained with.
+        leads_to_map = reason is None and self.schedule.is_warm(step) and step < last_step
+        mapped = self.precision_map().entries
+        found = analysis.close(steps=since, mapped=mapped, leads_to_map=leads_to_map)
         cost = found.widths.cost
-        if not found.finite and self._last_cost is not None:
-            cost = self._last_cost.at_baseline()
+        if self.promises.maps and mapped:
+            unmapped = sum(c.products_charged for name, c in found.widths.costs.items() if name not in mapped)
+            self._unmapped += unmapped * (since - found.exact_steps)
         if found.exact_steps:
             self.run_cost.add(found.exact_cost, found.exact_steps)
             dearer = found.exact_cost.products_charged / max(cost.products_charged, 1e-9) - 1.0
             self._overhead = max(dearer, 0.0) * found.exact_steps / self.schedule.interval
-        self.run_cost.add(found.seen_cost if found.finite else cost, since - found.exact_steps)
+        self.run_cost.add(found.seen_cost, since - found.exact_steps)
         self.run_cost.catch_up(found.owed)
         self._exact_steps += found.exact_steps
-        self._last_event_step, self._last_cost, self._analytics = step, cost, found.analytics
-        loss, above = self._mean_loss(f"the loss up to step {step}")
-        self._loss_sum, self._loss_count, self._losses_above, self._evaluations = 0.0, 0, 0.0, 0
+        self._last_event_step, self._last_cost = step, cost
+        if self.policy.needs_statistics:
+            self._analytics = found.analytics
         self._record(step, found, cost, loss)
         target = self._rest_target(step, last_step, cost)
         steered = found.mapped_cost.speedup_charged if self.promises.maps else cost.speedup_charged
         if math.isnan(steered):  # nothing that has a map was seen: no reason to move
             steered = target or cost.speedup_charged
-        reason = self.guard.check(loss, steps=max(since, 1), above=above)
         if reason is not None:
             self._raise_widths(reason)
-        # After the last step nothing is tested with another map than it was trained with.
-        elif found.layers and found.finite and self.schedule.is_warm(step) and step < last_step:
+        elif found.layers and leads_to_map:
             self._raised = False
             self._update(found, Measurement(
                 layers={name: replace(s, mean_bits=found.widths.of(name, s)) for name, s in found.layers.items()}, loss=abs(loss),
@@ -648,6 +672,7 @@ class DynastyCallback(Callback):
         if not isinstance(self.policy, UniformPolicy):
             self.policy.raise_precision()
             self._apply({}, keep=False)
+            self._analysis.maps_are_gone()
 
     def _apply(self, entries: Entries, *, keep: bool = True) -> None:
         """Put a map in force. With `keep`, operands that it leaves out (of layers that this step did not run) keep what they have."""

@@ -40,7 +40,6 @@ class LayerWidths:
         blocks, bits, zeros: sums over blocks of X, W and E.
         dropped: the share of E's blocks that its width made zero, of those that were not zero before.
         analytics: what the statistics would cost, the sum over calls.
-        place: in the order in which forward ran.
     """
 
     calls: Uses
@@ -50,7 +49,6 @@ class LayerWidths:
     zeros: tuple[float, ...]
     dropped: float
     analytics: AnalyticsCost
-    place: int
 
     @property
     def mean_bits(self) -> dict[Role, float]:
@@ -140,8 +138,7 @@ class StepReader:
             interval: steps from one look to the next.
             ranks: all of them call this.
             uses: of each layer on this rank since the last look.
-            earlier: before that, on all ranks. A GEMM that ran in none of the calls that are seen now, but did lately, is counted as if
-                they had run it.
+            earlier: before that, on all ranks, since the last analysis.
         """
         calls = {name: layer.observations() for name, layer in layers.items()}
         gradients = {name: layer.gradient for name, layer in layers.items()}
@@ -396,8 +393,8 @@ class _Agreed:
         )
 
     def counts(self, gemm: Gemm, ran: bool) -> bool:
-        """Whether a call's cost has this GEMM: it ran, or ran in none of the calls here but in earlier ones."""
-        return ran or (not self.gemms[gemm] and self.uses[gemm] > 0)
+        """Whether a call's cost has this GEMM: it ran, or ran in none of the calls here: it may have before, or may later."""
+        return ran or not self.gemms[gemm]
 
     def share(self, gemm: Gemm) -> float:
         """Of what `counts` let in, the part that runs: less than all where it was not seen, and runs in some of the uses only."""
@@ -406,7 +403,7 @@ class _Agreed:
     @property
     def seen(self) -> Uses:
         """How many calls the cost of each GEMM is the sum of."""
-        return tuple(n or (self.calls if self.uses[g] else 0) for g, n in zip(Gemm, self.gemms, strict=True))
+        return tuple(n or self.calls for n in self.gemms)
 
 
 _BACKWARD: Final = (8, 9)  # where DGRAD and WGRAD stand in `_facts`
@@ -453,7 +450,6 @@ def _widths(sums: Mapping[str, Tensor], agreed: _Agreed) -> LayerWidths:
         zeros=tuple(sums["zeros"].tolist()),
         dropped=float(sums["dropped"][0] / sums["dropped"][1].clamp(min=1)),
         analytics=_analytics(sums["analytics"]),
-        place=agreed.place,
     )
 
 

@@ -19,6 +19,7 @@ DEAD_SHARE: Final = 0.98
 SMALL_GAIN: Final = 1e-3
 """Of the loss, a step: less, and a run of 1,000 steps hardly learns."""
 _NAMED: Final = 6
+_MUCH: Final = 0.1  # of bit operations: by so much a target is missed
 
 
 class PromiseWarning(UserWarning):
@@ -33,6 +34,7 @@ class Outcome:
         steps: of the run so far.
         warmup_steps: at 8 bits before the first map.
         exact_steps: with E at 8 bits, because they were analysed.
+        unmapped_share: of the bit operations that were counted, what layers took that had no map yet, after the first one was made.
         target: the cost target; None without one.
         speedup: of the whole run, in the target's currency; NaN where nothing was counted.
         settled: of the last step, likewise.
@@ -42,6 +44,7 @@ class Outcome:
     steps: int
     warmup_steps: int
     exact_steps: int
+    unmapped_share: float
     target: float | None
     speedup: float
     settled: float
@@ -129,6 +132,10 @@ class Promises:
             elif not self._misses:
                 found.append(f"the run ended after {outcome.steps} steps, before an analysis was due")
         found += [f"{reason} ({count} of the analyses)" for reason, count in self._misses.most_common()]
+        if outcome.unmapped_share > _MUCH:
+            found.append(
+                f"layers that had no map yet (they ran rarely, or began late) took {100 * outcome.unmapped_share:.0f} % of bit operations"
+            )
         if self.maps and outcome.target is not None and outcome.settled >= outcome.target * (1.0 - outcome.slack):
             found.append(
                 f"steps at 8 bits (a warm-up of {outcome.warmup_steps}, and E in {outcome.exact_steps} that were analysed) could not be "
@@ -154,7 +161,7 @@ class Promises:
         if self._unseen:
             lines.append(f"  not analysed    {_names(self._unseen)}: in no analysed step, so at 8 bits and not in these figures")
         if self._rare:
-            lines.append(f"  never mapped    {_names(self._rare)}: in no step of which statistics were taken, so at 8 bits")
+            lines.append(f"  never mapped    {_names(self._rare)}: no step of theirs led to a map, so at 8 bits")
         if self._frozen:
             lines.append(f"  no backward     {_names(self._frozen)}: frozen, forward at 8 bits, not in these figures")
         return lines
@@ -166,8 +173,8 @@ class Promises:
         if self._rare:
             self._warn(
                 "rare",
-                f"{_names(self._rare)}: ran too rarely to be in a step of which statistics were taken, so at 8 bits throughout (a smaller "
-                "interval=... takes them more often)",
+                f"{_names(self._rare)}: no step of theirs led to a map (they ran rarely, or in warm-up or at the end alone), so at 8 bits "
+                "throughout",
             )
         if outcome.target is not None and outcome.target > 1.0 and not outcome.reached:
             self._warn(

@@ -292,6 +292,14 @@ class DynamicLayer(nn.Module):
         """Forget what was recorded."""
         self._slot.clear()
 
+    def records_state(self) -> dict[str, Any]:
+        """What was recorded, for a checkpoint."""
+        return self._slot.to_state()
+
+    def load_records_state(self, state: Mapping[str, Any]) -> None:
+        """Hold what `records_state` said."""
+        self._slot.load_state(state)
+
     def take_uses(self) -> tuple[int, ...]:
         """How often each GEMM has run with a backward pass since this was asked last, by `Gemm`; FORWARD's without one do not count."""
         uses, self._slot.uses = tuple(self._slot.uses), [0] * len(Gemm)

@@ -10,6 +10,7 @@ SETTLED: Final = 0.08
 """The loop has settled when cost is within this fraction (in log) of its target."""
 _MAX_SETTLING_EVENTS: Final = 12
 _FLOOR: Final = 0.05
+_FAR: Final = 2.0  # times the guard's limit
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,10 @@ class AnalysisSchedule:
         """Layers came that the cost so far knows nothing of: analyse often again."""
         if self._settled:
             self._settled, self._settling_events = False, 0
+
+    def bring_forward(self, step: int) -> None:
+        """Analyse at a step, if not before it anyway."""
+        self.next_step = min(self.next_step, step)
 
     def postpone(self, step: int) -> None:
         """The step showed nothing: look at the next one."""
@@ -162,8 +167,8 @@ class LossGuard:
     """Notices a loss that leaves its best mean behind by `ratio`, or that is not finite; None never does.
 
     What is judged is a mean over `WINDOW` steps at least: of less, one batch without objects, or of an easy task, makes a best mean that
-    the next batches cannot hold. And more than half of the losses must be above the limit, too: a task that comes once in a while, with a
-    loss of its own, moves the mean alone.
+    the next batches cannot hold. And half of the losses must be above the limit, too, unless the mean is far beyond it: a task that comes
+    once in a while, with a loss of its own, moves the mean alone.
     """
 
     WINDOW: ClassVar[int] = 10
@@ -204,7 +209,8 @@ class LossGuard:
         self._sum, self._steps, self._above = self._sum + steps * loss, self._steps + steps, self._above + steps * above
         # Of a window that is not full yet: what its mean is at least, the rest of the steps at a loss of 0.
         mean = self._sum / max(self._steps, self.WINDOW)
-        if self.best > 0 and mean > self.limit and 2 * self._above > self._steps:
+        moved = 2 * self._above >= self._steps or mean > _FAR * self.limit
+        if self.best > 0 and mean > self.limit and moved:
             now = self._sum / self._steps
             reason = f"the training loss rose to {now:.4g}, more than {self.ratio:g} times its best mean {self.best:.4g}"
             self._begin_anew()

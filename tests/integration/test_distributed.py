@@ -170,7 +170,7 @@ def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, tol
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("layer_added_on_one_rank", "came to the analysis of step 6 with (48|64) values, and rank {} to something else"),
+        ("layer_added_on_one_rank", "came to the analysis of step 6 with (63|84) values, and rank {} to something else"),
         ("other_values_on_one_rank", "came to (an analysis|a checkpoint) with [0-9]+ values, and rank {} to something else"),
     ],
 )
