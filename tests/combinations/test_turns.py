@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.analysis import Analysis
 from dynasty_lightning.data import TensorDataModule, load_data
 
-from .runs import Module, check_dynamic, dynasty, fit, loader, trainer
+from .runs import Module, check_dynamic, digits, dynasty, fit, loader, trainer
 
 LONG = {"max_steps": 240}
 
@@ -140,6 +141,115 @@ def test_a_layer_that_runs_once_in_many_steps_is_watched_until_it_does():
     assert all(bits["E"] > 0.5 for bits in run.bits.values()), run.bits
 
 
+def test_a_large_layer_that_is_idle_for_whole_intervals_is_counted_when_it_comes():
+    """One step in 45, an analysis every 20: nearly half of the cost, and in most analyses no trace of it."""
+    run = fit(
+        lambda: InTurns({"a": net(), "b": net(width=640)}, lambda i: "b" if i % 45 == 7 else "a"),
+        options={"interval": 20}, beside_uniform=False, max_steps=450,
+    )  # fmt: skip
+    assert set(run.plugin.precision_map().entries) == set(run.plugin.layers)
+    assert run.callback.cost_so_far.macs > 1.4 * 450 * 3 * 32 * 9000
+    assert run.callback.summary()["speedup_charged"] > 3.4
+
+
+def test_stages_are_mapped_soon_after_they_begin():
+    """The second network begins between two analyses: it does not wait for the next one, 50 steps away."""
+    run = fit(
+        lambda: InTurns({"a": net(), "b": net()}, lambda i: "a" if i < 110 else "b"), options={"interval": 50, "loss_guard": None},
+        beside_uniform=False, **LONG,
+    )  # fmt: skip
+    assert not run.said
+    assert [h["step"] for h in run.callback.history if 110 < h["step"] < 125]
+    assert run.callback.summary()["speedup_charged"] > 3.6
+
+
+def test_a_target_that_layers_without_a_map_make_impossible_is_missed_for_that_reason():
+    """They begin near the end, faster than any analysis."""
+    run = fit(
+        lambda: InTurns({"a": net(width=16), "b": net(width=1024)}, lambda i: "a" if i < 98 else "b"),
+        options={"interval": 50, "loss_guard": None}, beside_uniform=False, max_steps=102,
+    )  # fmt: skip
+    text = "\n".join(run.said)
+    assert "target_speedup=4 was not reached" in text
+    assert "no step of theirs led to a map" in text
+    assert not run.callback.summary()["target_reached"]
+
+
+def test_a_run_that_ends_unforeseen_is_charged_by_what_ran():
+    """The last analysis is long past, and since then another network ran."""
+
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 140
+
+    callback, macs = true_macs(
+        lambda: InTurns({"a": net(), "b": net(width=256)}, lambda i: "b" if 3 <= i < 6 or i > 125 else "a"),
+        interval=100, more=[Stops()], max_steps=600,
+    )  # fmt: skip
+    assert callback.run_cost.steps == 140
+    assert callback.cost_so_far.macs == pytest.approx(macs, rel=1e-9)
+
+
+def test_gradients_in_validation_are_none_of_the_run():
+    class Curious(Module):
+        def validation_step(self, batch, batch_idx):
+            with torch.enable_grad():
+                F.cross_entropy(self(batch[0].requires_grad_()), batch[1]).backward()
+            self.zero_grad()
+
+    callback, macs = true_macs(
+        lambda: Curious(nn.Sequential(nn.Flatten(), *net())), limit_val_batches=3, val_check_interval=7, training_only=True, max_steps=40
+    )
+    assert callback.cost_so_far.macs == pytest.approx(macs, rel=1e-9)
+
+
+def test_one_network_that_is_not_finite_leaves_the_other_its_map():
+    class Broken(InTurns):
+        def part_loss(self, name, images, labels):
+            return super().part_loss(name, images * float("nan") if name == "b" else images, labels)
+
+    run = fit(
+        lambda: Broken({"a": net(), "b": net()}, parity), options={"interval": 20, "loss_guard": None}, beside_uniform=False, **LONG
+    )  # fmt: skip
+    assert all(name in run.plugin.precision_map().entries for name in run.plugin.layers if name.startswith("parts.a"))
+    assert all(2 < run.bits[name]["X"] < 7 for name in run.bits if name.startswith("parts.a"))
+    assert all(run.bits[name] == {"X": 8.0, "W": 8.0, "E": 8.0} for name in run.bits if name.startswith("parts.b"))
+    assert "are not finite" in run.said[0]
+    assert "not reached" in run.said[-1]
+
+
+def test_one_network_of_two_that_diverges_raises_the_alarm():
+    class Diverges(InTurns):
+        def configure_optimizers(self):
+            return torch.optim.SGD([{"params": part.parameters(), "lr": 0.05} for part in self.parts.values()])
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if self.global_step == 100:
+                self.optimizers().param_groups[1]["lr"] = 20.0
+
+    with pytest.warns(UserWarning, match="loss guard: the training loss rose to"):
+        run = fit(lambda: Diverges({"a": net(), "b": net()}, parity), options={"interval": 10}, beside_uniform=False, **LONG)
+    assert any("the loss guard gave all operands 8 bits" in text for text in run.said)
+
+
+def test_layers_stand_in_the_order_of_forward_whatever_step_showed_them(monkeypatch):
+    orders = set()
+    close = Analysis.close
+
+    def spy(self, **options):
+        found = close(self, **options)
+        orders.add(tuple(name.removeprefix("parts.") for name in found.layers))
+        return found
+
+    monkeypatch.setattr(Analysis, "close", spy)
+    fit(KINDS["two heads"], options={"interval": 20}, beside_uniform=False, **LONG)
+    assert {order for order in orders if len(order) == 5} == {("net.0", "net.2", "net.4", "a", "b")}
+    orders.clear()
+    fit(Adversaries, options={"interval": 20}, beside_uniform=False, **LONG)
+    full = {order for order in orders if len(order) == 6}
+    assert full <= {("net.0", "net.2", "net.4", "judge.0", "judge.2", "judge.4")}, full
+
+
 def test_what_has_no_map_does_not_squeeze_the_others(monkeypatch):
     """Half of the cost stays at 8 bits: 4x cannot be reached. It is said, and what has a map goes no further than its share asks."""
     look = Analysis.look
@@ -161,23 +271,23 @@ def test_what_has_no_map_does_not_squeeze_the_others(monkeypatch):
     assert min(bits["E"] for bits in mapped) > 1.0, mapped
 
 
-def true_macs(make, **options):
+def true_macs(make, *, interval=10, more=(), training_only=False, **options):
     """Train at uniform widths; what the callback counted, and what forward hooks and gradients say that it is."""
     torch.manual_seed(0)
     module, counted = make(), Counter()
-    callback = DynastyCallback(policy="uniform", bits=4, interval=10, table=False)
-    t = trainer(callbacks=[callback], plugin=DynastyPrecision(seed=1), **options)
+    callback = DynastyCallback(policy="uniform", bits=4, interval=interval, table=False)
+    t = trainer(callbacks=[callback, *more], plugin=DynastyPrecision(seed=1), **options)
 
     def count(layer, inputs, output):
         x, w = inputs[0], layer.weight
         macs = x.shape[0] * w.numel()
-        if output.requires_grad:
+        if output.requires_grad and not (training_only and t.validating) and not (training_only and t.sanity_checking):
             output.register_hook(lambda e: counted.update({"n": macs * (1 + x.requires_grad + w.requires_grad)}))
 
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             layer.register_forward_hook(count)
-    t.fit(module, loader())
+    t.fit(module, loader(), DataLoader(digits(), batch_size=64) if "val_check_interval" in options else None)
     return callback, counted["n"]
 
 
@@ -199,10 +309,10 @@ def test_closures_that_run_several_times_count_each_time():
     assert callback.run_cost.sum.macs == pytest.approx(macs, rel=1e-9)
 
 
-# Among these stops are all steps of one analysis.
+# Among these stops are all steps of one analysis, and some at which a watched layer has run, and nobody looked yet.
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("stop", range(18, 26))
-def test_a_run_that_is_resumed_within_an_analysis_ends_as_the_unbroken_one(tmp_path, stop):
+@pytest.mark.parametrize(("every", "stop"), [(2, stop) for stop in range(18, 26)] + [(17, stop) for stop in (5, 6, 7, 22, 23, 24, 31)])
+def test_a_run_that_is_resumed_within_an_analysis_ends_as_the_unbroken_one(tmp_path, every, stop):
     path = tmp_path / "at_stop.ckpt"
 
     class Saver(L.Callback):
@@ -214,7 +324,7 @@ def test_a_run_that_is_resumed_within_an_analysis_ends_as_the_unbroken_one(tmp_p
         callback, plugin = dynasty(interval=10), DynastyPrecision(seed=5)
         t = trainer(plugin=plugin, callbacks=[callback, Saver()], max_steps=44)
         torch.manual_seed(0)
-        module = InTurns({"a": net(), "b": net()}, parity)
+        module = InTurns({"a": net(), "b": net()}, lambda i: "b" if i % every == every // 3 else "a")
         module.step = stop if checkpoint else 0
         t.fit(
             module,
