@@ -115,10 +115,8 @@ class Analysis:
         self._known: dict[str, LayerWidths] = {}  # of analyses before
         self._owed: dict[str, Uses] = {}  # what ran unseen since its map was made
         self._watched: set[str] = set()
-        self._caught: set[str] = set()  # of the watched, those that hold what a step before this one showed
         self._pending: dict[str, Uses] = {}  # of this rank, before the layers counted what they have counted now
         self._absent: set[str] = set()  # without a map, and in no step of the last analysis
-        self._restored: dict[str, dict[str, Any]] = {}
         self._names: list[str] = []
         self._begin()
 
@@ -131,6 +129,7 @@ class Analysis:
         self._exact_uses: dict[str, Uses] = {}
         self._steps = dict.fromkeys(Phase, 0)
         self._exact_steps = 0
+        self._looks = 0
         self._nonfinite: set[str] = set()
 
     @property
@@ -153,7 +152,7 @@ class Analysis:
 
     def wants(self, name: str, phase: Phase | None) -> bool:
         """Whether a layer shall record the step that begins: outside of phases, one that is watched, until it ran."""
-        if phase is None or name in self._caught:
+        if phase is None:
             return name in self._watched
         return name not in (self._statistics if phase is Phase.STATISTICS else self._widths)
 
@@ -161,16 +160,13 @@ class Analysis:
         """Whether second moments are left out of that record: not of a rare layer, whoever knows when it comes again."""
         return phase is Phase.WIDTHS and name not in self._watched
 
-    def catch(self, layers: Mapping[str, DynamicLayer]) -> bool:
-        """A step that nobody looks at has ended: the watched layers that ran in it keep what they recorded for the next look.
+    @property
+    def is_watching(self) -> bool:
+        """Whether every step is looked at, for layers that run rarely."""
+        return bool(self._watched)
 
-        Returns:
-            Whether a layer ran on this rank that has no map, after a time without it: better look at it soon.
-        """
-        if self._watched:
-            caught = {name for name in self._watched if name in layers and layers[name].has_records}
-            self._watched -= caught
-            self._caught |= caught
+    def met_stranger(self, layers: Mapping[str, DynamicLayer]) -> bool:
+        """Whether a layer ran on this rank that has no map, after a time without it: better look at it soon."""
         strangers = [name for name in self._absent if name in layers and layers[name].uses[Gemm.FORWARD]]
         self._absent -= set(strangers)
         return bool(strangers)
@@ -178,7 +174,7 @@ class Analysis:
     def look(
         self,
         layers: Mapping[str, DynamicLayer],
-        phase: Phase,
+        phase: Phase | None,
         *,
         exact: bool,
         step: int,
@@ -191,7 +187,7 @@ class Analysis:
 
         Args:
             layers: all converted layers by name.
-            phase: what the step was looked at for.
+            phase: what the step was looked at for; None for watched layers alone.
             exact: whether its E had 8 bits in all layers.
             step: its number, for errors.
             block_shape: rows x channels of an exponent block.
@@ -201,7 +197,6 @@ class Analysis:
         """
         mine = {name: add_uses(tuple(map(float, layer.take_uses())), self._pending.get(name)) for name, layer in layers.items()}
         self._pending = {}
-        self._caught.clear()
         look = self._reader.look(
             layers, step=step, block_shape=block_shape, step_sizes=step_sizes, interval=interval, ranks=ranks, uses=mine,
             earlier=self._all_uses(),
@@ -209,7 +204,9 @@ class Analysis:
         uses = self._exact_uses if exact else self._uses
         for name, counts in look.uses.items():
             uses[name] = add_uses(counts, uses.get(name))
-        self._steps[phase] += 1
+        self._looks += 1
+        if phase is not None:
+            self._steps[phase] += 1
         self._exact_steps += exact
         self._names = list(layers)
         if not look.finite:
@@ -226,7 +223,9 @@ class Analysis:
             for place, (name, s) in enumerate(look.layers.items()):
                 # A layer that learns in some steps only (a discriminator, not in its generator's) tells little in the others.
                 if s.learns or not all_uses[name][Gemm.WGRAD]:
-                    taken[name] = (sum(self._steps.values()), place, s)
+                    taken[name] = (self._looks, place, s)
+        if phase is None:
+            self._watched -= set(look.widths)
         return look
 
     def is_waiting(self, phase: Phase, *, steps: int, interval: int) -> bool:
@@ -345,8 +344,8 @@ class Analysis:
         """Of each layer on this rank since the last look."""
         return {name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name)) for name, layer in layers.items()}
 
-    def state_dict(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Any]:
-        """All but the uses since the last look, which the layers count; with what watched layers hold."""
+    def state_dict(self) -> dict[str, Any]:
+        """All but the uses since the last look, which the layers count."""
         return {
             "lead": self.lead,
             "seen": sorted(self.seen),
@@ -354,7 +353,6 @@ class Analysis:
             "mapped": sorted(self._mapped),
             "reader": self._reader.state_dict(),
             "watched": sorted(self._watched),
-            "caught": {name: layers[name].records_state() for name in sorted(self._caught) if name in layers},
             "absent": sorted(self._absent),
             "names": list(self._names),
             **{name: {k: w.to_state() for k, w in getattr(self, f"_{name}").items()} for name in _LAYER_WIDTHS},
@@ -362,6 +360,7 @@ class Analysis:
             "uses": [dict(self._uses), dict(self._exact_uses), dict(self._owed)],
             "steps": [self._steps[phase] for phase in Phase],
             "exact_steps": self._exact_steps,
+            "looks": self._looks,
             "nonfinite": sorted(self._nonfinite),
         }
 
@@ -370,7 +369,7 @@ class Analysis:
         self.lead, self._exact_steps, self._nonfinite = int(state["lead"]), int(state["exact_steps"]), set(state["nonfinite"])
         self.seen, self.shown, self._mapped = set(state["seen"]), set(state["shown"]), set(state["mapped"])
         self._watched, self._absent = set(state["watched"]), set(state["absent"])
-        self._restored, self._caught, self._names = dict(state["caught"]), set(state["caught"]), list(state["names"])
+        self._names, self._looks = list(state["names"]), int(state["looks"])
         self._reader.load_state_dict(state["reader"])
         for name in _LAYER_WIDTHS:
             setattr(self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()})
@@ -379,13 +378,6 @@ class Analysis:
         self._uses, self._exact_uses, self._owed = ({name: tuple(u) for name, u in part.items()} for part in state["uses"])
         self._steps = dict(zip(Phase, state["steps"], strict=True))
         self._pending = {name: tuple(u) for name, u in uses.items()}
-
-    def restore_records(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """Give watched layers back what they held when the state was taken."""
-        for name, records in self._restored.items():
-            if name in layers:
-                layers[name].load_records_state(records)
-        self._restored = {}
 
     def _all_uses(self) -> dict[str, Uses]:
         """Since the last analysis."""

@@ -196,7 +196,6 @@ class DynastyCallback(Callback):
             self._analysis.forget_uses(self._layers)
         elif self._restored:
             self._analysis.forget_uses_held(self._layers)
-            self._analysis.restore_records(self._layers)
         self._restored = False
         self.promises.speaks = trainer.is_global_zero
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
@@ -284,14 +283,19 @@ class DynastyCallback(Callback):
                 self._analyse(trainer, pl_module, step)
             elif step + self._analysis.lead >= self.schedule.next_step:
                 self._weigh(trainer, step)
-            elif self._analysis.catch(self._layers) and self._ranks.size == 1:  # what one rank alone knows decides nothing
-                self.schedule.bring_forward(step + 2)
+            else:
+                if self._ranks.size == 1 and self._analysis.met_stranger(self._layers):  # what one rank alone knows decides nothing
+                    self.schedule.bring_forward(step + 2)
+                if self._analysis.is_watching:
+                    self._look(trainer, None)
         self._clock.stop()
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if trainer.state.fn == TrainerFn.FITTING and self._plugin is not None:  # gradients that somebody takes there train nothing
             self._analysis.hold_uses(self._layers)
+            for layer in self._layers.values():  # until the next batch says otherwise
+                layer.observing = False
 
     @override
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -361,7 +365,7 @@ class DynastyCallback(Callback):
             "loss": (float(self._loss_sum), self._loss_count, float(self._losses_above), self._evaluations),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
-            "analysis": self._analysis.state_dict({} if self._plugin is None else self._layers),
+            "analysis": self._analysis.state_dict(),
             "uses": self._analysis.uses_since({} if self._plugin is None else self._layers),
             "analytics": asdict(self._analytics),
             "overhead": self._overhead,
@@ -584,9 +588,10 @@ class DynastyCallback(Callback):
             self._apply({}, keep=False)
         self.promises.map_applied()
 
-    def _look(self, trainer: "pl.Trainer", phase: Phase) -> Look:
+    def _look(self, trainer: "pl.Trainer", phase: Phase | None) -> Look:
         """What the step showed, over all ranks; the layers forget it."""
-        self._rate = _largest_rate(trainer)
+        if phase is not None:
+            self._rate = _largest_rate(trainer)
         look = self._analysis.look(
             self._layers,
             phase,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .compare_settings import CONFIDENCE, CORE, Difference, Row, Setting
-from .report import BASELINE, COLOURS, NOTE_COLOUR, OTHER_COLOURS, STYLE, Spread, headline, save_picture
+from .report import BASELINE, COLOURS, NOTE_COLOUR, OTHER_COLOURS, STYLE, Spread, headline, missing_glyphs, save_picture
 from .runs import DIVERGED, FAILED
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def draw_pareto(setting: Setting) -> "Figure":
     headline(figure, f"{setting.name}: accuracy against speedup", width=72 if len(panels) == 1 else 110)
     note = f"{setting.text()}. {_counts(rows)}"
     grid[0, 0].set_title(textwrap.fill(note, 88 * len(panels)), fontsize=8.5, color=NOTE_COLOUR)
-    figure.canvas.draw()  # where things are is known once all is there
+    with missing_glyphs():
+        figure.canvas.draw()  # where things are is known once all is there
     for axes, labels in zip(grid[0], marks, strict=True):
         _place(axes, labels)
     return figure

@@ -38,9 +38,10 @@ def _mapping(holds: Callable[[Any], bool], of: str) -> Field:
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or number(-1e18, 1e18).holds(value) or _is_text(value, 1000)
+    return value is None or isinstance(value, bool) or number(-1e18, 1e18).holds(value) or _LINE.holds(value)
 
 
+_LINE: Final = matching(r"[^\x00-\x1f\ud800-\udfff]{0,1000}", "a text of one line")
 _WORD: Final = matching(r"[^\x00-\x1f\ud800-\udfff]{1,500}", "a text of one line")
 _TEXT: Final = Field(rule="a text", holds=_is_text)
 _SHARE: Final = number(0, 1)

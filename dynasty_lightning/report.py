@@ -7,7 +7,8 @@ import math
 import statistics
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -457,6 +458,19 @@ def footnote(figure: "Figure", text: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color=NOTE_COLOUR)
 
 
+@contextmanager
+def missing_glyphs() -> Iterator[None]:
+    """A name in letters that the font lacks is drawn as boxes, which anybody can see, and is no reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
+        yield
+
+
 def save_picture(figure: "Figure", path: Path) -> Path:
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    with missing_glyphs():
+        _save(figure, path)
     return path
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    write_whole(path, lambda file: figure.savefig(file, format="png"))

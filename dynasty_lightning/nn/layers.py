@@ -283,22 +283,9 @@ class DynamicLayer(nn.Module):
         """On FORWARD's grid; blocks that are cut anew for each GEMM have one width, which a limit cuts alike."""
         return forward.clamp(max=role_settings(self._settings, role)[3]) if self.plan.format.requantizes else backward
 
-    @property
-    def has_records(self) -> bool:
-        """Whether anything was recorded since `clear_observation`."""
-        return bool(self._slot.records)
-
     def clear_observation(self) -> None:
         """Forget what was recorded."""
         self._slot.clear()
-
-    def records_state(self) -> dict[str, Any]:
-        """What was recorded, for a checkpoint."""
-        return self._slot.to_state()
-
-    def load_records_state(self, state: Mapping[str, Any]) -> None:
-        """Hold what `records_state` said."""
-        self._slot.load_state(state)
 
     def take_uses(self) -> tuple[int, ...]:
         """How often each GEMM has run with a backward pass since this was asked last, by `Gemm`; FORWARD's without one do not count."""

@@ -3,7 +3,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -97,18 +97,6 @@ class ObservationSlot:
                 self.gradient = self.gradient + dw
             record = replace(record, gradient=None)
         self.records.append(record)
-
-    def to_state(self) -> dict[str, Any]:
-        """The step's records as plain values and tensors; without measured harm."""
-        records = [{f.name: getattr(r, f.name) for f in fields(r)} | {"squares": dict(r.squares), "probe": None} for r in self.records]
-        return {"records": records, "gradient": self.gradient, "is_wanted": self._is_wanted}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Hold what `to_state` said."""
-        self.records = [
-            StepRecord(**{**r, **{name: tuple(r[name]) for name in ("input_shape", "headers", "nonfinite")}}) for r in state["records"]
-        ]
-        self.gradient, self._is_wanted = state["gradient"], state["is_wanted"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ObservationSlot":
         return ObservationSlot()

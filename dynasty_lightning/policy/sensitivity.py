@@ -196,7 +196,7 @@ def progress_and_share(layers: Mapping[str, LayerStatistics], *, loss: float) ->
     if not learning:  # what learns is no layer of ours
         return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
     progress = sum(layer_gains(layers, loss=loss).values())
-    if progress < LEAST_GAIN * loss:
+    if 0 < progress < LEAST_GAIN * loss:  # no gradients at all are another matter: they tell nothing
         progress = ASSUMED_GAIN * loss
     return progress, progress / learning
 

@@ -166,7 +166,7 @@ ODD = {
     "versions as a text": ({"versions": "1"}, "it: versions must be an object of texts, not '1'"),
     "a status of its own": ({"status": "done"}, "it: status must be one of complete, diverged, failed, not 'done'"),
     "warnings as a text": ({"warnings": "x"}, "it: warnings must be a list of texts, not 'x'"),
-    "half a character": ({"error": "\ud800"}, "it: error must be a text, not"),
+    "half a character": ({"error": "\ud800"}, "is not JSON ('utf-8' codec can't encode character"),
     "bits of another form": ({"bits": 8}, "it: bits must be null or an object of mean widths, not 8"),
     "a speedup of zero": ({"speedup_charged": 0}, "it: speedup_charged must be null or a number in [1e-06, 1000000.0], not 0"),
 }
