@@ -18,9 +18,9 @@ import lightning as L
 import torch
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.demo import machine, versions
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.models import CifarResNet, Classifier
+from dynasty_lightning.study.demo import machine, versions
+from dynasty_lightning.tasks.models import CifarResNet, Classifier
 
 INTERVAL = 50  # DynastyCallback's default
 

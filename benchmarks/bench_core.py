@@ -25,8 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from dynasty_lightning.demo import machine, versions
 from dynasty_lightning.files import write_whole
+from dynasty_lightning.study.demo import machine, versions
 from fpga import GemmConfig, GemmJob, open_device
 from fpga.csim import compiler_version
 from fpga.vectors import random_operand

@@ -26,10 +26,10 @@ from common import Competitor, Quartiles, describe, interleave, parser, provenan
 from torch import Tensor, nn
 
 from dynasty_lightning import Role, StreamPosition, convert
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.quantize import quantize_in_torch
-from dynasty_lightning.core.triton_quantizer import available, dequantize_cuda, quantize_cuda
-from dynasty_lightning.models import build_model
+from dynasty_lightning.numerics.backends.triton import available, dequantize_cuda, quantize_cuda
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import quantize_in_torch
+from dynasty_lightning.tasks.models import build_model
 
 BLOCK = (4, 4)
 CALLS = 20  # of the quantizer in one timed step: a single call is shorter than the clock is steady

@@ -16,10 +16,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dynasty_lightning.demo import DemoConfig, machine, run_demo, versions
-from dynasty_lightning.export_run import export_run
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.hls4ml_export import export_hls4ml
+from dynasty_lightning.hardware.hls4ml.project import export_hls4ml
+from dynasty_lightning.study.demo import DemoConfig, machine, run_demo, versions
+from dynasty_lightning.study.export import export_run
 from fpga.images import load_images
 from fpga.runtime import Program
 

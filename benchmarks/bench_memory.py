@@ -28,7 +28,7 @@ from common import describe, parser, progress, provenance, random_images, write_
 from torch import Tensor, nn
 from training import Batches, DynamicTraining, Training
 
-from dynasty_lightning.models import build_model
+from dynasty_lightning.tasks.models import build_model
 
 MOST_OF_LAYERS = 0.3
 BATCHES = {"resnet20": (128, 8), "mlp1024": (256, 16), "vit": (64, 4), "resnet18": (64, 4)}

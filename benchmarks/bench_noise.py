@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.files import write_whole
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 20230117

@@ -19,11 +19,11 @@ import torch
 from common import Competitor, describe, interleave, parser, provenance, set_allocator, use_threads, warm_up, write_json
 from torch import Tensor
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.quantize import quantize_in_torch
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import quantize_in_torch
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
 
 OPERANDS: dict[str, tuple[tuple[int, ...], int, bool]] = {  # shape, channel axis, channels_last
     "conv 128x16x32x32": ((128, 16, 32, 32), 1, False),

@@ -35,7 +35,7 @@ from common import (
 from torch import nn
 from training import DynamicTraining, Training
 
-from dynasty_lightning.models import CifarResNet, multilayer_perceptron
+from dynasty_lightning.tasks.models import CifarResNet, multilayer_perceptron
 
 CLASSES = 10
 

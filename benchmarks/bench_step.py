@@ -41,7 +41,7 @@ from common import (
 from peers import INSTALL, PEERS, Peer, microxcaling
 from training import TARGET, Batches, DynamicTraining, Training
 
-from dynasty_lightning.models import build_model
+from dynasty_lightning.tasks.models import build_model
 
 CLASSES = 10
 SLOW, SLOW_EVERY, ANALYSED_EVERY = 2.5, 5, 4

@@ -22,12 +22,12 @@ from scipy.stats import rankdata, spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.stats import mean_squares
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.moments import mean_squares
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.sensitivity import LayerStatistics
 
 LEAST_WITHIN = 8

@@ -18,8 +18,9 @@ import torch
 from common import describe, parser, progress, provenance, random_images, set_allocator, use_threads, write_json
 from training import DynamicTraining
 
-from dynasty_lightning.core import matmul, native
-from dynasty_lightning.models import build_model
+from dynasty_lightning.numerics import gemm as matmul
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.tasks.models import build_model
 
 BATCHES = {"resnet20": 128, "mlp1024": 256, "vit": 64, "resnet18": 64}
 

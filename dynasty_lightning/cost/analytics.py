@@ -8,8 +8,8 @@ from typing import Final
 
 from torch import Tensor
 
-from ..core.geometry import LayerGeometry
-from ..core.roles import Role
+from ..numerics.geometry import LayerGeometry
+from ..numerics.roles import Role
 from .bit_products import GemmCost
 from .energy import EnergyModel, energy, traffic
 

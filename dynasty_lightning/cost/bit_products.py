@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.formats import MAX_BITS
-from ..core.geometry import LayerGeometry
-from ..core.roles import READS, Gemm, Role
+from ..numerics.formats import MAX_BITS
+from ..numerics.geometry import LayerGeometry
+from ..numerics.roles import READS, Gemm, Role
 
 BASELINE_BITS: Final = MAX_BITS
 ZERO_CHARGE: Final = 4
@@ -316,7 +316,7 @@ def _grid_shapes(
         grid = [-(-shape[0] // rows), *shape[1:]]
         grid[axis] = -(-shape[axis] // channels)
         grids.append(tuple(grid))
-    # How many columns a band has is the operand's choice (core.blocks.BandedWeight).
+    # How many columns a band has is the operand's choice (numerics.layout.BandedWeight).
     columns = -(-geometry.in_channels // channels) if geometry.groups == 1 else weight_bits.shape[1]
     return grids[0], grids[1], (-(-geometry.out_channels // rows), columns, *geometry.taps)
 

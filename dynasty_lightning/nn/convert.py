@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
-from ..core import native
-from ..core.formats import BlockFormat, Scaling
+from ..numerics.backends import native
+from ..numerics.formats import BlockFormat, Scaling
 from .attention import MultiheadAttention as OwnAttention
 from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, check_seed, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode

@@ -9,13 +9,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..core.formats import MAX_BITS
-from ..core.matmul import exact_gemm, fast_gemm, finish
-from ..core.mx import quantize_mx
-from ..core.precision import OperandPrecision
-from ..core.quantize import QuantizedBlocks, Scope, quantize_blocks
-from ..core.random import StreamPosition
-from ..core.roles import SHARED, Gemm, Role
+from ..numerics.formats import MAX_BITS
+from ..numerics.gemm import exact_gemm, fast_gemm, finish
+from ..numerics.mx import quantize_mx
+from ..numerics.operand_precision import OperandPrecision
+from ..numerics.quantize import QuantizedBlocks, Scope, quantize_blocks
+from ..numerics.random import StreamPosition
+from ..numerics.roles import SHARED, Gemm, Role
 from .plan import LayerPlan
 
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]

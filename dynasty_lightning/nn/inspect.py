@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.quantize import header_bits
-from ..core.roles import Gemm, Role
+from ..numerics.quantize import header_bits
+from ..numerics.roles import Gemm, Role
 from .layers import DynamicLayer, dynamic_layers
 from .ops import layer_forward
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..core.formats import MAX_BITS, BlockFormat
-from ..core.geometry import LayerGeometry
-from ..core.precision import OperandPrecision
-from ..core.quantize import header_bits, header_occupied, header_signed, make_headers
-from ..core.roles import SHARED, Gemm, Role
+from ..numerics.formats import MAX_BITS, BlockFormat
+from ..numerics.geometry import LayerGeometry
+from ..numerics.operand_precision import OperandPrecision
+from ..numerics.quantize import header_bits, header_occupied, header_signed, make_headers
+from ..numerics.roles import SHARED, Gemm, Role
 from .gemms import SETTINGS, has_limit, role_settings, settings_of
 from .ops import apply_layer, refuse_torchscript, refuse_transforms
 from .plan import LayerPlan, Mode

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..core.blocks import BlockLayout
-from ..core.native import empty_channels_innermost, empty_grid
-from ..core.quantize import QuantizedBlocks
-from ..core.random import StreamPosition
-from ..core.roles import SHARED, Gemm, Role
+from ..numerics.backends.native import empty_channels_innermost, empty_grid
+from ..numerics.layout import BlockLayout
+from ..numerics.quantize import QuantizedBlocks
+from ..numerics.random import StreamPosition
+from ..numerics.roles import SHARED, Gemm, Role
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
 from .probe import probe_layer

@@ -9,10 +9,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..core.blocks import BandedWeight, BlockLayout
-from ..core.formats import BlockFormat
-from ..core.geometry import LayerGeometry
-from ..core.roles import Gemm, Role
+from ..numerics.formats import BlockFormat
+from ..numerics.geometry import LayerGeometry
+from ..numerics.layout import BandedWeight, BlockLayout
+from ..numerics.roles import Gemm, Role
 
 Mode = Literal["fast", "exact"]
 _LAYOUTS_KEPT: Final = 64

@@ -11,10 +11,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..core.matmul import fast_dtype, multiply
-from ..core.quantize import QuantizedBlocks
-from ..core.random import StreamPosition
-from ..core.roles import READS, Gemm, Role
+from ..numerics.gemm import fast_dtype, multiply
+from ..numerics.quantize import QuantizedBlocks
+from ..numerics.random import StreamPosition
+from ..numerics.roles import READS, Gemm, Role
 from .gemms import quantize_operand
 from .plan import LayerPlan
 

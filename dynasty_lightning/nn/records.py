@@ -10,11 +10,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..core.blocks import BlockLayout
-from ..core.matmul import is_safe
-from ..core.quantize import QuantizedBlocks
-from ..core.roles import Gemm, Role
-from ..core.stats import mean_squares
+from ..numerics.gemm import is_safe
+from ..numerics.layout import BlockLayout
+from ..numerics.moments import mean_squares
+from ..numerics.quantize import QuantizedBlocks
+from ..numerics.roles import Gemm, Role
 from .plan import LayerPlan
 from .probe import ProbeRecord
 

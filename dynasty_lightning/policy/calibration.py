@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..core.roles import READS, Role
 from ..cost.bit_products import ZERO_CHARGE
+from ..numerics.roles import READS, Role
 from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, progress_and_share
 
 _GAIN: Final = 0.5

@@ -12,8 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..core.formats import MAX_BITS, MIN_BITS
-from ..core.roles import Role
+from ..numerics.formats import MAX_BITS, MIN_BITS
+from ..numerics.roles import Role
 
 NOISE_PER_LSB: Final = {Role.ACTIVATION: 1 / 12, Role.WEIGHT: 1 / 12, Role.ERROR: 1 / 6}
 """kappa: mean squared error in units of LSB**2, of uniform rounding error; nearest 1/12, stochastic f(1-f) averaged, 1/6.

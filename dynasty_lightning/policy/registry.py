@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from .controls import MagnitudePolicy, RandomPolicy
-from .generator import DynastyPolicy, Policy, UniformPolicy
-from .rivals import AmpaPolicy, PerLayerPolicy
-from .scheduled import CptPolicy, PfqPolicy
+from .baselines.controls import MagnitudePolicy, RandomPolicy
+from .baselines.rivals import AmpaPolicy, PerLayerPolicy
+from .baselines.scheduled import CptPolicy, PfqPolicy
+from .threshold import DynastyPolicy, Policy, UniformPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

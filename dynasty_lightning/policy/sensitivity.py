@@ -9,8 +9,8 @@ from typing import Final, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.geometry import LayerGeometry
-from ..core.roles import READS, SHARED, Gemm, Role
+from ..numerics.geometry import LayerGeometry
+from ..numerics.roles import READS, SHARED, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .14 to .25 (docs/thresholds.md)."""

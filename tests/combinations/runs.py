@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.data import load_data
-from dynasty_lightning.promises import PromiseWarning
+from dynasty_lightning.tasks.data import load_data
+from dynasty_lightning.trainer.promises import PromiseWarning
 
 TARGET = 4.0
 STEPS = 60

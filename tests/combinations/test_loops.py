@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dynasty_lightning import DynastyPrecision
-from dynasty_lightning.promises import PromiseWarning
+from dynasty_lightning.trainer.promises import PromiseWarning
 
 from .runs import (
     QUIET,

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.analysis import Analysis
-from dynasty_lightning.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.trainer.analysis import Analysis
 
 from .runs import Module, check_dynamic, digits, dynasty, fit, loader, trainer
 

@@ -19,10 +19,10 @@ from dataclasses import asdict
 
 import torch
 
-from dynasty_lightning.core import matmul
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.matmul import multiply
-from dynasty_lightning.core.roles import Gemm
+from dynasty_lightning.numerics import gemm as matmul
+from dynasty_lightning.numerics.gemm import multiply
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Gemm
 
 from . import layers as layer_checks
 from .driver import ROOT

@@ -12,14 +12,15 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from dynasty_lightning.core import matmul, native
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.matmul import multiply, reduction_length
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import DynamicLayer
+from dynasty_lightning.numerics import gemm as matmul
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.gemm import multiply, reduction_length
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Gemm, Role
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _EXECUTOR = "float64"

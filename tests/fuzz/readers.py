@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.methods import Method
+from dynasty_lightning.maps import precision_map as maps
+from dynasty_lightning.maps.precision_map import BitWidthMap, PrecisionMap, model_structure
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.policy import precision_map as maps
-from dynasty_lightning.policy.precision_map import BitWidthMap, PrecisionMap, model_structure
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.study.method import Method
 from fpga.__main__ import config_from
 from fpga.board import _check_files
 from fpga.board_files import load_board, read_board

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dynasty_lightning import compare_report, report
-from dynasty_lightning.compare_report import write_report
-from dynasty_lightning.runs import RunConfig, finite, record_of
+from dynasty_lightning.study.report import demo as report
+from dynasty_lightning.study.report import markdown as compare_report
+from dynasty_lightning.study.report.markdown import write_report
+from dynasty_lightning.study.run import RunConfig, finite, record_of
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, to_json

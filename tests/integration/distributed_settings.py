@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dynasty_lightning import DynastyPrecision, convert
-from dynasty_lightning.data.loader import TensorLoader, WindowLoader
-from dynasty_lightning.ranks import Ranks
+from dynasty_lightning.tasks.data.loader import TensorLoader, WindowLoader
+from dynasty_lightning.trainer.ranks import Ranks
 
 from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.bridge import DeviceOffload, offload
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Gemm, Role
+from dynasty_lightning.hardware.offload import DeviceOffload, offload
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.nn.plan import LayerPlan
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Gemm, Role
 from fpga import DeviceError, DeviceTimeout, GemmConfig, open_device
 
 

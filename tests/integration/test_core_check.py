@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-import dynasty_lightning.core_check as core_check
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core_check import check_on_core, core_speedups, describe
+import dynasty_lightning.hardware.check as core_check
+from dynasty_lightning.hardware.check import check_on_core, core_speedups, describe
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Role
 from fpga import CompileError, DeviceError, ToolMissing
 from fpga.libraries import CacheError
 from fpga.reference import ReferenceDevice

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynasty_lightning import hls4ml_export
 from dynasty_lightning.cli import main
-from dynasty_lightning.export import export_program
-from dynasty_lightning.hls4ml_export import (
+from dynasty_lightning.hardware.hls4ml import project as hls4ml_export
+from dynasty_lightning.hardware.hls4ml.layer import DynamicGemm, register
+from dynasty_lightning.hardware.hls4ml.project import (
     FixedPoint,
     Hls4mlExportError,
     choose_types,
@@ -24,7 +24,7 @@ from dynasty_lightning.hls4ml_export import (
     plain_network,
     trace_apart,
 )
-from dynasty_lightning.hls4ml_layer import DynamicGemm, register
+from dynasty_lightning.hardware.program import export_program
 from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
 from fpga.quantizer import ActivationRequest

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BandedWeight
-from dynasty_lightning.core.matmul import exact_gemm, fast_dtype, round_once
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.quantize import quantize_blocks
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import DynamicLayer, geometry_of, pads_explicitly
 from dynasty_lightning.nn.plan import LayerPlan
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.gemm import exact_gemm, fast_dtype, round_once
+from dynasty_lightning.numerics.layout import BandedWeight
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.quantize import quantize_blocks
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Gemm, Role
 from tests import oracle
 
 PATHS = {}

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynasty_lightning.nn as dnn
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.cost.bit_products import layer_cost
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Gemm, Role
 
 QUIET = {
     "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1,
@@ -388,7 +388,7 @@ class Scored(Task):
 def said(monkeypatch):
     """What the plugin says without warning."""
     told = []
-    monkeypatch.setattr("dynasty_lightning.precision.rank_zero_info", told.append)
+    monkeypatch.setattr("dynasty_lightning.trainer.precision.rank_zero_info", told.append)
     return told
 
 

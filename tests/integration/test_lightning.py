@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role, convert
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
-from dynasty_lightning.policy.generator import DynastyPolicy
-from dynasty_lightning.promises import PromiseWarning
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.policy.threshold import DynastyPolicy
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.models import CifarResNet, Classifier
+from dynasty_lightning.trainer.promises import PromiseWarning
 
 QUIET = {
     "logger": False,

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, OperandPrecision, Role, convert
-from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import CifarResNet, Classifier
 from dynasty_lightning.nn import MultiheadAttention
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.models import CifarResNet, Classifier
 
 CPU = torch.device("cpu")
 QUIET = {

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import SHARED, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.precision import DynastyPrecision
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import SHARED, Role
+from dynasty_lightning.trainer.precision import DynastyPrecision
 from tests.integration.test_lightning import QUIET
 
 

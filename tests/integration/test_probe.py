@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.cost.run_cost import RunCost
 from dynasty_lightning.nn import ops
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.nn.probe import PROBED_ROWS, SHIFTS, ProbeRecord
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.calibration import Calibration
 
 from .test_lightning import digits, small_classifier, trainer

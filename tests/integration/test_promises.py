@@ -15,11 +15,11 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.policy.generator import DynastyPolicy, UniformPolicy
-from dynasty_lightning.promises import PromiseWarning
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.policy.threshold import DynastyPolicy, UniformPolicy
+from dynasty_lightning.trainer.promises import PromiseWarning
 
 QUIET = {
     "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynasty_lightning import cli
+from dynasty_lightning.cli import command_line as cli
 from fpga import __main__ as fpga_cli
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import Classifier, build_model
 from dynasty_lightning.policy.registry import POLICIES
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.models import Classifier, build_model
 
 QUIET = {
     "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu",

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, OperandPrecision, Role, convert
-from dynasty_lightning.models import CharTransformer
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.tasks import TEXT_MODELS, build_task
+from dynasty_lightning.tasks.models import CharTransformer
+from dynasty_lightning.tasks.tasks import TEXT_MODELS, build_task
 
 
 class Losses(L.Callback):

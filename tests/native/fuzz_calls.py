@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.formats import BlockFormat
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.stats import mean_squares
 from dynasty_lightning.nn.plan import LayerPlan
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.moments import mean_squares
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
 
 Call = tuple[str, Callable[..., Any], dict[str, Any]]
 

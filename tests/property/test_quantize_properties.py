@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.rounding import round_stochastic
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.numerics.rounding import round_stochastic
 from tests import oracle
 
 ROLES = st.sampled_from(list(Role))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.bridge import DeviceOffload, offload
+from dynasty_lightning.hardware.offload import DeviceOffload, offload
 from dynasty_lightning.nn.convert import convert
 from fpga import DeviceError, open_device
 

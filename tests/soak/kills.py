@@ -23,9 +23,9 @@ from typing import Any, Final
 
 import sklearn.datasets  # noqa: F401  for the processes that are forked from the one that has loaded all this
 
-from dynasty_lightning import runs
-from dynasty_lightning.compare import make_grid, run_grid
-from dynasty_lightning.runs import RunConfig, threads, train_one
+from dynasty_lightning.study import run as runs
+from dynasty_lightning.study.grid import make_grid, run_grid
+from dynasty_lightning.study.run import RunConfig, threads, train_one
 
 RESULTS: Final = "results.jsonl"
 OF_TIME: Final = ("seconds", "wall_seconds", "analytics_share", "started", "parts", "sha256")

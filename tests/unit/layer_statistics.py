@@ -2,8 +2,8 @@
 
 import torch
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Gemm, Role
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.policy.sensitivity import LayerStatistics
 
 X, W, E = Role

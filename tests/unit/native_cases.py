@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.quantize import QuantizedBlocks, quantize_in_torch
-from dynasty_lightning.core.random import StreamPosition, stream_numbers
-from dynasty_lightning.core.roles import Role
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import QuantizedBlocks, quantize_in_torch
+from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
+from dynasty_lightning.numerics.roles import Role
 
 SQUARES = ((4, 4), (8, 8), (16, 16))
 # As formats have them, transposed for the GEMM that contracts rows, and with the single rows of eval mode.

@@ -2,7 +2,7 @@
 # ruff: noqa: E501
 """Bends the C++ kernels in one place at a time and shows that the tests see it.   python -m tests.unit.native_mutations [--only NAME]
 
-Each mutant is a copy of core/cpp with one text replaced, built by `native.build` and put through the random operands of test_native.py, and
+Each mutant is a copy of numerics/backends/cpp with one text replaced, built by `native.build` and put through the random operands of test_native.py, and
 a few sums of squares and widened results, in a process of its own. A text that does not occur exactly once in all of the sources, or a
 mutant that does not compile, is an error of this list, not a mutant caught. The sources as they are must pass.
 """
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.random import StreamPosition, stream_numbers
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.stats import mean_squares_in_torch
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.moments import mean_squares_in_torch
+from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
+from dynasty_lightning.numerics.roles import Role
 
 from . import native_cases
 

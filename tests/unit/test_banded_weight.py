@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from dynasty_lightning.core.blocks import BandedWeight
+from dynasty_lightning.numerics.layout import BandedWeight
 
 
 def band(outputs, inputs, groups, block, unit):

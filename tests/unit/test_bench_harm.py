@@ -18,9 +18,9 @@ from benchmarks.harm import (
     repeatability,
     rounding_error,
 )
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Gemm, Role
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.policy.sensitivity import LayerStatistics
 
 BATCH = 6

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Role
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.calibration import Calibration, Slope, measured_slopes
 from dynasty_lightning.policy.sensitivity import layer_gains, layer_sensitivities, loss_terms, patch_energy
 

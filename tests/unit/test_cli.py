@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynasty_lightning import PrecisionMap, demo
+from dynasty_lightning import PrecisionMap
 from dynasty_lightning.cli import main
-from dynasty_lightning.demo import DemoConfig, ProgressBoard, run_demo
-from dynasty_lightning.report import read_summary
+from dynasty_lightning.study import demo
+from dynasty_lightning.study.demo import DemoConfig, ProgressBoard, run_demo
+from dynasty_lightning.study.report.demo import read_summary
 from tests.waiting import wait_until
 
 SMALL = ["--epochs", "1", "--train-images", "64", "--batch-size", "16", "--seeds", "1", "--threads", "1"]

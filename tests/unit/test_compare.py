@@ -15,14 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dynasty_lightning import compare, runs
 from dynasty_lightning.cli import main
-from dynasty_lightning.compare import describe_grid, make_grid, run_grid
-from dynasty_lightning.data import TensorDataModule
 from dynasty_lightning.policy.schedule import AnalysisSchedule
-from dynasty_lightning.results_file import ResultsFile, read_records
-from dynasty_lightning.runs import RunConfig, record_of, train, train_one
-from dynasty_lightning.workers import run_in_workers
+from dynasty_lightning.study import grid as compare
+from dynasty_lightning.study import run as runs
+from dynasty_lightning.study.grid import describe_grid, make_grid, run_grid
+from dynasty_lightning.study.results import ResultsFile, read_records
+from dynasty_lightning.study.run import RunConfig, record_of, train, train_one
+from dynasty_lightning.study.workers import run_in_workers
+from dynasty_lightning.tasks.data import TensorDataModule
 from tests.waiting import wait_until
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "batch_size": 32, "train_samples": 64}
@@ -291,7 +292,7 @@ sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[2])!
 if __name__ == "__main__":
     import test_compare
     from pathlib import Path
-    from dynasty_lightning.compare import run_grid
+    from dynasty_lightning.study.grid import run_grid
     run_grid(test_compare.grid(["float32"], range(200)), Path({str(out)!r}), train=test_compare.{code}, at_once=2)
 """
     script = out.with_name("run.py")
@@ -438,7 +439,7 @@ def test_numbers_lost_on_the_way_and_found_again_are_no_divergence():
 
 
 def test_an_error_after_losses_that_are_no_numbers_is_a_divergence(monkeypatch):
-    monkeypatch.setattr("dynasty_lightning.runs._Watch.mean_loss", property(lambda self: 1 / 0))
+    monkeypatch.setattr("dynasty_lightning.study.run._Watch.mean_loss", property(lambda self: 1 / 0))
     failed = train_one(config("float32"))
     assert (failed["status"], failed["error"]) == ("failed", "ZeroDivisionError: division by zero")
     assert failed["trace"][-1].startswith("test_compare.py:")
@@ -458,7 +459,7 @@ def test_missing_data_fails_its_runs_only(tmp_path, out, monkeypatch, capsys):
     for record in lines(out):
         assert record["status"] == ("failed" if record["config"]["data"] == "cifar100" else "complete")
     assert lines(out)[0]["error"].startswith("FileNotFoundError: no CIFAR-100 in /nowhere")
-    assert lines(out)[0]["trace"][-1].startswith("dynasty_lightning/data/files.py:")
+    assert lines(out)[0]["trace"][-1].startswith("dynasty_lightning/tasks/data/files.py:")
 
 
 def test_no_core_for_long_blocks():

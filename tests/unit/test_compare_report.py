@@ -7,10 +7,10 @@ import pytest
 from matplotlib import pyplot
 
 from dynasty_lightning.cli import main
-from dynasty_lightning.compare_pictures import draw_course, draw_differences, draw_pareto
-from dynasty_lightning.compare_report import write_report
-from dynasty_lightning.compare_settings import Difference, courses, settings_of, titles
-from dynasty_lightning.runs import RunConfig, record_of
+from dynasty_lightning.study.report.markdown import write_report
+from dynasty_lightning.study.report.pictures import draw_course, draw_differences, draw_pareto
+from dynasty_lightning.study.report.settings import Difference, courses, settings_of, titles
+from dynasty_lightning.study.run import RunConfig, record_of
 
 TASK = {"train_samples": 50000, "test_samples": 10000, "validation_samples": 0}
 
@@ -420,7 +420,7 @@ def test_course_in_the_report(report):
 
 def test_picture_of_a_course(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("dynasty_lightning.compare_pictures.save_picture", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr("dynasty_lightning.study.report.pictures.save_picture", lambda figure, path: figures.append(figure) or path)
     (course,) = courses(settings_of(lengths()))
     assert draw_course(course, tmp_path / "a.png") == tmp_path / "a.png"
     axes = figures[0].axes[0]

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynasty_lightning.core.blocks import BandedWeight
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
 from dynasty_lightning.cost.run_cost import RunCost
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.layout import BandedWeight
+from dynasty_lightning.numerics.roles import Gemm, Role
 
 X, W, E = Role
 WIDTHS = np.array([0, 2, 3, 4, 5, 6, 7, 8])

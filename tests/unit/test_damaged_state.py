@@ -11,15 +11,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dynasty_lightning import BitWidthMap, DynastyCallback, DynastyPrecision, OperandPrecision, PrecisionMap, Role, demo
-from dynasty_lightning.checked_state import reading, sealed_state, state_digest
-from dynasty_lightning.checkpoint_files import SealedCheckpointIO, read_checkpoint
-from dynasty_lightning.core.geometry import LayerGeometry
+from dynasty_lightning import BitWidthMap, DynastyCallback, DynastyPrecision, OperandPrecision, PrecisionMap, Role
 from dynasty_lightning.files import DamagedFile
-from dynasty_lightning.policy.precision_map import ModelStructure
-from dynasty_lightning.report import SUMMARY_FILE, read_history, read_summary
-from dynasty_lightning.results_file import ResultsFile, read_records
-from dynasty_lightning.run_checkpoint import RunCheckpoint
+from dynasty_lightning.maps.precision_map import ModelStructure
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.study import demo
+from dynasty_lightning.study.checkpoint import RunCheckpoint
+from dynasty_lightning.study.report.demo import SUMMARY_FILE, read_history, read_summary
+from dynasty_lightning.study.results import ResultsFile, read_records
+from dynasty_lightning.trainer.checked_state import reading, sealed_state, state_digest
+from dynasty_lightning.trainer.checkpoint_files import SealedCheckpointIO, read_checkpoint
 from fpga.images import IMAGES_FILE, load_images, save_images
 
 FLIPS, PAGES, CUTS = 100, 20, 20

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.data import DATASETS, TensorDataModule, load_data
-from dynasty_lightning.data import files as data_files
-from dynasty_lightning.data.files import ImageData
-from dynasty_lightning.data.loader import WindowLoader
-from dynasty_lightning.data.module import TensorLoader
 from dynasty_lightning.files import DamagedFile
-from dynasty_lightning.models import Classifier, build_model
+from dynasty_lightning.tasks.data import DATASETS, TensorDataModule, load_data
+from dynasty_lightning.tasks.data import files as data_files
+from dynasty_lightning.tasks.data.files import ImageData
+from dynasty_lightning.tasks.data.loader import WindowLoader
+from dynasty_lightning.tasks.data.module import TensorLoader
+from dynasty_lightning.tasks.models import Classifier, build_model
 
 
 def image_data(*, images=20, channels=1, size=4, name="digits"):

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Gemm, Role
 from dynasty_lightning.cost.analytics import AnalyticsCost, analytics_cost, analytics_share
 from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
 from dynasty_lightning.cost.energy import Energy, EnergyModel, energy, energy_ratios, traffic
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Gemm, Role
 
 UNIT = EnergyModel(
     mac_8x8=64.0,

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynasty_lightning.bridge import operand_of
 from dynasty_lightning.cli import main
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Gemm, Role
-from dynasty_lightning.data import load_data
-from dynasty_lightning.export import ExportError, export_program
-from dynasty_lightning.export_run import export_run
-from dynasty_lightning.models import build_model
+from dynasty_lightning.hardware.offload import operand_of
+from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import quantize_operand
 from dynasty_lightning.nn.layers import dynamic_layers
-from dynasty_lightning.report import read_summary
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Gemm, Role
+from dynasty_lightning.study.export import export_run
+from dynasty_lightning.study.report.demo import read_summary
+from dynasty_lightning.tasks.data import load_data
+from dynasty_lightning.tasks.models import build_model
 from fpga import Operand, open_device
 from fpga.board_files import load_board
 from fpga.deploy import DeployError, deploy

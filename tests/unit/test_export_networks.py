@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynasty_lightning.export import export_program
+from dynasty_lightning.hardware.program import export_program
 from dynasty_lightning.nn.convert import convert
 from fpga import open_device
 from fpga.runtime import Program, Runner

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynasty_lightning.core.precision import OperandPrecision
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.export import ExportError, export_program
+from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.roles import Role
 from fpga import open_device
 from fpga.program import Program
 from fpga.runtime import Runner

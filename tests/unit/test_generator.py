@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.policy.generator import DynastyPolicy, Measurement, UniformPolicy
+from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.sensitivity import NATURAL_LOSS, bit_price, layer_sensitivities
+from dynasty_lightning.policy.threshold import DynastyPolicy, Measurement, UniformPolicy
 
 from .layer_statistics import linear
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.matmul import is_trusted, multiply
-from dynasty_lightning.core.roles import Gemm
+from dynasty_lightning.numerics.gemm import is_trusted, multiply
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Gemm
 
 from ..fuzz.geometries import search
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynasty_lightning.data import TextData, TextDataModule
-from dynasty_lightning.models import CharTransformer, LanguageModel
+from dynasty_lightning.tasks.data import TextData, TextDataModule
+from dynasty_lightning.tasks.models import CharTransformer, LanguageModel
 
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
@@ -70,7 +70,7 @@ def test_it_learns_and_logs():
 
 
 def test_a_last_batch_of_another_size_counts_by_its_windows(monkeypatch):
-    monkeypatch.setattr("dynasty_lightning.data.text._EVALUATION_BATCH", 5)
+    monkeypatch.setattr("dynasty_lightning.tasks.data.text._EVALUATION_BATCH", 5)
     module, data = modules()
     assert [len(x) for x, _ in data.test_dataloader()] == [5, 5, 2]
     (tested,) = L.Trainer(**QUIET).test(module, data, verbose=False)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.matmul import exact_gemm, fast_dtype, fast_gemm, multiply, reduction_length, sum_bound
-from dynasty_lightning.core.quantize import quantize_blocks
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import READS, Gemm, Role
+from dynasty_lightning.numerics.gemm import exact_gemm, fast_dtype, fast_gemm, multiply, reduction_length, sum_bound
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import quantize_blocks
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import READS, Gemm, Role
 from tests import oracle
 
 LINEAR = LayerGeometry(kind="linear", weight_shape=(7, 9))

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dynasty_lightning.methods import Method, parse_methods
-from dynasty_lightning.policy.generator import DynastyPolicy, UniformPolicy
+from dynasty_lightning.policy.threshold import DynastyPolicy, UniformPolicy
+from dynasty_lightning.study.method import Method, parse_methods
 
 
 @pytest.mark.parametrize(

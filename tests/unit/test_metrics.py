@@ -6,11 +6,11 @@ import pytest
 import torch
 from torchmetrics import MetricCollection
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
 from dynasty_lightning.cost.energy import EnergyModel, energy_ratios
-from dynasty_lightning.metrics import BitWidth, EnergyRatio, Speedup, ZeroShare
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.trainer.metrics import BitWidth, EnergyRatio, Speedup, ZeroShare
 
 X, W, E = Role
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dynasty_lightning import convert
-from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models import (
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.models import (
     MODELS,
     CharTransformer,
     CifarResNet,

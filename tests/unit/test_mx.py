@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.formats import BlockFormat
-from dynasty_lightning.core.mx import quantize_mx
-from dynasty_lightning.methods import Method
 from dynasty_lightning.nn.convert import convert
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.mx import quantize_mx
+from dynasty_lightning.study.method import Method
 from tests import oracle
 
 BLOCK = 32

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.quantize import quantize, quantize_blocks, quantize_in_torch
-from dynasty_lightning.core.random import StreamPosition, drop_code, stream_numbers
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.nn.plan import LayerPlan
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import quantize, quantize_blocks, quantize_in_torch
+from dynasty_lightning.numerics.random import StreamPosition, drop_code, stream_numbers
+from dynasty_lightning.numerics.roles import Role
 from tests import oracle
 from tests.waiting import HANG_S
 
@@ -474,8 +474,8 @@ def python(*arguments, seconds=HANG_S, **environment):
 def test_blocks_of_more_rows_than_memory_holds():
     code = """
 import torch
-from dynasty_lightning.core import native
-from dynasty_lightning.core.roles import Role
+from dynasty_lightning.numerics import native
+from dynasty_lightning.numerics.roles import Role
 from tests.unit.native_cases import case
 for x in (torch.randn(8, 64), torch.randn(8, 4, 30)):
     expected = case(x, (8, 4), 1, Role.ERROR, bits=4).in_library(None)
@@ -501,13 +501,13 @@ def test_no_call_crashes():
 
 RESULTS = """
 import hashlib, json, torch
-from dynasty_lightning.core import native
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.stats import mean_squares
+from dynasty_lightning.numerics import native
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.numerics.moments import mean_squares
 from dynasty_lightning.nn.plan import LayerPlan
 
 torch.manual_seed(3)
@@ -716,7 +716,7 @@ def test_a_broken_library_in_the_cache(stub, tmp_path, monkeypatch, content):
 def test_two_processes_build_at_once(stub, tmp_path):
     cache, go = tmp_path / "cache", tmp_path / "go"
     code = (
-        "import ctypes, sys, time; from pathlib import Path; from dynasty_lightning.core import native\n"
+        "import ctypes, sys, time; from pathlib import Path; from dynasty_lightning.numerics import native\n"
         "native.SOURCES, cache, go = (Path(a) for a in sys.argv[1:])\n"
         "print('ready', flush=True)\n"
         "while not go.exists(): time.sleep(0.001)\n"

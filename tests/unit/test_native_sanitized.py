@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynasty_lightning.core import native
+from dynasty_lightning.numerics.backends import native
 from fpga.libraries import find_compiler
 from tests.waiting import HANG_S
 

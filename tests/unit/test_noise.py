@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from benchmarks import bench_noise
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.policy.noise import (
-    LSB_LIMIT,
-    NOISE_PER_LSB,
-    NOISE_TO_SIGNAL,
-    THRESHOLD_OFFSET,
-    ideal_lsb_exponent,
-    noise_to_signal,
-)
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.policy.noise import LSB_LIMIT, NOISE_PER_LSB, NOISE_TO_SIGNAL, THRESHOLD_OFFSET, ideal_lsb_exponent, noise_to_signal
 
 RESULTS = json.loads((Path(bench_noise.ROOT) / "benchmarks" / "results" / "noise.json").read_text())
 NAMES = {(Role.ACTIVATION, False): "X relu", (Role.ACTIVATION, True): "X signed", (Role.WEIGHT, True): "W", (Role.ERROR, True): "E"}

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from dynasty_lightning.core.blocks import BandedWeight
-from dynasty_lightning.core.formats import BlockFormat
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.precision import MAX_LSB_EXPONENT, OperandPrecision
-from dynasty_lightning.core.roles import Role
 from dynasty_lightning.files import DamagedFile
+from dynasty_lightning.maps import precision_map as module
+from dynasty_lightning.maps.precision_map import BitWidthMap, ModelStructure, PrecisionMap, model_structure, structure_hash
 from dynasty_lightning.nn.convert import convert
-from dynasty_lightning.policy import precision_map as module
-from dynasty_lightning.policy.precision_map import BitWidthMap, ModelStructure, PrecisionMap, model_structure, structure_hash
+from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.layout import BandedWeight
+from dynasty_lightning.numerics.operand_precision import MAX_LSB_EXPONENT, OperandPrecision
+from dynasty_lightning.numerics.roles import Role
 
 X, W, E = Role
 LAYERS = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.formats import BlockFormat
-from dynasty_lightning.core.quantize import quantize
-from dynasty_lightning.core.random import StreamPosition
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.rounding import round_stochastic
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.numerics.rounding import round_stochastic
 from tests import oracle
 
 

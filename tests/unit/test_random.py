@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynasty_lightning.core.random import StreamPosition, philox4x32, stream_numbers
+from dynasty_lightning.numerics.random import StreamPosition, philox4x32, stream_numbers
 from tests import oracle
 
 # Random123's kat_vectors, philox4x32-10.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from dynasty_lightning import report
 from dynasty_lightning.files import write_whole
+from dynasty_lightning.study.report import demo as report
 
 LAYERS = ["network.stem", "network.blocks.0.conv1", "network.head"]
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dynasty_lightning.results_file import FileInUse, ResultsFile, read_records
+from dynasty_lightning.study.results import FileInUse, ResultsFile, read_records
 
 
 def record(key, status="complete", **more):
@@ -127,7 +127,7 @@ def test_one_process_at_a_time(path):
         with pytest.raises(FileInUse, match="another process appends to it"):
             ResultsFile(path)
         # Another process, not just another descriptor of this one.
-        code = f"from pathlib import Path; from dynasty_lightning.results_file import ResultsFile; ResultsFile(Path({str(path)!r}))"
+        code = f"from pathlib import Path; from dynasty_lightning.study.results import ResultsFile; ResultsFile(Path({str(path)!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "FileInUse" in done.stderr
     ResultsFile(path).close()

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dynasty_lightning.core.geometry import LayerGeometry
-from dynasty_lightning.core.roles import Gemm, Role
-from dynasty_lightning.policy.generator import Measurement
+from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.roles import Gemm, Role
+from dynasty_lightning.policy.baselines.rivals import AmpaPolicy, PerLayerPolicy, _combination_costs
+from dynasty_lightning.policy.baselines.scheduled import CptPolicy, PfqPolicy
+from dynasty_lightning.policy.baselines.widths import EQUAL_SHARES, noise_levels, width_cost
 from dynasty_lightning.policy.registry import POLICIES, make_policy
-from dynasty_lightning.policy.rivals import AmpaPolicy, PerLayerPolicy, _combination_costs
-from dynasty_lightning.policy.scheduled import CptPolicy, PfqPolicy
 from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity
-from dynasty_lightning.policy.widths import EQUAL_SHARES, noise_levels, width_cost
+from dynasty_lightning.policy.threshold import Measurement
 
 X, W, E = Role
 RIVALS = ("per_layer", "magnitude", "random", "pfq", "cpt", "ampa")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dynasty_lightning import runs
-from dynasty_lightning.checkpoint_files import SealedCheckpointIO
-from dynasty_lightning.compare import make_grid, run_grid
-from dynasty_lightning.data import TensorDataModule, load_data
-from dynasty_lightning.models.classifier import Classifier
-from dynasty_lightning.results_file import ResultsFile, read_records
-from dynasty_lightning.run_checkpoint import RunCheckpoint
-from dynasty_lightning.runs import RunConfig, train_one
+from dynasty_lightning.study import run as runs
+from dynasty_lightning.study.checkpoint import RunCheckpoint
+from dynasty_lightning.study.grid import make_grid, run_grid
+from dynasty_lightning.study.results import ResultsFile, read_records
+from dynasty_lightning.study.run import RunConfig, train_one
+from dynasty_lightning.tasks.data import TensorDataModule, load_data
+from dynasty_lightning.tasks.models.classifier import Classifier
+from dynasty_lightning.trainer.checkpoint_files import SealedCheckpointIO
 
 STEPS_AN_EPOCH, STOP = 5, 8  # in the middle of the second epoch
 TIMES = ("seconds", "wall_seconds", "analytics_share", "started", "parts", "warnings")

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.core import native
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.stats import mean_squares, mean_squares_in_torch
+from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.moments import mean_squares, mean_squares_in_torch
 
 from . import native_cases
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynasty_lightning.step_size import effective_step_sizes
+from dynasty_lightning.trainer.step_size import effective_step_sizes
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning import tasks
-from dynasty_lightning.data import TextData
-from dynasty_lightning.models import CharTransformer, Classifier, LanguageModel
-from dynasty_lightning.models.schedule import stepped
-from dynasty_lightning.tasks import TASK_DATA, TASK_MODELS, Task, build_task, check_decay, check_pair
+from dynasty_lightning.tasks import tasks
+from dynasty_lightning.tasks.data import TextData
+from dynasty_lightning.tasks.models import CharTransformer, Classifier, LanguageModel
+from dynasty_lightning.tasks.models.decay import stepped
+from dynasty_lightning.tasks.tasks import TASK_DATA, TASK_MODELS, Task, build_task, check_decay, check_pair
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynasty_lightning.data import TextData, TextDataModule, stdlib_docs
-from dynasty_lightning.data import text as text_module
-from dynasty_lightning.data.loader import WindowLoader
-from dynasty_lightning.data.text import CHARACTERS, UNKNOWN, VOCABULARY, decode, encode
 from dynasty_lightning.files import DamagedFile
+from dynasty_lightning.tasks.data import TextData, TextDataModule, stdlib_docs
+from dynasty_lightning.tasks.data import text as text_module
+from dynasty_lightning.tasks.data.loader import WindowLoader
+from dynasty_lightning.tasks.data.text import CHARACTERS, UNKNOWN, VOCABULARY, decode, encode
 
 
 def counting(length):

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from dynasty_lightning.core.blocks import BlockLayout
-from dynasty_lightning.core.quantize import quantize_in_torch
-from dynasty_lightning.core.random import StreamPosition, stream_numbers
-from dynasty_lightning.core.roles import Role
-from dynasty_lightning.core.triton_quantizer import dequantize_cuda, quantize_cuda
+from dynasty_lightning.numerics.backends.triton import dequantize_cuda, quantize_cuda
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantize import quantize_in_torch
+from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
+from dynasty_lightning.numerics.roles import Role
 from tests.waiting import HANG_S
 
 from . import triton_helpers

@@ -24,7 +24,7 @@ def call(pickled: bytes) -> bytes:
 
 def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=None, wide=False, **options) -> dict[str, Any] | None:
     """quantize_cuda's results by name, and what dequantize_cuda makes of them in the type `dequantized`."""
-    from dynasty_lightning.core import triton_quantizer
+    from dynasty_lightning.numerics.backends import triton as triton_quantizer
 
     kept = triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets
     try:
@@ -49,7 +49,7 @@ def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=Non
 
 def numbers(stream, code: int, count: int, *, share: int, wide: bool, device: str = "cpu") -> torch.Tensor:
     """The first `count` numbers of the stream, `share` to a counter."""
-    from dynasty_lightning.core.triton_quantizer import _stream_words
+    from dynasty_lightning.numerics.backends.triton import _stream_words
 
     from . import triton_stream
 
@@ -74,7 +74,7 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dynasty_lightning.core import triton_quantizer
+    from dynasty_lightning.numerics.backends import triton as triton_quantizer
 
     pointers = {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.float16: "*fp16"}
     texts: dict[str, str] = {}

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dynasty_lightning.core.triton_kernels import _VARYING, _numbers, philox
+from dynasty_lightning.numerics.backends.triton_kernels import _VARYING, _numbers, philox
 
 
 @triton.jit(do_not_specialize=[name for name in _VARYING if name in ("seed", "rank", "backward_count", "call_index", "stream_word")])

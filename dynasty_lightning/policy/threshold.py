@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a noise budget."""
+
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..numerics.formats import MAX_BITS, MIN_BITS, check_bits
+from ..numerics.operand_precision import OperandPrecision
+from ..numerics.roles import SHARED, Role
+from .calibration import Calibration, measured_slopes
+from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
+from .sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+
+Entries = dict[str, dict[Role, OperandPrecision]]
+
+GREATEST_SPEEDUP: Final = 16.0
+"""8 x 8 over 2 x 2 bits; beyond it only zero blocks help, which no policy can promise."""
+_MAX_LOG_STEP: Final = 1.5
+_COST_GAIN: Final = 2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
+_NOISE_GAIN: Final = 0.7
+_HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
+_MEMORY: Final = 64.0
+"""Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a thousand times the usual one for a step
+would else set E's thresholds for 27 analyses, in all of which E is zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one analysis hands to a policy.
+
+    Attributes:
+        layers: observations by layer name, in order of depth.
+        loss: smoothed training loss; only its size matters.
+        speedup: measured now, in the currency of the target.
+        target_speedup: what the next steps need so that the whole run meets its target; None without one.
+        step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
+        run_speedup: of all steps so far together; NaN where nobody keeps count.
+    """
+
+    layers: Mapping[str, LayerStatistics]
+    loss: float
+    speedup: float
+    target_speedup: float | None
+    step: int = 0
+    steps: float = math.inf
+    run_speedup: float = math.nan
+
+
+class Policy(Protocol):
+    """Statistics in, map out, state saved.
+
+    Attributes:
+        name: as checkpoints and records tell it.
+        needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first map needs.
+        wants_probes: some analyses shall measure harm.
+    """
+
+    name: str
+    needs_statistics: bool
+
+    @property
+    def wants_probes(self) -> bool: ...
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        """The map before anything is measured, by layer name."""
+        ...
+
+    def update(self, measurement: Measurement) -> Entries:
+        """The map for the next interval, after each analysis; operands that it leaves out keep what they have."""
+        ...
+
+    def raise_precision(self) -> None:
+        """Widen, because the loss guard says so; a policy of fixed widths has nothing to widen."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class UniformPolicy:
+    """Fixed widths: one for all, or one for each role; `backward_bits` as in `ThresholdPolicy`."""
+
+    bits: int | Mapping[str, int] = 8
+    backward_bits: Mapping[str, int] = field(default_factory=dict)
+    name: str = "uniform"
+    needs_statistics: bool = False
+    wants_probes: bool = False
+
+    def __post_init__(self) -> None:
+        widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(_by_letter("bits", self.bits))
+        self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
+        self._backward = check_backward_bits(self.backward_bits)
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        return {
+            name: {r: OperandPrecision(bits=bits, backward_bits=self._backward.get(r, MAX_BITS)) for r, bits in self._bits.items()}
+            for name in layers
+        }
+
+    def update(self, measurement: Measurement) -> Entries:
+        return self.initial(measurement.layers)
+
+    def raise_precision(self) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        return None
+
+
+@dataclass(kw_only=True)
+class ThresholdPolicy(ABC):
+    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda is steered.
+
+    Args:
+        noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to the measurement's target_speedup.
+        smoothing: weight of the past in the moving averages of second moments.
+        hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
+        least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop, but of X and W a bias that harm in
+            second moments does not see and training does (docs/thresholds.md, Measured harm).
+        backward_bits: most bits of X in WGRAD and of W in DGRAD, MAX_BITS where not given (docs/thresholds.md, Backward).
+        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
+            which was best where we measured (docs/thresholds.md, Calibration).
+        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations, and for a split measured elsewhere.
+    """
+
+    noise_budget: float | None = None
+    smoothing: float = 0.6
+    hysteresis: float = 0.25
+    least_bits: Mapping[str, int] = field(default_factory=lambda: {"X": 2, "W": 2, "E": 0})
+    backward_bits: Mapping[str, int] = field(default_factory=dict)
+    calibrate: Literal["layers", "roles", "none"] = "none"
+    role_weights: Mapping[str, float] = field(default_factory=dict)
+    name: str
+    needs_statistics: bool = True
+
+    calibrations: ClassVar[tuple[str, ...]] = ("layers", "roles", "none")
+    """What `calibrate` may be; a policy for which one makes no sense leaves it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("noise_budget", "smoothing", "hysteresis"):
+            value = getattr(self, name)
+            if (value is not None or name != "noise_budget") and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+        if self.noise_budget is not None and not 0 < self.noise_budget < math.inf:
+            raise ValueError(f"noise_budget must be positive and finite, not {self.noise_budget}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
+        if not 0 <= self.hysteresis < 0.5:
+            raise ValueError(f"hysteresis must be in [0, 0.5) binades, not {self.hysteresis}")
+        if self.calibrate not in self.calibrations:
+            raise ValueError(f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, not {self.calibrate!r}")
+        self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in _by_letter("least_bits", self.least_bits)}
+        self._backward = check_backward_bits(self.backward_bits)
+        for role, bits in self._backward.items():
+            if bits < self._least.get(role, 0):
+                raise ValueError(f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, {self._least[role]}")
+        self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in _by_letter("role_weights", self.role_weights)}
+        for role, weight in self._role_weights.items():
+            if not (isinstance(weight, int | float) and 0 < weight < math.inf):
+                raise ValueError(f"weights of roles must be positive and finite, not {weight!r} for {role.letter}")
+        self.calibration = Calibration(by_layer=self.calibrate == "layers")
+        self.multiplier: float | None = None
+        self._level: float | None = None
+        self.predicted_harm = math.nan
+        self._averages: dict[str, dict[str, Tensor]] = {}
+        self._weights: dict[str, float] = {}
+        self._thresholds: dict[str, Tensor] = {}
+
+    @property
+    def wants_probes(self) -> bool:
+        return self.calibrate != "none"
+
+    @abstractmethod
+    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        """Harm and price of every operand from smoothed statistics, before any correction."""
+
+    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        """What `predict` says, harm times its role's weight and what calibration found."""
+        return {
+            name: {
+                role: replace(s, harm=s.harm * (self._role_weights[role] * self.calibration.multiplier(name, role)))
+                for role, s in roles.items()
+            }
+            for name, roles in self.predict(layers, loss=loss).items()
+        }
+
+    def initial(self, layers: Mapping[str, Any]) -> Entries:
+        return {}
+
+    def update(self, measurement: Measurement) -> Entries:
+        if self.wants_probes:
+            self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
+        smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}
+        sensitivities = self.sensitivities(smooth, loss=measurement.loss)
+        drift = self._drift(sensitivities)
+        if self.multiplier is None:
+            self.multiplier = self._level or 1.0
+        else:
+            self._steer(measurement, drift)
+        # An operand without any harm is one that this step could not tell about, not one that needs nothing: it keeps what it has.
+        entries = {
+            name: {role: self._entry(name, role, s) for role, s in roles.items() if bool((s.harm > 0).any())}
+            for name, roles in sensitivities.items()
+        }
+        self.predicted_harm = sum(
+            _predicted_harm(sensitivities[name][role], entry.values, role)
+            for name, roles in entries.items()
+            for role, entry in roles.items()
+        )
+        return entries
+
+    def raise_precision(self) -> None:
+        """Make errors dearer by two octaves of lambda: one bit an element, about. The loss guard calls it."""
+        if self.multiplier is not None:
+            self.multiplier /= 4.0
+
+    def _drift(self, sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float:
+        """How the level of harm moved since the last update; 1 where it is not known."""
+        before, level = self._level, _four_bit_multiplier(sensitivities)
+        self._level = level or before
+        return level / before if level and before else 1.0
+
+    def _steer(self, measurement: Measurement, drift: float) -> None:
+        """Move lambda: to a noise budget by what predicted harm is off; to a target by what cost is off, and with the level of harm."""
+        assert self.multiplier is not None
+        if self.noise_budget is not None:
+            step = _NOISE_GAIN * math.log(self.noise_budget / max(self.predicted_harm, 1e-30))
+        else:
+            assert measurement.target_speedup is not None
+            # Harm falls with the learning rate, and by hundreds at the end of a run: lambda follows at once, or cost would drift.
+            self.multiplier *= drift
+            step = _COST_GAIN * math.log(measurement.target_speedup / max(measurement.speedup, 1e-6))
+        # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section 1).
+        self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
+
+    def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
+        assert self.multiplier is not None
+        # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades above the mean's threshold at most.
+        harm = s.harm.clamp(min=_HARM_FLOOR * float(s.harm.mean()))
+        ideal = ideal_lsb_exponent(self.multiplier, s.price, harm, role) + 0.5  # ceil(t) = round(t + 0.5)
+        key = f"{name}/{role.letter}"
+        rounded = ideal.round()
+        old = self._thresholds.get(key)
+        if old is not None and old.shape == rounded.shape:
+            rounded = torch.where((ideal - old).abs() <= 0.5 + self.hysteresis, old.double(), rounded)
+        lsb = rounded.clamp(-LSB_LIMIT, LSB_LIMIT).to(torch.int16)
+        self._thresholds[key] = lsb
+        return OperandPrecision(
+            lsb_exponent=lsb, least_bits=self._least.get(role, 0), backward_bits=self._backward.get(role, MAX_BITS)
+        )  # fmt: skip
+
+    def _smooth(self, name: str, s: LayerStatistics) -> LayerStatistics:
+        names = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
+        past = self._averages.get(name)
+        if past is None or any(past[n].shape != getattr(s, n).shape for n in names):
+            past = {n: torch.zeros_like(getattr(s, n)) for n in names}
+            self._weights[name] = 0.0
+        keep = self.smoothing
+        for n in names:
+            now, before = float(getattr(s, n).mean()), float(past[n].mean())
+            limit = _MEMORY * now * self._weights[name]
+            if before > limit > 0:
+                past[n] = past[n] * (limit / before)
+        self._averages[name] = {n: keep * past[n] + (1 - keep) * getattr(s, n) for n in names}
+        self._weights[name] = keep * self._weights[name] + (1 - keep)
+        averages = {n: v / self._weights[name] for n, v in self._averages[name].items()}
+        fields = {f: getattr(s, f) for f in LayerStatistics.__dataclass_fields__}
+        return LayerStatistics(**{**fields, **averages})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "multiplier": self.multiplier,
+            "level": self._level,
+            "predicted_harm": self.predicted_harm,
+            "averages": {name: dict(v) for name, v in self._averages.items()},
+            "weights": dict(self._weights),
+            "thresholds": dict(self._thresholds),
+            "calibration": self.calibration.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.multiplier, self._level, self.predicted_harm = state["multiplier"], state["level"], state["predicted_harm"]
+        self._averages = {name: dict(v) for name, v in state["averages"].items()}
+        self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
+        self.calibration.load_state_dict(state["calibration"])
+
+
+@dataclass(kw_only=True)
+class DynastyPolicy(ThresholdPolicy):
+    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
+
+    name: str = "dynasty"
+
+    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+        return layer_sensitivities(layers, loss=loss)
+
+
+def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float | None:
+    """lambda at which a typical element gets about 4 bits, LSB at rms / 4: where the loop begins, what it moves with. None without harm."""
+    logs, weights = [], []
+    for roles in sensitivities.values():
+        for role, s in roles.items():
+            rms = 0.5 * torch.log2(s.mean_square.clamp(min=1e-300))
+            at_one = ideal_lsb_exponent(1.0, s.price, s.harm, role)
+            valid = (s.mean_square > 0) & (s.harm > 0)
+            if bool(valid.any()):
+                logs.append(float((rms - 2.0 - at_one)[valid].mean()))
+                weights.append(s.price * s.elements)
+    if not logs:
+        return None
+    mean = sum(v * w for v, w in zip(logs, weights, strict=True)) / max(sum(weights), 1e-300)
+    return float(4.0 ** min(max(mean, -200.0), 200.0))
+
+
+def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
+    """Harm of rounding every element at its threshold; a block below it loses its signal at most."""
+    noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
+    per_element = s.harm * torch.minimum(noise, s.mean_square)
+    return float(per_element.mean()) * s.elements
+
+
+def _by_letter(name: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The items of an option that has a value for each role. Raises ValueError for what is no mapping."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} takes a value for each role that it names, e.g. {{'X': 2, 'W': 4}} (X:2/W:4 as text), not {given!r}")
+    return given.items()
+
+
+def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
+    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is none."""
+    items = _by_letter("backward_bits", backward_bits)
+    result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in items}
+    for role, bits in result.items():
+        if role not in SHARED or bits < MIN_BITS:
+            raise ValueError(f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, not {role.letter} to {bits}")
+    return result
+
+
+def check_target(target_speedup: float) -> float:
+    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what is no number, else ValueError."""
+    if isinstance(target_speedup, bool) or not isinstance(target_speedup, numbers.Real):
+        raise TypeError(f"target_speedup must be a number, not {target_speedup!r}")
+    if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
+        raise ValueError(
+            f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: "
+            f"1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
+        )
+    return float(target_speedup)
+
+
+_POLICY_ATTRIBUTES: Final = (
+    "name", "needs_statistics", "wants_probes", "initial", "update", "raise_precision", "state_dict", "load_state_dict",
+)  # fmt: skip
+
+
+def check_policy(policy: Any) -> Policy:
+    """Raises TypeError for a class in place of an object, and for an object that lacks what a `Policy` has."""
+    if isinstance(policy, type):
+        raise TypeError(f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}")
+    missing = [name for name in _POLICY_ATTRIBUTES if not hasattr(policy, name)]
+    if missing:
+        raise TypeError(f"{type(policy).__name__} is no Policy: it lacks {', '.join(missing)} (dynasty_lightning.policy.threshold.Policy)")
+    return policy  # type: ignore[no-any-return]

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DynastyPrecision`: the Lightning precision plugin. It converts the module and keeps maps and random stream in its state."""
+
+import os
+import platform
+import warnings
+from collections.abc import Collection, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Final, Literal
+from weakref import WeakValueDictionary, ref
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from ..maps.precision_map import ModelStructure, PrecisionMap
+from ..nn.convert import ConversionReport, check_names, convert, grow
+from ..nn.layers import DynamicLayer, check_seed, dynamic_layers
+from ..nn.plan import Mode
+from ..numerics.formats import BlockFormat, Scaling
+from ..numerics.operand_precision import OperandPrecision
+from ..numerics.roles import Role
+from .checked_state import reading, sealed_state
+from .ranks import Ranks
+
+_STATE_VERSION: Final = 2
+_REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
+
+
+class DynastyPrecision(Precision):
+    """Trains every nn.Linear and nn.Conv in block-wise precision: `Trainer(plugins=[DynastyPrecision()])`.
+
+    Without `DynastyCallback` every operand has 8 bits.
+
+    Args:
+        mode: "fast" multiplies on bf16 units or in float32; "exact" gives the bits that the core computes, about 7 times slower.
+        block_shape: rows x channels that share one exponent; (4, 4), (8, 8), (16, 16), (1, 16) or (1, 32).
+        width_group: rows x channels that share one width; None gives each block its own.
+        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.
+        rest: precision of everything that is not converted: "32", or "bf16" by autocast.
+        exclude: names or patterns of layers that stay as they are.
+        unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their cost is counted as if they were.
+        seed: of the random stream; None takes the one of `seed_everything`, else torch's.
+
+    Raises:
+        ValueError: a wrong option; at fit: nothing to convert, or a strategy that is not supported.
+    """
+
+    precision: Any = "32-true"
+
+    def __init__(
+        self,
+        *,
+        mode: Mode = "fast",
+        block_shape: tuple[int, int] = (4, 4),
+        width_group: tuple[int, int] | None = None,
+        scaling: Scaling = "window",
+        rest: Literal["32", "bf16"] = "32",
+        exclude: Collection[str] = (),
+        unquantized: Collection[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        if mode not in ("fast", "exact"):
+            raise ValueError(f"mode must be 'fast' or 'exact', not {mode!r}")
+        if rest not in ("32", "bf16"):
+            raise ValueError(f"rest must be '32' or 'bf16', not {rest!r}")
+        check_names("exclude", exclude)
+        check_names("unquantized", unquantized)
+        if seed is not None:
+            check_seed(seed)
+        self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
+        self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
+        self.format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
+        self.report: ConversionReport | None = None
+        self._module: ref[nn.Module] | None = None
+        self._layers: Mapping[str, DynamicLayer] = {}
+        self._knows_widths: ref[Any] | None = None  # the Trainer that trained the module, loaded its widths, or was told that it has none
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None, "_layers": {}, "_knows_widths": None}  # the module travels on its own
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        _refuse_strategy(module)
+        if self._module is not None and self._module() is module:
+            self.take_in_new_layers()  # its stream goes on
+        else:
+            self._knows_widths = None
+        self.report = convert(
+            module,
+            mode=self.mode,
+            block_shape=self.format.block_shape,
+            width_group=self.format.width_group,
+            scaling=self.format.scaling,
+            exclude=self.exclude,
+            unquantized=self.unquantized,
+            seed=_default_seed() if self.seed is None else self.seed,
+            rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
+        )
+        self._module = ref(module)
+        self._layers = WeakValueDictionary(dynamic_layers(module))
+        self._check_ranks(module)
+        self.report.stream.watch = _TrainerWatch(module)
+        self._look_for_widths(module)
+        return module
+
+    def take_in_new_layers(self) -> None:
+        """Convert what the module got since it was converted: layers added or replaced, copies. Called before each step."""
+        module, report = self._layers_owner(), self.report
+        assert report is not None
+        self.report = grow(
+            module, report, mode=self.mode, block_format=self.format, exclude=self.exclude, unquantized=self.unquantized
+        )  # fmt: skip
+        if self.report is not report:
+            known = self.layers
+            self._layers = WeakValueDictionary(dynamic_layers(module))
+            new = [name for name, layer in self._layers.items() if known.get(name) is not layer]
+            rank_zero_info(f"new layers train in blocks from here on, at 8 bits or as they were copied: {', '.join(new)}")
+
+    def _check_ranks(self, module: nn.Module) -> None:
+        """Raise RuntimeError, which names the rank, where one has other options or other layers than the rest."""
+        trainer = getattr(module, "_trainer", None)
+        if trainer is None or not torch.distributed.is_available() or not torch.distributed.is_initialized() or trainer.world_size == 1:
+            return
+        ranks = Ranks.of(trainer)
+        ranks.check_same(str((self.mode, self.format, self.rest, self.exclude, self.unquantized)), what="DynastyPrecision's options")
+        ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
+
+    def _look_for_widths(self, module: nn.Module) -> None:
+        """Say so where a checkpoint is about to be loaded that has weights but no widths."""
+        trainer = getattr(module, "_trainer", None)
+        loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None)
+        if loaded or (trainer is not None and trainer.state.fn is TrainerFn.FITTING):
+            self._knows_widths = ref(trainer)
+        if loaded and not loaded.get(type(self).__qualname__):
+            widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
+            rank_zero_warn(
+                f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or without "
+                f"DynastyPrecision): its weights run at {widths}, not at those that they were trained with"
+            )
+
+    def _look_for_map(self) -> None:
+        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for, and no map is in force.
+
+        Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this is no warning.
+        """
+        trainer = getattr(self._layers_owner(), "_trainer", None)
+        if trainer is None or (self._knows_widths is not None and self._knows_widths() is trainer):
+            return
+        self._knows_widths = ref(trainer)
+        if not self.precision_map().entries:
+            rank_zero_info(
+                f"no map is in force and this Trainer has not trained the model: its {len(self._layers)} converted layers run at uniform "
+                f"8 bits. If it was trained with a map, pass that run's checkpoint (trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
+                "load_from_checkpoint reads the weights alone), or put a saved map in force with apply_map"
+            )
+
+    @override
+    def convert_output(self, data: Any) -> Any:
+        # Of the two that know this class, Fabric alone asks for it.
+        raise RuntimeError(
+            "Fabric does not serve DynastyPrecision, which is a Trainer's plugin: call report = dynasty_lightning.convert(model) before "
+            "fabric.setup, and report.stream.advance() after each backward pass"
+        )
+
+    @override
+    def forward_context(self) -> AbstractContextManager[Any]:
+        if self.report is not None and self._module is not None:
+            self.take_in_new_layers()
+        if self.rest == "32":
+            return nullcontext()
+        device = next((p.device.type for p in self._layers_owner().parameters()), "cpu")
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    @override
+    @contextmanager
+    def val_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
+
+    @override
+    @contextmanager
+    def test_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
+
+    @override
+    @contextmanager
+    def predict_step_context(self) -> Generator[None, None, None]:
+        self._look_for_map()
+        with self.forward_context():
+            yield
+
+    @override
+    def post_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
+        if self.report is not None:
+            self.report.stream.advance()
+        return super().post_backward(tensor, module)
+
+    @property
+    def layers(self) -> dict[str, DynamicLayer]:
+        """The converted layers by name, as of the last step. Raises RuntimeError before the module is converted."""
+        self._layers_owner()
+        return dict(self._layers)
+
+    @property
+    def structure(self) -> ModelStructure:
+        """What a map of this model belongs to."""
+        return ModelStructure(
+            layers={name: layer.geometry for name, layer in self.layers.items()},
+            block_shape=self.format.block_shape,
+            width_group=self.format.width_group,
+        )
+
+    def precision_map(self) -> PrecisionMap:
+        """The map in force."""
+        entries: dict[str, dict[Role, OperandPrecision]] = {}
+        for name, layer in self.layers.items():
+            roles = {role: p for role in Role if (p := layer.get_precision(role)) is not None}
+            if roles:
+                entries[name] = roles
+        return PrecisionMap(structure=self.structure, entries=entries)
+
+    def apply_map(self, precision_map: PrecisionMap) -> None:
+        """Put a map in force from the next step on. Raises ValueError if it is of another model."""
+        self.structure.check_equal(precision_map.structure, "the map")
+        for name, layer in self.layers.items():
+            roles = precision_map.entries.get(name, {})
+            for role in Role:
+                layer.set_precision(role, roles.get(role))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._module is None:
+            return {}
+        assert self.report is not None
+        fields = {
+            "map": self.precision_map().to_state(),
+            "stream": self.report.stream.state_dict(),
+            "environment": environment(),
+        }
+        return sealed_state(_STATE_VERSION, fields)
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict:
+            return
+        source = _checkpoint_of(self._layers_owner())
+        with reading(state_dict, version=_STATE_VERSION, owner=type(self).__name__, source=source) as state:
+            precision_map = PrecisionMap.from_state(state["map"], source=f"the map in {source}")
+            stream, saved = state["stream"], dict(state["environment"])
+        self.structure.check_equal(precision_map.structure, source)
+        self.apply_map(precision_map)
+        if (trainer := getattr(self._layers_owner(), "_trainer", None)) is not None:
+            self._knows_widths = ref(trainer)
+        assert self.report is not None
+        self.report.stream.load_state_dict(stream)
+        differing = {k: (v, environment()[k]) for k, v in saved.items() if environment().get(k) != v}
+        if differing:
+            warnings.warn(f"resumed in another environment than the checkpoint's, so not bit for bit: {differing}", stacklevel=2)
+
+    def _layers_owner(self) -> nn.Module:
+        module = self._module() if self._module is not None else None
+        if module is None:
+            raise RuntimeError("DynastyPrecision has converted no module yet: pass it to a Trainer and call fit, validate, test or predict")
+        return module
+
+
+def _checkpoint_of(module: nn.Module) -> str:
+    """The file that its Trainer is about to load, for messages."""
+    return str(getattr(getattr(module, "_trainer", None), "ckpt_path", None) or "the checkpoint")
+
+
+class _TrainerWatch:
+    """Says once for each Trainer without the plugin that the layers it runs are quantized all the same."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        self._seen: ref[Any] | None = None
+
+    def __call__(self) -> None:
+        trainer = getattr(self._module(), "_trainer", None)
+        if trainer is None or (self._seen is not None and self._seen() is trainer):
+            return
+        self._seen = ref(trainer)
+        if not isinstance(trainer.precision_plugin, DynastyPrecision):
+            rank_zero_warn(
+                "this Trainer has no DynastyPrecision, but the model was converted by one and stays so: its layers run quantized at the "
+                "widths that they had last. Add plugins=[DynastyPrecision()], or use a model that was not converted "
+                "(load_from_checkpoint makes one)"
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What a bit-exact resume depends on."""
+    return {
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "lightning": lightning.__version__,
+    }
+
+
+def _default_seed() -> int:
+    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) & 0xFFFFFFFF
+
+
+def _refuse_strategy(module: nn.Module) -> None:
+    trainer = getattr(module, "_trainer", None)
+    strategy = getattr(trainer, "strategy", None)
+    kind = type(strategy).__name__
+    if any(name in kind for name in _REFUSED):
+        raise ValueError(
+            f"DynastyPrecision does not support {kind}: it brings its own precision handling; "
+            "use strategy='auto', 'ddp', a single device, or ModelParallelStrategy with fully_shard (FSDP2)"
+        )
+    parts = strategy.device_mesh["tensor_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else 1
+    if parts > 1:
+        raise ValueError(
+            f"DynastyPrecision does not support tensor parallelism ({kind} with tensor_parallel_size={parts}; by default it is all devices "
+            "of a node): blocks, statistics and maps are those of whole weights. Use tensor_parallel_size=1, data_parallel_size=devices "
+            "and fully_shard in configure_model"
+        )
