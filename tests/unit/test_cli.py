@@ -109,7 +109,7 @@ def test_help(capsys, arguments):
 
 def test_options_reach_the_run(monkeypatch):
     seen = []
-    monkeypatch.setattr("dynasty_lightning.cli.run_demo", lambda config: seen.append(config) or {"errors": []})
+    monkeypatch.setattr("dynasty_lightning.cli.command_line.run_demo", lambda config: seen.append(config) or {"errors": []})
     assert main(["demo"]) == 0
     assert (
         main(["demo", "--data", "cifar100", "--noise-budget", "0.5", "--methods", "uniform4, dynasty", "--epochs", "3", "--checkpoints"])

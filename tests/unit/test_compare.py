@@ -144,7 +144,7 @@ def test_a_wrong_run(wrong, message):
 def test_the_command_repeats_the_run(tmp_path, monkeypatch):
     """Parsed again, it gives the same key and nothing else."""
     seen = []
-    monkeypatch.setattr("dynasty_lightning.cli.run_grid", lambda grid, out, **_: seen.append(grid) or compare.Outcome(
+    monkeypatch.setattr("dynasty_lightning.cli.command_line.run_grid", lambda grid, out, **_: seen.append(grid) or compare.Outcome(
         complete=0, diverged=0, failed=0, stood=0, unsaved=0
     ))  # fmt: skip
     odd = config(

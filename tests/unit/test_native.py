@@ -474,7 +474,7 @@ def python(*arguments, seconds=HANG_S, **environment):
 def test_blocks_of_more_rows_than_memory_holds():
     code = """
 import torch
-from dynasty_lightning.numerics import native
+from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.roles import Role
 from tests.unit.native_cases import case
 for x in (torch.randn(8, 64), torch.randn(8, 4, 30)):
@@ -501,7 +501,7 @@ def test_no_call_crashes():
 
 RESULTS = """
 import hashlib, json, torch
-from dynasty_lightning.numerics import native
+from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.quantize import quantize
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.geometry import LayerGeometry
@@ -716,7 +716,7 @@ def test_a_broken_library_in_the_cache(stub, tmp_path, monkeypatch, content):
 def test_two_processes_build_at_once(stub, tmp_path):
     cache, go = tmp_path / "cache", tmp_path / "go"
     code = (
-        "import ctypes, sys, time; from pathlib import Path; from dynasty_lightning.numerics import native\n"
+        "import ctypes, sys, time; from pathlib import Path; from dynasty_lightning.numerics.backends import native\n"
         "native.SOURCES, cache, go = (Path(a) for a in sys.argv[1:])\n"
         "print('ready', flush=True)\n"
         "while not go.exists(): time.sleep(0.001)\n"
