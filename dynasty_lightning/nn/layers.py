@@ -283,6 +283,11 @@ class DynamicLayer(nn.Module):
         """On FORWARD's grid; blocks that are cut anew for each GEMM have one width, which a limit cuts alike."""
         return forward.clamp(max=role_settings(self._settings, role)[3]) if self.plan.format.requantizes else backward
 
+    @property
+    def has_records(self) -> bool:
+        """Whether anything was recorded since `clear_observation`."""
+        return bool(self._slot.records)
+
     def clear_observation(self) -> None:
         """Forget what was recorded."""
         self._slot.clear()

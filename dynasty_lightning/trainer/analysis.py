@@ -160,10 +160,9 @@ class Analysis:
         """Whether second moments are left out of that record: not of a rare layer, whoever knows when it comes again."""
         return phase is Phase.WIDTHS and name not in self._watched
 
-    @property
-    def is_watching(self) -> bool:
-        """Whether every step is looked at, for layers that run rarely."""
-        return bool(self._watched)
+    def is_to_look(self, layers: Mapping[str, DynamicLayer], ranks: Ranks) -> bool:
+        """Whether a step of no phase is looked at: a watched layer ran in it, or may have on another rank."""
+        return bool(self._watched) and (ranks.size > 1 or any(name in layers and layers[name].has_records for name in self._watched))
 
     def met_stranger(self, layers: Mapping[str, DynamicLayer]) -> bool:
         """Whether a layer ran on this rank that has no map, after a time without it: better look at it soon."""

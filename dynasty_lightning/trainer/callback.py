@@ -286,7 +286,7 @@ class DynastyCallback(Callback):
             else:
                 if self._ranks.size == 1 and self._analysis.met_stranger(self._layers):  # what one rank alone knows decides nothing
                     self.schedule.bring_forward(step + 2)
-                if self._analysis.is_watching:
+                if self._analysis.is_to_look(self._layers, self._ranks):
                     self._look(trainer, None)
         self._clock.stop()
 
