@@ -2,6 +2,7 @@
 """Layers that run in turns: no step runs all of them, and an analysis must reach each, and count it as often as it runs."""
 
 from collections import Counter
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.tasks.data import TensorDataModule, load_data
 from dynasty_lightning.trainer.analysis import Analysis
+from dynasty_lightning.trainer.promises import Outcome, Promises
 
 from .runs import Module, check_dynamic, digits, dynasty, fit, loader, trainer
 
@@ -340,3 +342,22 @@ def test_a_run_that_is_resumed_within_an_analysis_ends_as_the_unbroken_one(tmp_p
     assert callback.run_cost.state_dict() == resumed_callback.run_cost.state_dict()
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_layers_without_a_map_are_a_reason_where_they_cost_much():
+    promises = Promises()
+    promises.map_applied()
+    outcome = Outcome(steps=200, warmup_steps=4, exact_steps=9, unmapped_share=0.31, target=5.0, speedup=3.0, settled=5.2, slack=0.08)
+    first, second = promises.reasons(outcome)
+    assert first == "layers that had no map yet (they ran rarely, or began late) took 31 % of bit operations"
+    assert second.startswith("steps at 8 bits (a warm-up of 4, and E in 9 that were analysed) could not be made up for in 200 steps")
+    assert len(promises.reasons(replace(outcome, unmapped_share=0.05))) == 1
+
+
+def test_a_late_network_of_half_the_cost_is_named_as_the_reason():
+    """Parity of two networks, the first of which runs alone for most of the run: the other has no map for a third of what is counted."""
+    run = fit(
+        lambda: InTurns({"a": net(width=32), "b": net(width=512)}, lambda i: "b" if i in range(60, 66) or i > 230 else "a"),
+        options={"interval": 60, "loss_guard": None}, beside_uniform=False, **LONG,
+    )  # fmt: skip
+    assert any("layers that had no map yet (they ran rarely, or began late) took" in text for text in run.said), run.said
