@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any, Final, cast
 
-import torch
-
 from ..cost.analytics import AnalyticsCost
 from ..cost.bit_products import StepCost
 from ..nn.layers import DynamicLayer
@@ -307,13 +305,14 @@ class Analysis:
             StepCost(),
         )
 
-    def rest(self, layers: Mapping[str, DynamicLayer], *, step: int, ranks: Ranks) -> StepCost:
-        """What ran since the last analysis, at what is known of it, in all its steps: a run ends, and no analysis comes any more."""
+    def rest(self, layers: Mapping[str, DynamicLayer], *, ranks: int) -> StepCost:
+        """What ran since the last analysis, at what is known of it, in all its steps: a run ends, and no analysis comes any more.
+
+        Ranks need not end together, so none is asked: the others are taken to have run what this one did since the last look.
+        """
         mine = self.uses_since(layers)
         self.forget_uses(layers)
-        flat = torch.tensor(list(mine.values()), dtype=torch.float64)
-        total = ranks.total(flat, what=f"the uses of layers up to step {step}").tolist()
-        uses = {name: add_uses(tuple(counts), self._all_uses().get(name)) for name, counts in zip(mine, total, strict=True)}
+        uses = {name: add_uses(tuple(ranks * n for n in counts), self._all_uses().get(name)) for name, counts in mine.items()}
         known = self._exact | self._known | self._widths
         self._begin()
         return sum((known[name].cost(_rates(known[name], counts, 1)) for name, counts in uses.items() if name in known), StepCost())

@@ -308,7 +308,7 @@ class DynastyCallback(Callback):
         step = self._steps.done
         if self._last_cost is not None and step > self._last_event_step:
             self.run_cost.add(StepCost(), step - self._last_event_step)
-            self.run_cost.catch_up(self._analysis.rest(self._layers, step=step, ranks=self._ranks))
+            self.run_cost.catch_up(self._analysis.rest(self._layers, ranks=self._ranks.size))
             self._last_event_step = step
         unseen = {name: layer for name, layer in self._layers.items() if name not in self._analysis.seen}
         self.promises.layers_unseen(
