@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted against measured harm of rounding errors, entry by entry of the maps, early and late in training, beside rival predictors.
+"""Predicted against measured harm of rounding errors, entry by entry of the maps, early and late in
+training, beside rival predictors.
 
     python benchmarks/bench_harm.py --data-dir FOLDER   # prints, writes benchmarks/results/harm.json, draws docs/images/harm.png
     python benchmarks/bench_harm.py --smoke             # digits, half a minute; writes and draws nothing
 
-A network trains in dynamic precision. At two steps its weights, map, optimizer and the policy's smoothed statistics are copied. A plain
-float32 twin then runs a batch of training images with the rounding error of one operand of one layer left inside one entry, and nothing
-else quantized (benchmarks/harm.py has the equation of harm). Entries are drawn at random, the same number from each layer; widths are
-2 and 4 bits everywhere and what the map in force gives. A map serves steps to come, so what it should predict is the mean over batches
-(and over draws, of E): harm is the mean of several, and how well one batch orders the entries as another does is printed beside.
+A network trains in dynamic precision. At two steps its weights, map, optimizer and the policy's
+smoothed statistics are copied. A plain float32 twin then runs a batch of training images with the
+rounding error of one operand of one layer left inside one entry, and nothing else quantized
+(benchmarks/harm.py has the equation of harm). Entries are drawn at random, the same number from
+each layer; widths are 2 and 4 bits everywhere and what the map in force gives. A map serves steps
+to come, so what it should predict is the mean over batches (and over draws, of E): harm is the mean
+of several, and how well one batch orders the entries as another does is printed beside.
 
 Predictors, all of the error that was made, sum err**2 over the entry:
 
@@ -71,16 +74,32 @@ UNSEEN_EPOCH = 1 << 20
 """Of the training loader: its batches are ones that no run meets."""
 OWN = ("ours", "calibrated", "exact statistics")
 WHOLE = "all layers"
-SETTINGS = ("data", "model", "train_samples", "epochs", "batch_size", "interval", "early", "late", "entries", "batches")
+SETTINGS = (
+    "data",
+    "model",
+    "train_samples",
+    "epochs",
+    "batch_size",
+    "interval",
+    "early",
+    "late",
+    "entries",
+    "batches",
+)
 Sensitivities = Mapping[str, Mapping[Role, Sensitivity]]
 
 
 class WatchedPolicy(DynastyPolicy):
     """Ours, keeping what it last predicted and from what."""
 
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def sensitivities(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         calibrated = super().sensitivities(layers, loss=loss)
-        self.last = (dict(layers), {"ours": self.predict(layers, loss=loss), "calibrated": calibrated})
+        self.last = (
+            dict(layers),
+            {"ours": self.predict(layers, loss=loss), "calibrated": calibrated},
+        )
         return calibrated
 
 
@@ -99,13 +118,24 @@ class Stage:
 
 
 class Snapshots(L.Callback):
-    """Copies a stage after each of the named steps, and ends training after the last. Stands behind the DynastyCallback."""
+    """Copies a stage after each of the named steps, and ends training after the last. Stands behind
+    the DynastyCallback.
+    """
 
-    def __init__(self, callback: DynastyCallback, policy: WatchedPolicy, steps: Mapping[str, float]) -> None:
+    def __init__(
+        self, callback: DynastyCallback, policy: WatchedPolicy, steps: Mapping[str, float]
+    ) -> None:
         self.callback, self.policy, self.steps = callback, policy, steps
         self.stages: list[Stage] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         step = trainer.global_step
         for name, at in self.steps.items():
             if step != (at if at >= 1 else round(at * trainer.estimated_stepping_batches)):
@@ -123,7 +153,10 @@ class Snapshots(L.Callback):
                     step_sizes={n: sizes[id(modules[n].weight)] for n in layers},
                     layers=layers,
                     sensitivities=sensitivities,
-                    figures={k: last[k] for k in ("step", "loss", "speedup_charged", "mean_bits", "zero_share")},
+                    figures={
+                        k: last[k]
+                        for k in ("step", "loss", "speedup_charged", "mean_bits", "zero_share")
+                    },
                 )
             )
             trainer.should_stop = len(self.stages) == len(self.steps)
@@ -131,26 +164,42 @@ class Snapshots(L.Callback):
 
 def make_task(a: argparse.Namespace) -> Task:
     return build_task(
-        data=a.data, model=a.model, data_dir=a.data_dir, batch_size=a.batch_size, train_samples=a.train_samples, seed=a.seed
-    )  # fmt: skip
+        data=a.data,
+        model=a.model,
+        data_dir=a.data_dir,
+        batch_size=a.batch_size,
+        train_samples=a.train_samples,
+        seed=a.seed,
+    )
 
 
 def train(a: argparse.Namespace, task: Task) -> list[Stage]:
     """The stages "early" and "late" of one run."""
     policy = WatchedPolicy()
-    callback = DynastyCallback(policy=policy, target_speedup=TARGET, interval=a.interval, table=False)
+    callback = DynastyCallback(
+        policy=policy, target_speedup=TARGET, interval=a.interval, table=False
+    )
     snapshots = Snapshots(callback, policy, {"early": a.early, "late": a.late})
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=a.epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0, plugins=[DynastyPrecision(seed=a.seed)],
+        accelerator="cpu",
+        max_epochs=a.epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        plugins=[DynastyPrecision(seed=a.seed)],
         callbacks=[callback, snapshots],
-    )  # fmt: skip
+    )
     trainer.fit(task.module, task.data)
     return snapshots.stages
 
 
 def twins(a: argparse.Namespace, stage: Stage) -> list[MeasuredNetwork]:
-    """The stage's network in plain float32, once for each of some batches of augmented training images that training never saw."""
+    """The stage's network in plain float32, once for each of some batches of augmented training
+    images that training never saw.
+    """
     result = []
     loader = make_task(a).data.train_dataloader()
     loader.load_state_dict({**loader.state_dict(), "epoch": UNSEEN_EPOCH, "next_batch": 0})
@@ -168,7 +217,9 @@ def mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One entry of a map with its error: what was measured, in the mean and batch by batch, and what each predictor says."""
+    """One entry of a map with its error: what was measured, in the mean and batch by batch, and
+    what each predictor says.
+    """
 
     role: Role
     layer: int
@@ -187,7 +238,9 @@ def requested(stage: Stage, layer: str, role: Role, width: int | str) -> Operand
     return stage.entries.get(layer, {}).get(role, OperandPrecision(bits=8))
 
 
-def measure_entries(a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Entry]:
+def measure_entries(
+    a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]
+) -> list[Entry]:
     """All roles, layers and widths; entries without any error say nothing and are left out."""
     random = np.random.default_rng(a.seed)
     sources = batch_sensitivities(stage, nets)
@@ -200,41 +253,69 @@ def measure_entries(a: argparse.Namespace, stage: Stage, nets: Sequence[Measured
             for width in WIDTHS:
                 places = positions(a.seed, i)
                 precision = requested(stage, name, role, width)
-                whole = [rounding_error(net.operands[name, role], role, precision, s, next(places)) for net in nets]
+                whole = [
+                    rounding_error(net.operands[name, role], role, precision, s, next(places))
+                    for net in nets
+                ]
                 for index in chosen:
                     slices = entry_slices(layout, index)
                     errors = [only(error, slices) for error in whole]
                     squares = [float(error.double().square().sum()) for error in errors]
                     if not any(squares):
                         continue
-                    measured = [one_harm(net, name, role, error) for net, error in zip(nets, errors, strict=True)]
+                    measured = [
+                        one_harm(net, name, role, error)
+                        for net, error in zip(nets, errors, strict=True)
+                    ]
                     predicted = [
-                        {key: float(source[name][role].harm.flatten()[index]) * square for key, source in of.items()}
+                        {
+                            key: float(source[name][role].harm.flatten()[index]) * square
+                            for key, source in of.items()
+                        }
                         | rival_predictions(net, name, role, slices, square)
                         for net, of, square in zip(nets, sources, squares, strict=True)
                     ]
                     result.append(
                         Entry(
-                            role=role, layer=i, width=width, index=index, squared_error=sum(squares) / len(squares),
-                            measured=Harm.mean(measured), batches=[m.total for m in measured],
+                            role=role,
+                            layer=i,
+                            width=width,
+                            index=index,
+                            squared_error=sum(squares) / len(squares),
+                            measured=Harm.mean(measured),
+                            batches=[m.total for m in measured],
                             predicted=mean_of(predicted) | {"random": random.random()},
                         )
-                    )  # fmt: skip
+                    )
         progress(f"{stage.name}: {name} measured")
     return result
 
 
-def batch_sensitivities(stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Mapping[str, Sensitivities]]:
+def batch_sensitivities(
+    stage: Stage, nets: Sequence[MeasuredNetwork]
+) -> list[Mapping[str, Sensitivities]]:
     """Sensitivities by name for each batch: those of the policy are the same for all."""
-    return [{**stage.sensitivities, "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss)} for net in nets]
+    return [
+        {
+            **stage.sensitivities,
+            "exact statistics": layer_sensitivities(net.statistics(stage.layers), loss=net.loss),
+        }
+        for net in nets
+    ]
 
 
 def one_harm(net: MeasuredNetwork, layer: str, role: Role, error: torch.Tensor) -> Harm:
     """Of an error of one operand."""
-    return net.error_harm(layer, error) if role is Role.ERROR else net.harm({(layer, role): adding(error)})
+    return (
+        net.error_harm(layer, error)
+        if role is Role.ERROR
+        else net.harm({(layer, role): adding(error)})
+    )
 
 
-def rival_predictions(net: MeasuredNetwork, layer: str, role: Role, slices: tuple[slice, ...], square: float) -> dict[str, float]:
+def rival_predictions(
+    net: MeasuredNetwork, layer: str, role: Role, slices: tuple[slice, ...], square: float
+) -> dict[str, float]:
     """What other rules say of an entry's error whose squares sum to `square`."""
     operand = net.operands[layer, role]
     values = operand[slices].double()
@@ -259,42 +340,67 @@ class Level:
     predicted: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        figures = {"measured": self.measured.total, "loss_term": self.measured.loss, "predicted": self.predicted}
+        figures = {
+            "measured": self.measured.total,
+            "loss_term": self.measured.loss,
+            "predicted": self.predicted,
+        }
         return {"layer": self.layer, "roles": self.roles, "width": self.width, **figures}
 
 
-def measure_levels(a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]) -> list[Level]:
-    """Each operand alone, then each role in all layers, then everything: there errors meet in one pass, operands rounded as they come."""
+def measure_levels(
+    a: argparse.Namespace, stage: Stage, nets: Sequence[MeasuredNetwork]
+) -> list[Level]:
+    """Each operand alone, then each role in all layers, then everything: there errors meet in one
+    pass, operands rounded as they come.
+    """
     sources = batch_sensitivities(stage, nets)
     places = {name: positions(a.seed + 1, i) for i, name in enumerate(stage.layers)}
 
     def rounding(name: str, role: Role, width: int | str) -> Any:
         precision, s = requested(stage, name, role, width), stage.layers[name]
-        return lambda operand: operand + rounding_error(operand, role, precision, s, next(places[name]))
+        return lambda operand: (
+            operand + rounding_error(operand, role, precision, s, next(places[name]))
+        )
 
     def operand_level(name: str, role: Role, width: int | str) -> Level:
         operands = [net.operands[name, role] for net in nets]
         errors = [rounding(name, role, width)(operand) - operand for operand in operands]
-        measured = Harm.mean([one_harm(net, name, role, error) for net, error in zip(nets, errors, strict=True)])
+        measured = Harm.mean(
+            [one_harm(net, name, role, error) for net, error in zip(nets, errors, strict=True)]
+        )
         layout = entry_layout(operands[0], role, stage.layers[name])
-        squares = [layout.mean(error.double().square()) * layout.counts(error.device) for error in errors]
+        squares = [
+            layout.mean(error.double().square()) * layout.counts(error.device) for error in errors
+        ]
         predicted = mean_of(
             [
                 {key: float((source[name][role].harm * square).sum()) for key, source in of.items()}
                 for of, square in zip(sources, squares, strict=True)
             ]
         )
-        return Level(layer=name, roles=role.letter, width=width, measured=measured, predicted=predicted)
+        return Level(
+            layer=name, roles=role.letter, width=width, measured=measured, predicted=predicted
+        )
 
     levels = []
     for width in WIDTHS:
         alone = [operand_level(name, role, width) for name in stage.layers for role in Role]
         levels += alone
         for roles in ("X", "W", "E", "XWE"):
-            together = {(name, role): rounding(name, role, width) for name in stage.layers for role in Role if role.letter in roles}
+            together = {
+                (name, role): rounding(name, role, width)
+                for name in stage.layers
+                for role in Role
+                if role.letter in roles
+            }
             measured = Harm.mean([net.harm(together) for net in nets])
-            predicted = {key: sum(v.predicted[key] for v in alone if v.roles in roles) for key in sources[0]}
-            levels.append(Level(layer=WHOLE, roles=roles, width=width, measured=measured, predicted=predicted))
+            predicted = {
+                key: sum(v.predicted[key] for v in alone if v.roles in roles) for key in sources[0]
+            }
+            levels.append(
+                Level(layer=WHOLE, roles=roles, width=width, measured=measured, predicted=predicted)
+            )
     progress(f"{stage.name}: whole operands measured")
     return levels
 
@@ -304,10 +410,14 @@ def summarise(entries: Iterable[Entry], names: Sequence[str], seed: int) -> dict
     entries = list(entries)
     measured = np.array([e.measured.total for e in entries])
     layers = np.array([e.layer for e in entries])
-    predictors = {key: np.array([e.predicted[key] for e in entries]) for key in entries[0].predicted}
+    predictors = {
+        key: np.array([e.predicted[key] for e in entries]) for key in entries[0].predicted
+    }
     return {
         "entries": len(entries),
-        "loss_share": float(np.median([e.measured.loss / e.measured.total for e in entries if e.measured.total > 0])),
+        "loss_share": float(
+            np.median([e.measured.loss / e.measured.total for e in entries if e.measured.total > 0])
+        ),
         "interval": bootstrap(predictors["ours"], measured, seed),
         "repeat": repeatability(np.array([e.batches for e in entries])),
         "predictors": {key: agreement(p, measured, layers, names) for key, p in predictors.items()},
@@ -316,7 +426,9 @@ def summarise(entries: Iterable[Entry], names: Sequence[str], seed: int) -> dict
 
 
 def summarise_levels(levels: Sequence[Level]) -> dict[str, Any]:
-    """Of one width: agreement over whole operands, and for the network each role's harm beside its prediction and its layers' sum."""
+    """Of one width: agreement over whole operands, and for the network each role's harm beside its
+    prediction and its layers' sum.
+    """
     alone = [v for v in levels if v.layer != WHOLE]
     measured = np.array([v.measured.total for v in alone])
     network = {}
@@ -331,34 +443,60 @@ def summarise_levels(levels: Sequence[Level]) -> dict[str, Any]:
                 "over_sum_of_operands": v.measured.total / parts,
             }
     return {
-        "spearman": {key: float(spearmanr([v.predicted[key] for v in alone], measured).statistic) for key in OWN},
-        "calibration": {key: calibration(np.array([v.predicted[key] for v in alone]), measured) for key in OWN},
+        "spearman": {
+            key: float(spearmanr([v.predicted[key] for v in alone], measured).statistic)
+            for key in OWN
+        },
+        "calibration": {
+            key: calibration(np.array([v.predicted[key] for v in alone]), measured) for key in OWN
+        },
         "network": network,
     }
 
 
 def report(stage: dict[str, Any], names: Sequence[str]) -> None:
-    print(f"\n{stage['name']}: step {stage['step']}, loss {stage['loss']:.3f}, map of mean bits {stage['figures']['mean_bits']}")
-    print("Spearman, pooled / median within layers; slope and ratio (measured over predicted) are those of ours; one batch against another")
+    print(
+        f"\n{stage['name']}: step {stage['step']}, loss {stage['loss']:.3f}, map of mean bits "
+        f"{stage['figures']['mean_bits']}"
+    )
+    print(
+        "Spearman, pooled / median within layers; slope and ratio (measured over predicted) are "
+        "those of ours; one batch against another"
+    )
     predictors = list(next(iter(stage["entries"]["X"].values()))["predictors"])
-    print("  role bits    n  loss term  95 % of ours  slope ratio  batches  " + "".join(f"{p:>18s}" for p in predictors))
+    print(
+        "  role bits    n  loss term  95 % of ours  slope ratio  batches  "
+        + "".join(f"{p:>18s}" for p in predictors)
+    )
     for letter, widths in stage["entries"].items():
         for width, v in widths.items():
             c, (low, high) = v["calibration"]["ours"], v["interval"]
-            cells = "".join(f"{_figure(p['spearman']):>11s} / {_figure(p['median_within'])}" for p in v["predictors"].values())
+            cells = "".join(
+                f"{_figure(p['spearman']):>11s} / {_figure(p['median_within'])}"
+                for p in v["predictors"].values()
+            )
             print(
-                f"  {letter:4s} {width!s:4s} {v['entries']:4d} {100 * v['loss_share']:8.0f} %  [{low:.2f}, {high:.2f}]"
+                f"  {letter:4s} {width!s:4s} {v['entries']:4d} {100 * v['loss_share']:8.0f} %  "
+                f"[{low:.2f}, {high:.2f}]"
                 f"  {c['slope']:5.2f} {c['ratio']:5.2f}  {_figure(v['repeat'])}     {cells}"
             )
-    print("within each layer, ours at " + ", ".join(f"{w} bits" if isinstance(w, int) else w for w in WIDTHS))
+    print(
+        "within each layer, ours at "
+        + ", ".join(f"{w} bits" if isinstance(w, int) else w for w in WIDTHS)
+    )
     for name in names:
         cells = [
-            f"{letter} " + " ".join(f"{_figure(v['predictors']['ours']['within'].get(name, math.nan)):>5s}" for v in widths.values())
+            f"{letter} "
+            + " ".join(
+                f"{_figure(v['predictors']['ours']['within'].get(name, math.nan)):>5s}"
+                for v in widths.values()
+            )
             for letter, widths in stage["entries"].items()
         ]
         print(f"  {name:30s} " + "    ".join(cells))
     print(
-        "whole operands: Spearman over all of all roles, ours and calibrated; whole network: harm, over what ours predicts, over what "
+        "whole operands: Spearman over all of all roles, ours and calibrated; whole network: "
+        "harm, over what ours predicts, over what "
         "calibrated predicts, over the sum of its operands' harm"
     )
     for width, v in stage["levels"].items():
@@ -368,7 +506,10 @@ def report(stage: dict[str, Any], names: Sequence[str]) -> None:
             + f" {n['over_sum_of_operands']:5.2f}"
             for r, n in v["network"].items()
         )
-        print(f"  {width!s:4s} {v['spearman']['ours']:5.2f} {v['spearman']['calibrated']:5.2f}   {roles}")
+        print(
+            f"  {width!s:4s} {v['spearman']['ours']:5.2f} {v['spearman']['calibrated']:5.2f}   "
+            f"{roles}"
+        )
 
 
 def _figure(value: float) -> str:
@@ -379,44 +520,80 @@ def check_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Whether ours reaches the goal at every stage and width."""
     met = {}
     for role, goal in GOALS.items():
-        least = min(v["predictors"]["ours"]["spearman"] for stage in stages for v in stage["entries"][role.letter].values())
+        least = min(
+            v["predictors"]["ours"]["spearman"]
+            for stage in stages
+            for v in stage["entries"][role.letter].values()
+        )
         met[role.letter] = least >= goal
-        print(f"{role.letter}: least pooled Spearman {least:.3f}, goal {goal}: {'met' if least >= goal else 'MISSED'}")
+        print(
+            f"{role.letter}: least pooled Spearman {least:.3f}, goal {goal}: "
+            f"{'met' if least >= goal else 'MISSED'}"
+        )
     return met
 
 
-def draw(stages: Sequence[tuple[dict[str, Any], list[Entry]]], names: Sequence[str], path: Path) -> None:
+def draw(
+    stages: Sequence[tuple[dict[str, Any], list[Entry]]], names: Sequence[str], path: Path
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    figure, axes = plt.subplots(len(stages), len(Role), figsize=(13, 4.3 * len(stages)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(stages), len(Role), figsize=(13, 4.3 * len(stages)), layout="constrained", squeeze=False
+    )
     colours = plt.get_cmap("turbo")(np.linspace(0.03, 0.97, len(names)))
     markers = dict(zip(WIDTHS, "os^", strict=True))
     for row, (stage, entries) in zip(axes, stages, strict=True):
         for axis, role in zip(row, Role, strict=True):
-            shown = [e for e in entries if e.role is role and e.measured.total > 0 and e.predicted["ours"] > 0]
+            shown = [
+                e
+                for e in entries
+                if e.role is role and e.measured.total > 0 and e.predicted["ours"] > 0
+            ]
             for width, marker in markers.items():
                 of = [e for e in shown if e.width == width]
                 axis.scatter(
-                    [e.predicted["ours"] for e in of], [e.measured.total for e in of], s=9, marker=marker, alpha=0.6, linewidths=0,
+                    [e.predicted["ours"] for e in of],
+                    [e.measured.total for e in of],
+                    s=9,
+                    marker=marker,
+                    alpha=0.6,
+                    linewidths=0,
                     c=[colours[e.layer] for e in of],
-                )  # fmt: skip
+                )
             values = np.array([[e.predicted["ours"], e.measured.total] for e in shown])
             low, high = values.min(), values.max()
             axis.plot([low, high], [low, high], color="black", lw=0.8)
-            spearman = ", ".join(f"{v['predictors']['ours']['spearman']:.2f}" for v in stage["entries"][role.letter].values())
+            spearman = ", ".join(
+                f"{v['predictors']['ours']['spearman']:.2f}"
+                for v in stage["entries"][role.letter].values()
+            )
             axis.set(
-                xscale="log", yscale="log", xlabel="predicted harm", ylabel="measured harm",
+                xscale="log",
+                yscale="log",
+                xlabel="predicted harm",
+                ylabel="measured harm",
                 title=f"{role.letter} {stage['name']}, step {stage['step']}: Spearman {spearman}",
-            )  # fmt: skip
+            )
             axis.title.set_size("medium")
             axis.grid(alpha=0.25)
-    handles = [Line2D([], [], color=c, marker="o", ls="", label=n.removeprefix("network.")) for n, c in zip(names, colours, strict=True)]
+    handles = [
+        Line2D([], [], color=c, marker="o", ls="", label=n.removeprefix("network."))
+        for n, c in zip(names, colours, strict=True)
+    ]
     handles += [
-        Line2D([], [], color="grey", marker=m, ls="", label=f"{w} bits" if isinstance(w, int) else "map in force")
+        Line2D(
+            [],
+            [],
+            color="grey",
+            marker=m,
+            ls="",
+            label=f"{w} bits" if isinstance(w, int) else "map in force",
+        )
         for w, m in markers.items()
     ]
     handles.append(Line2D([], [], color="black", lw=0.8, label="measured = predicted"))
@@ -440,7 +617,10 @@ def measure(a: argparse.Namespace, stage: Stage) -> tuple[dict[str, Any], list[E
         "figures": stage.figures,
         "step_sizes": stage.step_sizes,
         "entries": {
-            role.letter: {w: summarise((e for e in entries if e.role is role and e.width == w), names, a.seed) for w in WIDTHS}
+            role.letter: {
+                w: summarise((e for e in entries if e.role is role and e.width == w), names, a.seed)
+                for w in WIDTHS
+            }
             for role in Role
         },
         "levels": {w: summarise_levels([v for v in levels if v.width == w]) for w in WIDTHS},
@@ -458,10 +638,20 @@ def options() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=int, default=4)
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--interval", type=int, default=50, help="steps between analyses")
-    p.add_argument("--early", type=float, default=100, help="step of the first measurement, or share of the run")
+    p.add_argument(
+        "--early",
+        type=float,
+        default=100,
+        help="step of the first measurement, or share of the run",
+    )
     p.add_argument("--late", type=float, default=0.9, help="of the second")
     p.add_argument("--entries", type=int, default=36, help="of each operand of each layer, at most")
-    p.add_argument("--batches", type=int, default=6, help="measured, each with its own draw of stochastic rounding")
+    p.add_argument(
+        "--batches",
+        type=int,
+        default=6,
+        help="measured, each with its own draw of stochastic rounding",
+    )
     p.add_argument("--picture", type=Path, help="draw there")
     return p
 
@@ -474,14 +664,25 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(a.seed)
     if a.smoke:
-        a.data, a.train_samples, a.epochs, a.batch_size, a.interval, a.early, a.entries, a.batches = "digits", 640, 2, 32, 5, 12, 3, 2
+        (
+            a.data,
+            a.train_samples,
+            a.epochs,
+            a.batch_size,
+            a.interval,
+            a.early,
+            a.entries,
+            a.batches,
+        ) = "digits", 640, 2, 32, 5, 12, 3, 2
     else:
         a.results = a.results or ROOT / "benchmarks" / "results" / "harm.json"
         a.picture = a.picture or ROOT / "docs" / "images" / "harm.png"
     result: dict[str, Any] = provenance(a)
     print(describe(result))
     print(
-        "expected: pooled Spearman of ours at least " + ", ".join(f"{r.letter} {g}" for r, g in GOALS.items()) + "; slope and ratio near 1"
+        "expected: pooled Spearman of ours at least "
+        + ", ".join(f"{r.letter} {g}" for r, g in GOALS.items())
+        + "; slope and ratio near 1"
     )
     begin = time.perf_counter()
     stages = train(a, make_task(a))

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of trained networks as projects of hls4ml beside our own program's: fixed point at two percentiles, and the core inside hls4ml.
+"""Accuracy of trained networks as projects of hls4ml beside our own program's: fixed point at two
+percentiles, and the core inside hls4ml.
 
-ResNet-8 on scikit-learn's digits at 5x, as `make demo` trains it, once for each seed; every test image through each project's C simulation
-(backend Vitis, whose types and values the VivadoAccelerator project shares). Expected: with the core inside, classes as ours but for
-rounding between layers; with hls4ml's layers a little less, and less again at a lower percentile.
+ResNet-8 on scikit-learn's digits at 5x, as `make demo` trains it, once for each seed; every test
+image through each project's C simulation (backend Vitis, whose types and values the
+VivadoAccelerator project shares). Expected: with the core inside, classes as ours but for rounding
+between layers; with hls4ml's layers a little less, and less again at a lower percentile.
 """
 
 import argparse
@@ -45,15 +47,28 @@ def of_seed(program: Program, folder: Path, images: int) -> dict[str, Any]:
             **settings,
         )
         result = report["backends"]["vitis"]
-        ratios = [layer["signal_to_difference_db"] for layer in result["layers"] if layer["signal_to_difference_db"] is not None]
+        ratios = [
+            layer["signal_to_difference_db"]
+            for layer in result["layers"]
+            if layer["signal_to_difference_db"] is not None
+        ]
         row |= {"images": report["images"], "ours": report["accuracy"]}
-        row[name] = {"accuracy": result["accuracy"], "agreement": result["agreement"], "least_db": min(ratios), "greatest_db": max(ratios)}
+        row[name] = {
+            "accuracy": result["accuracy"],
+            "agreement": result["agreement"],
+            "least_db": min(ratios),
+            "greatest_db": max(ratios),
+        }
     return row
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one short training and 20 images, to see that it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="one short training and 20 images, to see that it runs"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, help="write JSON there")
     a = parser.parse_args()
@@ -62,24 +77,45 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         run = Path(work) / "run"
-        run_demo(DemoConfig(epochs=2 if a.smoke else 10, methods=("dynasty",), seeds=seeds, checkpoints=True, csim=False, out=str(run)))
+        run_demo(
+            DemoConfig(
+                epochs=2 if a.smoke else 10,
+                methods=("dynasty",),
+                seeds=seeds,
+                checkpoints=True,
+                csim=False,
+                out=str(run),
+            )
+        )
         for seed in range(seeds):
             folder = Path(work) / f"program-{seed}"
-            export_run(run / f"checkpoint-dynasty-{seed}.ckpt", folder, images=images, stream=io.StringIO())
+            export_run(
+                run / f"checkpoint-dynasty-{seed}.ckpt", folder, images=images, stream=io.StringIO()
+            )
             rows.append({"seed": seed, **of_seed(Program.load(folder), folder, images)})
             print(f"seed {seed} of {seeds}: done", flush=True)
     print(f"expected: {' '.join(str(__doc__).split('Expected: ')[1].split())}")
     print(f"{'':<16} {'accuracy':<20} {'same class as ours':<22} layers' signal to difference")
     for name in ("ours", *VARIANTS):
-        accuracies = [100 * (row[name] if name == "ours" else row[name]["accuracy"]) for row in rows]
+        accuracies = [
+            100 * (row[name] if name == "ours" else row[name]["accuracy"]) for row in rows
+        ]
         text = f"{name:<16} {spread(accuracies):<20}"
         if name != "ours":
-            distances = f"{min(row[name]['least_db'] for row in rows):.0f} to {max(row[name]['greatest_db'] for row in rows):.0f} dB"
+            distances = (
+                f"{min(row[name]['least_db'] for row in rows):.0f} to "
+                f"{max(row[name]['greatest_db'] for row in rows):.0f} dB"
+            )
             text += f" {spread([100 * row[name]['agreement'] for row in rows]):<22} {distances}"
         print(text)
     print(f"{rows[0]['images']} test images, n = {seeds}, least and greatest in brackets")
     if a.results:
-        figures = {"command": " ".join(["python", *sys.argv]), "rows": rows, "versions": versions(), "machine": machine()}
+        figures = {
+            "command": " ".join(["python", *sys.argv]),
+            "rows": rows,
+            "versions": versions(),
+            "machine": machine(),
+        }
         write_whole(a.results, json.dumps(figures, indent=1) + "\n")
     return 0
 

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU quantizer, its way back and the widening of results, in ns an element beside memcpy of the same float32 tensor in the same run.
+"""The CPU quantizer, its way back and the widening of results, in ns an element beside memcpy of
+the same float32 tensor in the same run.
 
-Operands of ResNet-20, an MLP and a ViT, in both memory orders, 4 x 4 blocks: X (nearest, unsigned where it can be), W (nearest), E at
-fixed widths (stochastic) and E from thresholds with drops; each call writes codes, headers, exponents and bfloat16 values, as a layer's
-does, Python's part of the call included. `dequantize` is what backward reads saved operands with, `widen` brings a bf16 result to float32.
-Calls take turns, so operands come from where the others left them: from beyond the second cache, as in training. With `--repeat` each call
-is made several times in a row, memcpy's too, so that small operands stay in the cache: the arithmetic's share.
+Operands of ResNet-20, an MLP and a ViT, in both memory orders, 4 x 4 blocks: X (nearest, unsigned
+where it can be), W (nearest), E at fixed widths (stochastic) and E from thresholds with drops; each
+call writes codes, headers, exponents and bfloat16 values, as a layer's does, Python's part of the
+call included. `dequantize` is what backward reads saved operands with, `widen` brings a bf16 result
+to float32.
+Calls take turns, so operands come from where the others left them: from beyond the second cache, as
+in training. With `--repeat` each call is made several times in a row, memcpy's too, so that small
+operands stay in the cache: the arithmetic's share.
 
-Expected: nearest at most 2, stochastic at most 3 times memcpy. `--torch` times the pure-torch quantizer too.
+Expected: nearest at most 2, stochastic at most 3 times memcpy. `--torch` times the pure-torch
+quantizer too.
 """
 
 import argparse
@@ -16,7 +21,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Competitor, describe, interleave, parser, provenance, set_allocator, use_threads, warm_up, write_json
+from common import (
+    Competitor,
+    describe,
+    interleave,
+    parser,
+    provenance,
+    set_allocator,
+    use_threads,
+    warm_up,
+    write_json,
+)
 from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
@@ -49,7 +64,10 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
     x = torch.randn(shape) * torch.randn(shape).exp2()
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    target, layout = torch.empty_like(x), BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=axis)
+    target, layout = (
+        torch.empty_like(x),
+        BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=axis),
+    )
     values = native.empty_channels_innermost(layout, torch.bfloat16)
     codes = native.empty_channels_innermost(layout, torch.uint8)
     made = [Competitor(name="memcpy", step=repeated(lambda: target.copy_(x), a.repeat))]
@@ -57,24 +75,50 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
     def call(options: dict[str, Any]) -> Callable[[], Any]:
         request = torch.tensor(-2 if options["is_threshold"] else 8)
         return lambda: native.quantize(
-            x, layout, request, least_bits=0, most_bits=8, width_group=None, force_signed=False, stream=StreamPosition(), scope="tensor",
-            values=values, codes=codes, **options,
-        )  # fmt: skip
+            x,
+            layout,
+            request,
+            least_bits=0,
+            most_bits=8,
+            width_group=None,
+            force_signed=False,
+            stream=StreamPosition(),
+            scope="tensor",
+            values=values,
+            codes=codes,
+            **options,
+        )
 
-    made += [Competitor(name=kind, step=repeated(call(options), a.repeat)) for kind, options in KINDS.items()]
+    made += [
+        Competitor(name=kind, step=repeated(call(options), a.repeat))
+        for kind, options in KINDS.items()
+    ]
     saved = call(KINDS["X nearest"])()
     largest = int(saved.largest_exponents)
     kept, back = saved.codes.clone(), values.clone()
     made.append(
         Competitor(
             name="dequantize",
-            step=repeated(lambda: native.dequantize(kept, saved.relative_exponents, saved.headers, largest, layout, values), a.repeat),
+            step=repeated(
+                lambda: native.dequantize(
+                    kept, saved.relative_exponents, saved.headers, largest, layout, values
+                ),
+                a.repeat,
+            ),
         )
     )
-    made.append(Competitor(name="widen", step=repeated(lambda: native.widen(back, axis, channels_last=channels_last), a.repeat)))
+    made.append(
+        Competitor(
+            name="widen",
+            step=repeated(lambda: native.widen(back, axis, channels_last=channels_last), a.repeat),
+        )
+    )
     if a.torch:
         made += [
-            Competitor(name=f"{kind}, pure torch", step=repeated(in_torch(x, layout, options), a.repeat)) for kind, options in KINDS.items()
+            Competitor(
+                name=f"{kind}, pure torch", step=repeated(in_torch(x, layout, options), a.repeat)
+            )
+            for kind, options in KINDS.items()
         ]
     return made
 
@@ -91,16 +135,31 @@ def in_torch(x: Tensor, layout: BlockLayout, options: dict[str, Any]) -> Callabl
     threshold = options["is_threshold"]
     request = torch.tensor(-2 if threshold else 8, dtype=torch.int32)
     return lambda: quantize_in_torch(
-        x, layout, bits=None if threshold else request, lsb_exponent=request if threshold else None, role=options["role"], least_bits=0,
-        most_bits=8, width_group=None, stochastic=options["stochastic"], force_signed=False, stream=StreamPosition(), scope="tensor",
-    )  # fmt: skip
+        x,
+        layout,
+        bits=None if threshold else request,
+        lsb_exponent=request if threshold else None,
+        role=options["role"],
+        least_bits=0,
+        most_bits=8,
+        width_group=None,
+        stochastic=options["stochastic"],
+        force_signed=False,
+        stream=StreamPosition(),
+        scope="tensor",
+    )
 
 
 def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--rounds", type=int, default=41)
-    arguments.add_argument("--repeat", type=int, default=1, help="calls in a row, so that operands that fit stay in the cache")
+    arguments.add_argument(
+        "--repeat",
+        type=int,
+        default=1,
+        help="calls in a row, so that operands that fit stay in the cache",
+    )
     arguments.add_argument("--torch", action="store_true", help="the pure-torch quantizer too")
     a = arguments.parse_args()
     set_allocator(a.default_malloc)
@@ -112,7 +171,10 @@ def main() -> int:
         return 1
     record = provenance(a) | {"threads": a.threads, "repeat": a.repeat, "rows": []}
     print(describe(record))
-    print(f"expected: at most {EXPECTED['W nearest']} times memcpy for nearest, {EXPECTED['E stochastic']} for stochastic rounding")
+    print(
+        f"expected: at most {EXPECTED['W nearest']} times memcpy for nearest, "
+        f"{EXPECTED['E stochastic']} for stochastic rounding"
+    )
     for name in OPERANDS:
         timed = competitors(name, a)
         elements = 1
@@ -122,20 +184,33 @@ def main() -> int:
         for competitor in timed:
             warm_up(competitor)
         interleave(timed, 3 if a.smoke else a.rounds, name)
-        print(f"\n{name}: {elements // a.repeat} elements\n  {'':<26}{'ns an element':>14}   times memcpy (quartiles)")
+        print(
+            f"\n{name}: {elements // a.repeat} elements\n  {'':<26}{'ns an element':>14}   "
+            f"times memcpy (quartiles)"
+        )
         for competitor in timed:
             seconds, ratio = competitor.seconds, competitor.ratio(timed[0])
             assert seconds is not None
             nanoseconds = seconds.scaled(1e9 / elements)
             goal = EXPECTED.get(competitor.name)
-            note = "" if goal is None or ratio is None else "  as expected" if ratio.median <= goal else f"  above {goal}"
+            note = (
+                ""
+                if goal is None or ratio is None
+                else "  as expected"
+                if ratio.median <= goal
+                else f"  above {goal}"
+            )
             print(f"  {competitor.name:<26}{nanoseconds.median:>14.3f}   {ratio}{note}")
             record["rows"].append(
                 {
-                    "operand": name, "kind": competitor.name, "elements": elements, "ns_an_element": nanoseconds.to_json(),
-                    "times_memcpy": None if ratio is None else ratio.to_json(), "expected": goal,
+                    "operand": name,
+                    "kind": competitor.name,
+                    "elements": elements,
+                    "ns_an_element": nanoseconds.to_json(),
+                    "times_memcpy": None if ratio is None else ratio.to_json(),
+                    "expected": goal,
                 }
-            )  # fmt: skip
+            )
     write_json(a.results, record)
     return 0
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the cost of dynamic precision depends on the shape of a training: step time of ours (fast) over float32 of the same network.
+"""How the cost of dynamic precision depends on the shape of a training: step time of ours (fast)
+over float32 of the same network.
 
-A multilayer perceptron and a CIFAR residual network, one property changed at a time: width, depth, batch, threads, and block shape (4, 8
-or 16 squared, hence the number of blocks). Steps take turns; a map of the dynasty policy at target 5.0 is in force; steps with an
-analysis are left out (bench_step.py measures those).
+A multilayer perceptron and a CIFAR residual network, one property changed at a time: width, depth,
+batch, threads, and block shape (4, 8 or 16 squared, hence the number of blocks). Steps take turns;
+a map of the dynasty policy at target 5.0 is in force; steps with an analysis are left out
+(bench_step.py measures those).
 
-Expected: the ratio falls with width, because the GEMMs' time grows with its square (at a fixed batch) or faster than the operands that
-are quantized, and with the batch in the perceptron, whose weights are quantized once a step whatever the batch; it is level in depth,
-threads and block shape.
+Expected: the ratio falls with width, because the GEMMs' time grows with its square (at a fixed
+batch) or faster than the operands that are quantized, and with the batch in the perceptron, whose
+weights are quantized once a step whatever the batch; it is level in depth, threads and block shape.
 """
 
 import argparse
@@ -62,7 +64,9 @@ class Family:
 
 
 def _perceptron(s: Shape) -> nn.Module:
-    return multilayer_perceptron(features=3 * 32 * 32, classes=CLASSES, width=s.width, hidden=s.depth)
+    return multilayer_perceptron(
+        features=3 * 32 * 32, classes=CLASSES, width=s.width, hidden=s.depth
+    )
 
 
 def _residual(s: Shape) -> nn.Module:
@@ -72,17 +76,34 @@ def _residual(s: Shape) -> nn.Module:
 COMMON = {"threads": (1, 2), "block": (4, 8, 16)}
 FAMILIES = {
     "mlp": Family(
-        "MLP", _perceptron, Shape(width=1024, depth=3, batch=256),
-        {"width": (128, 256, 512, 1024, 2048), "depth": (1, 3, 6), "batch": (32, 128, 256, 1024), **COMMON},
+        "MLP",
+        _perceptron,
+        Shape(width=1024, depth=3, batch=256),
+        {
+            "width": (128, 256, 512, 1024, 2048),
+            "depth": (1, 3, 6),
+            "batch": (32, 128, 256, 1024),
+            **COMMON,
+        },
     ),
     "resnet": Family(
-        "ResNet", _residual, Shape(width=16, depth=8, batch=64),
+        "ResNet",
+        _residual,
+        Shape(width=16, depth=8, batch=64),
         {"width": (8, 16, 32, 64), "depth": (8, 14, 20), "batch": (16, 64, 256), **COMMON},
     ),
-}  # fmt: skip
+}
 SMOKE = {
-    "mlp": replace(FAMILIES["mlp"], base=Shape(width=64, depth=1, batch=16), sweeps={"width": (64, 128), "block": (4, 16)}),
-    "resnet": replace(FAMILIES["resnet"], base=Shape(width=4, depth=8, batch=8), sweeps={"batch": (4, 8), "block": (4, 8)}),
+    "mlp": replace(
+        FAMILIES["mlp"],
+        base=Shape(width=64, depth=1, batch=16),
+        sweeps={"width": (64, 128), "block": (4, 16)},
+    ),
+    "resnet": replace(
+        FAMILIES["resnet"],
+        base=Shape(width=4, depth=8, batch=8),
+        sweeps={"batch": (4, 8), "block": (4, 8)},
+    ),
 }
 
 
@@ -98,11 +119,15 @@ def measure(family: Family, shape: Shape, rounds: int, settle: int, seed: int) -
     use_threads(shape.threads)
     torch.manual_seed(seed)
     base, batches = family.build(shape), random_images(2, shape.batch)
-    ours = DynamicTraining(copy.deepcopy(base), batches, seed=seed, block_shape=(shape.block, shape.block))
+    ours = DynamicTraining(
+        copy.deepcopy(base), batches, seed=seed, block_shape=(shape.block, shape.block)
+    )
     ours.settle(settle)
     float32, autocast, dynamic = competitors = [
         Competitor(name="float32", step=Training(copy.deepcopy(base), batches).step),
-        Competitor(name="bf16 autocast", step=Training(copy.deepcopy(base), batches, autocast=True).step),
+        Competitor(
+            name="bf16 autocast", step=Training(copy.deepcopy(base), batches, autocast=True).step
+        ),
         Competitor(name="ours fast", step=ours.plain_step),
     ]
     for competitor in competitors:
@@ -132,7 +157,13 @@ def draw(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
     from matplotlib import pyplot
 
     columns = max(len(sweeps) for sweeps in results.values())
-    figure, grid = pyplot.subplots(len(results), columns, figsize=(2.6 * columns, 2.6 * len(results)), squeeze=False, sharey="row")
+    figure, grid = pyplot.subplots(
+        len(results),
+        columns,
+        figsize=(2.6 * columns, 2.6 * len(results)),
+        squeeze=False,
+        sharey="row",
+    )
     for row, (name, sweeps) in zip(grid, results.items(), strict=True):
         for panel in row[len(sweeps) :]:
             panel.set_visible(False)
@@ -140,8 +171,18 @@ def draw(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
             x = [p[axis] for p in points]
             for key, label in (("to_float32", "float32"), ("to_bf16_autocast", "bf16 autocast")):
                 median, low, high = ([p[key][q] for p in points] for q in ("median", "low", "high"))
-                below, above = ([abs(m - e) for m, e in zip(median, ends, strict=True)] for ends in (low, high))
-                panel.errorbar(x, median, yerr=[below, above], marker="o", markersize=3, linewidth=1, label=f"to {label}")
+                below, above = (
+                    [abs(m - e) for m, e in zip(median, ends, strict=True)] for ends in (low, high)
+                )
+                panel.errorbar(
+                    x,
+                    median,
+                    yerr=[below, above],
+                    marker="o",
+                    markersize=3,
+                    linewidth=1,
+                    label=f"to {label}",
+                )
             panel.axhline(1.0, color="grey", linewidth=0.8)
             panel.set_xscale("log", base=2)
             panel.set_xticks(x, [str(v) for v in x])
@@ -159,7 +200,12 @@ def draw(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
     p.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    p.add_argument("--axes", nargs="+", choices=["width", "depth", "batch", "threads", "block"], help="default: all")
+    p.add_argument(
+        "--axes",
+        nargs="+",
+        choices=["width", "depth", "batch", "threads", "block"],
+        help="default: all",
+    )
     p.add_argument("--rounds", type=int, default=12)
     p.add_argument("--figure", type=Path, help="write a picture (PNG) there")
     a = p.parse_args()
@@ -180,20 +226,30 @@ def main() -> None:
         family = (SMOKE if a.smoke else FAMILIES)[name]
         known: dict[Shape, dict[str, Any]] = {}
         sweeps = results.setdefault(name, {})
-        print(f"\n{family.title}; where not said: {', '.join(f'{k} {v}' for k, v in asdict(family.base).items())}")
-        print(f"  {'':14s}{'blocks':>10s}{'float32 ms':>12s}{'ours ms':>10s}   {'to float32':24s}to bf16 autocast")
+        print(
+            f"\n{family.title}; where not said: "
+            f"{', '.join(f'{k} {v}' for k, v in asdict(family.base).items())}"
+        )
+        print(
+            f"  {'':14s}{'blocks':>10s}{'float32 ms':>12s}{'ours ms':>10s}   "
+            f"{'to float32':24s}to bf16 autocast"
+        )
         for axis, shape in shapes(family):
             if a.axes and axis not in a.axes:
                 continue
             if shape not in known:
-                known[shape] = measure(family, shape, 2 if a.smoke else a.rounds, 8 if a.smoke else 24, a.seed)
+                known[shape] = measure(
+                    family, shape, 2 if a.smoke else a.rounds, 8 if a.smoke else 24, a.seed
+                )
             point = known[shape]
             sweeps.setdefault(axis, []).append(point)
             to_float32, to_autocast = (
-                Quartiles(p["low"], p["median"], p["high"], p["n"]) for p in (point["to_float32"], point["to_bf16_autocast"])
+                Quartiles(p["low"], p["median"], p["high"], p["n"])
+                for p in (point["to_float32"], point["to_bf16_autocast"])
             )
             print(
-                f"  {axis:8s}{getattr(shape, axis):6d}{point['blocks']:10d}{1e3 * point['float32_s']['median']:12.2f}"
+                f"  "
+                f"{axis:8s}{getattr(shape, axis):6d}{point['blocks']:10d}{1e3 * point['float32_s']['median']:12.2f}"
                 f"{1e3 * point['ours_s']['median']:10.2f}   {to_float32!s:24s}{to_autocast}"
             )
     write_json(a.results, {**record, "rounds": a.rounds, "results": results})

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a whole training step in dynamic precision, beside float32, bf16 autocast and other packages.
+"""Time of a whole training step in dynamic precision, beside float32, bf16 autocast and other
+packages.
 
-A step is forward, loss, backward and SGD with momentum: ResNet-20 (batch 128), MLP 3x1024 (256), ViT d192 depth 6 (64) and ResNet-18 (64)
-on random CIFAR-shaped images. Ours runs with everything on: 4x4 blocks, unsigned X, window, stochastic E with drop, one-byte saving,
-non-finite check, the callback's hooks, and the map that the dynasty policy makes at target 5.0 (it settles before the timing; the figures
-that it reached are printed). An analysis every 50 steps is too rare to be met by a median: its two steps are timed beside steps without
-in the same rounds, and (both - 2 plain) / 50 is added to ours, stated in a line of its own. Competitors take turns, one step each;
-ratios are within rounds. Slow ones (over 2.5 times float32) take part in every fifth round.
+A step is forward, loss, backward and SGD with momentum: ResNet-20 (batch 128), MLP 3x1024 (256),
+ViT d192 depth 6 (64) and ResNet-18 (64) on random CIFAR-shaped images. Ours runs with everything
+on: 4x4 blocks, unsigned X, window, stochastic E with drop, one-byte saving, non-finite check, the
+callback's hooks, and the map that the dynasty policy makes at target 5.0 (it settles before the
+timing; the figures that it reached are printed). An analysis every 50 steps is too rare to be met
+by a median: its two steps are timed beside steps without in the same rounds, and (both - 2 plain) /
+50 is added to ours, stated in a line of its own. Competitors take turns, one step each; ratios are
+within rounds. Slow ones (over 2.5 times float32) take part in every fifth round.
 
-Expected, one thread: ours fast at most 0.85 (ResNet-20), 0.60 (MLP), 0.80 (ViT) of float32 in the same memory format, at most 1.4 times
-bf16 autocast, and analysis at most 1 % of a step.
+Expected, one thread: ours fast at most 0.85 (ResNet-20), 0.60 (MLP), 0.80 (ViT) of float32 in the
+same memory format, at most 1.4 times bf16 autocast, and analysis at most 1 % of a step.
 """
 
 import argparse
@@ -67,9 +70,17 @@ CASES = {
 }
 OURS = "ours fast"
 NAMES = (
-    "float32", "bf16 autocast", OURS, "ours fast, rest bf16", "ours exact", "float32 compiled", "bf16 autocast compiled",
-    "ours fast compiled", *PEERS, "microxcaling MXINT8",
-)  # fmt: skip
+    "float32",
+    "bf16 autocast",
+    OURS,
+    "ours fast, rest bf16",
+    "ours exact",
+    "float32 compiled",
+    "bf16 autocast compiled",
+    "ours fast compiled",
+    *PEERS,
+    "microxcaling MXINT8",
+)
 
 NEEDED = NAMES[:5]
 """Those whose failure fails the run. A foreign package or a compiler may be missing or broken."""
@@ -101,15 +112,24 @@ class Group:
 
     @property
     def label(self) -> str:
-        layout = f", {'channels_last' if self.channels_last else 'NCHW'}" if self.case.convolutional else ""
-        return f"{self.case.title}, batch {self.batch}{layout}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        layout = (
+            f", {'channels_last' if self.channels_last else 'NCHW'}"
+            if self.case.convolutional
+            else ""
+        )
+        return (
+            f"{self.case.title}, batch {self.batch}{layout}, {self.threads} "
+            f"thread{'s' if self.threads > 1 else ''}"
+        )
 
     def row(self, name: str) -> Row | None:
         return next((r for r in self.rows if r.name == name and r.competitor is not None), None)
 
 
 def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bool) -> Group:
-    """Build, warm up and settle everything that is asked for. What fails becomes a row with its error."""
+    """Build, warm up and settle everything that is asked for. What fails becomes a row with its
+    error.
+    """
     case = CASES[name]
     group = Group(case, name, case.smoke_batch if a.smoke else case.batch, threads, channels_last)
     torch.manual_seed(a.seed)
@@ -138,11 +158,17 @@ def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bo
         "ours fast, rest bf16": ("XWE", lambda: dynamic(rest="bf16")),
         "ours exact": ("XWE", lambda: dynamic(mode="exact")),
         "float32 compiled": ("-", lambda: Training(copy.deepcopy(base), batches, compiled=True)),
-        "bf16 autocast compiled": ("-", lambda: Training(copy.deepcopy(base), batches, autocast=True, compiled=True)),
+        "bf16 autocast compiled": (
+            "-",
+            lambda: Training(copy.deepcopy(base), batches, autocast=True, compiled=True),
+        ),
         "ours fast compiled": ("XWE", lambda: dynamic(compiled=True)),
     }
     for peer_name, peer in peers(a).items():
-        makers[peer_name] = (peer.quantizes, lambda p=peer: Training(p.convert(copy.deepcopy(base), batches[0][0]), batches))  # type: ignore[misc]
+        makers[peer_name] = (
+            peer.quantizes,
+            lambda p=peer: Training(p.convert(copy.deepcopy(base), batches[0][0]), batches),
+        )  # type: ignore[misc]
     reference_s = 0.0
     for competitor_name, (quantizes, make) in makers.items():
         if not wanted(a, competitor_name):
@@ -160,13 +186,21 @@ def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bo
                 training = make()
                 use_threads(threads)  # a package may have set its own
                 # The schedule must not let an analysis into a plain step.
-                plain = training.plain_step if isinstance(training, DynamicTraining) else training.step
+                plain = (
+                    training.plain_step if isinstance(training, DynamicTraining) else training.step
+                )
                 competitor = Competitor(name=competitor_name, step=plain)
-                if isinstance(training, DynamicTraining) and training.forward is not training.network:
-                    # Steps that are observed have code of their own, which takes three of them to compile.
+                if (
+                    isinstance(training, DynamicTraining)
+                    and training.forward is not training.network
+                ):
+                    # Steps that are observed have code of their own, which takes three of them to
+                    # compile.
                     for _ in range(3):
                         training.analysis()
-                last = warm_up(competitor, 1 if a.smoke else 3, least=3 if "compiled" in competitor_name else 1)
+                last = warm_up(
+                    competitor, 1 if a.smoke else 3, least=3 if "compiled" in competitor_name else 1
+                )
         except Exception as error:  # any failure of a foreign package is its row, not the end
             lines = str(error).strip().splitlines() or [""]
             row.error = f"{type(error).__name__}: {lines[0]}"
@@ -184,7 +218,9 @@ def measure(a: argparse.Namespace, group: Group) -> None:
     competitors = [r.competitor for r in group.rows if r.competitor is not None]
     analysed: Competitor | None = None
     if group.ours is not None:
-        analysed = Competitor(name="analysed", step=group.ours.analysis, every=1 if a.smoke else ANALYSED_EVERY)
+        analysed = Competitor(
+            name="analysed", step=group.ours.analysis, every=1 if a.smoke else ANALYSED_EVERY
+        )
         competitors.append(analysed)
     interleave(competitors, 2 if a.smoke else a.rounds, group.label)
     ours = group.row(OURS)
@@ -203,34 +239,56 @@ def rows_of(group: Group) -> list[dict[str, Any]]:
     float32, autocast = group.row("float32"), group.row("bf16 autocast")
     result = []
     for row in group.rows:
-        record: dict[str, Any] = {"competitor": row.name, "quantizes": row.quantizes, "error": row.error or None}
+        record: dict[str, Any] = {
+            "competitor": row.name,
+            "quantizes": row.quantizes,
+            "error": row.error or None,
+        }
         if row.competitor is not None and row.competitor.seconds is not None:
             seconds = row.competitor.seconds
             record["ms"] = seconds.scaled(1e3).to_json()
-            record["analysis_ms_per_step"] = row.extra_s.scaled(1e3).to_json() if row.extra_s else None
+            record["analysis_ms_per_step"] = (
+                row.extra_s.scaled(1e3).to_json() if row.extra_s else None
+            )
             for key, reference in (("to_float32", float32), ("to_bf16_autocast", autocast)):
-                if reference is None or reference.competitor is None or reference.competitor.seconds is None:
+                if (
+                    reference is None
+                    or reference.competitor is None
+                    or reference.competitor.seconds is None
+                ):
                     continue
                 ratio = row.competitor.ratio(reference.competitor)
                 if ratio is not None:
-                    added = row.extra_s.median / reference.competitor.seconds.median if row.extra_s else 0.0
-                    record[key] = Quartiles(ratio.low + added, ratio.median + added, ratio.high + added, ratio.n).to_json()
+                    added = (
+                        row.extra_s.median / reference.competitor.seconds.median
+                        if row.extra_s
+                        else 0.0
+                    )
+                    record[key] = Quartiles(
+                        ratio.low + added, ratio.median + added, ratio.high + added, ratio.n
+                    ).to_json()
         result.append(record)
     return result
 
 
 def show(group: Group, rows: list[dict[str, Any]]) -> None:
     print(f"\n{group.label}")
-    print(f"  {'':26s} X/W/E  {'ms':>9s}   {'to float32':24s}expected  {'to bf16 autocast':24s}expected   n")
+    print(
+        f"  {'':26s} X/W/E  {'ms':>9s}   {'to float32':24s}expected  "
+        f"{'to bf16 autocast':24s}expected   n"
+    )
     for r in rows:
         if r["error"]:
             print(f"  {r['competitor']:26s} {r['quantizes']:5s}  {r['error'][:100]}")
             continue
         ours = r["competitor"] == OURS
-        goal = f"<= {group.case.goal:.2f}" if ours and group.case.goal and group.threads == 1 else ""
+        goal = (
+            f"<= {group.case.goal:.2f}" if ours and group.case.goal and group.threads == 1 else ""
+        )
         limit = f"<= {MOST_TO_AUTOCAST:.2f}" if ours and group.threads == 1 else ""
         print(
-            f"  {r['competitor']:26s} {r['quantizes']:5s}  {r['ms']['median']:9.2f}   {text(r.get('to_float32')):24s}{goal:8s}  "
+            f"  {r['competitor']:26s} {r['quantizes']:5s}  {r['ms']['median']:9.2f}   "
+            f"{text(r.get('to_float32')):24s}{goal:8s}  "
             f"{text(r.get('to_bf16_autocast')):24s}{limit:8s} {r['ms']['n']:3d}"
         )
     for name in ("ours fast compiled", "bf16 autocast compiled"):
@@ -238,15 +296,23 @@ def show(group: Group, rows: list[dict[str, Any]]) -> None:
         if one and compiled and one.competitor and compiled.competitor:
             print(f"  {name} to float32 compiled: {one.competitor.ratio(compiled.competitor)}")
     ours_row = group.row(OURS)
-    if group.ours is None or ours_row is None or ours_row.extra_s is None or ours_row.competitor is None:
+    if (
+        group.ours is None
+        or ours_row is None
+        or ours_row.extra_s is None
+        or ours_row.competitor is None
+    ):
         return
     figures, bits = group.ours.figures(), group.ours.figures()["mean_bits"]
     share = share_of_analysis(ours_row)
     assert share is not None
     print(
-        f"  {OURS}: map at {figures['speedup_charged']:.2f}x charged (target {TARGET:.1f}), bits X/W/E "
-        f"{bits['X']:.1f}/{bits['W']:.1f}/{bits['E']:.1f}; analysis every {group.ours.callback.schedule.interval} steps adds "
-        f"{100 * share.median:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of a plain step, "
+        f"  {OURS}: map at {figures['speedup_charged']:.2f}x charged (target {TARGET:.1f}), "
+        f"bits X/W/E "
+        f"{bits['X']:.1f}/{bits['W']:.1f}/{bits['E']:.1f}; analysis every "
+        f"{group.ours.callback.schedule.interval} steps adds "
+        f"{100 * share.median:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of a plain "
+        f"step, "
         f"expected <= {100 * MOST_ANALYSIS:.0f} %"
     )
 
@@ -258,7 +324,9 @@ def share_of_analysis(ours: Row) -> Quartiles | None:
 
 
 def text(ratio: dict[str, float] | None) -> str:
-    return "-" if ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    return (
+        "-" if ratio is None else f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+    )
 
 
 def wanted(a: argparse.Namespace, name: str) -> bool:
@@ -298,15 +366,37 @@ def quiet() -> Iterator[None]:
 def arguments() -> argparse.Namespace:
     p = parser(__doc__)
     p.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
-    p.add_argument("--threads", nargs="+", type=int, default=[1], help="one run for each number (default: 1)")
-    p.add_argument("--rounds", type=int, default=20)
-    p.add_argument("--channels-last", action="store_true", help="run networks of convolutions in channels_last, too")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="with torch.compile, too (default: unless --smoke)")
     p.add_argument(
-        "--only", nargs="+", metavar="PART", default=[], help="competitors whose name has one of these parts; float32 always runs"
+        "--threads", nargs="+", type=int, default=[1], help="one run for each number (default: 1)"
     )
-    p.add_argument("--skip", nargs="+", metavar="PART", default=[], help=f"competitors to leave out; all: {', '.join(NAMES)}")
-    p.add_argument("--microxcaling", type=Path, metavar="DIR", help="a checkout of microsoft/microxcaling")
+    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="run networks of convolutions in channels_last, too",
+    )
+    p.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="with torch.compile, too (default: unless --smoke)",
+    )
+    p.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        default=[],
+        help="competitors whose name has one of these parts; float32 always runs",
+    )
+    p.add_argument(
+        "--skip",
+        nargs="+",
+        metavar="PART",
+        default=[],
+        help=f"competitors to leave out; all: {', '.join(NAMES)}",
+    )
+    p.add_argument(
+        "--microxcaling", type=Path, metavar="DIR", help="a checkout of microsoft/microxcaling"
+    )
     a = p.parse_args()
     if a.rounds < 2:
         p.error(f"--rounds must be at least 2, not {a.rounds}: there are no quartiles of one")
@@ -329,7 +419,9 @@ def main() -> int:
     for threads in a.threads:
         use_threads(threads)
         for name in a.models:
-            for channels_last in (False, True) if a.channels_last and CASES[name].convolutional else (False,):
+            for channels_last in (
+                (False, True) if a.channels_last and CASES[name].convolutional else (False,)
+            ):
                 torch._dynamo.reset()  # compiled code has the number of threads in it
                 group = make_group(a, name, threads, channels_last)
                 measure(a, group)
@@ -339,17 +431,26 @@ def main() -> int:
                 share = share_of_analysis(ours) if ours else None
                 groups.append(
                     {
-                        "model": name, "batch": group.batch, "threads": threads,
+                        "model": name,
+                        "batch": group.batch,
+                        "threads": threads,
                         "memory_format": "channels_last" if channels_last else "NCHW",
-                        "expected": {"to_float32": group.case.goal, "to_bf16_autocast": MOST_TO_AUTOCAST, "analysis_share": MOST_ANALYSIS},
+                        "expected": {
+                            "to_float32": group.case.goal,
+                            "to_bf16_autocast": MOST_TO_AUTOCAST,
+                            "analysis_share": MOST_ANALYSIS,
+                        },
                         "analysis_share": share.to_json() if share else None,
                         "ours": group.ours.figures() if group.ours else None,
                         "rows": rows,
                     }
-                )  # fmt: skip
+                )
                 write_json(a.results, {**record, "rounds": a.rounds, "groups": groups})
     failed = [
-        f"{g['model']}: {r['competitor']}: {r['error']}" for g in groups for r in g["rows"] if r["error"] and r["competitor"] in NEEDED
+        f"{g['model']}: {r['competitor']}: {r['error']}"
+        for g in groups
+        for r in g["rows"]
+        if r["error"] and r["competitor"] in NEEDED
     ]
     for line in failed:
         print(f"FAILED {line}")

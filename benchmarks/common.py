@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks of training share: options, interleaved timing, allocator, threads, machine and versions, results as JSON.
+"""What the benchmarks of training share: options, interleaved timing, allocator, threads, machine
+and versions, results as JSON.
 
-Competitors take turns, one step each, so that all see the same machine; a ratio is taken within a round, and its quartiles are over
-rounds.
+Competitors take turns, one step each, so that all see the same machine; a ratio is taken within a
+round, and its quartiles are over rounds.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from torch import Tensor
 from dynasty_lightning.files import write_whole
 from dynasty_lightning.study.demo import machine, versions
 
-# glibc hands large temporaries back to the system after each use and takes page faults for them in the next step; these keep them.
-# 32 MiB is the largest threshold that glibc accepts.
+# glibc hands large temporaries back to the system after each use and takes page faults for them in
+# the next step; these keep them. 32 MiB is the largest threshold that glibc accepts.
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -35,20 +36,34 @@ _MARK = "DYNASTY_BENCHMARK_MALLOC"
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that all have."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs; its figures mean nothing")
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--smoke",
+        action="store_true",
+        help="tiny sizes and two rounds, to see that it runs; its figures mean nothing",
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--results", type=Path, help="write JSON there")
-    p.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is instead of keeping freed memory")
+    p.add_argument(
+        "--default-malloc",
+        action="store_true",
+        help="leave glibc's malloc as it is instead of keeping freed memory",
+    )
     return p
 
 
 def set_allocator(default: bool) -> None:
-    """Run this script again with `MALLOC` in its environment, which glibc reads only when a process starts."""
+    """Run this script again with `MALLOC` in its environment, which glibc reads only when a process
+    starts.
+    """
     if default or _MARK in os.environ or sys.platform != "linux":
         return
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **MALLOC, _MARK: "1"})
+    os.execve(
+        sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **MALLOC, _MARK: "1"}
+    )
 
 
 def provenance(a: argparse.Namespace) -> dict[str, Any]:
@@ -66,9 +81,14 @@ def provenance(a: argparse.Namespace) -> dict[str, Any]:
 def describe(record: Mapping[str, Any]) -> str:
     """One line of `provenance`."""
     cpu, malloc = record["machine"], record["malloc"]
-    kept = " ".join(f"{name}={value}" for name, value in malloc.items()) if set(malloc.values()) != {"default"} else "default"
+    kept = (
+        " ".join(f"{name}={value}" for name, value in malloc.items())
+        if set(malloc.values()) != {"default"}
+        else "default"
+    )
     text = (
-        f"{cpu['cpu']}, {cpu['cores']} cores, {cpu['cpu_capability']}, load {record['load_average_before']}; "
+        f"{cpu['cpu']}, {cpu['cores']} cores, {cpu['cpu_capability']}, load "
+        f"{record['load_average_before']}; "
         f"torch {record['versions']['torch']}; malloc: {kept}; seed {record['seed']}"
     )
     return text + ("\nsmoke: the figures mean nothing" if record["smoke"] else "")
@@ -106,7 +126,11 @@ class Quartiles:
     def of(cls, sample: Sequence[float]) -> "Quartiles | None":
         if not sample:
             return None
-        low, median, high = statistics.quantiles(sample, n=4, method="inclusive") if len(sample) > 1 else [sample[0]] * 3
+        low, median, high = (
+            statistics.quantiles(sample, n=4, method="inclusive")
+            if len(sample) > 1
+            else [sample[0]] * 3
+        )
         return cls(low, median, high, len(sample))
 
     def scaled(self, factor: float) -> "Quartiles":
@@ -137,8 +161,12 @@ class Competitor:
         return Quartiles.of(list(self.times.values()))
 
 
-def warm_up(competitor: Competitor, steps: int = 3, *, least: int = 1, budget_s: float = 10.0) -> float:
-    """Run `steps` untimed steps, no more than `least` once they take long, and return the seconds of the last."""
+def warm_up(
+    competitor: Competitor, steps: int = 3, *, least: int = 1, budget_s: float = 10.0
+) -> float:
+    """Run `steps` untimed steps, no more than `least` once they take long, and return the seconds
+    of the last.
+    """
     begin = time.perf_counter()
     last = 0.0
     for i in range(max(steps, least)):
@@ -151,7 +179,9 @@ def warm_up(competitor: Competitor, steps: int = 3, *, least: int = 1, budget_s:
 
 
 def interleave(competitors: Sequence[Competitor], rounds: int, label: str) -> None:
-    """Time one step of each competitor in each round. The order turns by one from round to round."""
+    """Time one step of each competitor in each round. The order turns by one from round to
+    round.
+    """
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -171,6 +201,11 @@ def interleave(competitors: Sequence[Competitor], rounds: int, label: str) -> No
             gc.enable()
 
 
-def random_images(count: int, batch: int, *, size: int = 32, channels: int = 3, classes: int = 10) -> list[tuple[Tensor, Tensor]]:
+def random_images(
+    count: int, batch: int, *, size: int = 32, channels: int = 3, classes: int = 10
+) -> list[tuple[Tensor, Tensor]]:
     """Batches of CIFAR-shaped noise and labels."""
-    return [(torch.randn(batch, channels, size, size), torch.randint(classes, (batch,))) for _ in range(count)]
+    return [
+        (torch.randn(batch, channels, size, size), torch.randint(classes, (batch,)))
+        for _ in range(count)
+    ]

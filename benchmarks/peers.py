@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other packages that train with quantized operands, each as a function that converts one of our networks by the package's own recipe.
+"""Other packages that train with quantized operands, each as a function that converts one of our
+networks by the package's own recipe.
 
-None is needed: `pip install -c constraints.txt -e '.[peers]'` brings all but microxcaling, which is no package: a folder with its source
-is named. Each is imported only where it is used, and patches nothing that the other competitors see.
+None is needed: `pip install -c constraints.txt -e '.[peers]'` brings all but microxcaling, which is
+no package: a folder with its source is named. Each is imported only where it is used, and patches
+nothing that the other competitors see.
 """
 
 import logging
@@ -70,15 +72,27 @@ def _brevitas(weight: str, activation: str) -> Convert:
         import brevitas.quant.scaled_int as bq
 
         source = mx if weight.startswith("MX") else bq
-        options = {"weight_quant": getattr(source, weight), "input_quant": getattr(source, activation)}
+        options = {
+            "weight_quant": getattr(source, weight),
+            "input_quant": getattr(source, activation),
+        }
 
         def make(layer: nn.Module) -> nn.Module | None:
             if type(layer) is nn.Linear:
-                return _with_weights(bnn.QuantLinear(layer.in_features, layer.out_features, layer.bias is not None, **options), layer)
+                return _with_weights(
+                    bnn.QuantLinear(
+                        layer.in_features, layer.out_features, layer.bias is not None, **options
+                    ),
+                    layer,
+                )
             if type(layer) is nn.Conv2d:
                 new = bnn.QuantConv2d(
-                    layer.in_channels, layer.out_channels, layer.kernel_size, **_convolution_options(layer), **options
-                )  # fmt: skip
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,
+                    **_convolution_options(layer),
+                    **options,
+                )
                 return _with_weights(new, layer)
             return None
 
@@ -94,7 +108,9 @@ def _torchao_float8(network: nn.Module, _: Tensor) -> nn.Module:
         raise NotImplementedError("converts Linear layers only")
     # As its README advises, layers whose sizes are no multiples of 16 stay as they are.
     return convert_to_float8_training(  # type: ignore[no-any-return]
-        network, config=Float8LinearConfig(emulate=True), module_filter_fn=lambda m, _: m.in_features % 16 == 0 and m.out_features % 16 == 0
+        network,
+        config=Float8LinearConfig(emulate=True),
+        module_filter_fn=lambda m, _: m.in_features % 16 == 0 and m.out_features % 16 == 0,
     )
 
 
@@ -133,7 +149,9 @@ def _modelopt(network: nn.Module, batch: Tensor) -> nn.Module:
 
 
 def microxcaling(folder: Path) -> Peer:
-    """MXINT8 with blocks of 32 in forward and backward, its Linear and Conv2d in the place of torch's. `folder` holds its `mx` package."""
+    """MXINT8 with blocks of 32 in forward and backward, its Linear and Conv2d in the place of
+    torch's. `folder` holds its `mx` package.
+    """
 
     def convert(network: nn.Module, _: Tensor) -> nn.Module:
         if str(folder) not in sys.path:
@@ -153,10 +171,18 @@ def microxcaling(folder: Path) -> Peer:
 
         def make(layer: nn.Module) -> nn.Module | None:
             if type(layer) is nn.Linear:
-                new = mx.Linear(layer.in_features, layer.out_features, layer.bias is not None, mx_specs=specs)
+                new = mx.Linear(
+                    layer.in_features, layer.out_features, layer.bias is not None, mx_specs=specs
+                )
                 return _with_weights(new, layer)
             if type(layer) is nn.Conv2d:
-                new = mx.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, **_convolution_options(layer), mx_specs=specs)
+                new = mx.Conv2d(
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,
+                    **_convolution_options(layer),
+                    mx_specs=specs,
+                )
                 return _with_weights(new, layer)
             return None
 
@@ -166,8 +192,14 @@ def microxcaling(folder: Path) -> Peer:
 
 
 PEERS: dict[str, Peer] = {
-    "brevitas int8": Peer(module="brevitas", quantizes="XW", convert=_brevitas("Int8WeightPerTensorFloat", "Int8ActPerTensorFloat")),
-    "brevitas MXInt8": Peer(module="brevitas", quantizes="XW", convert=_brevitas("MXInt8Weight", "MXInt8Act")),
+    "brevitas int8": Peer(
+        module="brevitas",
+        quantizes="XW",
+        convert=_brevitas("Int8WeightPerTensorFloat", "Int8ActPerTensorFloat"),
+    ),
+    "brevitas MXInt8": Peer(
+        module="brevitas", quantizes="XW", convert=_brevitas("MXInt8Weight", "MXInt8Act")
+    ),
     "torchao float8, emulated": Peer(module="torchao", quantizes="XWE", convert=_torchao_float8),
     "torchao int8 mixed": Peer(module="torchao", quantizes="XWE", convert=_torchao_int8),
     "nncf int8": Peer(module="nncf", quantizes="XW", convert=_nncf),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training step of ours goes: ms in each kind of kernel, in the bf16 GEMMs, and in the rest (network, optimizer, Python).
+"""Where a training step of ours goes: ms in each kind of kernel, in the bf16 GEMMs, and in the rest
+(network, optimizer, Python).
 
-Networks and batches of bench_step.py with a map at 5x in force, plain steps only, one thread, medians over steps. Each kernel's ns an
-element stand beside memcpy's of a tensor as large as the largest operand, in the same run. The clock around each call is part of what it
-measures.
+Networks and batches of bench_step.py with a map at 5x in force, plain steps only, one thread,
+medians over steps. Each kernel's ns an element stand beside memcpy's of a tensor as large as the
+largest operand, in the same run. The clock around each call is part of what it measures.
 """
 
 import argparse
@@ -15,7 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import describe, parser, progress, provenance, random_images, set_allocator, use_threads, write_json
+from common import (
+    describe,
+    parser,
+    progress,
+    provenance,
+    random_images,
+    set_allocator,
+    use_threads,
+    write_json,
+)
 from training import DynamicTraining
 
 from dynasty_lightning.numerics import gemm as matmul
@@ -32,7 +42,9 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self.elements: dict[str, int] = defaultdict(int)
 
-    def around(self, module: Any, name: str, kind: Callable[[dict[str, Any]], str], operand: int = 0) -> None:
+    def around(
+        self, module: Any, name: str, kind: Callable[[dict[str, Any]], str], operand: int = 0
+    ) -> None:
         """Time a module's function from now on."""
         function = getattr(module, name)
 
@@ -61,7 +73,10 @@ def memcpy_ns(elements: int) -> float:
 def profile(name: str, a: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     torch.manual_seed(a.seed)
     batch = 8 if a.smoke else BATCHES[name]
-    network, batches = build_model(name, in_channels=3, image_size=32, classes=10), random_images(2, batch)
+    network, batches = (
+        build_model(name, in_channels=3, image_size=32, classes=10),
+        random_images(2, batch),
+    )
     if a.channels_last:
         network = network.to(memory_format=torch.channels_last)
         batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
@@ -82,16 +97,30 @@ def profile(name: str, a: argparse.Namespace, clock: Clock) -> dict[str, Any]:
         counts = dict(clock.elements)
         progress(f"{name}: step {step + 1}")
     medians = {label: statistics.median(values) for label, values in rows.items()}
-    copy = memcpy_ns(max((n for label, n in counts.items() if label.startswith("quantize")), default=1) // 4)
-    print(f"\n{name}, batch {batch}{', channels_last' if a.channels_last else ''}; memcpy {copy:.3f} ns an element")
+    copy = memcpy_ns(
+        max((n for label, n in counts.items() if label.startswith("quantize")), default=1) // 4
+    )
+    print(
+        f"\n{name}, batch {batch}{', channels_last' if a.channels_last else ''}; memcpy "
+        f"{copy:.3f} ns an element"
+    )
     print(f"  {'':<14}{'ms a step':>10}{'share':>8}{'ns an element':>16}")
     result = []
     for label, seconds in sorted(medians.items(), key=lambda item: -item[1]):
-        nanoseconds = 1e9 * seconds / counts[label] if label in counts and label != "GEMMs" else None
+        nanoseconds = (
+            1e9 * seconds / counts[label] if label in counts and label != "GEMMs" else None
+        )
         text = "" if nanoseconds is None else f"{nanoseconds:>16.3f}"
         print(f"  {label:<14}{1e3 * seconds:>10.2f}{100 * seconds / medians['step']:>7.1f}%{text}")
         result.append({"part": label, "ms": 1e3 * seconds, "ns_an_element": nanoseconds})
-    return {"model": name, "batch": batch, "channels_last": a.channels_last, "memcpy_ns": copy, "steps": len(rows["step"]), "parts": result}
+    return {
+        "model": name,
+        "batch": batch,
+        "channels_last": a.channels_last,
+        "memcpy_ns": copy,
+        "steps": len(rows["step"]),
+        "parts": result,
+    }
 
 
 def main() -> int:

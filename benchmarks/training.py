@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps that the benchmarks time: float32, bf16 autocast, and ours with the plugin's and the callback's real code.
+"""Training steps that the benchmarks time: float32, bf16 autocast, and ours with the plugin's and
+the callback's real code.
 
-All run the same bare loop (forward, loss, backward, SGD with momentum), so that steps of different trainings can take turns in one
-thread, which a Trainer's loop does not allow. `DynamicTraining` calls the hooks of DynastyPrecision and DynastyCallback where a Trainer
-calls them; what the Trainer itself adds, the same for all, is left out.
+All run the same bare loop (forward, loss, backward, SGD with momentum), so that steps of different
+trainings can take turns in one thread, which a Trainer's loop does not allow. `DynamicTraining`
+calls the hooks of DynastyPrecision and DynastyCallback where a Trainer calls them; what the Trainer
+itself adds, the same for all, is left out.
 """
 
 import math
@@ -37,12 +39,25 @@ class Module(L.LightningModule):
 
 
 class Training:
-    """A network, its batches in turn, and an optimizer. `autocast` runs forward and loss in bf16."""
+    """A network, its batches in turn, and an optimizer. `autocast` runs forward and loss in
+    bf16.
+    """
 
-    def __init__(self, network: nn.Module, batches: Batches, *, autocast: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Batches,
+        *,
+        autocast: bool = False,
+        compiled: bool = False,
+    ) -> None:
         self.network, self.batches, self.autocast = network.train(), batches, autocast
         self.forward: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
-        self.optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=LEARNING_RATE, momentum=MOMENTUM)
+        self.optimizer = torch.optim.SGD(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=LEARNING_RATE,
+            momentum=MOMENTUM,
+        )
         self.steps = 0
 
     def context(self) -> AbstractContextManager[Any]:
@@ -62,20 +77,36 @@ class Training:
 
 
 class DynamicTraining(Training):
-    """Ours with everything on: the plugin's conversion and random stream, the callback's policy, observation and analysis."""
+    """Ours with everything on: the plugin's conversion and random stream, the callback's policy,
+    observation and analysis.
+    """
 
     def __init__(
-        self, network: nn.Module, batches: Batches, *, mode: Literal["fast", "exact"] = "fast", rest: Literal["32", "bf16"] = "32",
-        compiled: bool = False, seed: int = 0, block_shape: tuple[int, int] = (4, 4),
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        batches: Batches,
+        *,
+        mode: Literal["fast", "exact"] = "fast",
+        rest: Literal["32", "bf16"] = "32",
+        compiled: bool = False,
+        seed: int = 0,
+        block_shape: tuple[int, int] = (4, 4),
+    ) -> None:
         self.plugin = DynastyPrecision(mode=mode, rest=rest, seed=seed, block_shape=block_shape)
         super().__init__(self.plugin.convert_module(network), batches, compiled=compiled)
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
         # A Trainer that runs no loop: the hooks find in it what they find in any.
         self._trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_epochs=-1, plugins=[self.plugin], callbacks=[self.callback], logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+            accelerator="cpu",
+            devices=1,
+            max_epochs=-1,
+            plugins=[self.plugin],
+            callbacks=[self.callback],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         self._trainer.strategy.optimizers = [self.optimizer]
         self._module = Module(self.network)
         self.callback.setup(self._trainer, self._module, "fit")
@@ -103,11 +134,15 @@ class DynamicTraining(Training):
 
     def plain_step(self) -> None:
         """A step without analysis, whatever the schedule says."""
-        self.callback.schedule.next_step = self.steps + 3  # the step before an analysis is observed, too
+        self.callback.schedule.next_step = (
+            self.steps + 3
+        )  # the step before an analysis is observed, too
         self.step()
 
     def analysis(self) -> None:
-        """The two steps of an analysis: what the widths in force cost, and statistics with E at 8 bits, followed by a new map."""
+        """The two steps of an analysis: what the widths in force cost, and statistics with E at 8
+        bits, followed by a new map.
+        """
         self.callback.schedule.next_step = self.steps + 2
         self.step()
         self.step()
@@ -118,7 +153,9 @@ class DynamicTraining(Training):
         self.step()
 
     def settle(self, most_steps: int = 40) -> None:
-        """Train as a run begins, but with an analysis at every step after the warm-up, until the cost meets the target twice in a row."""
+        """Train as a run begins, but with an analysis at every step after the warm-up, until the
+        cost meets the target twice in a row.
+        """
         met = 0
         while self.steps < most_steps and met < 2:
             if self.steps < self.callback.schedule.warmup_steps:
@@ -137,7 +174,11 @@ class DynamicTraining(Training):
 
     def blocks(self) -> int:
         """Blocks of X, W and E of the last analysed step, all layers."""
-        return sum(bits.numel() for roles in self.callback.bit_width_map().bits.values() for bits in roles.values())
+        return sum(
+            bits.numel()
+            for roles in self.callback.bit_width_map().bits.values()
+            for bits in roles.values()
+        )
 
     @property
     def speedup(self) -> float:
@@ -147,4 +188,10 @@ class DynamicTraining(Training):
     def figures(self) -> dict[str, Any]:
         """What the map in force amounts to."""
         last = self.callback.history[-1]
-        return {"target_speedup": TARGET, **{k: last[k] for k in ("speedup_charged", "speedup_ideal", "mean_bits", "zero_share", "loss")}}
+        return {
+            "target_speedup": TARGET,
+            **{
+                k: last[k]
+                for k in ("speedup_charged", "speedup_ideal", "mean_bits", "zero_share", "loss")
+            },
+        }

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules by their paths of before 0.1.0: for one release they are found, with a DeprecationWarning that says where they lie now."""
+"""Modules by their paths of before 0.1.0: for one release they are found, with a DeprecationWarning
+that says where they lie now.
+"""
 
 import importlib
 import sys
@@ -87,13 +89,19 @@ MOVED: Final = {
 class _Moved(MetaPathFinder, Loader):
     """Finds a module by its old path: it is the one at the new path, not a second one."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, old = fullname.partition(".")
         return ModuleSpec(fullname, self) if package == _PACKAGE and old in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         new = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
-        warnings.warn(f"{spec.name} has moved to {new}; the old path goes with the next release", DeprecationWarning, stacklevel=2)
+        warnings.warn(
+            f"{spec.name} has moved to {new}; the old path goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
         module = importlib.import_module(new)
         self._spec = module.__spec__
         return module

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of fields that files are checked against: those of `fpga.fields`, which has to stand alone."""
+"""Tables of fields that files are checked against: those of `fpga.fields`, which has to stand
+alone.
+"""
 
 from fpga.fields import Field as Field
 from fpga.fields import check_fields as check_fields

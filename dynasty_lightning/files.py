@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, and read only if they are what was written: those of `fpga.files`, which has to stand alone."""
+"""Files that are whole or not there, and read only if they are what was written: those of
+`fpga.files`, which has to stand alone.
+"""
 
 from fpga.files import DIGEST_FIELD as DIGEST_FIELD
 from fpga.files import MOST_JSON_BYTES as MOST_JSON_BYTES

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dynamic-precision GEMM core: HLS C++, its C simulation, its devices. NumPy and the standard library only."""
+"""The dynamic-precision GEMM core: HLS C++, its C simulation, its devices. NumPy and the standard
+library only.
+"""
 
 from . import requires as requires
 from .config import GemmConfig as GemmConfig

@@ -30,23 +30,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dynasty-fpga", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    csim = commands.add_parser("csim", help="compile the core with g++ and compare it with the reference")
+    csim = commands.add_parser(
+        "csim", help="compile the core with g++ and compare it with the reference"
+    )
     add_config_arguments(csim)
-    csim.add_argument("--values", type=int, default=0, metavar="N", help="go on until N values are compared (default: one round of jobs)")
-    csim.add_argument("--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)")
-    csim.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI")
-    csim.add_argument("--bench", action="store_true", help="also compile and run the vendor's bench on recorded vectors")
+    csim.add_argument(
+        "--values",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on until N values are compared (default: one round of jobs)",
+    )
+    csim.add_argument(
+        "--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)"
+    )
+    csim.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI"
+    )
+    csim.add_argument(
+        "--bench",
+        action="store_true",
+        help="also compile and run the vendor's bench on recorded vectors",
+    )
     csim.set_defaults(run=_run_csim, device="csim")
 
-    selftest = commands.add_parser("selftest", help="run the same jobs on any device, a board too, and compare them with the reference")
+    selftest = commands.add_parser(
+        "selftest",
+        help="run the same jobs on any device, a board too, and compare them with the reference",
+    )
     add_config_arguments(selftest)
     selftest.add_argument("--device", choices=sorted(DEVICES), required=True)
-    selftest.add_argument("--board", default="pynq-z2", metavar="NAME", help="which board it is (default: %(default)s)")
-    selftest.add_argument("--overlay", type=Path, metavar="FILE", help="the .bit of a real board; its .hwh lies beside it")
-    selftest.add_argument("--clock-mhz", type=float, metavar="MHZ", help="clock of the core (default: the board's)")
-    selftest.add_argument("--values", type=int, default=1_000_000, metavar="N", help="compare at least N values (default: %(default)s)")
-    selftest.add_argument("--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)")
-    selftest.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI")
+    selftest.add_argument(
+        "--board",
+        default="pynq-z2",
+        metavar="NAME",
+        help="which board it is (default: %(default)s)",
+    )
+    selftest.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE",
+        help="the .bit of a real board; its .hwh lies beside it",
+    )
+    selftest.add_argument(
+        "--clock-mhz", type=float, metavar="MHZ", help="clock of the core (default: the board's)"
+    )
+    selftest.add_argument(
+        "--values",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="compare at least N values (default: %(default)s)",
+    )
+    selftest.add_argument(
+        "--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)"
+    )
+    selftest.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI"
+    )
     selftest.set_defaults(run=_run_selftest)
 
     emit = commands.add_parser("emit", help="write a build folder: C++, Tcl, Makefile, README")
@@ -54,11 +95,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_emit_arguments(emit)
     emit.set_defaults(run=lambda options: run_emit(options, config_from(options)))
 
-    build = commands.add_parser("build", help="run a vendor tool on a build folder and read its reports")
+    build = commands.add_parser(
+        "build", help="run a vendor tool on a build folder and read its reports"
+    )
     add_build_arguments(build)
     build.set_defaults(run=run_build)
 
-    deploy = commands.add_parser("deploy", help="write a folder for a board: driver, network, overlay or its sources, script, notebook")
+    deploy = commands.add_parser(
+        "deploy",
+        help="write a folder for a board: driver, network, overlay or its sources, script, notebook",
+    )
     add_deploy_arguments(deploy)
     deploy.set_defaults(run=run_deploy)
 
@@ -83,12 +129,32 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that make a GemmConfig."""
     default = GemmConfig()
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="a configuration as JSON (as in a build folder's manifest); options override it"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a configuration as JSON (as in a build folder's manifest); options override it",
     )
-    parser.add_argument("--edge", type=int, choices=EDGES, help=f"rows and channels of a block (default: {default.block_edge})")
-    parser.add_argument("--lanes", type=_pair, metavar="MxN", help=f"lanes along m and n (default: {default.lanes[0]}x{default.lanes[1]})")
-    parser.add_argument("--tile", type=int, metavar="T", help=f"blocks of a tile's side (default: {default.tile})")
-    parser.add_argument("--width-group", type=_pair, metavar="RxC", help="elements that share a width (default: each block has its own)")
+    parser.add_argument(
+        "--edge",
+        type=int,
+        choices=EDGES,
+        help=f"rows and channels of a block (default: {default.block_edge})",
+    )
+    parser.add_argument(
+        "--lanes",
+        type=_pair,
+        metavar="MxN",
+        help=f"lanes along m and n (default: {default.lanes[0]}x{default.lanes[1]})",
+    )
+    parser.add_argument(
+        "--tile", type=int, metavar="T", help=f"blocks of a tile's side (default: {default.tile})"
+    )
+    parser.add_argument(
+        "--width-group",
+        type=_pair,
+        metavar="RxC",
+        help="elements that share a width (default: each block has its own)",
+    )
 
 
 def config_from(options: argparse.Namespace) -> GemmConfig:
@@ -134,7 +200,10 @@ def _run_selftest(options: argparse.Namespace) -> int:
         arguments = {"board": options.board, "clock_mhz": options.clock_mhz}
     if options.device == "pynq":
         if options.overlay is None:
-            raise ValueError("--device pynq needs --overlay FILE, the .bit that `make bitstream` leaves in a build folder")
+            raise ValueError(
+                "--device pynq needs --overlay FILE, the .bit that `make bitstream` leaves in a "
+                "build folder"
+            )
         arguments["overlay"] = options.overlay
     return int(_compare(options, config_from(options), arguments))
 
@@ -149,7 +218,9 @@ def _compare(options: argparse.Namespace, config: GemmConfig, arguments: dict[st
     print(f"core: {json.dumps(config.to_dict())}", flush=True)
     with open_device(options.device, config, **arguments) as device:
         print(f"{device.name} ready after {time.perf_counter() - begin:.1f} s", flush=True)
-        results = report(device, run_cases(device, values=options.values, seed=options.seed), sys.stdout)
+        results = report(
+            device, run_cases(device, values=options.values, seed=options.seed), sys.stdout
+        )
     seconds = sum(r.seconds for r in results)
     values, moved = sum(r.values for r in results), sum(r.bytes_moved for r in results)
     print(f"throughput: {values / seconds:.0f} values a second, {moved / seconds / 1e6:.1f} MB/s")
@@ -160,7 +231,8 @@ def _compare(options: argparse.Namespace, config: GemmConfig, arguments: dict[st
 
 
 def run_bench(config: GemmConfig) -> int:
-    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would; 0 if it has nothing to say.
+    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would;
+    0 if it has nothing to say.
 
     Raises:
         CompileError: vectors differ, or it did not end; with what it printed.
@@ -175,7 +247,9 @@ def run_bench(config: GemmConfig) -> int:
             (folder / name).write_bytes(content)
         write_vectors(config, folder / "vectors")
         compile_cpp(folder, [*KERNEL_SOURCES, bench], Path("test_dpgemm"), list(FLAGS))
-        printed = run([str(folder / "test_dpgemm"), "vectors"], folder=folder, seconds=BENCH_SECONDS)
+        printed = run(
+            [str(folder / "test_dpgemm"), "vectors"], folder=folder, seconds=BENCH_SECONDS
+        )
     complaints = "WARNING" in printed
     print(printed if complaints else "vendor's bench: " + printed.splitlines()[-1])
     return int(complaints)

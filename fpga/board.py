@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `pynq` device: the core on a PYNQ board, driven through its registers and contiguous buffers by the `pynq` package."""
+"""The `pynq` device: the core on a PYNQ board, driven through its registers and contiguous buffers
+by the `pynq` package.
+"""
 
 import contextlib
 import fcntl
@@ -47,14 +49,15 @@ class PynqDevice(CoreDevice):
         board: name of the board that this is.
         clock_mhz: of the core; None for the board's.
         pynq_device: a `pynq.Device`; None for the one that pynq finds.
-        lock: name of the lock that keeps other processes from this board; None for the board's name.
+        lock: name of the lock that keeps other processes from this board; None for the board's
+            name.
 
     Raises:
         ToolMissing: no pynq.
         FileNotFoundError: no .bit or no .hwh.
         ValueError: an unknown board, a clock out of range, or a lock's name that is no file name.
-        DeviceError: a bitstream for another part or another core, a clock that does not lock, a core that does not answer, or another
-            process that has the board.
+        DeviceError: a bitstream for another part or another core, a clock that does not lock, a
+            core that does not answer, or another process that has the board.
     """
 
     name = "pynq"
@@ -74,7 +77,8 @@ class PynqDevice(CoreDevice):
             import pynq
         except ImportError as error:
             raise ToolMissing(
-                f"a board is driven by the pynq package ({error}): pip install 'dynasty-lightning[pynq]', or PYNQ's own image"
+                f"a board is driven by the pynq package ({error}): pip install "
+                f"'dynasty-lightning[pynq]', or PYNQ's own image"
             ) from None
         self.board = load_board(board)
         self.overlay = Path(overlay).resolve()
@@ -101,7 +105,8 @@ class PynqDevice(CoreDevice):
         return _lock_folder()
 
     def reset(self) -> None:
-        """Load the bitstream again and see that the core answers; after a timeout, an interrupted call or a power cycle.
+        """Load the bitstream again and see that the core answers; after a timeout, an interrupted
+        call or a power cycle.
 
         Raises:
             DeviceError: it does not.
@@ -110,52 +115,77 @@ class PynqDevice(CoreDevice):
         self._configure()
 
     def _configure(self) -> None:
-        """Bitstream, clock, registers by name, and one small job, whose registers say which core this is."""
+        """Bitstream, clock, registers by name, and one small job, whose registers say which core
+        this is.
+        """
         try:
             self._loaded = self._load()
         except DeviceError:
             raise
         except Exception as error:  # pynq and its metadata parser raise what they meet in a file
-            problem = f"{type(error).__name__}: {error}" if not isinstance(error, (RuntimeError, OSError)) else error
-            raise DeviceError(f"{self.name}: the bitstream {self.overlay} could not be loaded: {problem}") from error
-        cores = {name: ip for name, ip in self._loaded.ip_dict.items() if _vlnv(ip).rpartition(":")[0] == CORE_VLNV.rpartition(":")[0]}
+            problem = (
+                f"{type(error).__name__}: {error}"
+                if not isinstance(error, (RuntimeError, OSError))
+                else error
+            )
+            raise DeviceError(
+                f"{self.name}: the bitstream {self.overlay} could not be loaded: {problem}"
+            ) from error
+        cores = {
+            name: ip
+            for name, ip in self._loaded.ip_dict.items()
+            if _vlnv(ip).rpartition(":")[0] == CORE_VLNV.rpartition(":")[0]
+        }
         if len(cores) != 1:
             held = ", ".join(sorted(_vlnv(ip) for ip in self._loaded.ip_dict.values()))
-            raise DeviceError(f"{self.name}: {self.overlay.with_suffix('.hwh')} has {len(cores)} cores {CORE_VLNV}, not one; it has {held}")
+            raise DeviceError(
+                f"{self.name}: {self.overlay.with_suffix('.hwh')} has {len(cores)} cores "
+                f"{CORE_VLNV}, not one; it has {held}"
+            )
         ((_, ip),) = cores.items()
         try:
             address, size = int(ip["phys_addr"]), int(ip["addr_range"])
             self._offsets = _offsets(ip["registers"], size)
         except (KeyError, TypeError, ValueError) as error:
             raise DeviceError(
-                f"{self.name}: {self.overlay.with_suffix('.hwh')} does not say where the core's registers are "
-                f"({type(error).__name__}: {error}): it is damaged, or of another version of the core"
+                f"{self.name}: {self.overlay.with_suffix('.hwh')} does not say where the core's "
+                f"registers are "
+                f"({type(error).__name__}: {error}): it is damaged, or of another version of "
+                f"the core"
             ) from None
         self._mmio = self._pynq.MMIO(address, size, device=self._loaded.device)
         self._set_clock()
         self._busy = False
         if not self._mmio.read(self._offsets["CTRL"]) & AP_IDLE:
-            raise DeviceError(f"{self.name}: the core is not idle after its bitstream was loaded: .bit and .hwh may not belong together")
+            raise DeviceError(
+                f"{self.name}: the core is not idle after its bitstream was loaded: .bit and "
+                f".hwh may not belong together"
+            )
         one = Operand(
-            mantissas=np.ones((1, 1, 1), np.int16), scale_exponents=np.zeros((1, 1, 1), int), bits=np.full((1, 1, 1), 2),
+            mantissas=np.ones((1, 1, 1), np.int16),
+            scale_exponents=np.zeros((1, 1, 1), int),
+            bits=np.full((1, 1, 1), 2),
             signed=np.ones((1, 1, 1), bool),
             block_edge=self.config.block_edge,
-        )  # fmt: skip
+        )
         try:
             value = self._run(GemmJob(a=one, b=one), _PROBE_SECONDS).values[0, 0, 0]
         except DeviceTimeout as error:
             raise DeviceError(f"{self.name}: the core does not answer: {error}") from error
         if value != 1:
             raise DeviceError(
-                f"{self.name}: 1 x 1 is {value} on this core: its memory ports do not see the processor's memory as they should"
+                f"{self.name}: 1 x 1 is {value} on this core: its memory ports do not see the "
+                f"processor's memory as they should"
             )
 
     def _load(self) -> Any:
         """The overlay with its bitstream in the chip."""
         loaded = self._pynq.Overlay(str(self.overlay), download=False, device=self._pynq_device)
-        # pynq 4.0.0 sets clocks by frequency, where 3.1 took divisors, and finds none in the .hwh of a Zynq-7000. Ours is set below.
+        # pynq 4.0.0 sets clocks by frequency, where 3.1 took divisors, and finds none in the .hwh
+        # of a Zynq-7000. Ours is set below.
         loaded.clock_dict = {
-            index: {**clock, "frequency": clock.get("frequency") or self.clock_mhz} for index, clock in loaded.clock_dict.items()
+            index: {**clock, "frequency": clock.get("frequency") or self.clock_mhz}
+            for index, clock in loaded.clock_dict.items()
         }
         loaded.download()
         return loaded
@@ -172,30 +202,46 @@ class PynqDevice(CoreDevice):
                 clocks.fclk0_mhz = self.clock_mhz
             read = float(clocks.fclk0_mhz)
         except (ArithmeticError, ValueError) as error:  # of divisors that read zero
-            raise DeviceError(f"{self.name}: the clock registers make no sense ({error}): is the bitstream for this board?") from error
+            raise DeviceError(
+                f"{self.name}: the clock registers make no sense ({error}): is the bitstream "
+                f"for this board?"
+            ) from error
         if abs(read - self.clock_mhz) > _CLOCK_TOLERANCE * self.clock_mhz:
             raise DeviceError(
-                f"{self.name}: asked for a clock of {self.clock_mhz:g} MHz, the board reads {read:g} MHz: choose one that its PLL makes"
+                f"{self.name}: asked for a clock of {self.clock_mhz:g} MHz, the board reads "
+                f"{read:g} MHz: choose one that its PLL makes"
             )
 
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
         if self._busy:
-            raise DeviceError(f"{self.name}: an earlier run was abandoned and may still write to memory: call reset()")
-        buffers = {name: self._buffer(name, data) for name, data in (("job", words), ("a", a), ("b", b), ("c", c))}
+            raise DeviceError(
+                f"{self.name}: an earlier run was abandoned and may still write to memory: call "
+                f"reset()"
+            )
+        buffers = {
+            name: self._buffer(name, data)
+            for name, data in (("job", words), ("a", a), ("b", b), ("c", c))
+        }
         for name, data in (("job", words), ("a", a), ("b", b)):
             buffers[name][: data.size] = data
             buffers[name].flush()
-        # The core writes some words of C, and the others must stay: what the cache holds of it goes out first.
+        # The core writes some words of C, and the others must stay: what the cache holds of it goes
+        # out first.
         buffers["c"][: c.size] = c
         buffers["c"].flush()
         for name, buffer in buffers.items():
             self._write(name, self._address(name, buffer))
         if not self._read("CTRL") & AP_IDLE:
-            raise DeviceError(f"{self.name}: the core is not idle, or nothing answers at its address: call reset()")
+            raise DeviceError(
+                f"{self.name}: the core is not idle, or nothing answers at its address: call "
+                f"reset()"
+            )
         self._busy = True
         self._write("CTRL", AP_START)
         self._wait(timeout_s)
-        status = CoreStatus(**{name: self._read(name) for name, _, access, _ in ARGUMENTS if access == "read"})
+        status = CoreStatus(
+            **{name: self._read(name) for name, _, access, _ in ARGUMENTS if access == "read"}
+        )
         self._busy = False
         buffers["c"].invalidate()
         c[:] = buffers["c"][: c.size]
@@ -208,11 +254,17 @@ class PynqDevice(CoreDevice):
         while True:
             control = self._mmio.read(self._offsets["CTRL"])
             if control == _ALL_ONES:
-                raise DeviceError(f"{self.name}: nothing answers at the core's registers: is the bitstream still loaded? call reset()")
+                raise DeviceError(
+                    f"{self.name}: nothing answers at the core's registers: is the bitstream "
+                    f"still loaded? call reset()"
+                )
             if control & AP_IDLE:
                 return
             if time.monotonic() > deadline:
-                raise DeviceTimeout(f"{self.name}: the core did not end within {timeout_s:.3g} s; call reset() before the next run")
+                raise DeviceTimeout(
+                    f"{self.name}: the core did not end within {timeout_s:.3g} s; call reset() "
+                    f"before the next run"
+                )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL_S)
 
@@ -224,13 +276,16 @@ class PynqDevice(CoreDevice):
             size = 1 << max(6, int(data.size - 1).bit_length())
             for count in (size, data.size):
                 try:
-                    self._buffers[name] = self._pynq.allocate((count,), data.dtype, target=self._loaded.device)
+                    self._buffers[name] = self._pynq.allocate(
+                        (count,), data.dtype, target=self._loaded.device
+                    )
                     break
                 except (RuntimeError, OSError, MemoryError) as error:
                     problem = error
             else:
                 raise DeviceError(
-                    f"{self.name}: no {data.nbytes} bytes of contiguous memory for {name} ({problem}): use smaller batches, free other "
+                    f"{self.name}: no {data.nbytes} bytes of contiguous memory for {name} "
+                    f"({problem}): use smaller batches, free other "
                     "buffers, or give Linux more (cma=... on its command line)"
                 )
         return self._buffers[name]
@@ -238,10 +293,14 @@ class PynqDevice(CoreDevice):
     def _address(self, name: str, buffer: Any) -> int:
         address = int(buffer.device_address)
         if address % ALIGNMENT:
-            raise DeviceError(f"{self.name}: the buffer of {name} lies at {address:#x}, not at a multiple of {ALIGNMENT} bytes")
+            raise DeviceError(
+                f"{self.name}: the buffer of {name} lies at {address:#x}, not at a multiple of "
+                f"{ALIGNMENT} bytes"
+            )
         if address + buffer.nbytes > 1 << self.board.address_bits:
             raise DeviceError(
-                f"{self.name}: the buffer of {name} ends at {address + buffer.nbytes:#x}, beyond {self.board.address_bits} address bits"
+                f"{self.name}: the buffer of {name} ends at {address + buffer.nbytes:#x}, "
+                f"beyond {self.board.address_bits} address bits"
             )
         return address
 
@@ -257,10 +316,12 @@ class PynqDevice(CoreDevice):
 
 
 class SimulatedPynqDevice(PynqDevice):
-    """`pynq-sim`: the same driver and the real pynq package on a board that `fpga.simboard` simulates.
+    """`pynq-sim`: the same driver and the real pynq package on a board that `fpga.simboard`
+    simulates.
 
     Args:
-        config, board, clock_mhz, lock: as for `PynqDevice`; overlay files are made for them, and each has a lock of its own.
+        config, board, clock_mhz, lock: as for `PynqDevice`; overlay files are made for them, and
+            each has a lock of its own.
         options: for `SimulatedBoard`.
     """
 
@@ -278,18 +339,31 @@ class SimulatedPynqDevice(PynqDevice):
         try:
             from .simboard import SimulatedBoard
         except ImportError as error:
-            raise ToolMissing(f"a simulated board needs the pynq package ({error}): pip install 'dynasty-lightning[pynq]'") from None
+            raise ToolMissing(
+                f"a simulated board needs the pynq package ({error}): pip install "
+                f"'dynasty-lightning[pynq]'"
+            ) from None
         from .overlay_files import write_overlay
 
         config = config or GemmConfig()
         if load_board(board).processor != "processing_system7":
-            raise ValueError(f"boards with a Zynq-7000 can be simulated (pynq-z1, pynq-z2), {board} has another processing system")
+            raise ValueError(
+                f"boards with a Zynq-7000 can be simulated (pynq-z1, pynq-z2), {board} has "
+                f"another processing system"
+            )
         self._folder = tempfile.TemporaryDirectory(prefix="dpgemm-overlay-")
         self._has_own_lock = lock is None
         try:
             self.simulated = SimulatedBoard(load_board(board), config, **options)
             overlay = write_overlay(Path(self._folder.name), load_board(board), clock_mhz=clock_mhz)
-            super().__init__(config, overlay=overlay, board=board, clock_mhz=clock_mhz, pynq_device=self.simulated, lock=lock)
+            super().__init__(
+                config,
+                overlay=overlay,
+                board=board,
+                clock_mhz=clock_mhz,
+                pynq_device=self.simulated,
+                lock=lock,
+            )
         except BaseException:
             self._folder.cleanup()
             raise
@@ -308,7 +382,9 @@ def _vlnv(ip: Any) -> str:
 
 
 def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
-    """Byte offsets by our names, within `size`. The vendor tool may append _r to a name, or split 64 bits into _1 and _2."""
+    """Byte offsets by our names, within `size`. The vendor tool may append _r to a name, or split
+    64 bits into _1 and _2.
+    """
     found: dict[str, int] = {}
     for name in ("CTRL", *(argument for argument, *_ in ARGUMENTS)):
         for candidate in (name, f"{name}_r", f"{name}_1", f"{name}_r_1", f"{name}_o"):
@@ -317,7 +393,8 @@ def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
                 break
         else:
             raise DeviceError(
-                f"the .hwh names no register {name!r} (it has {', '.join(sorted(registers))}): it belongs to another version of the core"
+                f"the .hwh names no register {name!r} (it has {', '.join(sorted(registers))}): "
+                f"it belongs to another version of the core"
             )
         second = candidate.removesuffix("_1") + "_2"
         if candidate.endswith("_1") and second in registers:
@@ -336,7 +413,8 @@ def _check_files(overlay: Path, board: Board) -> None:
     for path in (overlay, hwh):
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist: an overlay is a .bit and a .hwh of one name; `make bitstream` in a build folder makes both"
+                f"{path} does not exist: an overlay is a .bit and a .hwh of one name; `make "
+                f"bitstream` in a build folder makes both"
             )
     part = bit_part(overlay)
     chip = board.part.partition("-")[0]
@@ -349,7 +427,10 @@ def _check_files(overlay: Path, board: Board) -> None:
     described = "" if info is None else info.get("DEVICE", "")
     described = described if described.startswith("xc") else f"xc{described}"  # 7z020, but xczu3eg
     if described == "xc" or not chip.startswith(described):
-        raise DeviceError(f"{hwh} describes {described}, but the bitstream beside it is for {part}: they do not belong together")
+        raise DeviceError(
+            f"{hwh} describes {described}, but the bitstream beside it is for {part}: they do "
+            f"not belong together"
+        )
 
 
 def _lock_folder() -> Path:
@@ -365,32 +446,45 @@ def _lock_folder() -> Path:
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise DeviceError(f"{folder}, for locks, is no folder of this user's alone: remove it, or set TMPDIR")
+        raise DeviceError(
+            f"{folder}, for locks, is no folder of this user's alone: remove it, or set TMPDIR"
+        )
     return folder
 
 
 def _take_board(name: str, folder: Path) -> int:
-    """Descriptor of a lock file that this process holds while it has the board. Nothing is ever written to that file.
+    """Descriptor of a lock file that this process holds while it has the board. Nothing is ever
+    written to that file.
 
     Raises:
         DeviceError: another process has it, or something else lies in its place.
         ValueError: `name` is no file name.
     """
     if not _LOCK_NAME.fullmatch(name):
-        raise ValueError(f"a lock's name must be up to 100 letters, digits, '.', '_' and '-', not {shown(name)}")
+        raise ValueError(
+            f"a lock's name must be up to 100 letters, digits, '.', '_' and '-', not {shown(name)}"
+        )
     path = folder / f"dynasty-dpgemm-{name}.lock"
     try:
         handle = _open_lock(path)
     except OSError as error:
-        raise DeviceError(f"the lock of {name} cannot be opened: {path}: {error.strerror}: remove what lies there") from None
+        raise DeviceError(
+            f"the lock of {name} cannot be opened: {path}: {error.strerror}: remove what lies there"
+        ) from None
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-            raise DeviceError(f"{path} is no lock of ours, but a device, a folder or another name of some file: remove it")
+            raise DeviceError(
+                f"{path} is no lock of ours, but a device, a folder or another name of some "
+                f"file: remove it"
+            )
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DeviceError(f"{name} is in use by process {_holder(found)}: close that one, or wait (lock: {path})") from None
+            raise DeviceError(
+                f"{name} is in use by process {_holder(found)}: close that one, or wait (lock: "
+                f"{path})"
+            ) from None
     except BaseException:
         os.close(handle)
         raise
@@ -398,7 +492,9 @@ def _take_board(name: str, folder: Path) -> int:
 
 
 def _open_lock(path: Path) -> int:
-    """The lock file, made if it is not there; never through a link. Another user's can be locked too, so it is opened to read."""
+    """The lock file, made if it is not there; never through a link. Another user's can be locked
+    too, so it is opened to read.
+    """
     safe = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         handle = os.open(path, safe | os.O_CREAT | os.O_EXCL, 0o644)
@@ -413,6 +509,10 @@ def _holder(lock: os.stat_result) -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()
-            if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(lock.st_ino):
+            if (
+                len(words) > 5
+                and words[1] == "FLOCK"
+                and words[5].rpartition(":")[2] == str(lock.st_ino)
+            ):
                 return words[4]
     return "unknown"

@@ -17,7 +17,11 @@ _MAX_SOURCES, _MAX_SOURCE = 100, 1000
 
 
 def _is_resources(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == set(_RESOURCES) and all(map(whole(1, 10**8).holds, value.values()))
+    return (
+        isinstance(value, dict)
+        and value.keys() == set(_RESOURCES)
+        and all(map(whole(1, 10**8).holds, value.values()))
+    )
 
 
 def _is_sources(value: Any) -> bool:
@@ -25,12 +29,23 @@ def _is_sources(value: Any) -> bool:
     return texts and all(isinstance(s, str) and 1 <= len(s) <= _MAX_SOURCE for s in value)
 
 
-# What these texts are rendered into (Tcl, Python, Markdown, shell, XML) has a quoting function each; none of it needs one.
+# What these texts are rendered into (Tcl, Python, Markdown, shell, XML) has a quoting function
+# each; none of it needs one.
 _FIELDS: Final[Mapping[str, Field]] = {
-    "name": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "a file name of up to 64 letters, digits, '.', '_' and '-'"),
-    "title": matching(r"\w[\w .,()+/&-]{0,79}(?<! )", "a text of up to 80 letters, digits, spaces and .,()+/&-"),
-    "part": matching(r"xc[0-9a-z]{3,40}(-[0-9A-Za-z]{1,16}){0,4}", "a text such as xc7z020clg400-1"),
-    "board_part": matching(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[A-Za-z0-9._-]{1,64}){3}", "a text such as tul.com.tw:pynq-z2:part0:1.0"),
+    "name": matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}",
+        "a file name of up to 64 letters, digits, '.', '_' and '-'",
+    ),
+    "title": matching(
+        r"\w[\w .,()+/&-]{0,79}(?<! )", "a text of up to 80 letters, digits, spaces and .,()+/&-"
+    ),
+    "part": matching(
+        r"xc[0-9a-z]{3,40}(-[0-9A-Za-z]{1,16}){0,4}", "a text such as xc7z020clg400-1"
+    ),
+    "board_part": matching(
+        r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}(:[A-Za-z0-9._-]{1,64}){3}",
+        "a text such as tul.com.tw:pynq-z2:part0:1.0",
+    ),
     "processor": one_of("processing_system7", "zynq_ultra_ps_e"),
     "architecture": matching(r"[a-z0-9_]{1,32}", "a text such as armv7l"),
     "address_bits": one_of(32, 40),
@@ -38,8 +53,13 @@ _FIELDS: Final[Mapping[str, Field]] = {
     "hp_ports": whole(1, 64),
     "hp_port_bits": whole(8, 4096),
     "memory_bytes_per_second": whole(1, 10**14),
-    "resources": Field(rule=f"whole numbers in [1, {10**8}] for {', '.join(_RESOURCES)}", holds=_is_resources),
-    "sources": Field(rule=f"a list of up to {_MAX_SOURCES} texts of up to {_MAX_SOURCE} characters", holds=_is_sources),
+    "resources": Field(
+        rule=f"whole numbers in [1, {10**8}] for {', '.join(_RESOURCES)}", holds=_is_resources
+    ),
+    "sources": Field(
+        rule=f"a list of up to {_MAX_SOURCES} texts of up to {_MAX_SOURCE} characters",
+        holds=_is_sources,
+    ),
 }
 
 
@@ -83,8 +103,13 @@ class Board:
 
     @property
     def bytes_per_cycle(self) -> float:
-        """What the memory moves in a cycle of the core: the DRAM's rate, or the ports' if that is less."""
-        return min(self.memory_bytes_per_second / (self.clock_mhz * 1e6), self.hp_ports * self.hp_port_bits / 8)
+        """What the memory moves in a cycle of the core: the DRAM's rate, or the ports' if that is
+        less.
+        """
+        return min(
+            self.memory_bytes_per_second / (self.clock_mhz * 1e6),
+            self.hp_ports * self.hp_port_bits / 8,
+        )
 
 
 def board_names() -> list[str]:
@@ -93,14 +118,21 @@ def board_names() -> list[str]:
 
 
 def load_board(name: str) -> Board:
-    """A board by name. Raises ValueError for an unknown one (the message lists the known) or a file that is not in order."""
+    """A board by name. Raises ValueError for an unknown one (the message lists the known) or a file
+    that is not in order.
+    """
     if name not in board_names():
-        raise ValueError(f"unknown board {shown(name)}: known are {', '.join(board_names())} (add one as a JSON file in {FOLDER})")
+        raise ValueError(
+            f"unknown board {shown(name)}: known are {', '.join(board_names())} (add one as a "
+            f"JSON file in {FOLDER})"
+        )
     return read_board(FOLDER / f"{name}.json")
 
 
 def read_board(path: Path) -> Board:
-    """A board from a file of one's own. Raises ValueError naming file and key, OSError if it cannot be read."""
+    """A board from a file of one's own. Raises ValueError naming file and key, OSError if it cannot
+    be read.
+    """
     path = Path(path)
     values = read_object(path, most_bytes=MAX_BOARD_BYTES)
     check_fields(str(path), {**values, "name": path.stem}, _FIELDS)
@@ -108,7 +140,9 @@ def read_board(path: Path) -> Board:
 
 
 def checked_clock(clock_mhz: float | None, board: Board) -> float:
-    """The clock to ask for: the board's unless one is given. Raises ValueError for one out of range."""
+    """The clock to ask for: the board's unless one is given. Raises ValueError for one out of
+    range.
+    """
     if clock_mhz is None:
         return board.clock_mhz
     if not CLOCK_MHZ.holds(clock_mhz):

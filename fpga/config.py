@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a core is: one frozen configuration that checks itself, renders its header and knows its engine's cost law."""
+"""What a core is: one frozen configuration that checks itself, renders its header and knows its
+engine's cost law.
+"""
 
 import hashlib
 import json
@@ -59,9 +61,11 @@ class GemmConfig:
     Args:
         engine: what forms a block's dot products; see `fpga.engines`.
         lanes: block products computed at a time, along m and n; each divides `tile`.
-        block_edge: rows and channels of a block: 4, 8 or 16. `(4, 4)` is taken too; 1 x n blocks are refused by name.
-        width_group: rows x channels (elements) within which all non-zero blocks have one width, multiples of the edge; None if each
-            has its own. A contract on operands, which the host checks.
+        block_edge: rows and channels of a block: 4, 8 or 16. `(4, 4)` is taken too; 1 x n blocks
+            are refused by name.
+        width_group: rows x channels (elements) within which all non-zero blocks have one width,
+            multiples of the edge; None if each has its own. A contract on operands, which the host
+            checks.
         tile: blocks of an output tile's side, of a step along k, and of a stored segment.
         stream_depth: blocks that the streams between readers and lanes hold.
         burst_words: longest burst on a memory port, in words.
@@ -80,7 +84,9 @@ class GemmConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.engine, str) or self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {shown(self.engine)}")
+            raise ValueError(
+                f"engine must be one of {', '.join(ENGINES)}, not {shown(self.engine)}"
+            )
         if isinstance(self.block_edge, (tuple, list)):
             object.__setattr__(self, "block_edge", edge_of_shape(self.block_edge))
         if not is_whole(self.block_edge) or self.block_edge not in EDGES:
@@ -88,12 +94,17 @@ class GemmConfig:
         if not is_whole(self.tile) or not 1 <= self.tile <= MAX_TILE:
             raise ValueError(f"tile must be in [1, {MAX_TILE}] blocks, not {shown(self.tile)}")
         if not _is_pair(self.lanes, lambda n: n >= 1 and self.tile % n == 0):
-            raise ValueError(f"lanes (m, n) must both divide tile = {self.tile}, not {shown(self.lanes)}")
+            raise ValueError(
+                f"lanes (m, n) must both divide tile = {self.tile}, not {shown(self.lanes)}"
+            )
         object.__setattr__(self, "lanes", tuple(self.lanes))
         if self.width_group is not None:
-            if not _is_pair(self.width_group, lambda n: 0 < n <= MAX_GROUP and n % self.block_edge == 0):
+            if not _is_pair(
+                self.width_group, lambda n: 0 < n <= MAX_GROUP and n % self.block_edge == 0
+            ):
                 raise ValueError(
-                    f"width_group must be rows x channels in multiples of {self.block_edge} up to {MAX_GROUP}, "
+                    f"width_group must be rows x channels in multiples of {self.block_edge} up "
+                    f"to {MAX_GROUP}, "
                     f"not {shown(self.width_group)}"
                 )
             object.__setattr__(self, "width_group", tuple(self.width_group))
@@ -113,7 +124,9 @@ class GemmConfig:
     @property
     def digest(self) -> str:
         """SHA-256 of the configuration and the layout version, in hex."""
-        return hashlib.sha256(json.dumps([LAYOUT_VERSION, self.to_dict()], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps([LAYOUT_VERSION, self.to_dict()], sort_keys=True).encode()
+        ).hexdigest()
 
     @property
     def capability(self) -> int:
@@ -125,15 +138,20 @@ class GemmConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GemmConfig":
-        """The inverse of `to_dict`. Raises ValueError for what is no mapping, an unknown key, or a value outside its range."""
+        """The inverse of `to_dict`. Raises ValueError for what is no mapping, an unknown key, or a
+        value outside its range.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"a configuration must be a mapping, not a {type(values).__name__}")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(
-                f"unknown configuration key {shown(sorted(map(str, unknown))[0])}: known are {', '.join(f.name for f in fields(cls))}"
+                f"unknown configuration key {shown(sorted(map(str, unknown))[0])}: known are "
+                f"{', '.join(f.name for f in fields(cls))}"
             )
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        arguments: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
         return cls(**arguments)
 
     def config_header(self) -> str:
@@ -154,11 +172,14 @@ class GemmConfig:
 
 
 def edge_of_shape(block_shape: tuple[int, int] | list[int]) -> int:
-    """The edge of a square block shape. Raises ValueError for shapes that the core does not compute."""
+    """The edge of a square block shape. Raises ValueError for shapes that the core does not
+    compute.
+    """
     shape = tuple(block_shape)
     if shape in _LINE_SHAPES:
         raise ValueError(
-            f"blocks of {shape[0]} x {shape[1]} are for emulation only: each GEMM quantizes them anew; the core takes 4x4, 8x8 or 16x16"
+            f"blocks of {shape[0]} x {shape[1]} are for emulation only: each GEMM quantizes "
+            f"them anew; the core takes 4x4, 8x8 or 16x16"
         )
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] not in EDGES:
         raise ValueError(f"block_shape must be one of 4x4, 8x8 and 16x16, not {shape}")
@@ -167,4 +188,8 @@ def edge_of_shape(block_shape: tuple[int, int] | list[int]) -> int:
 
 def _is_pair(value: object, holds: Callable[[int], bool]) -> bool:
     """Two whole numbers for each of which `holds` is true."""
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_whole(n) and holds(n) for n in value)
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(is_whole(n) and holds(n) for n in value)
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a core needs for a job: cycles and words as its registers count them, and a model of the time with memory (docs/core.md)."""
+"""What a core needs for a job: cycles and words as its registers count them, and a model of the
+time with memory (docs/core.md).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ class CoreCost:
         cycles: the cycle register.
         words_a, words_b: 64-bit words read.
         words_c: 32-bit words written.
-        time_cycles: a model, in cycles: while a step computes, the next one's blocks come in at the given bandwidth; results leave at it.
+        time_cycles: a model, in cycles: while a step computes, the next one's blocks come in at the
+            given bandwidth; results leave at it.
     """
 
     cycles: int
@@ -56,7 +59,9 @@ def core_cycles(job: GemmJob, config: GemmConfig) -> int:
     return core_cost(job, config).cycles
 
 
-def core_cost(job: GemmJob, config: GemmConfig, *, bytes_per_cycle: float = float("inf")) -> CoreCost:
+def core_cost(
+    job: GemmJob, config: GemmConfig, *, bytes_per_cycle: float = float("inf")
+) -> CoreCost:
     """Cost of a job, K parts added up.
 
     Args:
@@ -73,7 +78,9 @@ def core_cost(job: GemmJob, config: GemmConfig, *, bytes_per_cycle: float = floa
 
 @dataclass
 class _Step:
-    """One step of all output tiles that take it: compute, fill and words, [m tiles, n tiles] or what broadcasts to it."""
+    """One step of all output tiles that take it: compute, fill and words, [m tiles, n tiles] or
+    what broadcasts to it.
+    """
 
     compute: Array
     fill: Array
@@ -86,7 +93,8 @@ def _part_cost(walk: Walk, part: Part, *, raw: bool, bytes_per_cycle: float) -> 
     counts_m, counts_n = (_tile_counts(walk.blocks[i], config.tile) for i in (0, 1))
     store = counts_m[:, None] * counts_n[None, :] * config.block_edge
     # The writer takes a cycle an element, or what memory takes, while the next tile computes.
-    # Padding is computed but not written, so what leaves is the result's own words, shared out evenly.
+    # Padding is computed but not written, so what leaves is the result's own words, shared out
+    # evenly.
     words_c = int(np.prod(job.result_shape)) * (2 if raw else 1)
     write = max(1.0, 4.0 / bytes_per_cycle) * words_c / walk.output_tiles
     cycles, time, words_a, words_b = 0, 0.0, 0, 0
@@ -95,7 +103,11 @@ def _part_cost(walk: Walk, part: Part, *, raw: bool, bytes_per_cycle: float) -> 
         before: _Step | None = None
         for step in [*steps, None]:
             fill = np.zeros(store.shape) if step is None else step.fill
-            load = np.zeros(store.shape) if step is None else 8.0 * (step.words_a + step.words_b) / bytes_per_cycle
+            load = (
+                np.zeros(store.shape)
+                if step is None
+                else 8.0 * (step.words_a + step.words_b) / bytes_per_cycle
+            )
             compute = np.zeros(store.shape) if before is None else before.compute
             chain_cycles = chain_cycles + np.maximum(compute, fill)
             chain_time = chain_time + np.maximum(np.maximum(compute, fill), load)
@@ -109,7 +121,9 @@ def _part_cost(walk: Walk, part: Part, *, raw: bool, bytes_per_cycle: float) -> 
 
 
 def _chains(walk: Walk, part: Part) -> Iterator[Iterator[_Step]]:
-    """The steps of each set of output tiles: all of them (forward, dgrad), or those of each tap (wgrad)."""
+    """The steps of each set of output tiles: all of them (forward, dgrad), or those of each tap
+    (wgrad).
+    """
     if walk.job.gemm == "wgrad":
         for tap in range(walk.job.geometry.tap_count):
             yield _wgrad_steps(walk, part, tap)
@@ -122,7 +136,9 @@ def _row_steps(walk: Walk, part: Part) -> Iterator[_Step]:
     job, config = walk.job, walk.config
     g, tile = job.geometry, config.tile
     forward = job.gemm == "forward"
-    lines = _line_index(g.input_of_output() if forward else g.output_of_input(), job.a.blocks[0], job.a.blocks[1])
+    lines = _line_index(
+        g.input_of_output() if forward else g.output_of_input(), job.a.blocks[0], job.a.blocks[1]
+    )
     a_codes, a_words = _codes(job.a), segment_words(job.a, config)
     b_codes, b_words = _codes(job.b), segment_words(job.b, config)
     taps = g.tap_count
@@ -139,7 +155,9 @@ def _row_steps(walk: Walk, part: Part) -> Iterator[_Step]:
         else:  # W's row blocks are k
             widths_b = b_codes[tap::taps][k].T
             read_b = (1 + b_words[tap::taps][k]).sum(axis=0)
-        yield _step(walk, widths_a[None], widths_b[None], _by_tile(read_a, tile)[:, None], read_b[None, :])[0]
+        yield _step(
+            walk, widths_a[None], widths_b[None], _by_tile(read_a, tile)[:, None], read_b[None, :]
+        )[0]
 
 
 def _wgrad_steps(walk: Walk, part: Part, tap: int) -> Iterator[_Step]:
@@ -156,7 +174,9 @@ def _wgrad_steps(walk: Walk, part: Part, tap: int) -> Iterator[_Step]:
     chunk = max(1, _CHUNK_ELEMENTS // (8 * tile * (walk.tiles[0] + walk.tiles[1]) * tile))
     begin, end = part.step_begin, part.step_begin + part.step_count
     full = min(end, walk.blocks[2] // tile)
-    ranges = [(s, min(s + chunk, full)) for s in range(begin, full, chunk)] + ([(full, end)] if full < end else [])
+    ranges = [(s, min(s + chunk, full)) for s in range(begin, full, chunk)] + (
+        [(full, end)] if full < end else []
+    )
     for first, last in ranges:
         k = slice(first * tile, min(last * tile, walk.blocks[2]))
         shape = (last - first, -1)
@@ -167,15 +187,20 @@ def _wgrad_steps(walk: Walk, part: Part, tap: int) -> Iterator[_Step]:
         yield from _step(walk, widths_a, widths_b, read_a[:, :, None], read_b[:, None, :])
 
 
-def _step(walk: Walk, widths_a: Array, widths_b: Array, words_a: Array, words_b: Array) -> list[_Step]:
+def _step(
+    walk: Walk, widths_a: Array, widths_b: Array, words_a: Array, words_b: Array
+) -> list[_Step]:
     """Steps of equal k from width codes [steps, m blocks, k] and [steps, n blocks, k]."""
     config = walk.config
     edge, law = config.block_edge, config.cost_law
     a = _lane_counts(widths_a, config.tile, config.lanes[0])
     b = _lane_counts(widths_b, config.tile, config.lanes[1])
     bits = np.array(BITS)
-    # cost[v, w] of one block of A of width v with one of B of width w; a zero block of A costs a cycle whatever B holds.
-    cost = np.where(bits[None, :] == 0, 1, law.product_cycles(bits[:, None], bits[None, :], edge)).astype(np.float64)
+    # cost[v, w] of one block of A of width v with one of B of width w; a zero block of A costs a
+    # cycle whatever B holds.
+    cost = np.where(
+        bits[None, :] == 0, 1, law.product_cycles(bits[:, None], bits[None, :], edge)
+    ).astype(np.float64)
     cost[0] = 0
     steps, m_tiles, lanes_m = a.shape[:3]
     n_tiles, lanes_n = b.shape[1:3]
@@ -187,16 +212,27 @@ def _step(walk: Walk, widths_a: Array, widths_b: Array, words_a: Array, words_b:
     depth = widths_a.shape[2]
     counts_m, counts_n = (_tile_counts(walk.blocks[i], config.tile) for i in (0, 1))
     fill = np.maximum(counts_m[:, None], counts_n[None, :]) * depth
-    return [_Step(compute[s], fill, words_a[min(s, len(words_a) - 1)] if words_a.ndim == 3 else words_a,
-                  words_b[min(s, len(words_b) - 1)] if words_b.ndim == 3 else words_b) for s in range(steps)]  # fmt: skip
+    return [
+        _Step(
+            compute[s],
+            fill,
+            words_a[min(s, len(words_a) - 1)] if words_a.ndim == 3 else words_a,
+            words_b[min(s, len(words_b) - 1)] if words_b.ndim == 3 else words_b,
+        )
+        for s in range(steps)
+    ]
 
 
 def _lane_counts(codes: Array, tile: int, lanes: int) -> Array:
-    """How many blocks of each width each lane has at each k: float64 [steps, tiles, lanes, k, widths]."""
+    """How many blocks of each width each lane has at each k: float64 [steps, tiles, lanes, k,
+    widths].
+    """
     steps, blocks, depth = codes.shape
     padded = np.pad(codes, ((0, 0), (0, -blocks % tile), (0, 0)), constant_values=_ABSENT)
     by_lane = padded.reshape(steps, -1, tile // lanes, lanes, depth)
-    counts: Array = np.stack([(by_lane == v).sum(axis=2) for v in range(len(BITS))], axis=-1).astype(np.float64)
+    counts: Array = np.stack(
+        [(by_lane == v).sum(axis=2) for v in range(len(BITS))], axis=-1
+    ).astype(np.float64)
     return counts
 
 
@@ -207,7 +243,9 @@ def _codes(operand: Operand) -> Array:
 
 
 def _line_index(positions: Array, row_blocks: int, position_count: int) -> Array:
-    """[taps, positions] of one row block -> [taps, lines] over all: line of the operand read, or -1."""
+    """[taps, positions] of one row block -> [taps, lines] over all: line of the operand read, or
+    -1.
+    """
     rows = np.arange(row_blocks)[:, None]
     index = np.where(positions[:, None, :] >= 0, rows * position_count + positions[:, None, :], -1)
     return index.reshape(len(positions), -1)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a deploy folder: this package, a network program, the overlay or the steps to build it, a script and a notebook."""
+"""Writes a deploy folder: this package, a network program, the overlay or the steps to build it, a
+script and a notebook.
+"""
 
 import argparse
 import json
@@ -29,16 +31,20 @@ class DeployError(ValueError):
     """A deploy folder that cannot be made from what was given."""
 
 
-def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = None, force: bool = False) -> Path:
+def deploy(
+    program: Path, board: Board, out: Path, *, overlay: Path | None = None, force: bool = False
+) -> Path:
     """Write a deploy folder, whole or not at all; an earlier one is replaced.
 
     Args:
         program: folder that `dynasty-lightning export` wrote, with images.npz.
-        overlay: the .bit for the board, its .hwh beside it; None: a build folder to make it from is written in its place.
+        overlay: the .bit for the board, its .hwh beside it; None: a build folder to make it from is
+            written in its place.
         force: replace whatever is at `out`.
 
     Raises:
-        DeployError: `out` holds something else, the overlay is for another part, or images are missing.
+        DeployError: `out` holds something else, the overlay is for another part, or images are
+            missing.
         ProgramError, FileNotFoundError, DamagedFile: no such program or images, or damaged ones.
     """
     loaded = Program.load(program)
@@ -47,8 +53,16 @@ def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = Non
     images, _ = load_images(program)
     if overlay is not None:
         _check_overlay(overlay, board)
-    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise DeployError(f"{out} is not empty and was not written by `deploy`: choose another folder, or use --force")
+    if (
+        out.exists()
+        and not (out / MARKER).is_file()
+        and (not out.is_dir() or any(out.iterdir()))
+        and not force
+    ):
+        raise DeployError(
+            f"{out} is not empty and was not written by `deploy`: choose another folder, or use "
+            f"--force"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -66,21 +80,39 @@ def deploy(program: Path, board: Board, out: Path, *, overlay: Path | None = Non
 def _check_overlay(overlay: Path, board: Board) -> None:
     for path in (overlay, overlay.with_suffix(".hwh")):
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: an overlay is a .bit and a .hwh of one name")
+            raise FileNotFoundError(
+                f"{path} does not exist: an overlay is a .bit and a .hwh of one name"
+            )
     part = bit_part(overlay)
     if part.partition("-")[0] != board.part.partition("-")[0]:
         raise DeployError(f"{overlay} was built for {part}, but {board.title} has {board.part}")
 
 
-def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: Path | None, name: str, *, images: int) -> None:
-    shutil.copytree(Path(__file__).parent, folder / "fpga", ignore=shutil.ignore_patterns("__pycache__", ".*", "*.toml"))
+def _fill(
+    folder: Path,
+    source: Path,
+    program: Program,
+    board: Board,
+    overlay: Path | None,
+    name: str,
+    *,
+    images: int,
+) -> None:
+    shutil.copytree(
+        Path(__file__).parent,
+        folder / "fpga",
+        ignore=shutil.ignore_patterns("__pycache__", ".*", "*.toml"),
+    )
     (folder / "program").mkdir()
     for file in (GRAPH_FILE, ARRAYS_FILE, IMAGES_FILE):
         shutil.copyfile(source / file, folder / "program" / file)
     if overlay is None:
         emit(program.config, board, folder / "build")
         row = "`build/` | the core's sources and scripts, to make the overlay from"
-        step = "Make the overlay with the vendor's tools as `build/README.md` says, and move `build/overlay/` here as `overlay/`."
+        step = (
+            "Make the overlay with the vendor's tools as `build/README.md` says, and move "
+            "`build/overlay/` here as `overlay/`."
+        )
     else:
         (folder / "overlay").mkdir()
         shutil.copyfile(overlay, folder / "overlay" / "dpgemm.bit")
@@ -100,7 +132,10 @@ def _fill(folder: Path, source: Path, program: Program, board: Board, overlay: P
         copy=markdown_code(f"scp -r {shell_word(name)} xilinx@pynq:"),
     )
     (folder / "README.md").write_text(readme)
-    (folder / MARKER).write_text(json.dumps({"format": 1, "board": board.name, "config": program.config.to_dict()}, indent=1) + "\n")
+    (folder / MARKER).write_text(
+        json.dumps({"format": 1, "board": board.name, "config": program.config.to_dict()}, indent=1)
+        + "\n"
+    )
 
 
 def _filled(name: str, **values: object) -> str:
@@ -108,7 +143,9 @@ def _filled(name: str, **values: object) -> str:
 
 
 def _script(board: Board) -> str:
-    """`classify.py` for a board; its template is Python too, so a whole literal takes the place of one with a placeholder."""
+    """`classify.py` for a board; its template is Python too, so a whole literal takes the place of
+    one with a placeholder.
+    """
     text = (_TEMPLATES / SCRIPT).read_text(encoding="utf-8")
     literals = {"device": python_literal("pynq-sim"), "board": python_literal(board.name)}
     for name in literals:
@@ -121,7 +158,8 @@ def _notebook(script: str) -> dict[str, Any]:
     cells = []
     for index, text in enumerate(re.split("^# %%", script, flags=re.MULTILINE)[1:]):
         is_text = text.startswith(" [markdown]")
-        # Not splitlines, which also splits at what ends no line of Python and so would lay a comment's rest bare.
+        # Not splitlines, which also splits at what ends no line of Python and so would lay a
+        # comment's rest bare.
         lines = text.removeprefix(" [markdown]").strip().split("\n")
         if is_text:
             lines = [line.removeprefix("#").removeprefix(" ") for line in lines]
@@ -138,11 +176,28 @@ def _notebook(script: str) -> dict[str, Any]:
 
 def add_deploy_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `deploy`."""
-    parser.add_argument("--program", type=Path, required=True, metavar="DIR", help="what `dynasty-lightning export --out` named")
-    parser.add_argument("--board", required=True, metavar="NAME", help=f"one of {', '.join(board_names())}")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the deploy folder; an earlier one is replaced")
     parser.add_argument(
-        "--overlay", type=Path, metavar="FILE", help="the .bit for the board, its .hwh beside it (default: a build folder instead)"
+        "--program",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what `dynasty-lightning export --out` named",
+    )
+    parser.add_argument(
+        "--board", required=True, metavar="NAME", help=f"one of {', '.join(board_names())}"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the deploy folder; an earlier one is replaced",
+    )
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE",
+        help="the .bit for the board, its .hwh beside it (default: a build folder instead)",
     )
     parser.add_argument("--force", action="store_true", help="replace the folder whatever is in it")
 
@@ -151,5 +206,8 @@ def run_deploy(options: argparse.Namespace) -> int:
     """The command; prints what to do next."""
     board = load_board(options.board)
     out = deploy(options.program, board, options.out, overlay=options.overlay, force=options.force)
-    print(f"{out}: for {board.title}. Try it here: python3 {shell_word(out / SCRIPT)} pynq-sim. On the board: {out / 'README.md'}")
+    print(
+        f"{out}: for {board.title}. Try it here: python3 {shell_word(out / SCRIPT)} pynq-sim. "
+        f"On the board: {out / 'README.md'}"
+    )
     return 0

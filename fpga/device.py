@@ -50,7 +50,9 @@ class GemmResult:
 
 
 class Device(ABC):
-    """What computes jobs. Every device gives the same bits for the same job. A context manager: leaving it closes the device."""
+    """What computes jobs. Every device gives the same bits for the same job. A context manager:
+    leaving it closes the device.
+    """
 
     name: str
 
@@ -64,13 +66,23 @@ class Device(ABC):
         Raises:
             DeviceTimeout: not done after `timeout_s` seconds.
             DeviceError: the device reports an error, or is closed.
-            OperandError, JobError: operands that this core does not take, or sums that it cannot hold.
-            ValueError: `timeout_s` is not in (0, 10**6]: a wait without end is none that a caller can want.
+            OperandError, JobError: operands that this core does not take, or sums that it cannot
+                hold.
+            ValueError: `timeout_s` is not in (0, 10**6]: a wait without end is none that a caller
+                can want.
         """
-        if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_TIMEOUT_S:
-            raise ValueError(f"timeout_s must be positive, in (0, {MAX_TIMEOUT_S:g}] seconds, not {timeout_s!r}")
+        if (
+            isinstance(timeout_s, bool)
+            or not isinstance(timeout_s, (int, float))
+            or not 0 < timeout_s <= MAX_TIMEOUT_S
+        ):
+            raise ValueError(
+                f"timeout_s must be positive, in (0, {MAX_TIMEOUT_S:g}] seconds, not {timeout_s!r}"
+            )
         if self._closed:
-            raise DeviceError(f"this {self.name} device is closed: open another with open_device({self.name!r})")
+            raise DeviceError(
+                f"this {self.name} device is closed: open another with open_device({self.name!r})"
+            )
         return self._run(job, timeout_s)
 
     @abstractmethod
@@ -87,7 +99,12 @@ class Device(ABC):
     def __enter__(self: _D) -> _D:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -105,14 +122,20 @@ class CoreStatus:
 
 
 class CoreDevice(Device):
-    """A device that is the emitted core: packs operands, starts it on ranges of output tiles, checks its registers."""
+    """A device that is the emitted core: packs operands, starts it on ranges of output tiles,
+    checks its registers.
+    """
 
     launch_blocks: int = _LAUNCH_BLOCKS
-    """Blocks that one start may read: bounds a simulation's memory and the time between two looks at the clock."""
+    """Blocks that one start may read: bounds a simulation's memory and the time between two looks
+    at the clock.
+    """
 
     @abstractmethod
     def _launch(self, words: Array, a: Array, b: Array, c: Array, timeout_s: float) -> CoreStatus:
-        """Run one job on memory: `words` uint32, `a` and `b` uint64, `c` uint32, written in place."""
+        """Run one job on memory: `words` uint32, `a` and `b` uint64, `c` uint32, written in
+        place.
+        """
 
     def _run(self, job: GemmJob, timeout_s: float) -> GemmResult:
         deadline = time.monotonic() + timeout_s
@@ -145,7 +168,17 @@ class CoreDevice(Device):
             parts=len(parts),
         )
 
-    def _run_part(self, walk: Walk, part: Part, a: PackedOperand, b: PackedOperand, c: Array, *, raw: bool, deadline: float) -> Array:
+    def _run_part(
+        self,
+        walk: Walk,
+        part: Part,
+        a: PackedOperand,
+        b: PackedOperand,
+        c: Array,
+        *,
+        raw: bool,
+        deadline: float,
+    ) -> Array:
         tile_blocks = 2 * part.step_count * self.config.tile**2
         at_a_time = max(1, self.launch_blocks // tile_blocks)
         counts = np.zeros(4, np.int64)
@@ -162,7 +195,10 @@ class CoreDevice(Device):
             )
             left = deadline - time.monotonic()
             if left <= 0:
-                raise DeviceTimeout(f"{self.name}: not done in time; {first} of {walk.output_tiles} output tiles are")
+                raise DeviceTimeout(
+                    f"{self.name}: not done in time; {first} of {walk.output_tiles} output "
+                    f"tiles are"
+                )
             status = self._launch(words, a.words, b.words, c, left)
             self._check(status)
             counts += (status.cycles, status.words_a, status.words_b, status.words_c)
@@ -171,12 +207,16 @@ class CoreDevice(Device):
     def _check(self, status: CoreStatus) -> None:
         if status.version != LAYOUT_VERSION:
             raise DeviceError(
-                f"{self.name}: the core has layout version {status.version}, this package {LAYOUT_VERSION}: emit and build it anew"
+                f"{self.name}: the core has layout version {status.version}, this package "
+                f"{LAYOUT_VERSION}: emit and build it anew"
             )
         if status.error:
-            raise DeviceError(f"{self.name}: the core reports error {status.error}, {error_text(status.error)}")
+            raise DeviceError(
+                f"{self.name}: the core reports error {status.error}, {error_text(status.error)}"
+            )
         if status.capability != self.config.capability:
             raise DeviceError(
-                f"{self.name}: the core's configuration is {status.capability:#010x}, the host's {self.config.capability:#010x}: "
+                f"{self.name}: the core's configuration is {status.capability:#010x}, the "
+                f"host's {self.config.capability:#010x}: "
                 "open the device with the configuration that the core was built for"
             )

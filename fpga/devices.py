@@ -19,7 +19,8 @@ DEVICES: Final[dict[str, Callable[..., Device]]] = {
 
 
 def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> Device:
-    """Open a device by name: "reference" (NumPy), "csim" (the C++, compiled here), "pynq-sim" (a simulated board), "pynq" (a board).
+    """Open a device by name: "reference" (NumPy), "csim" (the C++, compiled here), "pynq-sim" (a
+    simulated board), "pynq" (a board).
 
     Args:
         config: the core; None for the default one.

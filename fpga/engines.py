@@ -36,13 +36,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class BitPlanes:
-    """Bit-plane serial: one AND + popcount of a plane pair a cycle; `edge` outputs share a shifter, which takes `edge` cycles a product."""
+    """Bit-plane serial: one AND + popcount of a plane pair a cycle; `edge` outputs share a shifter,
+    which takes `edge` cycles a product.
+    """
 
     name: str = "bit_planes"
     code: int = 1
 
     def product_cycles(self, bits_a: IntArray, bits_b: IntArray, edge: int) -> IntArray:
-        return np.maximum(np.asarray(bits_a, np.int64) * np.asarray(bits_b, np.int64), self.drain_cycles(edge))
+        return np.maximum(
+            np.asarray(bits_a, np.int64) * np.asarray(bits_b, np.int64), self.drain_cycles(edge)
+        )
 
     def drain_cycles(self, edge: int) -> int:
         return edge

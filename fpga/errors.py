@@ -3,7 +3,9 @@
 
 
 class DeviceError(RuntimeError):
-    """A device reports that it could not do what it was asked; the message names the register's meaning."""
+    """A device reports that it could not do what it was asked; the message names the register's
+    meaning.
+    """
 
 
 class DeviceTimeout(TimeoutError):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What JSON and XML files may hold: read within a size, then checked against a table of fields before anything is made of them."""
+"""What JSON and XML files may hold: read within a size, then checked against a table of fields
+before anything is made of them.
+"""
 
 import re
 import xml.etree.ElementTree as ElementTree
@@ -36,29 +38,42 @@ def is_whole(value: object) -> bool:
 
 
 def is_integer(value: object) -> bool:
-    """A whole number of Python or NumPy that is no bool; what callers pass, where a file has `is_whole`."""
+    """A whole number of Python or NumPy that is no bool; what callers pass, where a file has
+    `is_whole`.
+    """
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def whole(least: int, most: int) -> Field:
     """A whole number in [least, most]."""
-    return Field(rule=f"a whole number in [{least}, {most}]", holds=lambda v: is_whole(v) and least <= v <= most)
+    return Field(
+        rule=f"a whole number in [{least}, {most}]",
+        holds=lambda v: is_whole(v) and least <= v <= most,
+    )
 
 
 def number(least: float, most: float) -> Field:
     """A number in [least, most], which NaN is not."""
-    return Field(rule=f"a number in [{least}, {most}]", holds=lambda v: (is_whole(v) or isinstance(v, float)) and least <= v <= most)
+    return Field(
+        rule=f"a number in [{least}, {most}]",
+        holds=lambda v: (is_whole(v) or isinstance(v, float)) and least <= v <= most,
+    )
 
 
 def matching(pattern: str, rule: str) -> Field:
     """A text of a pattern, all of it."""
     compiled = re.compile(pattern)
-    return Field(rule=rule, holds=lambda v: isinstance(v, str) and compiled.fullmatch(v) is not None)
+    return Field(
+        rule=rule, holds=lambda v: isinstance(v, str) and compiled.fullmatch(v) is not None
+    )
 
 
 def one_of(*values: Any) -> Field:
     """One of these texts or whole numbers; 1 is neither 1.0 nor True."""
-    return Field(rule=f"one of {', '.join(map(str, values))}", holds=lambda v: any(type(v) is type(w) and v == w for w in values))
+    return Field(
+        rule=f"one of {', '.join(map(str, values))}",
+        holds=lambda v: any(type(v) is type(w) and v == w for w in values),
+    )
 
 
 def shown(value: object) -> str:
@@ -73,7 +88,10 @@ def check_fields(where: str, values: Mapping[str, Any], fields: Mapping[str, Fie
     Raises:
         ValueError: naming `where`, the field, the rule and the value met.
     """
-    for what, keys in (("lacks", fields.keys() - values.keys()), ("has the unknown key", values.keys() - fields.keys())):
+    for what, keys in (
+        ("lacks", fields.keys() - values.keys()),
+        ("has the unknown key", values.keys() - fields.keys()),
+    ):
         if keys:
             raise ValueError(f"{where} {what} {shown(sorted(keys)[0])}")
     for name, field in fields.items():
@@ -95,7 +113,8 @@ def read_object(path: Path, *, most_bytes: int = MAX_JSON_BYTES) -> dict[str, An
 
 
 def read_xml(path: Path, *, most_bytes: int = MAX_XML_BYTES) -> ElementTree.Element:
-    """The root of an XML file. None of the vendor's has a document type, whose entities could make gigabytes of a few lines.
+    """The root of an XML file. None of the vendor's has a document type, whose entities could make
+    gigabytes of a few lines.
 
     Raises:
         ValueError: naming the file: too large, no XML, or one with a document type.
@@ -107,7 +126,11 @@ def read_xml(path: Path, *, most_bytes: int = MAX_XML_BYTES) -> ElementTree.Elem
         root = parser.close()
     except DamagedFile:
         raise
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that Python does not know
+    except (
+        ElementTree.ParseError,
+        ValueError,
+        LookupError,
+    ) as error:  # LookupError: an encoding that Python does not know
         raise DamagedFile(f"{path} is damaged: {error}") from None
     assert isinstance(root, ElementTree.Element)
     return root

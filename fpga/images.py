@@ -16,7 +16,11 @@ Images = npt.NDArray[np.float32]
 
 def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
     """Write images, float32 [N, ...], and integer labels [N], whole or not at all."""
-    write_whole(folder / IMAGES_FILE, lambda file: np.savez_compressed(file, images=images, labels=labels), sealed=True)
+    write_whole(
+        folder / IMAGES_FILE,
+        lambda file: np.savez_compressed(file, images=images, labels=labels),
+        sealed=True,
+    )
 
 
 def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
@@ -28,16 +32,39 @@ def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
     """
     path = folder / IMAGES_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {IMAGES_FILE}: `dynasty-lightning export` writes one")
+        raise FileNotFoundError(
+            f"{folder} has no {IMAGES_FILE}: `dynasty-lightning export` writes one"
+        )
     try:
         arrays = parse_arrays(read_sealed(path), str(path))
     except DamagedFile as error:
-        raise DamagedFile(f"{error}. Export the program anew; images of your own are written by fpga.images.save_images") from None
+        raise DamagedFile(
+            f"{error}. Export the program anew; images of your own are written by "
+            f"fpga.images.save_images"
+        ) from None
     images, labels = arrays.get("images"), arrays.get("labels")
-    is_ours = images is not None and labels is not None and images.dtype == np.float32 and labels.dtype.kind in "iu"
-    if images is None or labels is None or not is_ours or images.ndim < 2 or not len(images) or labels.shape != images.shape[:1]:
-        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items()) or "nothing"
-        raise DamagedFile(f"{path} holds {found}, not images (float32) and a label (integer) for each: export the program anew")
+    is_ours = (
+        images is not None
+        and labels is not None
+        and images.dtype == np.float32
+        and labels.dtype.kind in "iu"
+    )
+    if (
+        images is None
+        or labels is None
+        or not is_ours
+        or images.ndim < 2
+        or not len(images)
+        or labels.shape != images.shape[:1]
+    ):
+        found = (
+            ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays.items())
+            or "nothing"
+        )
+        raise DamagedFile(
+            f"{path} holds {found}, not images (float32) and a label (integer) for each: export "
+            f"the program anew"
+        )
     return images, labels
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs: one GEMM of a layer over two operands, and how it is cut into output tiles, steps and parts (docs/core.md)."""
+"""Jobs: one GEMM of a layer over two operands, and how it is cut into output tiles, steps and parts
+(docs/core.md).
+"""
 
 import math
 from collections.abc import Sequence
@@ -31,10 +33,12 @@ class JobError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """Positions and taps of a convolution, up to three axes each; fewer are filled in front. Without arguments: a matrix product.
+    """Positions and taps of a convolution, up to three axes each; fewer are filled in front.
+    Without arguments: a matrix product.
 
     Raises:
-        JobError: an extent out of range, or `output` positions that read nothing but what lies outside.
+        JobError: an extent out of range, or `output` positions that read nothing but what lies
+            outside.
     """
 
     input: Sequence[int] = ()
@@ -48,8 +52,15 @@ class Geometry:
         for field in fields(self):
             values = getattr(self, field.name)
             neutral, least = (0, 0) if field.name == "padding" else (1, 1)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not all(map(is_integer, values)):
-                raise JobError(f"{field.name} must be a sequence of whole numbers, one for each axis, not {shown(values)}")
+            if (
+                isinstance(values, str)
+                or not isinstance(values, Sequence)
+                or not all(map(is_integer, values))
+            ):
+                raise JobError(
+                    f"{field.name} must be a sequence of whole numbers, one for each axis, not "
+                    f"{shown(values)}"
+                )
             values = tuple(map(int, values))
             if len(values) > AXES:
                 raise JobError(f"{field.name} has {len(values)} axes; the core takes up to {AXES}")
@@ -58,7 +69,10 @@ class Geometry:
             object.__setattr__(self, field.name, (neutral,) * (AXES - len(values)) + values)
         for i, o, t, s, p, d in zip(*(getattr(self, f.name) for f in fields(self)), strict=True):
             if (o - 1) * s - p + (t - 1) * d >= i + p:
-                raise JobError(f"output {o} needs input and padding beyond {i} + 2 * {p} (taps {t}, stride {s}, dilation {d})")
+                raise JobError(
+                    f"output {o} needs input and padding beyond {i} + 2 * {p} (taps {t}, stride "
+                    f"{s}, dilation {d})"
+                )
 
     @cached_property
     def input_size(self) -> int:
@@ -73,7 +87,9 @@ class Geometry:
         return math.prod(self.taps)
 
     def input_of_output(self) -> Array:
-        """int64 [taps, output positions]: the input position that each tap reads, -1 in the padding."""
+        """int64 [taps, output positions]: the input position that each tap reads, -1 in the
+        padding.
+        """
         strides = (self.input[1] * self.input[2], self.input[2], 1)
         index = np.zeros((1, 1, 1, 1, 1, 1), np.int64)
         inside = np.ones((1, 1, 1, 1, 1, 1), np.bool_)
@@ -88,7 +104,9 @@ class Geometry:
         return np.where(inside, index, -1).reshape(self.tap_count, self.output_size)
 
     def output_of_input(self) -> Array:
-        """int64 [taps, input positions]: the output position that reads each at a tap, -1 where none does."""
+        """int64 [taps, input positions]: the output position that reads each at a tap, -1 where
+        none does.
+        """
         result = np.full((self.tap_count, self.input_size), -1, np.int64)
         for tap, inputs in enumerate(self.input_of_output()):
             result[tap, inputs[inputs >= 0]] = np.flatnonzero(inputs >= 0)
@@ -104,14 +122,16 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GemmJob:
-    """One GEMM. A and B are X and W (forward), E and W (dgrad), E and X (wgrad); the result is Y, dX or dW.
+    """One GEMM. A and B are X and W (forward), E and W (dgrad), E and X (wgrad); the result is Y,
+    dX or dW.
 
     Args:
         gemm: "forward", "dgrad" or "wgrad".
         output: "float32", rounded once, or "int64", the sums in units of the operands' bases.
 
     Raises:
-        JobError: shapes that do not fit one another, row exponents elsewhere than in forward's A, sums of 2**62 or more.
+        JobError: shapes that do not fit one another, row exponents elsewhere than in forward's A,
+            sums of 2**62 or more.
     """
 
     gemm: str = "forward"
@@ -133,7 +153,9 @@ class GemmJob:
         if self.a.block_edge != self.b.block_edge:
             raise JobError(f"A has blocks of edge {self.a.block_edge}, B of {self.b.block_edge}")
         if self.b.row_exponents or (self.a.row_exponents and self.gemm != "forward"):
-            raise JobError("only A of a forward GEMM may have row exponents: elsewhere rows are contracted")
+            raise JobError(
+                "only A of a forward GEMM may have row exponents: elsewhere rows are contracted"
+            )
         g = self.geometry
         rows = self.a.shape[0]
         expected = {
@@ -144,15 +166,20 @@ class GemmJob:
         for name, operand, want in zip("AB", (self.a, self.b), expected, strict=True):
             if any(w is not None and w != s for w, s in zip(want, operand.shape, strict=True)):
                 text = " x ".join("any" if w is None else str(w) for w in want)
-                raise JobError(f"{name} of this {self.gemm} GEMM must be rows x positions x channels = {text}, not {operand.shape}")
+                raise JobError(
+                    f"{name} of this {self.gemm} GEMM must be rows x positions x channels = "
+                    f"{text}, not {operand.shape}"
+                )
         for count in (math.prod(self.x_shape), math.prod(self.e_shape), math.prod(self.w_shape)):
             if count >= MAX_ELEMENTS:
                 raise JobError(
-                    f"an operand or result of this GEMM has {count} elements; the core addresses fewer than {MAX_ELEMENTS}: split the batch"
+                    f"an operand or result of this GEMM has {count} elements; the core "
+                    f"addresses fewer than {MAX_ELEMENTS}: split the batch"
                 )
         if self.bound >= 1 << WHOLE_SUM_BITS:
             raise JobError(
-                f"sums of {self.terms} products may reach {self.bound:.3g} LSBs, 2**{WHOLE_SUM_BITS} or more: use smaller batches"
+                f"sums of {self.terms} products may reach {self.bound:.3g} LSBs, "
+                f"2**{WHOLE_SUM_BITS} or more: use smaller batches"
             )
 
     @property
@@ -221,7 +248,9 @@ class Walk:
     def blocks(self) -> Axes:
         """Blocks of the GEMM along m, n and k (k of one tap for forward and dgrad)."""
         edge = self.config.block_edge
-        row_blocks, ins, outs = (-(-n // edge) for n in (self.job.rows, self.job.in_channels, self.job.out_channels))
+        row_blocks, ins, outs = (
+            -(-n // edge) for n in (self.job.rows, self.job.in_channels, self.job.out_channels)
+        )
         g = self.job.geometry
         if self.job.gemm == "forward":
             return row_blocks * g.output_size, outs, ins
@@ -263,13 +292,24 @@ class Walk:
         count = (limit - 1) // step_bound
         if count < 1:
             raise JobError(
-                f"a step of {terms} products may reach {step_bound:.3g} LSBs, 2**{SUM_BITS} or more: "
+                f"a step of {terms} products may reach {step_bound:.3g} LSBs, 2**{SUM_BITS} or "
+                f"more: "
                 "the operands' exponents span more than the window of docs/numerics.md"
             )
         return [Part(s, min(count, self.steps - s)) for s in range(0, self.steps, count)]
 
 
-def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count: int, words_a: int, words_b: int, words_c: int) -> Array:
+def job_words(
+    walk: Walk,
+    *,
+    raw: bool,
+    part: Part,
+    tile_begin: int,
+    tile_count: int,
+    words_a: int,
+    words_b: int,
+    words_c: int,
+) -> Array:
     """A launch's words in memory, uint32; row results' exponents follow where A has row exponents.
 
     Raises:
@@ -294,9 +334,13 @@ def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count:
         "words_c": words_c,
     }
     for field in fields(g):
-        values |= {f"{field.name}_{axis}": v for axis, v in zip("zyx", getattr(g, field.name), strict=True)}
+        values |= {
+            f"{field.name}_{axis}": v for axis, v in zip("zyx", getattr(g, field.name), strict=True)
+        }
     signed = {"exponent"}
-    if wide := [name for name, value in values.items() if name not in signed and not 0 <= value < 1 << 32]:
+    if wide := [
+        name for name, value in values.items() if name not in signed and not 0 <= value < 1 << 32
+    ]:
         raise JobError(f"{wide[0]} = {values[wide[0]]} is no word of 32 bits: split the batch")
     words = np.array([values[name] & 0xFFFFFFFF for name, _ in JOB_WORDS], np.uint32)
     if not job.a.row_exponents:
@@ -307,7 +351,9 @@ def job_words(walk: Walk, *, raw: bool, part: Part, tile_begin: int, tile_count:
 
 
 def beyond_memory(job: Array, a: Array, b: Array, c: Array) -> str | None:
-    """What a job's words say of its memories that is not so, None if all that they announce is there; words as they lie in memory."""
+    """What a job's words say of its memories that is not so, None if all that they announce is
+    there; words as they lie in memory.
+    """
     if job.size < len(JOB_WORDS):
         return f"a job has {len(JOB_WORDS)} words, not {job.size}"
     said = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
@@ -323,11 +369,17 @@ def _table_rows(walk: Walk) -> int:
 
 
 def round_once(sums: Array, exponents: Array) -> Array:
-    """sums * 2**exponents in float32, rounded once to nearest-even, +0 for zero; int64 sums below 2**62, exponents that broadcast."""
-    # 11 low bits become one sticky bit, so the value fits float64 and still rounds to float32 as the whole would.
+    """sums * 2**exponents in float32, rounded once to nearest-even, +0 for zero; int64 sums below
+    2**62, exponents that broadcast.
+    """
+    # 11 low bits become one sticky bit, so the value fits float64 and still rounds to float32 as
+    # the whole would.
     folded = (sums >> 11 << 1) | ((sums & 0x7FF) != 0)
-    value = np.where(np.abs(sums) < 1 << 53, sums.astype(np.float64), np.ldexp(folded.astype(np.float64), 10))
-    # Below 2**-400 and above 2**400 every result has the same float32; within, float64 scales exactly.
+    value = np.where(
+        np.abs(sums) < 1 << 53, sums.astype(np.float64), np.ldexp(folded.astype(np.float64), 10)
+    )
+    # Below 2**-400 and above 2**400 every result has the same float32; within, float64 scales
+    # exactly.
     scaled = np.ldexp(value, np.clip(exponents, -400, 400).astype(np.int32))
     with np.errstate(over="ignore", under="ignore"):
         rounded: Array = scaled.astype(np.float32) + np.float32(0)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled libraries: the compiler, and a cache from which only what the user (or root) built, whole, is loaded."""
+"""Compiled libraries: the compiler, and a cache from which only what the user (or root) built,
+whole, is loaded.
+"""
 
 import functools
 import os
@@ -27,7 +29,9 @@ Loaded = TypeVar("Loaded")
 
 
 class CacheError(RuntimeError):
-    """There is no place to keep a library in that others cannot write to; the message says which were tried."""
+    """There is no place to keep a library in that others cannot write to; the message says which
+    were tried.
+    """
 
 
 # -- the compiler
@@ -42,10 +46,18 @@ def find_compiler() -> tuple[str, ...]:
         words = []
     if not words or (found := shutil.which(words[0])) is None:
         if words and os.path.isdir(words[0]):
-            raise ToolMissing(f"no C++ compiler: CXX names {words[0]!r}, which is a folder; {_WAY_OUT}")
+            raise ToolMissing(
+                f"no C++ compiler: CXX names {words[0]!r}, which is a folder; {_WAY_OUT}"
+            )
         if words and os.path.isfile(words[0]):
-            raise ToolMissing(f"no C++ compiler: CXX names {words[0]!r}, which may not be run; chmod +x it, or {_WAY_OUT}")
-        raise ToolMissing(f"no C++ compiler {named!r} on PATH: install g++ (Debian: apt-get install g++), or name one in CXX")
+            raise ToolMissing(
+                f"no C++ compiler: CXX names {words[0]!r}, which may not be run; chmod +x it, "
+                f"or {_WAY_OUT}"
+            )
+        raise ToolMissing(
+            f"no C++ compiler {named!r} on PATH: install g++ (Debian: apt-get install g++), or "
+            f"name one in CXX"
+        )
     return found, *words[1:]
 
 
@@ -56,37 +68,55 @@ def version_of(compiler: tuple[str, ...]) -> str:
     return lines[0] if lines else " ".join(compiler)
 
 
-def run(command: list[str], *, folder: Path | None = None, seconds: float, output: Path | None = None) -> str:
+def run(
+    command: list[str], *, folder: Path | None = None, seconds: float, output: Path | None = None
+) -> str:
     """What a command prints; it and all that it started are ended after so many seconds.
 
     Args:
         output: a file that it is to write, from `folder` on.
 
     Raises:
-        CompileError: it cannot be started, fails, does not end, or ends well without having written the file.
+        CompileError: it cannot be started, fails, does not end, or ends well without having written
+            the file.
     """
     where = folder or Path.cwd()
     # A file and no pipe: what a compiler leaves running would hold a pipe open for ever.
     with _temporary_file(command, where) as log:
         try:
             process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         except OSError as error:
             raise CompileError(command, str(where), f"it cannot be started: {error}") from None
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise CompileError(command, str(where), f"{_printed(log)}\nnot done after {seconds:g} s") from None
+            raise CompileError(
+                command, str(where), f"{_printed(log)}\nnot done after {seconds:g} s"
+            ) from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         text = _printed(log)
     if status:
-        raise CompileError(command, str(where), f"{text.rstrip()}\n{_how_it_ended(status)}".lstrip("\n"))
+        raise CompileError(
+            command, str(where), f"{text.rstrip()}\n{_how_it_ended(status)}".lstrip("\n")
+        )
     if output is not None and not _is_written(where / output):
-        raise CompileError(command, str(where), f"{text.rstrip()}\nit ended as if all were well, but wrote no {output.name}".lstrip("\n"))
+        raise CompileError(
+            command,
+            str(where),
+            f"{text.rstrip()}\nit ended as if all were well, but wrote no {output.name}".lstrip(
+                "\n"
+            ),
+        )
     return text
 
 
@@ -105,7 +135,9 @@ def _how_it_ended(status: int) -> str:
         name = signal.Signals(-status).name
     except ValueError:  # of those for real time
         name = f"signal {-status}"
-    return f"it was ended by {name}" + (", as by a system that runs out of memory" if name == "SIGKILL" else "")
+    return f"it was ended by {name}" + (
+        ", as by a system that runs out of memory" if name == "SIGKILL" else ""
+    )
 
 
 def _is_written(path: Path) -> bool:
@@ -120,8 +152,11 @@ def _printed(log: IO[bytes]) -> str:
 # -- the cache
 
 
-def cached_library(name: str, compile_in: Callable[[Path], Path], *, folder: Path, rebuild: bool = False) -> Path:
-    """A library from a folder, if it is whole and nobody else could have put it there; compiled otherwise.
+def cached_library(
+    name: str, compile_in: Callable[[Path], Path], *, folder: Path, rebuild: bool = False
+) -> Path:
+    """A library from a folder, if it is whole and nobody else could have put it there; compiled
+    otherwise.
 
     Args:
         name: of the file; a hash of all that it is made of.
@@ -143,7 +178,10 @@ def cached_library(name: str, compile_in: Callable[[Path], Path], *, folder: Pat
         with tempfile.TemporaryDirectory(prefix="dynasty-") as work:
             content = compile_in(Path(work)).read_bytes()
     except OSError as error:
-        raise CacheError(f"cannot compile in a temporary folder ({error}): set TMPDIR to a folder that can be written") from error
+        raise CacheError(
+            f"cannot compile in a temporary folder ({error}): set TMPDIR to a folder that can "
+            f"be written"
+        ) from error
     try:
         write_whole(path, content, sealed=True, follow=False, mode=_LIBRARY_MODE)
     except OSError as error:
@@ -152,11 +190,14 @@ def cached_library(name: str, compile_in: Callable[[Path], Path], *, folder: Pat
 
 
 def _cannot_write(folder: Path, error: OSError) -> CacheError:
-    return CacheError(f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written")
+    return CacheError(
+        f"cannot write to {folder} ({error}): set DYNASTY_CACHE to a folder that can be written"
+    )
 
 
 def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -> Loaded:
-    """Load what `build(False)` finds or compiles; if the system does not take it (of another machine, say), what `build(True)` compiles.
+    """Load what `build(False)` finds or compiles; if the system does not take it (of another
+    machine, say), what `build(True)` compiles.
 
     Raises:
         OSError: the system takes neither.
@@ -168,13 +209,17 @@ def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -
 
 
 def library_folder(part: str) -> Path:
-    """A folder in the cache for one kind of file: one of the user's own where the common one is not safe. Raises CacheError."""
+    """A folder in the cache for one kind of file: one of the user's own where the common one is not
+    safe. Raises CacheError.
+    """
     common, own = cache_folder() / part, cache_folder() / f"{part}-{os.getuid()}"
     return common if not os.path.exists(common) or is_safe(common) else own
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that no other user can write to, or check that it is one. Raises CacheError, OSError."""
+    """Make a folder that no other user can write to, or check that it is one. Raises CacheError,
+    OSError.
+    """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=_FOLDER_MODE, exist_ok=True)
@@ -187,13 +232,18 @@ def make_folder(folder: Path) -> None:
         whose, or_else = "", f", or chmod go-w {folder}"
     else:
         whose, or_else = ", or put another in its place", f", or chmod o-w {folder.parent}"
-    raise CacheError(f"other users can change what is in {folder}{whose}: set DYNASTY_CACHE to a folder of your own{or_else}")
+    raise CacheError(
+        f"other users can change what is in {folder}{whose}: set DYNASTY_CACHE to a folder of "
+        f"your own{or_else}"
+    )
 
 
 def is_safe(folder: Path) -> bool:
-    """Whether it is the user's or root's, and no other user can write to it or put another folder in its place.
+    """Whether it is the user's or root's, and no other user can write to it or put another folder
+    in its place.
 
-    A group may write to the folder above: private groups and umask 002 are common. What is in a folder like /tmp only its owner replaces.
+    A group may write to the folder above: private groups and umask 002 are common. What is in a
+    folder like /tmp only its owner replaces.
     """
     own, above = folder.stat(), folder.parent.stat()
     return _owned(own) and _protected(own, _OTHERS_WRITE) and _protected(above, stat.S_IWOTH)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in for Vivado's output on a simulated board: a `.hwh` with our registers, and a `.bit` of nothing with an honest header."""
+"""What stands in for Vivado's output on a simulated board: a `.hwh` with our registers, and a
+`.bit` of nothing with an honest header.
+"""
 
 import re
 import struct
@@ -29,14 +31,18 @@ def write_overlay(folder: Path, board: Board, *, clock_mhz: float | None = None)
 
 
 def bit_bytes(part: str) -> bytes:
-    """A .bit file whose header names `part` (without the vendor's prefix "xc", as Vivado writes it) and whose body is empty frames."""
+    """A .bit file whose header names `part` (without the vendor's prefix "xc", as Vivado writes it)
+    and whose body is empty frames.
+    """
 
     def text(key: int, value: str) -> bytes:
         data = value.encode("ascii") + b"\0"
         return bytes([key]) + struct.pack(">h", len(data)) + data
 
     head = struct.pack(">h", 9) + bytes.fromhex("0ff00ff00ff00ff000") + struct.pack(">h", 1)
-    head += text(0x61, "dpgemm_system_wrapper;UserID=0XFFFFFFFF;Version=simulated") + text(0x62, part.removeprefix("xc"))
+    head += text(0x61, "dpgemm_system_wrapper;UserID=0XFFFFFFFF;Version=simulated") + text(
+        0x62, part.removeprefix("xc")
+    )
     head += text(0x63, "2000/01/01") + text(0x64, "00:00:00")
     body = b"\xff" * 64
     return head + b"\x65" + struct.pack(">i", len(body)) + body
@@ -69,7 +75,15 @@ def hwh_text(board: Board, *, clock_mhz: float | None = None) -> str:
     """A hardware handoff with the processing system and the core, as far as PYNQ reads one."""
     device, package = _split_part(board.part)
     root = ElementTree.Element("EDKSYSTEM", EDKVERSION="1.2", VIVADOVERSION="simulated")
-    ElementTree.SubElement(root, "SYSTEMINFO", ARCH="zynq", DEVICE=device, NAME="dpgemm_system", PACKAGE=package, SPEEDGRADE="-1")
+    ElementTree.SubElement(
+        root,
+        "SYSTEMINFO",
+        ARCH="zynq",
+        DEVICE=device,
+        NAME="dpgemm_system",
+        PACKAGE=package,
+        SPEEDGRADE="-1",
+    )
     ElementTree.SubElement(root, "EXTERNALPORTS")
     ElementTree.SubElement(root, "EXTERNALINTERFACES")
     modules = ElementTree.SubElement(root, "MODULES")
@@ -82,20 +96,35 @@ def hwh_text(board: Board, *, clock_mhz: float | None = None) -> str:
 def _split_part(part: str) -> tuple[str, str]:
     """xc7z020clg400-1 -> 7z020, clg400."""
     name = part.removeprefix("xc").partition("-")[0]
-    at = next((i for i in range(4, len(name)) if name[i].isalpha() and name[i - 1].isdigit()), len(name))
+    at = next(
+        (i for i in range(4, len(name)) if name[i].isalpha() and name[i - 1].isdigit()), len(name)
+    )
     return name[:at], name[at:]
 
 
 def _interface(parent: ElementTree.Element, name: str, kind: str) -> None:
-    interface = ElementTree.SubElement(parent, "BUSINTERFACE", NAME=name, TYPE=kind, VLNV="xilinx.com:interface:aximm:1.0", BUSNAME=name)
+    interface = ElementTree.SubElement(
+        parent,
+        "BUSINTERFACE",
+        NAME=name,
+        TYPE=kind,
+        VLNV="xilinx.com:interface:aximm:1.0",
+        BUSNAME=name,
+    )
     ElementTree.SubElement(interface, "PORTMAPS")
 
 
 def _processor(modules: ElementTree.Element, board: Board, clock_mhz: float) -> None:
     module = ElementTree.SubElement(
-        modules, "MODULE", INSTANCE="ps", FULLNAME="/ps", MODTYPE=board.processor, MODCLASS="PROCESSOR",
-        VLNV=f"xilinx.com:ip:{board.processor}:5.5", IS_ENABLE="1",
-    )  # fmt: skip
+        modules,
+        "MODULE",
+        INSTANCE="ps",
+        FULLNAME="/ps",
+        MODTYPE=board.processor,
+        MODCLASS="PROCESSOR",
+        VLNV=f"xilinx.com:ip:{board.processor}:5.5",
+        IS_ENABLE="1",
+    )
     parameters = ElementTree.SubElement(module, "PARAMETERS")
     values: dict[str, object] = {}
     for clock in range(4):
@@ -114,10 +143,18 @@ def _processor(modules: ElementTree.Element, board: Board, clock_mhz: float) -> 
     _interface(interfaces, "M_AXI_GP0", "MASTER")
     memory = ElementTree.SubElement(module, "MEMORYMAP")
     ElementTree.SubElement(
-        memory, "MEMRANGE", ADDRESSBLOCK="Reg", INSTANCE=CORE_NAME, MASTERBUSINTERFACE="M_AXI_GP0", MEMTYPE="REGISTER",
-        SLAVEBUSINTERFACE="s_axi_control", BASENAME="C_S_AXI_CONTROL_BASEADDR", BASEVALUE=f"0x{CORE_ADDRESS:08X}",
-        HIGHNAME="C_S_AXI_CONTROL_HIGHADDR", HIGHVALUE=f"0x{CORE_ADDRESS + CORE_RANGE - 1:08X}",
-    )  # fmt: skip
+        memory,
+        "MEMRANGE",
+        ADDRESSBLOCK="Reg",
+        INSTANCE=CORE_NAME,
+        MASTERBUSINTERFACE="M_AXI_GP0",
+        MEMTYPE="REGISTER",
+        SLAVEBUSINTERFACE="s_axi_control",
+        BASENAME="C_S_AXI_CONTROL_BASEADDR",
+        BASEVALUE=f"0x{CORE_ADDRESS:08X}",
+        HIGHNAME="C_S_AXI_CONTROL_HIGHADDR",
+        HIGHVALUE=f"0x{CORE_ADDRESS + CORE_RANGE - 1:08X}",
+    )
 
 
 def _core(modules: ElementTree.Element) -> None:
@@ -133,15 +170,24 @@ def _core(modules: ElementTree.Element) -> None:
     )
     blocks = ElementTree.SubElement(module, "ADDRESSBLOCKS")
     block = ElementTree.SubElement(
-        blocks, "ADDRESSBLOCK", ACCESS="", INTERFACE="s_axi_control", NAME="Reg", RANGE=str(CORE_RANGE), USAGE="register"
+        blocks,
+        "ADDRESSBLOCK",
+        ACCESS="",
+        INTERFACE="s_axi_control",
+        NAME="Reg",
+        RANGE=str(CORE_RANGE),
+        USAGE="register",
     )
     registers = ElementTree.SubElement(block, "REGISTERS")
     for register in REGISTERS:
         element = ElementTree.SubElement(registers, "REGISTER", NAME=register.name)
         for name, value in (
-            ("DESCRIPTION", register.description), ("ADDRESS_OFFSET", str(register.offset)), ("SIZE", str(register.bits)),
-            ("ACCESS", "read-only" if register.access == "read" else "read-write"), ("IS_ENABLED", "true"),
-        ):  # fmt: skip
+            ("DESCRIPTION", register.description),
+            ("ADDRESS_OFFSET", str(register.offset)),
+            ("SIZE", str(register.bits)),
+            ("ACCESS", "read-only" if register.access == "read" else "read-write"),
+            ("IS_ENABLED", "true"),
+        ):
             ElementTree.SubElement(element, "PROPERTY", NAME=name, VALUE=value)
         ElementTree.SubElement(element, "FIELDS")
     ElementTree.SubElement(module, "PARAMETERS")

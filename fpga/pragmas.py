@@ -51,71 +51,179 @@ _TRISTATE: Final = ("true", "false")
 RULES: Final[dict[str, _Rule]] = {
     "INTERFACE": _Rule(
         options={
-            "port": "name", "mode": ("m_axi", "s_axilite", "axis", "ap_ctrl_hs", "ap_ctrl_chain", "ap_ctrl_none", "ap_none", "ap_vld"),
-            "bundle": "name", "offset": ("off", "direct", "slave"), "depth": "number", "latency": "number",
-            "num_read_outstanding": "number", "num_write_outstanding": "number", "max_read_burst_length": "number",
-            "max_write_burst_length": "number", "max_widen_bitwidth": "number", "name": "name", "clock": "name", "storage_type": "name",
+            "port": "name",
+            "mode": (
+                "m_axi",
+                "s_axilite",
+                "axis",
+                "ap_ctrl_hs",
+                "ap_ctrl_chain",
+                "ap_ctrl_none",
+                "ap_none",
+                "ap_vld",
+            ),
+            "bundle": "name",
+            "offset": ("off", "direct", "slave"),
+            "depth": "number",
+            "latency": "number",
+            "num_read_outstanding": "number",
+            "num_write_outstanding": "number",
+            "max_read_burst_length": "number",
+            "max_write_burst_length": "number",
+            "max_widen_bitwidth": "number",
+            "name": "name",
+            "clock": "name",
+            "storage_type": "name",
         },
         words=("register",),
-        modes=("m_axi", "s_axilite", "axis", "ap_ctrl_hs", "ap_ctrl_chain", "ap_ctrl_none", "ap_none", "ap_vld"),
-        needs=("port",), places=("top",), leads=True, finds="port",
+        modes=(
+            "m_axi",
+            "s_axilite",
+            "axis",
+            "ap_ctrl_hs",
+            "ap_ctrl_chain",
+            "ap_ctrl_none",
+            "ap_none",
+            "ap_vld",
+        ),
+        needs=("port",),
+        places=("top",),
+        leads=True,
+        finds="port",
     ),
     "TOP": _Rule(options={"name": "name"}, places=("top",), leads=True),
-    "PIPELINE": _Rule(options={"II": "number", "style": ("stp", "frp", "flp")}, words=("rewind", "off", "enable_flush"), leads=True),
-    "UNROLL": _Rule(options={"factor": "number"}, words=("skip_exit_check", "off"), places=("loop",), leads=True),
+    "PIPELINE": _Rule(
+        options={"II": "number", "style": ("stp", "frp", "flp")},
+        words=("rewind", "off", "enable_flush"),
+        leads=True,
+    ),
+    "UNROLL": _Rule(
+        options={"factor": "number"}, words=("skip_exit_check", "off"), places=("loop",), leads=True
+    ),
     "LOOP_TRIPCOUNT": _Rule(
-        options={"min": "number", "max": "number", "avg": "number"}, needs=("max",), places=("loop",), leads=True
+        options={"min": "number", "max": "number", "avg": "number"},
+        needs=("max",),
+        places=("loop",),
+        leads=True,
     ),
     "LOOP_FLATTEN": _Rule(words=("off",), places=("loop",), leads=True),
     "LOOP_MERGE": _Rule(words=("force",), leads=True),
     "DATAFLOW": _Rule(words=("disable_start_propagation",), leads=True),
     "INLINE": _Rule(words=("off", "recursive", "region"), places=("function",), leads=True),
     "ARRAY_PARTITION": _Rule(
-        options={"variable": "name", "type": ("cyclic", "block", "complete"), "factor": "number", "dim": "number"},
-        words=("off",), modes=("cyclic", "block", "complete"), needs=("variable",), finds="variable",
+        options={
+            "variable": "name",
+            "type": ("cyclic", "block", "complete"),
+            "factor": "number",
+            "dim": "number",
+        },
+        words=("off",),
+        modes=("cyclic", "block", "complete"),
+        needs=("variable",),
+        finds="variable",
     ),
     "ARRAY_RESHAPE": _Rule(
-        options={"variable": "name", "type": ("cyclic", "block", "complete"), "factor": "number", "dim": "number"},
-        words=("object", "off"), modes=("cyclic", "block", "complete"), needs=("variable",), finds="variable",
+        options={
+            "variable": "name",
+            "type": ("cyclic", "block", "complete"),
+            "factor": "number",
+            "dim": "number",
+        },
+        words=("object", "off"),
+        modes=("cyclic", "block", "complete"),
+        needs=("variable",),
+        finds="variable",
     ),
     "STREAM": _Rule(
-        options={"variable": "name", "depth": "number", "type": ("fifo", "pipo", "shared", "unsync")},
-        words=("off",), needs=("variable",), finds="variable",
+        options={
+            "variable": "name",
+            "depth": "number",
+            "type": ("fifo", "pipo", "shared", "unsync"),
+        },
+        words=("off",),
+        needs=("variable",),
+        finds="variable",
     ),
     "DEPENDENCE": _Rule(
         options={
-            "variable": "name", "class": ("array", "pointer"), "type": ("inter", "intra"), "direction": ("RAW", "WAR", "WAW"),
-            "distance": "number", "dependent": _TRISTATE,
+            "variable": "name",
+            "class": ("array", "pointer"),
+            "type": ("inter", "intra"),
+            "direction": ("RAW", "WAR", "WAW"),
+            "distance": "number",
+            "dependent": _TRISTATE,
         },
-        words=("true", "false", "inter", "intra", "RAW", "WAR", "WAW", "array", "pointer"), needs=("variable",), finds="variable",
+        words=("true", "false", "inter", "intra", "RAW", "WAR", "WAW", "array", "pointer"),
+        needs=("variable",),
+        finds="variable",
     ),
     "BIND_STORAGE": _Rule(
         options={
-            "variable": "name", "type": ("fifo", "ram_1p", "ram_1wnr", "ram_2p", "ram_s2p", "ram_t2p", "rom_1p", "rom_2p", "rom_np"),
-            "impl": ("bram", "bram_ecc", "lutram", "uram", "uram_ecc", "srl", "memory", "auto"), "latency": "number",
+            "variable": "name",
+            "type": (
+                "fifo",
+                "ram_1p",
+                "ram_1wnr",
+                "ram_2p",
+                "ram_s2p",
+                "ram_t2p",
+                "rom_1p",
+                "rom_2p",
+                "rom_np",
+            ),
+            "impl": ("bram", "bram_ecc", "lutram", "uram", "uram_ecc", "srl", "memory", "auto"),
+            "latency": "number",
         },
-        needs=("variable", "type"), finds="variable",
+        needs=("variable", "type"),
+        finds="variable",
     ),
     "BIND_OP": _Rule(
         options={
-            "variable": "name", "op": ("mul", "add", "sub", "fadd", "fsub", "fmul", "fdiv"),
-            "impl": ("dsp", "fabric", "meddsp", "fulldsp", "maxdsp", "primitivedsp", "auto"), "latency": "number",
+            "variable": "name",
+            "op": ("mul", "add", "sub", "fadd", "fsub", "fmul", "fdiv"),
+            "impl": ("dsp", "fabric", "meddsp", "fulldsp", "maxdsp", "primitivedsp", "auto"),
+            "latency": "number",
         },
-        needs=("variable", "op"), finds="variable",
+        needs=("variable", "op"),
+        finds="variable",
     ),
-    "AGGREGATE": _Rule(options={"variable": "name", "compact": ("auto", "bit", "byte", "none")}, needs=("variable",), finds="variable"),
+    "AGGREGATE": _Rule(
+        options={"variable": "name", "compact": ("auto", "bit", "byte", "none")},
+        needs=("variable",),
+        finds="variable",
+    ),
     "DISAGGREGATE": _Rule(options={"variable": "name"}, needs=("variable",), finds="variable"),
-    "ALLOCATION": _Rule(options={"instances": "name", "limit": "number"}, words=("function", "operation"), needs=("instances", "limit")),
-    "FUNCTION_INSTANTIATE": _Rule(options={"variable": "name"}, needs=("variable",), places=("function",), finds="variable"),
+    "ALLOCATION": _Rule(
+        options={"instances": "name", "limit": "number"},
+        words=("function", "operation"),
+        needs=("instances", "limit"),
+    ),
+    "FUNCTION_INSTANTIATE": _Rule(
+        options={"variable": "name"}, needs=("variable",), places=("function",), finds="variable"
+    ),
     "LATENCY": _Rule(options={"min": "number", "max": "number"}),
     "EXPRESSION_BALANCE": _Rule(words=("off",)),
     "OCCURRENCE": _Rule(options={"cycle": "number"}, needs=("cycle",), places=("any",)),
-    "PROTOCOL": _Rule(options={"mode": ("floating", "fixed")}, words=("floating", "fixed"), places=("any",)),
-    "RESET": _Rule(options={"variable": "name"}, words=("off",), needs=("variable",), finds="variable"),
+    "PROTOCOL": _Rule(
+        options={"mode": ("floating", "fixed")}, words=("floating", "fixed"), places=("any",)
+    ),
+    "RESET": _Rule(
+        options={"variable": "name"}, words=("off",), needs=("variable",), finds="variable"
+    ),
     "STABLE": _Rule(options={"variable": "name"}, needs=("variable",), finds="variable"),
-    "PERFORMANCE": _Rule(options={"target_ti": "number", "target_tl": "number", "unit": ("cycle", "ns", "us", "ms", "s")}),
-}  # fmt: skip
-DEPRECATED: Final = {"DATA_PACK": "AGGREGATE", "RESOURCE": "BIND_OP or BIND_STORAGE", "INSTANTIATE": "FUNCTION_INSTANTIATE"}
+    "PERFORMANCE": _Rule(
+        options={
+            "target_ti": "number",
+            "target_tl": "number",
+            "unit": ("cycle", "ns", "us", "ms", "s"),
+        }
+    ),
+}
+DEPRECATED: Final = {
+    "DATA_PACK": "AGGREGATE",
+    "RESOURCE": "BIND_OP or BIND_STORAGE",
+    "INSTANTIATE": "FUNCTION_INSTANTIATE",
+}
 
 
 @dataclass
@@ -146,7 +254,11 @@ def _check(text: str) -> Iterator[Problem]:
                     yield Problem(number, f"write HLS, not {words[1]}")
                 yield from (Problem(number, m) for m in _pragma(words[2:], scopes))
             elif words[:1] == ["pragma"] and words[1:] != ["once"]:
-                yield Problem(number, f"unknown pragma {' '.join(words[1:])!r}: only `HLS ...` and `once` are used here")
+                yield Problem(
+                    number,
+                    f"unknown pragma {' '.join(words[1:])!r}: only `HLS ...` and `once` are "
+                    f"used here",
+                )
             continue
         depth = 0
         for character in line + "\n":
@@ -159,7 +271,9 @@ def _check(text: str) -> Iterator[Problem]:
             if character == "{":
                 scope = _open(head, scopes)
                 if scope.kind == "loop" and not re.match(r"\s*[A-Z][A-Z0-9_]*\s*:", head):
-                    yield Problem(number, f"a loop needs a label in capitals: {' '.join(head.split())[:60]}")
+                    yield Problem(
+                        number, f"a loop needs a label in capitals: {' '.join(head.split())[:60]}"
+                    )
                 scopes.append(scope)
                 head = ""
             elif character == "}":
@@ -185,13 +299,17 @@ def _open(head: str, scopes: list[_Scope]) -> _Scope:
     inside = any(s.kind == "function" for s in scopes)
     if re.match(r"(\w+\s*:\s*)?(for|while|do)\b", words):
         return _Scope("loop", text=head)
-    if re.match(r"(else|if|switch|try|catch)\b", words) or (inside and (not words or words.endswith(("=", ",", "return")))):
+    if re.match(r"(else|if|switch|try|catch)\b", words) or (
+        inside and (not words or words.endswith(("=", ",", "return")))
+    ):
         return _Scope("block", text=head)
     if re.match(r"(inline )?namespace\b|extern\b", words):
         return _Scope("namespace", text=head)
     if re.match(r"(template\s*<.*>\s*)?(struct|class|enum|union)\b", words):
         return _Scope("type", text=head)
-    function = re.search(r"(\w+)\s*\([^()]*(\([^()]*\)[^()]*)*\)\s*(const|noexcept|override)?\s*$", words)
+    function = re.search(
+        r"(\w+)\s*\([^()]*(\([^()]*\)[^()]*)*\)\s*(const|noexcept|override)?\s*$", words
+    )
     if function and not inside:
         return _Scope("function", function[1], text=head)
     return _Scope("block", text=head)
@@ -271,7 +389,12 @@ def _without_comments(text: str) -> str:
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
-    return re.sub(r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'", blank, text, flags=re.DOTALL)
+    return re.sub(
+        r"//[^\n]*|/\*.*?\*/|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])'",
+        blank,
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def _joined_lines(text: str) -> Iterator[str]:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Network programs: what a step may be, checked whole before anything runs, and their files.
 
-A program is a folder: `program.json`, a graph of named steps, and `program.npz` (no pickle) with packed weights and constants. The graph
-carries its own digest and that of the arrays. `STEP_KINDS` says what each kind of step has, and which shape it makes of its inputs';
-shapes leave out the batch, which is every tensor's first axis.
+A program is a folder: `program.json`, a graph of named steps, and `program.npz` (no pickle) with
+packed weights and constants. The graph carries its own digest and that of the arrays. `STEP_KINDS`
+says what each kind of step has, and which shape it makes of its inputs'; shapes leave out the
+batch, which is every tensor's first axis.
 """
 
 import hashlib
@@ -20,7 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import MAX_BITS, MIN_BITS, GemmConfig
-from .files import DamagedFile, check_record, parse_arrays, read_bounded, read_json, seal_record, write_whole
+from .files import (
+    DamagedFile,
+    check_record,
+    parse_arrays,
+    read_bounded,
+    read_json,
+    seal_record,
+    write_whole,
+)
 from .job import Geometry
 from .operand import Operand, PackedOperand, unpack
 from .quantizer import ActivationRequest, Scope, quantize_activations
@@ -73,8 +82,15 @@ def _whole(least: int, most: int = _MAX_EXTENT - 1) -> Check:
 
 def _wholes(least: int, most: int = _MAX_EXTENT - 1) -> Check:
     def check(value: Any) -> None:
-        if type(value) is not list or not 1 <= len(value) <= _MAX_AXES or not all(_is_whole(v, least, most) for v in value):
-            raise ValueError(f"must be a list of 1 to {_MAX_AXES} whole numbers in [{least}, {most}], not {_short(value)}")
+        if (
+            type(value) is not list
+            or not 1 <= len(value) <= _MAX_AXES
+            or not all(_is_whole(v, least, most) for v in value)
+        ):
+            raise ValueError(
+                f"must be a list of 1 to {_MAX_AXES} whole numbers in [{least}, {most}], not "
+                f"{_short(value)}"
+            )
 
     return check
 
@@ -98,8 +114,14 @@ def _pairs(value: Any) -> None:
     if type(value) is not list or not 1 <= len(value) <= _MAX_AXES:
         raise ValueError(f"must be a list of pairs, not {_short(value)}")
     for pair in value:
-        if type(pair) is not list or len(pair) != 2 or not all(_is_whole(v, 0, _MAX_EXTENT - 1) for v in pair):
-            raise ValueError(f"must hold pairs of whole numbers, before and after, not {_short(pair)}")
+        if (
+            type(pair) is not list
+            or len(pair) != 2
+            or not all(_is_whole(v, 0, _MAX_EXTENT - 1) for v in pair)
+        ):
+            raise ValueError(
+                f"must hold pairs of whole numbers, before and after, not {_short(pair)}"
+            )
 
 
 def _one_of(*words: str) -> Check:
@@ -120,7 +142,9 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """What an array must be: of `shape`; with "broadcast" each axis whole or 1, or no axes; with "at most" of no more elements."""
+    """What an array must be: of `shape`; with "broadcast" each axis whole or 1, or no axes; with
+    "at most" of no more elements.
+    """
 
     dtype: str
     shape: Shape
@@ -137,7 +161,10 @@ class ArraySpec:
         elif self.fit == "at most":
             fits = len(shape) == 1 and shape[0] <= self.shape[0]
         else:
-            fits = not shape or (len(shape) == len(self.shape) and all(n in (1, m) for n, m in zip(shape, self.shape, strict=True)))
+            fits = not shape or (
+                len(shape) == len(self.shape)
+                and all(n in (1, m) for n, m in zip(shape, self.shape, strict=True))
+            )
         if array.dtype != np.dtype(self.dtype) or not fits:
             text = {"exact": "", "broadcast": ", axes whole or 1", "at most": " or fewer"}[self.fit]
             raise ValueError(f"must be {self.dtype} {self.shape}{text}, not {array.dtype} {shape}")
@@ -186,14 +213,20 @@ def _conv_shape(step: Step, x: Shape) -> Shape:
         raise ValueError(f"reads one to three axes of positions, not a sample of shape {x}")
     _check_lengths(step, ("taps", "stride", "padding", "dilation", "output"), len(spatial))
     if channels != x[0] or math.prod(step["taps"]) != taps:
-        raise ValueError(f"has weights for {channels} channels and {taps} taps, but reads {x[0]} channels at taps {step['taps']}")
+        raise ValueError(
+            f"has weights for {channels} channels and {taps} taps, but reads {x[0]} channels at "
+            f"taps {step['taps']}"
+        )
     expected = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(spatial, step["taps"], step["stride"], step["padding"], step["dilation"], strict=True)
+        for n, k, s, p, d in zip(
+            spatial, step["taps"], step["stride"], step["padding"], step["dilation"], strict=True
+        )
     ]
     if step["output"] != expected:
         raise ValueError(
-            f"makes positions {step['output']}, but its taps, stride, padding and dilation over {list(spatial)} make {expected}"
+            f"makes positions {step['output']}, but its taps, stride, padding and dilation over "
+            f"{list(spatial)} make {expected}"
         )
     _check_windows(step["taps"], expected)
     return (out, *expected)
@@ -202,16 +235,23 @@ def _conv_shape(step: Step, x: Shape) -> Shape:
 def _linear_shape(step: Step, x: Shape) -> Shape:
     out, taps, channels = _weight_shape(step)
     if channels != x[-1] or taps != 1:
-        raise ValueError(f"has weights for {channels} features and {taps} taps, but reads {x[-1]} features")
+        raise ValueError(
+            f"has weights for {channels} features and {taps} taps, but reads {x[-1]} features"
+        )
     return (*x[:-1], out)
 
 
 def _weight_shape(step: Step) -> Shape:
     shape = tuple(step["weight_shape"])
     if len(shape) != 3 or math.prod(shape) > MAX_WEIGHTS:
-        raise ValueError(f"weight_shape must be out x taps x in with at most {MAX_WEIGHTS} weights, not {list(shape)}")
+        raise ValueError(
+            f"weight_shape must be out x taps x in with at most {MAX_WEIGHTS} weights, not "
+            f"{list(shape)}"
+        )
     if step["least_bits"] > step["most_bits"]:
-        raise ValueError(f"least_bits {step['least_bits']} must not exceed most_bits {step['most_bits']}")
+        raise ValueError(
+            f"least_bits {step['least_bits']} must not exceed most_bits {step['most_bits']}"
+        )
     return shape
 
 
@@ -249,20 +289,34 @@ def _pool_shape(step: Step, x: Shape) -> Shape:
     names = ("taps", "stride", "padding", *(("dilation",) if "dilation" in step else ()))
     _check_lengths(step, names, len(spatial))
     output = []
-    for n, k, s, p, d in zip(spatial, step["taps"], step["stride"], step["padding"], pool_dilation(step), strict=True):
+    for n, k, s, p, d in zip(
+        spatial, step["taps"], step["stride"], step["padding"], pool_dilation(step), strict=True
+    ):
         if 2 * p > d * (k - 1) + 1:
             raise ValueError(f"pads {p} beside {k} taps; half of what they span is the most")
         count = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if step.get("ceil") else 0)) // s + 1
         # A window that begins in the padding behind is none.
         output.append(count - 1 if step.get("ceil") and (count - 1) * s >= n + p else count)
     _check_windows(step["taps"], output)
-    # What a runner pads x to: the windows' span, which dilation stretches however few taps there are.
+    # What a runner pads x to: the windows' span, which dilation stretches however few taps there
+    # are.
     spans = [
         max(n + p, (o - 1) * s + d * (k - 1) + 1 - p) + p
-        for n, o, k, s, p, d in zip(spatial, output, step["taps"], step["stride"], step["padding"], pool_dilation(step), strict=True)
+        for n, o, k, s, p, d in zip(
+            spatial,
+            output,
+            step["taps"],
+            step["stride"],
+            step["padding"],
+            pool_dilation(step),
+            strict=True,
+        )
     ]
     if x[0] * math.prod(spans) > MAX_ELEMENTS:
-        raise ValueError(f"spans {spans} positions of {x[0]} channels with its padding, more than {MAX_ELEMENTS} elements")
+        raise ValueError(
+            f"spans {spans} positions of {x[0]} channels with its padding, more than "
+            f"{MAX_ELEMENTS} elements"
+        )
     return (x[0], *output)
 
 
@@ -277,7 +331,9 @@ def _flatten_shape(step: Step, x: Shape) -> Shape:
 
 def _reshape_shape(step: Step, x: Shape) -> Shape:
     if math.prod(step["shape"]) != math.prod(x):
-        raise ValueError(f"makes {step['shape']} of a sample of shape {x}, which has another number of elements")
+        raise ValueError(
+            f"makes {step['shape']} of a sample of shape {x}, which has another number of elements"
+        )
     return tuple(step["shape"])
 
 
@@ -290,7 +346,9 @@ def _transpose_shape(step: Step, x: Shape) -> Shape:
 def _pad_shape(step: Step, x: Shape) -> Shape:
     padding = step["padding"]
     if len(padding) != len(x):
-        raise ValueError(f"padding must have a pair for each axis of a sample of shape {x}, not {len(padding)}")
+        raise ValueError(
+            f"padding must have a pair for each axis of a sample of shape {x}, not {len(padding)}"
+        )
     most = {"reflect": -1, "wrap": 0}.get(step["mode"])
     for n, pair in zip(x, padding, strict=True):
         if most is not None and max(pair) > n + most and any(pair):
@@ -303,15 +361,22 @@ def _concat_shape(step: Step, *inputs: Shape) -> Shape:
     if axis >= len(first):
         raise ValueError(f"axis {step['axis']} is not one of a sample of shape {first}")
     for other in inputs[1:]:
-        if len(other) != len(first) or any(m != n for a, (m, n) in enumerate(zip(first, other, strict=True)) if a != axis):
-            raise ValueError(f"joins samples of shapes {first} and {other}, which differ elsewhere than along axis {step['axis']}")
+        if len(other) != len(first) or any(
+            m != n for a, (m, n) in enumerate(zip(first, other, strict=True)) if a != axis
+        ):
+            raise ValueError(
+                f"joins samples of shapes {first} and {other}, which differ elsewhere than "
+                f"along axis {step['axis']}"
+            )
     return (*first[:axis], sum(shape[axis] for shape in inputs), *first[axis + 1 :])
 
 
 def _slice_shape(step: Step, x: Shape) -> Shape:
     axis, begin, end = step["axis"] - 1, step["begin"], step["end"]
     if axis >= len(x) or not begin < end <= x[axis]:
-        raise ValueError(f"takes {begin} to {end} along axis {step['axis']} of a sample of shape {x}")
+        raise ValueError(
+            f"takes {begin} to {end} along axis {step['axis']} of a sample of shape {x}"
+        )
     return (*x[:axis], end - begin, *x[axis + 1 :])
 
 
@@ -324,14 +389,19 @@ def _softmax_shape(step: Step, x: Shape) -> Shape:
 def _check_lengths(step: Step, names: Sequence[str], count: int) -> None:
     for name in names:
         if len(step[name]) != count:
-            raise ValueError(f"{name} must have {count} numbers, one for each axis of positions, not {step[name]}")
+            raise ValueError(
+                f"{name} must have {count} numbers, one for each axis of positions, not "
+                f"{step[name]}"
+            )
 
 
 def _check_windows(taps: Sequence[int], output: Sequence[int]) -> None:
     if min(output) < 1:
         raise ValueError(f"makes no position: {list(output)}")
     if math.prod(taps) * math.prod(output) > MAX_WINDOWS:
-        raise ValueError(f"{list(taps)} taps at {list(output)} positions are more than {MAX_WINDOWS}")
+        raise ValueError(
+            f"{list(taps)} taps at {list(output)} positions are more than {MAX_WINDOWS}"
+        )
 
 
 # -- kinds of steps
@@ -364,7 +434,9 @@ _GEMM_FIELDS: Final = {
     "most_bits": _whole(MIN_BITS, MAX_BITS),
 }
 _WINDOW_FIELDS: Final = {"taps": _wholes(1), "stride": _wholes(1), "padding": _wholes(0)}
-_POOL: Final = StepKind(shape=_pool_shape, fields=_WINDOW_FIELDS, optional={"ceil": _flag, "dilation": _wholes(1)})
+_POOL: Final = StepKind(
+    shape=_pool_shape, fields=_WINDOW_FIELDS, optional={"ceil": _flag, "dilation": _wholes(1)}
+)
 _PAIR: Final = StepKind(shape=_broadcast_shape, inputs=(2, 2))
 _CONSTANT: Final = StepKind(shape=_same, arrays=_constant_arrays)
 
@@ -375,7 +447,9 @@ STEP_KINDS: Final[Mapping[str, StepKind]] = {
         arrays=_gemm_arrays,
         may_lack=frozenset({"bias"}),
     ),
-    "linear": StepKind(shape=_linear_shape, fields=_GEMM_FIELDS, arrays=_gemm_arrays, may_lack=frozenset({"bias"})),
+    "linear": StepKind(
+        shape=_linear_shape, fields=_GEMM_FIELDS, arrays=_gemm_arrays, may_lack=frozenset({"bias"})
+    ),
     "affine": StepKind(shape=_same, arrays=_affine_arrays),
     "relu": StepKind(shape=_same),
     "clip": StepKind(shape=_clip_shape, fields={"low": _number_or_none, "high": _number_or_none}),
@@ -385,7 +459,9 @@ STEP_KINDS: Final[Mapping[str, StepKind]] = {
     "add_constant": _CONSTANT,
     "multiply_constant": _CONSTANT,
     "divide_constant": _CONSTANT,
-    "mean": StepKind(shape=_mean_shape, optional={"keepdims": _flag, "axes": _wholes(1, _MAX_AXES)}),
+    "mean": StepKind(
+        shape=_mean_shape, optional={"keepdims": _flag, "axes": _wholes(1, _MAX_AXES)}
+    ),
     "max_pool": _POOL,
     "average_pool": StepKind(
         shape=_pool_shape,
@@ -396,11 +472,20 @@ STEP_KINDS: Final[Mapping[str, StepKind]] = {
     "reshape": StepKind(shape=_reshape_shape, fields={"shape": _wholes(1)}),
     "transpose": StepKind(shape=_transpose_shape, fields={"axes": _wholes(1, _MAX_AXES)}),
     "pad": StepKind(
-        shape=_pad_shape, fields={"padding": _pairs, "mode": _one_of("constant", "reflect", "edge", "wrap")}, optional={"value": _number}
+        shape=_pad_shape,
+        fields={"padding": _pairs, "mode": _one_of("constant", "reflect", "edge", "wrap")},
+        optional={"value": _number},
     ),
-    "concat": StepKind(shape=_concat_shape, fields={"axis": _whole(1, _MAX_AXES)}, inputs=(1, 1 << 10)),
-    "slice": StepKind(shape=_slice_shape, fields={"axis": _whole(1, _MAX_AXES), "begin": _whole(0), "end": _whole(1)}),
-    "softmax": StepKind(shape=_softmax_shape, fields={"axis": _whole(1, _MAX_AXES)}, optional={"log": _flag}),
+    "concat": StepKind(
+        shape=_concat_shape, fields={"axis": _whole(1, _MAX_AXES)}, inputs=(1, 1 << 10)
+    ),
+    "slice": StepKind(
+        shape=_slice_shape,
+        fields={"axis": _whole(1, _MAX_AXES), "begin": _whole(0), "end": _whole(1)},
+    ),
+    "softmax": StepKind(
+        shape=_softmax_shape, fields={"axis": _whole(1, _MAX_AXES)}, optional={"log": _flag}
+    ),
 }
 
 
@@ -412,8 +497,8 @@ class Program:
     """A network as a list of steps.
 
     Attributes:
-        steps: dicts with "name", "op", "inputs" (names of earlier steps), "arrays" (constants by what they are) and the fields of
-            `STEP_KINDS`. The last one's result is the network's.
+        steps: dicts with "name", "op", "inputs" (names of earlier steps), "arrays" (constants by
+            what they are) and the fields of `STEP_KINDS`. The last one's result is the network's.
         arrays: constants by name.
         input_shape: of one sample.
         config: of the core that the weights are packed for.
@@ -421,8 +506,8 @@ class Program:
         source: what it was made from, for people.
 
     Raises:
-        ProgramError: a step that is not as its kind says, shapes that do not go together or are too large, constants of another shape or
-            type, missing or left over.
+        ProgramError: a step that is not as its kind says, shapes that do not go together or are too
+            large, constants of another shape or type, missing or left over.
     """
 
     steps: list[dict[str, Any]]
@@ -436,7 +521,9 @@ class Program:
         specs = array_specs(self.steps, self.shapes, self.config)
         for name, (owner, spec) in specs.items():
             if name not in self.arrays:
-                raise ProgramError(f"step {owner!r} needs the array {name!r}, which {ARRAYS_FILE} lacks")
+                raise ProgramError(
+                    f"step {owner!r} needs the array {name!r}, which {ARRAYS_FILE} lacks"
+                )
             try:
                 spec.check(self.arrays[name])
             except ValueError as error:
@@ -452,8 +539,14 @@ class Program:
 
     @cached_property
     def layers(self) -> Mapping[str, "GemmLayer"]:
-        """What the "conv" and "linear" steps compute with. Raises ProgramError for corrupt weights or widths."""
-        return {step["name"]: _load_layer(step, self) for step in self.steps if step["op"] in ("conv", "linear")}
+        """What the "conv" and "linear" steps compute with. Raises ProgramError for corrupt weights
+        or widths.
+        """
+        return {
+            step["name"]: _load_layer(step, self)
+            for step in self.steps
+            if step["op"] in ("conv", "linear")
+        }
 
     def save(self, folder: Path) -> None:
         """Write both files, the graph last, each whole or not at all."""
@@ -475,14 +568,20 @@ class Program:
 
     @staticmethod
     def load(folder: Path) -> "Program":
-        """Read a program. Raises ProgramError naming what is wrong, FileNotFoundError if it is not there."""
+        """Read a program. Raises ProgramError naming what is wrong, FileNotFoundError if it is not
+        there.
+        """
         folder = Path(folder)
         for name in (GRAPH_FILE, ARRAYS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: name a folder that `dynasty-lightning export` wrote")
+                raise FileNotFoundError(
+                    f"{folder} has no {name}: name a folder that `dynasty-lightning export` wrote"
+                )
         try:
             graph = read_json(folder / GRAPH_FILE, MAX_GRAPH_BYTES)
-            return parse_program(graph, lambda: read_bounded(folder / ARRAYS_FILE, MAX_ARRAY_BYTES), str(folder))
+            return parse_program(
+                graph, lambda: read_bounded(folder / ARRAYS_FILE, MAX_ARRAY_BYTES), str(folder)
+            )
         except DamagedFile as error:
             raise ProgramError(f"{error}: export it anew") from None
 
@@ -493,7 +592,8 @@ def graph_text(graph: Mapping[str, Any]) -> str:
 
 
 def parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> Program:
-    """A program from the value of its graph and the bytes of its arrays, which are asked for once the graph is found right.
+    """A program from the value of its graph and the bytes of its arrays, which are asked for once
+    the graph is found right.
 
     Raises:
         ProgramError: naming `source` and what is wrong.
@@ -507,9 +607,14 @@ def parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> 
 
 def _parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> Program:
     if not isinstance(graph, dict):
-        raise ProgramError(f"{GRAPH_FILE} must hold an object, not {type(graph).__name__}: export it anew")
+        raise ProgramError(
+            f"{GRAPH_FILE} must hold an object, not {type(graph).__name__}: export it anew"
+        )
     if type(graph.get("format")) is not int or graph["format"] != FORMAT:
-        raise ProgramError(f"{GRAPH_FILE} has format {_short(graph.get('format'))}, this runtime reads {FORMAT}: export it anew")
+        raise ProgramError(
+            f"{GRAPH_FILE} has format {_short(graph.get('format'))}, this runtime reads "
+            f"{FORMAT}: export it anew"
+        )
     check_record(graph, f"{source}: {GRAPH_FILE}")
     for name, kind in (
         ("steps", list),
@@ -520,7 +625,9 @@ def _parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) ->
         ("arrays_sha256", str),
     ):
         if not isinstance(graph.get(name), kind):
-            raise ProgramError(f"{GRAPH_FILE} has no {name} that is a {kind.__name__}: export it anew")
+            raise ProgramError(
+                f"{GRAPH_FILE} has no {name} that is a {kind.__name__}: export it anew"
+            )
     try:
         config = GemmConfig.from_dict(graph["config"])
     except ValueError as error:
@@ -545,9 +652,16 @@ def _parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) ->
 
 
 def infer_shapes(steps: Sequence[Any], input_shape: Shape) -> dict[str, Shape]:
-    """One sample's shape of "input" and of each step's result. Raises ProgramError for a step that is not as its kind says."""
-    if not 1 <= len(input_shape) <= _MAX_AXES or not all(_is_whole(n, 1, _MAX_EXTENT - 1) for n in input_shape):
-        raise ProgramError(f"input_shape must be 1 to {_MAX_AXES} whole numbers from 1 on, not {_short(list(input_shape))}")
+    """One sample's shape of "input" and of each step's result. Raises ProgramError for a step that
+    is not as its kind says.
+    """
+    if not 1 <= len(input_shape) <= _MAX_AXES or not all(
+        _is_whole(n, 1, _MAX_EXTENT - 1) for n in input_shape
+    ):
+        raise ProgramError(
+            f"input_shape must be 1 to {_MAX_AXES} whole numbers from 1 on, not "
+            f"{_short(list(input_shape))}"
+        )
     if not 1 <= len(steps) <= MAX_STEPS:
         raise ProgramError(f"a program needs a step and may have {MAX_STEPS}, not {len(steps)}")
     shapes = {"input": input_shape}
@@ -555,7 +669,10 @@ def infer_shapes(steps: Sequence[Any], input_shape: Shape) -> dict[str, Shape]:
     for index, step in enumerate(steps):
         name = step.get("name") if isinstance(step, Mapping) else None
         if not isinstance(name, str) or not name or name in shapes:
-            raise ProgramError(f"step {index} must be an object with a name of its own, not {_short(name if name else step)}")
+            raise ProgramError(
+                f"step {index} must be an object with a name of its own, not "
+                f"{_short(name if name else step)}"
+            )
         try:
             shapes[name] = _step_shape(step, shapes)
         except ValueError as error:
@@ -568,10 +685,14 @@ def _step_shape(step: Step, shapes: Mapping[str, Shape]) -> Shape:
     op, inputs = step.get("op"), step.get("inputs")
     kind = STEP_KINDS.get(op) if isinstance(op, str) else None
     if kind is None:
-        raise ValueError(f"is of a kind which this runtime does not know: {', '.join(sorted(STEP_KINDS))}")
+        raise ValueError(
+            f"is of a kind which this runtime does not know: {', '.join(sorted(STEP_KINDS))}"
+        )
     least, most = kind.inputs
     if type(inputs) is not list or not least <= len(inputs) <= most:
-        raise ValueError(f"must have {least}{f' to {most}' if most > least else ''} inputs, not {_short(inputs)}")
+        raise ValueError(
+            f"must have {least}{f' to {most}' if most > least else ''} inputs, not {_short(inputs)}"
+        )
     for name in inputs:
         if not isinstance(name, str) or name not in shapes:
             raise ValueError(f"reads {_short(name)}, which no earlier step makes")
@@ -584,32 +705,52 @@ def _step_shape(step: Step, shapes: Mapping[str, Shape]) -> Shape:
             check(step[name])
         except ValueError as error:
             raise ValueError(f"has a wrong {name}: it {error}") from None
-    if unknown := sorted(set(step) - {"name", "op", "inputs", "arrays", *kind.fields, *kind.optional}):
+    if unknown := sorted(
+        set(step) - {"name", "op", "inputs", "arrays", *kind.fields, *kind.optional}
+    ):
         raise ValueError(f"has a field {_short(unknown[0])} that its kind does not know")
     return kind.shape(step, *(shapes[name] for name in inputs))
 
 
 def _check_size(what: str, shape: Shape) -> None:
     if not 1 <= len(shape) <= _MAX_AXES:
-        raise ProgramError(f"{what} makes a sample of {len(shape)} axes; 1 to {_MAX_AXES} are known")
+        raise ProgramError(
+            f"{what} makes a sample of {len(shape)} axes; 1 to {_MAX_AXES} are known"
+        )
     if math.prod(shape) > MAX_ELEMENTS:
-        raise ProgramError(f"{what} makes {list(shape)}, more than {MAX_ELEMENTS} elements of one sample")
+        raise ProgramError(
+            f"{what} makes {list(shape)}, more than {MAX_ELEMENTS} elements of one sample"
+        )
 
 
-def array_specs(steps: Sequence[Step], shapes: Mapping[str, Shape], config: GemmConfig) -> dict[str, tuple[str, ArraySpec]]:
-    """The step that reads each constant, and what the constant must be. Raises ProgramError for a step without its constants."""
+def array_specs(
+    steps: Sequence[Step], shapes: Mapping[str, Shape], config: GemmConfig
+) -> dict[str, tuple[str, ArraySpec]]:
+    """The step that reads each constant, and what the constant must be. Raises ProgramError for a
+    step without its constants.
+    """
     specs: dict[str, tuple[str, ArraySpec]] = {}
     weights = sum(math.prod(step["weight_shape"]) for step in steps if "weight_shape" in step)
     if weights > MAX_PROGRAM_WEIGHTS:
-        raise ProgramError(f"its layers have {weights} weights together; {MAX_PROGRAM_WEIGHTS} are the most")
+        raise ProgramError(
+            f"its layers have {weights} weights together; {MAX_PROGRAM_WEIGHTS} are the most"
+        )
     for step in steps:
         kind, given = STEP_KINDS[step["op"]], step.get("arrays", {})
         wanted = kind.arrays(step, shapes[step["inputs"][0]], config)
-        if not isinstance(given, Mapping) or not set(wanted) - kind.may_lack <= set(given) <= set(wanted):
-            raise ProgramError(f"step {_short(step['name'])} must have the arrays {', '.join(wanted) or 'none'}, not {_short(given)}")
+        if not isinstance(given, Mapping) or not set(wanted) - kind.may_lack <= set(given) <= set(
+            wanted
+        ):
+            raise ProgramError(
+                f"step {_short(step['name'])} must have the arrays "
+                f"{', '.join(wanted) or 'none'}, not {_short(given)}"
+            )
         for what, name in given.items():
             if not isinstance(name, str) or name in specs:
-                raise ProgramError(f"step {_short(step['name'])} names its {what} {_short(name)}: it must be a name of its own")
+                raise ProgramError(
+                    f"step {_short(step['name'])} names its {what} {_short(name)}: it must be a "
+                    f"name of its own"
+                )
             specs[name] = (step["name"], wanted[what])
     return specs
 
@@ -636,14 +777,18 @@ class GemmLayer:
     request: ActivationRequest
 
     def operand(self, x: Array, config: GemmConfig) -> Operand:
-        """X quantized, [rows, positions, channels], from float32 [N, C, *positions] (conv) or [N, .., features] (linear)."""
+        """X quantized, [rows, positions, channels], from float32 [N, C, *positions] (conv) or [N,
+        .., features] (linear).
+        """
         if self.kind == "conv":
             rows = np.ascontiguousarray(np.moveaxis(x, 1, -1)).reshape(len(x), -1, x.shape[1])
         else:
             # Each row, at each token, has a window of its own: tokens become rows.
             rows = np.ascontiguousarray(x).reshape(-1, 1, x.shape[-1])
         scope: Scope = "sample" if self.kind == "conv" else "row"
-        return quantize_activations(rows, self.request, edge=config.block_edge, scope=scope, width_group=config.width_group)
+        return quantize_activations(
+            rows, self.request, edge=config.block_edge, scope=scope, width_group=config.width_group
+        )
 
 
 def _load_layer(step: Step, program: Program) -> GemmLayer:
@@ -670,7 +815,10 @@ def _load_layer(step: Step, program: Program) -> GemmLayer:
 
 def geometry_of(step: Step, spatial: Sequence[int]) -> Geometry:
     """Of a "conv" step whose input has the positions `spatial`."""
-    return Geometry(input=spatial, **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")})
+    return Geometry(
+        input=spatial,
+        **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")},
+    )
 
 
 __all__ = [

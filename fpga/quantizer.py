@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activations' quantizer in NumPy, as evaluation uses it: blocks of one row, rounding to nearest (docs/numerics.md)."""
+"""The activations' quantizer in NumPy, as evaluation uses it: blocks of one row, rounding to
+nearest (docs/numerics.md).
+"""
 
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -22,9 +24,11 @@ class ActivationRequest:
     """Which widths X gets.
 
     Args:
-        values: integers that broadcast to [rows, positions, channel blocks]: widths, or exponents of the finest LSB needed.
+        values: integers that broadcast to [rows, positions, channel blocks]: widths, or exponents
+            of the finest LSB needed.
         is_threshold: whether `values` are exponents.
-        least_bits, most_bits: limits of widths that follow from thresholds; least 0 lets blocks be zero.
+        least_bits, most_bits: limits of widths that follow from thresholds; least 0 lets blocks be
+            zero.
 
     Raises:
         ValueError: widths outside 0, 2..8, or limits that cross.
@@ -39,41 +43,66 @@ class ActivationRequest:
         values = np.asarray(self.values)
         if values.dtype.kind not in "iu" or values.ndim != 3:
             raise ValueError(
-                f"values must be integers [rows, positions, channel blocks], each axis whole or 1, not {values.dtype} {values.shape}"
+                f"values must be integers [rows, positions, channel blocks], each axis whole or "
+                f"1, not {values.dtype} {values.shape}"
             )
         legal = (0, *range(MIN_BITS, MAX_BITS + 1))
         if not self.is_threshold and not np.isin(values, legal).all():
-            raise ValueError(f"widths must be in {legal}, not {sorted(set(values.reshape(-1).tolist()) - set(legal))[0]}")
-        if self.least_bits not in legal or self.most_bits not in legal[1:] or self.least_bits > self.most_bits:
-            raise ValueError(f"least_bits {self.least_bits} and most_bits {self.most_bits} must be widths, the first not above the second")
+            raise ValueError(
+                f"widths must be in {legal}, not "
+                f"{sorted(set(values.reshape(-1).tolist()) - set(legal))[0]}"
+            )
+        if (
+            self.least_bits not in legal
+            or self.most_bits not in legal[1:]
+            or self.least_bits > self.most_bits
+        ):
+            raise ValueError(
+                f"least_bits {self.least_bits} and most_bits {self.most_bits} must be widths, "
+                f"the first not above the second"
+            )
         object.__setattr__(self, "values", values.astype(np.int32))
 
 
 def quantize_activations(
-    x: Array, request: ActivationRequest, *, edge: int, scope: Scope = "sample", width_group: tuple[int, int] | None = None
+    x: Array,
+    request: ActivationRequest,
+    *,
+    edge: int,
+    scope: Scope = "sample",
+    width_group: tuple[int, int] | None = None,
 ) -> Operand:
     """Quantize X with an exponent, a width and a sign for each row of each `edge` channels.
 
     Args:
         x: float32 [rows, positions, channels].
-        scope: what shares a window: a "sample" with all of its positions (Conv), or a "row" at one position (Linear).
-        width_group: rows x channels that share a width; only its channels count, since evaluation groups have one row.
+        scope: what shares a window: a "sample" with all of its positions (Conv), or a "row" at one
+            position (Linear).
+        width_group: rows x channels that share a width; only its channels count, since evaluation
+            groups have one row.
 
     Raises:
-        ValueError: an empty or non-finite operand, another type than float32, a request that does not broadcast.
+        ValueError: an empty or non-finite operand, another type than float32, a request that does
+            not broadcast.
     """
     if x.ndim != 3 or x.dtype != np.float32 or 0 in x.shape:
-        raise ValueError(f"x must be float32 [rows, positions, channels], none empty, not {x.dtype} {x.shape}")
+        raise ValueError(
+            f"x must be float32 [rows, positions, channels], none empty, not {x.dtype} {x.shape}"
+        )
     if not np.isfinite(x).all():
         raise ValueError("x holds NaN or Inf, which has no integer form: look at the layer before")
     rows, positions, channels = x.shape
     missing = -channels % edge
-    blocks = (np.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x).reshape(rows, positions, -1, edge)
+    blocks = (np.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x).reshape(
+        rows, positions, -1, edge
+    )
     grid = blocks.shape[:3]
     try:
         asked = np.broadcast_to(request.values, grid)
     except ValueError:
-        raise ValueError(f"the request's shape {request.values.shape} does not broadcast to the grid {grid}") from None
+        raise ValueError(
+            f"the request's shape {request.values.shape} does not broadcast to the grid {grid}"
+        ) from None
     peak = np.abs(blocks).max(axis=3)
     occupied = peak > 0
     # frexp, not log2: float32 log2 rounds the value just below 2**k up to k.
@@ -99,7 +128,8 @@ def quantize_activations(
     live = width > 0
     scaled = np.ldexp(blocks.astype(np.float64), np.where(live, -scale, 0)[..., None])
     limit = np.where(live, (1 << np.maximum(magnitude_bits, 0)) - 1, 0)[..., None]
-    # rint is nearest-even, exact for these sizes; the lower limit is 0 where the block is unsigned, which then has no negative element.
+    # rint is nearest-even, exact for these sizes; the lower limit is 0 where the block is unsigned,
+    # which then has no negative element.
     mantissas = np.clip(np.rint(scaled), -limit, limit).astype(np.int16)
     live &= (mantissas != 0).any(axis=3)
     return Operand(
@@ -116,6 +146,8 @@ def _share(width: Array, blocks: int) -> Array:
     """Each non-zero block takes the largest width of its run of `blocks` channel blocks."""
     missing = -width.shape[2] % blocks
     runs = np.pad(width, ((0, 0), (0, 0), (0, missing))).reshape(*width.shape[:2], -1, blocks)
-    most = np.broadcast_to(runs.max(axis=3, keepdims=True), runs.shape).reshape(*width.shape[:2], -1)[..., : width.shape[2]]
+    most = np.broadcast_to(runs.max(axis=3, keepdims=True), runs.shape).reshape(
+        *width.shape[:2], -1
+    )[..., : width.shape[2]]
     result: Array = np.where(width > 0, most, 0)
     return result

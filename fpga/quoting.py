@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One quoting function for each language that texts from files, names and arguments are rendered into.
+"""One quoting function for each language that texts from files, names and arguments are rendered
+into.
 
-C++ gets whole numbers and names from a table alone, and Make nothing: its recipes read the environment in the shell's quotes.
+C++ gets whole numbers and names from a table alone, and Make nothing: its recipes read the
+environment in the shell's quotes.
 """
 
 import re
@@ -16,7 +18,9 @@ _NOT_XML: Final = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010
 
 
 def tcl_word(value: object) -> str:
-    """A Tcl word that is `str(value)`, whatever is in it: nothing of it is a command, a variable or an end of word."""
+    """A Tcl word that is `str(value)`, whatever is in it: nothing of it is a command, a variable or
+    an end of word.
+    """
     text = str(value)
     if _TCL_PLAIN.fullmatch(text):
         return text
@@ -35,7 +39,9 @@ def tcl_list(values: Sequence[object]) -> str:
 
 
 def shell_word(value: object) -> str:
-    """A word of a POSIX shell's command line, on one line: control characters are shown escaped, so that a printed command stays one."""
+    """A word of a POSIX shell's command line, on one line: control characters are shown escaped, so
+    that a printed command stays one.
+    """
     return shlex.quote(one_line(str(value)))
 
 
@@ -45,12 +51,16 @@ def python_literal(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text without an end of line or another control character: each is shown escaped. For comments and messages."""
+    """The text without an end of line or another control character: each is shown escaped. For
+    comments and messages.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def markdown_text(text: str) -> str:
-    """One line of Markdown that shows the text as it is: no markup, no HTML, no table cell of its own."""
+    """One line of Markdown that shows the text as it is: no markup, no HTML, no table cell of its
+    own.
+    """
     return _MARKDOWN_SPECIAL.sub(r"\\\1", one_line(text))
 
 
@@ -63,5 +73,7 @@ def markdown_code(text: str) -> str:
 
 
 def xml_text(text: str) -> str:
-    """The text without the characters that XML 1.0 has no form for; its markup is ElementTree's to escape."""
+    """The text without the characters that XML 1.0 has no form for; its markup is ElementTree's to
+    escape.
+    """
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

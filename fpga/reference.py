@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `reference` device: the sums of docs/core.md in NumPy, the registers from the cost law. Shares no code with the core."""
+"""The `reference` device: the sums of docs/core.md in NumPy, the registers from the cost law.
+Shares no code with the core.
+"""
 
 import time
 from typing import Any
@@ -30,7 +32,10 @@ class ReferenceDevice(Device):
     def _run(self, job: GemmJob, timeout_s: float) -> GemmResult:
         for operand in (job.a, job.b):
             if operand.block_edge != self.config.block_edge:
-                raise OperandError(f"the core takes blocks of edge {self.config.block_edge}, not {operand.block_edge}")
+                raise OperandError(
+                    f"the core takes blocks of edge {self.config.block_edge}, not "
+                    f"{operand.block_edge}"
+                )
             if self.config.width_group is not None:
                 operand.check_width_group(self.config.width_group)
         cost = core_cost(job, self.config)

@@ -27,7 +27,13 @@ class Register:
 # Control signals have fixed places (UG1399, "S_AXILITE Control Register Map"); arguments follow from 0x10 in the top function's order:
 # 8 bytes for an input word, 16 for an output of up to 32 bits and 20, rounded up to 24, for one of 64, whose valid flag comes behind it.
 CONTROL: Final = (
-    Register("CTRL", 0x00, 32, "write", "bit 0 ap_start, 1 ap_done (clears when read), 2 ap_idle, 3 ap_ready, 7 auto_restart"),
+    Register(
+        "CTRL",
+        0x00,
+        32,
+        "write",
+        "bit 0 ap_start, 1 ap_done (clears when read), 2 ap_idle, 3 ap_ready, 7 auto_restart",
+    ),
     Register("GIER", 0x04, 32, "write", "bit 0: interrupts on"),
     Register("IP_IER", 0x08, 32, "write", "bit 0: interrupt on ap_done"),
     Register("IP_ISR", 0x0C, 32, "write", "bit 0: ap_done; write 1 to clear"),
@@ -47,7 +53,9 @@ ARGUMENTS: Final = (
 )
 
 
-def _place(arguments: tuple[tuple[str, int, Literal["read", "write"], str], ...]) -> tuple[Register, ...]:
+def _place(
+    arguments: tuple[tuple[str, int, Literal["read", "write"], str], ...],
+) -> tuple[Register, ...]:
     placed, offset = [], 0x10
     for name, bits, access, description in arguments:
         placed.append(Register(name, offset, bits, access, description))
@@ -89,13 +97,29 @@ ERRORS: Final = (
     (0, "none", "no error"),
     (1, "layout_version", "the job was written for another layout version than the core's"),
     (2, "gemm", "the job names no GEMM, or an unknown flag"),
-    (3, "extent", "an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result does not fit its memory"),
+    (
+        3,
+        "extent",
+        "an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result does not fit its memory",
+    ),
     (4, "range", "the job's tiles or steps lie outside the GEMM"),
     (5, "header_a", "a block of A has an illegal header: operand memory is corrupt"),
     (6, "header_b", "a block of B has an illegal header: operand memory is corrupt"),
-    (7, "segment_a", "a segment of A is not as long as its directory says: operand memory is corrupt"),
-    (8, "segment_b", "a segment of B is not as long as its directory says: operand memory is corrupt"),
-    (9, "job_memory", "the job's memory, as it says itself, ends before its words or the row exponents that it announces"),
+    (
+        7,
+        "segment_a",
+        "a segment of A is not as long as its directory says: operand memory is corrupt",
+    ),
+    (
+        8,
+        "segment_b",
+        "a segment of B is not as long as its directory says: operand memory is corrupt",
+    ),
+    (
+        9,
+        "job_memory",
+        "the job's memory, as it says itself, ends before its words or the row exponents that it announces",
+    ),
 )
 
 _HEADER: Final = Template(
@@ -137,7 +161,10 @@ def registers_header() -> str:
         flag_raw=FLAG_RAW,
         flag_row=FLAG_ROW_EXPONENTS,
         axes=AXES,
-        job_words="\n".join(f"  kJob{_camel(name)} = {index},  // {text}" for index, (name, text) in enumerate(JOB_WORDS)),
+        job_words="\n".join(
+            f"  kJob{_camel(name)} = {index},  // {text}"
+            for index, (name, text) in enumerate(JOB_WORDS)
+        ),
         job_count=len(JOB_WORDS),
         errors="\n".join(f"  k{_camel(name)} = {code},  // {text}" for code, name, text in ERRORS),
     )

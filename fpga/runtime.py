@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a network program on any device: GEMMs there, everything else here in NumPy, in one defined order.
+"""Runs a network program on any device: GEMMs there, everything else here in NumPy, in one defined
+order.
 
-Activations are float32 arrays as the exporting framework has them, [N, C, *positions] or [N, features].
+Activations are float32 arrays as the exporting framework has them, [N, C, *positions] or [N,
+features].
 """
 
 import itertools
@@ -48,7 +50,10 @@ class Runner:
 
     def __init__(self, program: Program, device: Device, *, timeout_s: float = 60.0) -> None:
         if device.config != program.config:
-            raise ProgramError(f"the program is packed for the core {program.config}, the device has {device.config}")
+            raise ProgramError(
+                f"the program is packed for the core {program.config}, the device has "
+                f"{device.config}"
+            )
         self.program, self.device, self.timeout_s = program, device, timeout_s
         self.report: dict[str, StepReport] = {}
         self.layers = dict(program.layers)
@@ -67,16 +72,23 @@ class Runner:
 
     def _run(self, images: Array, *, keep: bool) -> dict[str, Array]:
         images = np.asarray(images)
-        if images.dtype != np.float32 or images.shape[1:] != self.program.input_shape or not len(images):
+        if (
+            images.dtype != np.float32
+            or images.shape[1:] != self.program.input_shape
+            or not len(images)
+        ):
             raise ProgramError(
-                f"images must be float32 [N, {', '.join(map(str, self.program.input_shape))}], not {images.dtype} {images.shape}"
+                f"images must be float32 [N, {', '.join(map(str, self.program.input_shape))}], "
+                f"not {images.dtype} {images.shape}"
             )
         values: dict[str, Array] = {"input": images}
         last_use = {name: i for i, step in enumerate(self.program.steps) for name in step["inputs"]}
         for index, step in enumerate(self.program.steps):
             try:
                 inputs = [values[name] for name in step["inputs"]]
-                with np.errstate(all="ignore"):  # as torch: what overflows is Inf, and a layer that reads it says so
+                with np.errstate(
+                    all="ignore"
+                ):  # as torch: what overflows is Inf, and a layer that reads it says so
                     values[step["name"]] = OPERATIONS[step["op"]](self, step, *inputs)
             except (ValueError, IndexError) as error:
                 raise ProgramError(f"step {step['name']!r} ({step['op']}): {error}") from error
@@ -85,7 +97,9 @@ class Runner:
                     values.pop(name, None)
         return values
 
-    def classify(self, images: Array, *, batch: int = 16, progress: Callable[[int, int], None] | None = None) -> Array:
+    def classify(
+        self, images: Array, *, batch: int = 16, progress: Callable[[int, int], None] | None = None
+    ) -> Array:
         """Class of each image, int64, in batches; `progress` gets images done and in all.
 
         Raises:
@@ -105,7 +119,9 @@ class Runner:
         """Y [rows, positions, channels] of X on the device, with bias."""
         layer = self.layers[step["name"]]
         operand = layer.operand(x, self.program.config)
-        result = self.device.run(GemmJob(a=operand, b=layer.weight, geometry=geometry), timeout_s=self.timeout_s)
+        result = self.device.run(
+            GemmJob(a=operand, b=layer.weight, geometry=geometry), timeout_s=self.timeout_s
+        )
         report = self.report.setdefault(step["name"], StepReport())
         report.calls += 1
         report.cycles += result.cycles
@@ -187,13 +203,27 @@ def _mean(_: Runner, step: Step, x: Array) -> Array:
 
 def _windows(step: Step, x: Array, output: tuple[int, ...], fill: float) -> Iterator[Array]:
     """What a pooling's taps read, one after the other in C order, each [N, C, *output]."""
-    taps, stride, padding, dilation = step["taps"], step["stride"], step["padding"], pool_dilation(step)
-    spans = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(output, stride, dilation, taps, strict=True)]
+    taps, stride, padding, dilation = (
+        step["taps"],
+        step["stride"],
+        step["padding"],
+        pool_dilation(step),
+    )
+    spans = [
+        (o - 1) * s + d * (k - 1) + 1
+        for o, s, d, k in zip(output, stride, dilation, taps, strict=True)
+    ]
     behind = [max(span - n - p, 0) for span, n, p in zip(spans, x.shape[2:], padding, strict=True)]
     padded = np.pad(x, ((0, 0), (0, 0), *zip(padding, behind, strict=True)), constant_values=fill)
     for tap in itertools.product(*map(range, taps)):
         begins = [t * d for t, d in zip(tap, dilation, strict=True)]
-        cut: Any = (..., *(slice(b, b + (o - 1) * s + 1, s) for b, o, s in zip(begins, output, stride, strict=True)))
+        cut: Any = (
+            ...,
+            *(
+                slice(b, b + (o - 1) * s + 1, s)
+                for b, o, s in zip(begins, output, stride, strict=True)
+            ),
+        )
         yield padded[cut]
 
 
@@ -217,11 +247,15 @@ def _average_pool(runner: Runner, step: Step, x: Array) -> Array:
 
 
 def _divisors(step: Step, spatial: tuple[int, ...], output: tuple[int, ...]) -> Array:
-    """By what sums of windows are divided: the step's divisor, or the taps over the input and, with `count_padding`, over its padding."""
+    """By what sums of windows are divided: the step's divisor, or the taps over the input and, with
+    `count_padding`, over its padding.
+    """
     if "divisor" in step:
         return np.array(step["divisor"], np.float32)
     counts: Array = np.ones((), np.float32)
-    for n, o, k, s, p in zip(spatial, output, step["taps"], step["stride"], step["padding"], strict=True):
+    for n, o, k, s, p in zip(
+        spatial, output, step["taps"], step["stride"], step["padding"], strict=True
+    ):
         begin = np.arange(o) * s - p
         end = np.minimum(begin + k, n + p)
         if not step.get("count_padding", True):
@@ -243,8 +277,12 @@ def _transpose(_: Runner, step: Step, x: Array) -> Array:
 
 
 def _pad(_: Runner, step: Step, x: Array) -> Array:
-    values: Any = {"constant_values": np.float32(step.get("value", 0))} if step["mode"] == "constant" else {}
-    return np.pad(x, ((0, 0), *(tuple(pair) for pair in step["padding"])), mode=step["mode"], **values)
+    values: Any = (
+        {"constant_values": np.float32(step.get("value", 0))} if step["mode"] == "constant" else {}
+    )
+    return np.pad(
+        x, ((0, 0), *(tuple(pair) for pair in step["padding"])), mode=step["mode"], **values
+    )
 
 
 def _concat(_: Runner, step: Step, *inputs: Array) -> Array:
@@ -256,7 +294,9 @@ def _slice(_: Runner, step: Step, x: Array) -> Array:
 
 
 def _softmax(_: Runner, step: Step, x: Array) -> Array:
-    """In float64 with an exp and a log of sums and products alone, added up in order, rounded once: the same on every machine."""
+    """In float64 with an exp and a log of sums and products alone, added up in order, rounded once:
+    the same on every machine.
+    """
     if not np.isfinite(x).all():
         raise ValueError("x holds NaN or Inf: look at the layer before")
     wide = x.astype(np.float64)
@@ -267,7 +307,9 @@ def _softmax(_: Runner, step: Step, x: Array) -> Array:
     return result.astype(np.float32)
 
 
-_LN2_HIGH: Final = float.fromhex("0x1.62e42fee00000p-1")  # 32 bits: products with exponents are exact
+_LN2_HIGH: Final = float.fromhex(
+    "0x1.62e42fee00000p-1"
+)  # 32 bits: products with exponents are exact
 _LN2_LOW: Final = float.fromhex("0x1.a39ef35793c76p-33")
 
 
@@ -320,4 +362,12 @@ OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
     "softmax": _softmax,
 }
 
-__all__ = ["OPERATIONS", "GemmLayer", "Program", "ProgramError", "Runner", "StepReport", "geometry_of"]
+__all__ = [
+    "OPERATIONS",
+    "GemmLayer",
+    "Program",
+    "ProgramError",
+    "Runner",
+    "StepReport",
+    "geometry_of",
+]

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A simulated PYNQ board under the real `pynq` package: registers, non-coherent memory, clocks, and the C-simulated core behind them.
+"""A simulated PYNQ board under the real `pynq` package: registers, non-coherent memory, clocks, and
+the C-simulated core behind them.
 
-It is made by name only and registers no probe, so it is never found in a real board's place. What a test may do to it stands in `Faults`.
+It is made by name only and registers no probe, so it is never found in a real board's place. What a
+test may do to it stands in `Faults`.
 """
 
 import threading
@@ -78,7 +80,14 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
         core: the simulated core; None compiles one for `config`.
     """
 
-    def __init__(self, board: Board, config: GemmConfig, *, memory_bytes: int = 128 << 20, core: CSimDevice | None = None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        config: GemmConfig,
+        *,
+        memory_bytes: int = 128 << 20,
+        core: CSimDevice | None = None,
+    ) -> None:
         super().__init__(f"simulated-{board.name}")
         self.board, self.faults = board, Faults()
         self.capabilities = {"REGISTER_RW": True}
@@ -117,7 +126,9 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
         part = bit_part(Path(bitstream.bitfile_name))
         with self._lock:
             if part.partition("-")[0] != self.board.part.partition("-")[0]:
-                raise OSError(f"fpga_manager: the bitstream is for {part}, the chip is {self.board.part}")
+                raise OSError(
+                    f"fpga_manager: the bitstream is for {part}, the chip is {self.board.part}"
+                )
             self._generation += 1
             self._registers[:] = 0
             self._registers[_CTRL // 4] = AP_IDLE
@@ -152,12 +163,21 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
         size = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
         room = -(-size // PAGE) * PAGE
         with self._lock:
-            if sum(-(-a.size // PAGE) * PAGE for a in self._allocations.values()) + room > self._memory_bytes:
+            if (
+                sum(-(-a.size // PAGE) * PAGE for a in self._allocations.values()) + room
+                > self._memory_bytes
+            ):
                 raise RuntimeError("Allocate failed: Cannot allocate memory")  # as XRT says
             allocation = _Allocation(self._free_address(room), size, self._rng)
             self._allocations[allocation.address] = allocation
         buffer = PynqBuffer(
-            shape, dtype, buffer=allocation.host.data, device=self, device_address=allocation.address, bo=allocation.address, coherent=False
+            shape,
+            dtype,
+            buffer=allocation.host.data,
+            device=self,
+            device_address=allocation.address,
+            bo=allocation.address,
+            coherent=False,
         )
         weakref.finalize(buffer, self._allocations.pop, allocation.address, None)
         return buffer
@@ -177,7 +197,12 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
 
     def _page(self, address: int, length: int) -> tuple[Array, int]:
         for base, page in ((CORE_ADDRESS, self._registers), (SLCR, self._slcr)):
-            if base <= address and address + length <= base + 4 * page.size and address % 4 == 0 and length % 4 == 0:
+            if (
+                base <= address
+                and address + length <= base + 4 * page.size
+                and address % 4 == 0
+                and length % 4 == 0
+            ):
                 return page, (address - base) // 4
         raise OSError(f"bus error: no register of {length} bytes at {address:#010x}")
 
@@ -208,7 +233,11 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
                 dram = self._dram(int(self._registers[_OFFSETS[name] // 4]))
                 if dram is None or dram.ctypes.data % np.dtype(dtype).itemsize:
                     return  # the bus answers with an error, and the core waits for ever
-                memories.append(dram[: dram.size // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(dtype))
+                memories.append(
+                    dram[: dram.size // np.dtype(dtype).itemsize * np.dtype(dtype).itemsize].view(
+                        dtype
+                    )
+                )
         # Beyond its buffers a real core would read and write other people's memory.
         if self.faults.hang or beyond_memory(*memories):
             return
@@ -219,10 +248,17 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
             if generation != self._generation:
                 return  # the board was switched off, or configured anew, in between
             values = {
-                "version": self.faults.version, "capability": status.capability, "words_a": status.words_a, "words_b": status.words_b,
-                "words_c": status.words_c, "error": status.error if self.faults.error is None else self.faults.error,
-            }  # fmt: skip
+                "version": self.faults.version,
+                "capability": status.capability,
+                "words_a": status.words_a,
+                "words_b": status.words_b,
+                "words_c": status.words_c,
+                "error": status.error if self.faults.error is None else self.faults.error,
+            }
             for name, value in values.items():
                 self._registers[_OFFSETS[name] // 4] = value
-            self._registers[_OFFSETS["cycles"] // 4 : _OFFSETS["cycles"] // 4 + 2] = [status.cycles & 0xFFFFFFFF, status.cycles >> 32]
+            self._registers[_OFFSETS["cycles"] // 4 : _OFFSETS["cycles"] // 4 + 2] = [
+                status.cycles & 0xFFFFFFFF,
+                status.cycles >> 32,
+            ]
             self._registers[_CTRL // 4] = AP_IDLE | AP_DONE

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recorded test vectors: random jobs whose results and registers are known, for the vendor's bench and for self-tests.
+"""Recorded test vectors: random jobs whose results and registers are known, for the vendor's bench
+and for self-tests.
 
 A vector file holds little-endian 32-bit words:
 
     0x31566744 ("DgV1"); numbers of job words, A's and B's 64-bit words, result words;
-    error, words_a, words_b, words_c, cycles low, cycles high; then the job words, A, B and the result.
+    error, words_a, words_b, words_c, cycles low, cycles high; then the job words, A, B and the
+    result.
 """
 
 from collections.abc import Iterator
@@ -41,12 +43,48 @@ class Layer(NamedTuple):
 LAYERS: Final = {
     "matrix product": Layer(19, 23, 17, Geometry()),
     "one element": Layer(1, 1, 1, Geometry()),
-    "3x3, padding 1": Layer(6, 9, 10, Geometry(input=(5, 7), output=(5, 7), taps=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))),
-    "3x3, stride 2": Layer(5, 7, 12, Geometry(input=(7, 7), output=(4, 4), taps=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1))),
-    "1x1, stride 2": Layer(8, 8, 16, Geometry(input=(6, 6), output=(3, 3), taps=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1))),
-    "5, dilation 2": Layer(9, 5, 6, Geometry(input=(14,), output=(10,), taps=(5,), stride=(1,), padding=(2,), dilation=(2,))),
+    "3x3, padding 1": Layer(
+        6,
+        9,
+        10,
+        Geometry(
+            input=(5, 7), output=(5, 7), taps=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
+        ),
+    ),
+    "3x3, stride 2": Layer(
+        5,
+        7,
+        12,
+        Geometry(
+            input=(7, 7), output=(4, 4), taps=(3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1)
+        ),
+    ),
+    "1x1, stride 2": Layer(
+        8,
+        8,
+        16,
+        Geometry(
+            input=(6, 6), output=(3, 3), taps=(1, 1), stride=(2, 2), padding=(0, 0), dilation=(1, 1)
+        ),
+    ),
+    "5, dilation 2": Layer(
+        9,
+        5,
+        6,
+        Geometry(input=(14,), output=(10,), taps=(5,), stride=(1,), padding=(2,), dilation=(2,)),
+    ),
     "3x2x3": Layer(
-        3, 4, 5, Geometry(input=(3, 4, 5), output=(3, 2, 3), taps=(3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 0), dilation=(1, 1, 1))
+        3,
+        4,
+        5,
+        Geometry(
+            input=(3, 4, 5),
+            output=(3, 2, 3),
+            taps=(3, 2, 3),
+            stride=(1, 2, 1),
+            padding=(1, 0, 0),
+            dilation=(1, 1, 1),
+        ),
     ),
 }
 
@@ -60,7 +98,8 @@ def random_operand(
     signed: float = 0.5,
     widths: tuple[int, ...] = BITS,
 ) -> Operand:
-    """An operand with all widths, exponents up to both ends of the window, and many full-scale mantissas.
+    """An operand with all widths, exponents up to both ends of the window, and many full-scale
+    mantissas.
 
     Args:
         config: its block edge, and its width group, within which blocks get one width.
@@ -74,9 +113,16 @@ def random_operand(
         bits = rng.choice(widths, size=grid)
     else:
         # A group's rows and channels in entries of the grid.
-        group = (1 if row_exponents else config.width_group[0] // edge, config.width_group[1] // edge)
-        groups = rng.choice(widths, size=(-(-grid[0] // group[0]), positions, -(-grid[2] // group[1])))
-        bits = np.repeat(np.repeat(groups, group[0], axis=0), group[1], axis=2)[: grid[0], :, : grid[2]]
+        group = (
+            1 if row_exponents else config.width_group[0] // edge,
+            config.width_group[1] // edge,
+        )
+        groups = rng.choice(
+            widths, size=(-(-grid[0] // group[0]), positions, -(-grid[2] // group[1]))
+        )
+        bits = np.repeat(np.repeat(groups, group[0], axis=0), group[1], axis=2)[
+            : grid[0], :, : grid[2]
+        ]
         bits = np.where(rng.random(grid) < 0.1, 0, bits)
     flags = (rng.random(grid) < signed) & (bits > 0)
     largest = int(rng.integers(-8, 8))
@@ -93,11 +139,20 @@ def random_operand(
     mantissas = rng.integers(least, most + 1)
     ends = rng.random(shape)
     mantissas = np.where(ends < 0.1, most, np.where(ends > 0.9, least, mantissas))
-    return Operand(mantissas=mantissas, scale_exponents=exponents, bits=bits, signed=flags, block_edge=edge, row_exponents=row_exponents)
+    return Operand(
+        mantissas=mantissas,
+        scale_exponents=exponents,
+        bits=bits,
+        signed=flags,
+        block_edge=edge,
+        row_exponents=row_exponents,
+    )
 
 
 def random_jobs(config: GemmConfig, seed: int = SEED) -> Iterator[tuple[str, GemmJob]]:
-    """Named jobs: every layer of `LAYERS`, all three GEMMs, both outputs, with and without row exponents; same seed, same jobs."""
+    """Named jobs: every layer of `LAYERS`, all three GEMMs, both outputs, with and without row
+    exponents; same seed, same jobs.
+    """
     rng = np.random.default_rng(seed)
     for name, (rows, ins, outs, g) in LAYERS.items():
         x = random_operand(rng, (rows, g.input_size, ins), config)
@@ -118,7 +173,9 @@ def vector(job: GemmJob, config: GemmConfig) -> Array:
     raw = job.output == "int64"
     sums = exact_sums(job)
     exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
-    result = np.ascontiguousarray(sums if raw else round_once(sums, exponents)).view("<u4").reshape(-1)
+    result = (
+        np.ascontiguousarray(sums if raw else round_once(sums, exponents)).view("<u4").reshape(-1)
+    )
     words = job_words(
         walk,
         raw=raw,
@@ -130,14 +187,25 @@ def vector(job: GemmJob, config: GemmConfig) -> Array:
         words_c=result.size,
     )
     cost = core_cost(job, config)
-    head = [MAGIC, words.size, a.words.size, b.words.size, result.size, 0, cost.words_a, cost.words_b, cost.words_c]
+    head = [
+        MAGIC,
+        words.size,
+        a.words.size,
+        b.words.size,
+        result.size,
+        0,
+        cost.words_a,
+        cost.words_b,
+        cost.words_c,
+    ]
     head += [cost.cycles & 0xFFFFFFFF, cost.cycles >> 32]
     parts = [np.array(head, "<u4"), words, a.words.view("<u4"), b.words.view("<u4"), result]
     return np.concatenate(parts)
 
 
 def write_vectors(config: GemmConfig, folder: Path) -> list[Path]:
-    """Write the vectors of `random_jobs` and `index.txt`, which names them; same configuration, same bytes.
+    """Write the vectors of `random_jobs` and `index.txt`, which names them; same configuration,
+    same bytes.
 
     Returns:
         The files written.

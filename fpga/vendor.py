@@ -92,7 +92,11 @@ def _version(path: str) -> str:
 
 
 def build(
-    folder: Path, steps: Sequence[str] = DEFAULT_STEPS, *, timeout_s: float = _DEFAULT_TIMEOUT_S, stream: TextIO | None = None
+    folder: Path,
+    steps: Sequence[str] = DEFAULT_STEPS,
+    *,
+    timeout_s: float = _DEFAULT_TIMEOUT_S,
+    stream: TextIO | None = None,
 ) -> SynthesisReport | None:
     """Run a vendor tool's steps in a build folder, its output to `build.log`.
 
@@ -117,11 +121,16 @@ def build(
     tool = find_tool()
     if tool is None:
         raise ToolMissing(
-            f"none of {', '.join(_TOOLS)} is on PATH: install Vitis HLS and source its settings64.sh. "
+            f"none of {', '.join(_TOOLS)} is on PATH: install Vitis HLS and source its "
+            f"settings64.sh. "
             "`python -m fpga csim` simulates the core without any of them"
         )
     command = [tool.path, *_TOOLS[tool.name], "csynth.tcl"]
-    print(f"{tool.name} {tool.version}: {', '.join(steps)} in {folder}; log: {folder / LOG}", file=stream, flush=True)
+    print(
+        f"{tool.name} {tool.version}: {', '.join(steps)} in {folder}; log: {folder / LOG}",
+        file=stream,
+        flush=True,
+    )
     (folder / "ip").mkdir(exist_ok=True)
     _run(command, folder, {**os.environ, "DPGEMM_STEPS": " ".join(steps)}, timeout_s, stream)
     if "csynth" not in steps:
@@ -131,28 +140,43 @@ def build(
     return report
 
 
-def _run(command: list[str], folder: Path, environment: dict[str, str], timeout_s: float, stream: TextIO) -> None:
+def _run(
+    command: list[str], folder: Path, environment: dict[str, str], timeout_s: float, stream: TextIO
+) -> None:
     """Run a command in a session of its own, so that all it started can be stopped."""
     log = folder / LOG
     begin = time.monotonic()
     with log.open("w") as output:
         # Without input: a tool that asks something would wait for an answer until the time is up.
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         ended = threading.Event()
-        progress = threading.Thread(target=_tell_progress, args=(log, begin, ended, stream), daemon=True)
+        progress = threading.Thread(
+            target=_tell_progress, args=(log, begin, ended, stream), daemon=True
+        )
         progress.start()
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise DeviceTimeout(f"{command[0]} did not end within {timeout_s:g} s and was stopped; its output: {log}") from None
+            raise DeviceTimeout(
+                f"{command[0]} did not end within {timeout_s:g} s and was stopped; its output: "
+                f"{log}"
+            ) from None
         finally:
             ended.set()
             progress.join()
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a device that does not answer
+                with contextlib.suppress(
+                    subprocess.TimeoutExpired
+                ):  # it waits for a device that does not answer
                     process.wait(_KILL_SECONDS)
     if status:
         raise CompileError(command, str(folder), _tail(log))
@@ -179,7 +203,9 @@ def read_report(path: Path, tool: str) -> SynthesisReport:
     except (OSError, ValueError) as error:
         raise ValueError(f"no synthesis report at {path}: {error}") from None
     if root.tag != "profile":
-        raise ValueError(f"{path} is no synthesis report: its root is {shown(root.tag)}, not 'profile'")
+        raise ValueError(
+            f"{path} is no synthesis report: its root is {shown(root.tag)}, not 'profile'"
+        )
 
     def number(where: str) -> float | None:
         text = (root.findtext(where) or "").strip()
@@ -203,10 +229,15 @@ def read_report(path: Path, tool: str) -> SynthesisReport:
     )
 
 
-def _intervals(element: ElementTree.Element, path: str = "", depth: int = 0) -> list[tuple[str, int]]:
+def _intervals(
+    element: ElementTree.Element, path: str = "", depth: int = 0
+) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     if depth > _MAX_DEPTH:
-        raise ValueError(f"the synthesis report names loops within loops more than {_MAX_DEPTH} deep: {shown(path)}")
+        raise ValueError(
+            f"the synthesis report names loops within loops more than {_MAX_DEPTH} deep: "
+            f"{shown(path)}"
+        )
     for child in element:
         if _COUNT.fullmatch(interval := (child.findtext("PipelineII") or "").strip()):
             found.append((path + child.tag, int(interval)))
@@ -218,8 +249,19 @@ def _intervals(element: ElementTree.Element, path: str = "", depth: int = 0) -> 
 def add_build_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `build`."""
     parser.add_argument("folder", type=Path, metavar="DIR", help="what `emit --out` named")
-    parser.add_argument("--steps", default=",".join(DEFAULT_STEPS), metavar="S,S,..", help=f"of {', '.join(STEPS)} (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=_DEFAULT_TIMEOUT_S, metavar="S", help="seconds (default: %(default)g)")
+    parser.add_argument(
+        "--steps",
+        default=",".join(DEFAULT_STEPS),
+        metavar="S,S,..",
+        help=f"of {', '.join(STEPS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=_DEFAULT_TIMEOUT_S,
+        metavar="S",
+        help="seconds (default: %(default)g)",
+    )
 
 
 def run_build(options: argparse.Namespace) -> int:
@@ -230,10 +272,15 @@ def run_build(options: argparse.Namespace) -> int:
     if report is None:
         print("done; no synthesis was asked for")
         return 0
-    print(f"clock: {report.clock_ns} ns estimated, {report.target_clock_ns} ns asked for; latency: {report.latency_cycles} cycles")
+    print(
+        f"clock: {report.clock_ns} ns estimated, {report.target_clock_ns} ns asked for; "
+        f"latency: {report.latency_cycles} cycles"
+    )
     for name, count in report.used.items():
         if name in budget:
-            print(f"  {name:8s} {count:8d} of {budget[name]:8d} ({100 * count / budget[name]:.0f} %)")
+            print(
+                f"  {name:8s} {count:8d} of {budget[name]:8d} ({100 * count / budget[name]:.0f} %)"
+            )
     for loop, interval in report.intervals.items():
         print(f"  II {interval}  {loop}")
     over = [name for name, count in report.used.items() if count > budget.get(name, count)]

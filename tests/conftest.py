@@ -1,4 +1,6 @@
-"""One thread unless a test says otherwise, a working directory outside the tree, and reproducible property tests in CI."""
+"""One thread unless a test says otherwise, a working directory outside the tree, and reproducible
+property tests in CI.
+"""
 
 import os
 from collections.abc import Iterator

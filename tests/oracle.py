@@ -1,4 +1,6 @@
-"""docs/numerics.md in nested Python loops over Fraction and int. Calls no package function and no torch arithmetic."""
+"""docs/numerics.md in nested Python loops over Fraction and int. Calls no package function and no
+torch arithmetic.
+"""
 
 import itertools
 import math
@@ -21,7 +23,9 @@ def philox(counter, key):
 
 def stream_number(i, code, *, seed=0, rank=0, backward_count=0, call_index=0, layer=0):
     g = i // 8
-    words = philox((g & MASK, backward_count, call_index, layer << 16 | code << 12 | g >> 32), (seed, rank))
+    words = philox(
+        (g & MASK, backward_count, call_index, layer << 16 | code << 12 | g >> 32), (seed, rank)
+    )
     word = words[(i % 8) // 2]
     return word >> 16 if i % 2 else word & 0xFFFF
 
@@ -56,7 +60,9 @@ def to_float32(v):
 
 
 class Quantized:
-    """values: object array of Fraction; bits, scale_exponents, signed, occupied: grids; mantissas: int array."""
+    """values: object array of Fraction; bits, scale_exponents, signed, occupied: grids; mantissas:
+    int array.
+    """
 
 
 def grid_shape_of(shape, block, axis):
@@ -65,8 +71,24 @@ def grid_shape_of(shape, block, axis):
     return tuple(g)
 
 
-def quantize(x, role, *, block=(4, 4), axis=1, bits=None, lsb=None, least=0, most=8, group=None, scope="tensor", stream=None, nearest=None):
-    """One finite operand. role in "XWE"; bits and lsb: int, or an array that broadcasts to the grid."""
+def quantize(
+    x,
+    role,
+    *,
+    block=(4, 4),
+    axis=1,
+    bits=None,
+    lsb=None,
+    least=0,
+    most=8,
+    group=None,
+    scope="tensor",
+    stream=None,
+    nearest=None,
+):
+    """One finite operand. role in "XWE"; bits and lsb: int, or an array that broadcasts to the
+    grid.
+    """
     stream = stream or {}
     shape = x.shape
     axis %= len(shape)
@@ -122,7 +144,13 @@ def quantize(x, role, *, block=(4, 4), axis=1, bits=None, lsb=None, least=0, mos
     if group is not None:
         step = (group[0] // block[0], group[1] // block[1])
         largest = {}
-        key = lambda g: tuple(n // step[0] if a == 0 else n // step[1] if a == axis else n for a, n in enumerate(g))  # noqa: E731
+
+        def key(g):
+            return tuple(
+                n // step[0] if a == 0 else n // step[1] if a == axis else n
+                for a, n in enumerate(g)
+            )
+
         for g, b in width.items():
             largest[key(g)] = max(largest.get(key(g), 0), b)
         width = {g: largest[key(g)] if b else 0 for g, b in width.items()}
@@ -182,7 +210,12 @@ def embed_groups(w, groups):
 
 def extract_groups(full, groups, inputs):
     o = full.shape[0]
-    return np.stack([full[row, row // (o // groups) * inputs : (row // (o // groups) + 1) * inputs] for row in range(o)])
+    return np.stack(
+        [
+            full[row, row // (o // groups) * inputs : (row // (o // groups) + 1) * inputs]
+            for row in range(o)
+        ]
+    )
 
 
 def _zeros(shape):
@@ -192,10 +225,15 @@ def _zeros(shape):
 
 
 def _conv_terms(x_shape, e_shape, w_shape, stride, padding, dilation):
-    """(n, o, out position, c, tap, in position) of every product; w_shape is ungrouped [O, I, *taps]."""
+    """(n, o, out position, c, tap, in position) of every product; w_shape is ungrouped [O, I,
+    *taps].
+    """
     for p in itertools.product(*map(range, e_shape[2:])):
         for t in itertools.product(*map(range, w_shape[2:])):
-            q = tuple(a * s + b * d - m for a, b, s, d, m in zip(p, t, stride, dilation, padding, strict=True))
+            q = tuple(
+                a * s + b * d - m
+                for a, b, s, d, m in zip(p, t, stride, dilation, padding, strict=True)
+            )
             if all(0 <= v < n for v, n in zip(q, x_shape[2:], strict=True)):
                 yield p, t, q
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tests wait: for what they wait for. A limit only ends a hang, so it is far beyond what the busiest machine needs."""
+"""How tests wait: for what they wait for. A limit only ends a hang, so it is far beyond what the
+busiest machine needs.
+"""
 
 import time
 from collections.abc import Callable

@@ -33,12 +33,24 @@ _GREATEST_THREADS: Final = 2
 _COMPARE_EPOCHS: Final = 10
 _COMPARE_BATCH: Final = 128
 _COMPARE_SEEDS: Final = 5
-_COMPARE_SILENCE: Final = 60.0  # minutes: no step and no test of a network that one trains here takes that long
+_COMPARE_SILENCE: Final = (
+    60.0  # minutes: no step and no test of a network that one trains here takes that long
+)
 _COMPARE_KEEP: Final = 10.0  # minutes
 _COMPARE_SETTINGS: Final = (
-    "epochs", "batch_size", "train_samples", "validation_samples", "evaluate_on", "learning_rate", "decay", "mode", "block_shape",
-    "width_group", "interval", "accelerator",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "train_samples",
+    "validation_samples",
+    "evaluate_on",
+    "learning_rate",
+    "decay",
+    "mode",
+    "block_shape",
+    "width_group",
+    "interval",
+    "accelerator",
+)
 
 _DEMO_TEXT: Final = """
 Train one network in float32, in uniform 8-bit block floating point and in dynamic precision, for some seeds, and compare
@@ -75,12 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 on success, 1 if a training run failed, 2 for a mistake of the caller's, 130 if interrupted.
+        0 on success, 1 if a training run failed, 2 for a mistake of the caller's, 130 if
+        interrupted.
     """
-    parser = _Parser(prog="dynasty-lightning", description="Training in block-wise dynamic precision.")
+    parser = _Parser(
+        prog="dynasty-lightning", description="Training in block-wise dynamic precision."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     demo = commands.add_parser(
-        "demo", help="train side by side in float32, uniform 8 bits and dynamic precision", description=_DEMO_TEXT, epilog=_DEMO_FILES
+        "demo",
+        help="train side by side in float32, uniform 8 bits and dynamic precision",
+        description=_DEMO_TEXT,
+        epilog=_DEMO_FILES,
     )
     _add_demo_options(demo)
     compare = commands.add_parser(
@@ -94,30 +112,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = commands.add_parser(
         "report",
         help="print the table and draw the pictures of a run folder again",
-        description="Print the table of a run folder and draw its pictures again, also of a demo that was killed or still runs.",
+        description="Print the table of a run folder and draw its pictures again, also of a "
+        "demo that was killed or still runs.",
     )
     report.add_argument("folder", type=Path, help="what `demo --out` named, e.g. runs/demo-digits")
     export = commands.add_parser(
         "export",
         help="turn a checkpoint into a program for the FPGA's runtime",
-        description="Turn a checkpoint of `demo --checkpoints` into a network program (program.json, program.npz) with test images "
+        description="Turn a checkpoint of `demo --checkpoints` into a network program "
+        "(program.json, program.npz) with test images "
         "(images.npz), run it with NumPy, and compare its classes with torch's.",
     )
-    export.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="e.g. runs/demo-digits/checkpoint-dynasty-0.ckpt")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the program")
-    export.add_argument("--images", type=int, default=500, metavar="N", help="test images to add and to compare (default: 500)")
-    export.add_argument("--data-dir", metavar="DIR", help="folder of the data files (default: where the run found them)")
-    export.add_argument("--device", default="reference", metavar="NAME", help="where GEMMs run for the comparison (default: reference)")
+    export.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="e.g. runs/demo-digits/checkpoint-dynasty-0.ckpt",
+    )
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the program"
+    )
+    export.add_argument(
+        "--images",
+        type=int,
+        default=500,
+        metavar="N",
+        help="test images to add and to compare (default: 500)",
+    )
+    export.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder of the data files (default: where the run found them)",
+    )
+    export.add_argument(
+        "--device",
+        default="reference",
+        metavar="NAME",
+        help="where GEMMs run for the comparison (default: reference)",
+    )
     hls4ml = commands.add_parser(
         "export-hls4ml",
         help="turn a program into projects of hls4ml",
-        description="Write projects of hls4ml (fixed point, one type a tensor) from a program that `export` left: types from the blocks of "
-        "its weights and of the activations on its first images. Each project's C simulation is compiled and run on the images, and its "
+        description="Write projects of hls4ml (fixed point, one type a tensor) from a program "
+        "that `export` left: types from the blocks of "
+        "its weights and of the activations on its first images. Each project's C simulation is "
+        "compiled and run on the images, and its "
         "accuracy and values are compared with ours, layer by layer (also in report.json).",
     )
-    hls4ml.add_argument("--program", type=Path, required=True, metavar="DIR", help="what `export --out` named")
-    hls4ml.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the projects and the report")
-    hls4ml.add_argument("--images", type=int, metavar="N", help="images of the program to compare (default: all)")
+    hls4ml.add_argument(
+        "--program", type=Path, required=True, metavar="DIR", help="what `export --out` named"
+    )
+    hls4ml.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the projects and the report",
+    )
+    hls4ml.add_argument(
+        "--images", type=int, metavar="N", help="images of the program to compare (default: all)"
+    )
     hls4ml.add_argument(
         "--percentile",
         type=float,
@@ -125,9 +180,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="P",
         help="a type's last place is as fine as that of P %% of the non-zero blocks (default: 100)",
     )
-    hls4ml.add_argument("--backend", choices=[*BACKENDS, "all"], default="all", help="vivado-accelerator is for the PYNQ-Z2 (default: all)")
     hls4ml.add_argument(
-        "--core", metavar="STEP,STEP,..", help="steps that run on the dynamic-precision core inside hls4ml; all: each conv and linear"
+        "--backend",
+        choices=[*BACKENDS, "all"],
+        default="all",
+        help="vivado-accelerator is for the PYNQ-Z2 (default: all)",
+    )
+    hls4ml.add_argument(
+        "--core",
+        metavar="STEP,STEP,..",
+        help="steps that run on the dynamic-precision core inside hls4ml; all: each conv and linear",
     )
     arguments = parser.parse_args(argv)
     command, function = {
@@ -146,65 +208,120 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         place = "run folder" if arguments.command == "demo" else "file of results"
-        print(f"\n{command.prog}: interrupted; what was finished is in the {place}", file=sys.stderr)
+        print(
+            f"\n{command.prog}: interrupted; what was finished is in the {place}", file=sys.stderr
+        )
         return 130
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:
     data = demo.add_argument_group("data")
-    data.add_argument("--data", default="digits", choices=DATASETS, help="data set (default: digits)")
+    data.add_argument(
+        "--data", default="digits", choices=DATASETS, help="data set (default: digits)"
+    )
     data.add_argument(
         "--data-dir",
         metavar="DIR",
-        help=f"folder of the Fashion-MNIST or CIFAR-100 files (default: ${DATA_VARIABLE}; for Fashion-MNIST then where Debian's "
+        help=f"folder of the Fashion-MNIST or CIFAR-100 files (default: ${DATA_VARIABLE}; for "
+        f"Fashion-MNIST then where Debian's "
         "package dataset-fashion-mnist puts them)",
     )
-    _add(data, "--train-images", int, "N", "use only the first N images of a fixed shuffle", _by_data("train_images"))
+    _add(
+        data,
+        "--train-images",
+        int,
+        "N",
+        "use only the first N images of a fixed shuffle",
+        _by_data("train_images"),
+    )
     _add(data, "--batch-size", int, "N", "images a step", _by_data("batch_size"))
 
     training = demo.add_argument_group("training")
-    training.add_argument("--model", default="resnet8", choices=MODELS, help="network (default: resnet8)")
+    training.add_argument(
+        "--model", default="resnet8", choices=MODELS, help="network (default: resnet8)"
+    )
     _add(training, "--epochs", int, "N", "epochs of each run", _by_data("epochs"))
-    _add(training, "--learning-rate", float, "RATE", "of SGD at the start of the cosine schedule", DemoConfig.learning_rate)
+    _add(
+        training,
+        "--learning-rate",
+        float,
+        "RATE",
+        "of SGD at the start of the cosine schedule",
+        DemoConfig.learning_rate,
+    )
     training.add_argument(
         "--methods",
         metavar="M,M,..",
-        help=f"what to train: float32, uniform2 to uniform8, dynasty (default: {','.join(METHODS)}, less dynasty for --policy uniform)",
+        help=f"what to train: float32, uniform2 to uniform8, dynasty (default: "
+        f"{','.join(METHODS)}, less dynasty for --policy uniform)",
     )
     _add(training, "--seed", int, "S", "first seed", DemoConfig.seed)
     _add(training, "--seeds", int, "N", "seeds of each method: S, S + 1, ..", DemoConfig.seeds)
 
     precision = demo.add_argument_group("precision")
     precision.add_argument(
-        "--policy", default="dynasty", choices=("dynasty", "uniform"), help="uniform leaves dynamic precision out (default: dynasty)"
+        "--policy",
+        default="dynasty",
+        choices=("dynasty", "uniform"),
+        help="uniform leaves dynamic precision out (default: dynasty)",
     )
     targets = precision.add_mutually_exclusive_group()
     targets.add_argument(
         "--target-speedup",
         type=float,
         metavar="X",
-        help="bit products to save over uniform 8-bit blocks, over the whole run with zero blocks charged; 1 to 16 "
+        help="bit products to save over uniform 8-bit blocks, over the whole run with zero "
+        "blocks charged; 1 to 16 "
         f"(default: {DEFAULT_SPEEDUP})",
     )
-    targets.add_argument("--noise-budget", type=float, metavar="HARM", help="steer to this predicted harm instead of a speedup")
-    _add(precision, "--interval", int, "N", "steps between analyses once the speedup has settled", _by_data("interval"))
+    targets.add_argument(
+        "--noise-budget",
+        type=float,
+        metavar="HARM",
+        help="steer to this predicted harm instead of a speedup",
+    )
+    _add(
+        precision,
+        "--interval",
+        int,
+        "N",
+        "steps between analyses once the speedup has settled",
+        _by_data("interval"),
+    )
     precision.add_argument(
         "--mode",
         default="fast",
         choices=("fast", "exact"),
-        help="exact: sums to the last bit as the FPGA core makes them, several times slower (default: fast)",
+        help="exact: sums to the last bit as the FPGA core makes them, several times slower "
+        "(default: fast)",
     )
 
     running = demo.add_argument_group("running")
     threads = min(_GREATEST_THREADS, _cores())
-    _add(running, "--threads", int, "N", "processor threads for all runs together; up to N runs train at once", threads)
-    running.add_argument("--checkpoints", action="store_true", help="save a Lightning checkpoint at the end of each run")
+    _add(
+        running,
+        "--threads",
+        int,
+        "N",
+        "processor threads for all runs together; up to N runs train at once",
+        threads,
+    )
+    running.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="save a Lightning checkpoint at the end of each run",
+    )
     running.add_argument(
         "--csim",
         action=argparse.BooleanOptionalAction,
-        help="end with the first dynamic network's layers in the C simulation of the FPGA core (default: yes; needs g++ and hls4ml)",
+        help="end with the first dynamic network's layers in the C simulation of the FPGA core "
+        "(default: yes; needs g++ and hls4ml)",
     )
-    running.add_argument("--out", metavar="DIR", help="run folder; an earlier demo's files in it are replaced (default: runs/demo-DATA)")
+    running.add_argument(
+        "--out",
+        metavar="DIR",
+        help="run folder; an earlier demo's files in it are replaced (default: runs/demo-DATA)",
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -227,77 +344,166 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _add_compare_options(compare: argparse.ArgumentParser) -> None:
     grid = compare.add_argument_group("grid")
-    grid.add_argument("--methods", action="append", metavar="M,M,..", help=f"of {', '.join(method_names())}; see below")
-    grid.add_argument("--targets", metavar="X,X,..", help="speedups for the methods that can steer to one and name none")
-    grid.add_argument("--data", default="digits", metavar="D,D,..", help=f"of {', '.join(TASK_DATA)} (default: digits)")
-    grid.add_argument("--model", default="resnet8", metavar="M,M,..", help=f"of {', '.join(TASK_MODELS)} (default: resnet8)")
+    grid.add_argument(
+        "--methods",
+        action="append",
+        metavar="M,M,..",
+        help=f"of {', '.join(method_names())}; see below",
+    )
+    grid.add_argument(
+        "--targets",
+        metavar="X,X,..",
+        help="speedups for the methods that can steer to one and name none",
+    )
+    grid.add_argument(
+        "--data",
+        default="digits",
+        metavar="D,D,..",
+        help=f"of {', '.join(TASK_DATA)} (default: digits)",
+    )
+    grid.add_argument(
+        "--model",
+        default="resnet8",
+        metavar="M,M,..",
+        help=f"of {', '.join(TASK_MODELS)} (default: resnet8)",
+    )
     _add(grid, "--seed", int, "S", "first seed", 0)
     _add(grid, "--seeds", int, "N", "seeds of each: S, S + 1, ..", _COMPARE_SEEDS)
 
     training = compare.add_argument_group("training")
     _add(training, "--epochs", int, "N", "epochs of each run", _COMPARE_EPOCHS)
     _add(training, "--batch-size", int, "N", "images a step", _COMPARE_BATCH)
-    _add(training, "--train-samples", int, "N", "use only N images of a fixed shuffle, or N windows of a text an epoch", "all")
-    _add(training, "--validation-samples", int, "N", "hold N training images back; of a text, N windows of its own part", 0)
-    training.add_argument("--evaluate-on", choices=("test", "validation"), help="validation never looks at the test set (default: test)")
+    _add(
+        training,
+        "--train-samples",
+        int,
+        "N",
+        "use only N images of a fixed shuffle, or N windows of a text an epoch",
+        "all",
+    )
+    _add(
+        training,
+        "--validation-samples",
+        int,
+        "N",
+        "hold N training images back; of a text, N windows of its own part",
+        0,
+    )
+    training.add_argument(
+        "--evaluate-on",
+        choices=("test", "validation"),
+        help="validation never looks at the test set (default: test)",
+    )
     _add(training, "--learning-rate", float, "RATE", "highest of the schedule", "the model's own")
     training.add_argument(
-        "--decay", choices=DECAYS, help=f"of the learning rate; steps: a tenth after half and 3/4 of the run (default: {DECAYS[0]})"
+        "--decay",
+        choices=DECAYS,
+        help=f"of the learning rate; steps: a tenth after half and 3/4 of the run (default: "
+        f"{DECAYS[0]})",
     )
-    training.add_argument("--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)")
-    for name, text in (("block_shape", "elements that share an exponent"), ("width_group", "elements that share a width")):
+    training.add_argument(
+        "--mode", choices=("fast", "exact"), help="of the blocks' sums (default: fast)"
+    )
+    for name, text in (
+        ("block_shape", "elements that share an exponent"),
+        ("width_group", "elements that share a width"),
+    ):
         shape = getattr(RunConfig, name)
         default = f"{shape[0]}x{shape[1]}" if shape else "the block"
-        training.add_argument(f"--{name.replace('_', '-')}", type=_shape, metavar="RxC", help=f"{text} (default: {default})")
+        training.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_shape,
+            metavar="RxC",
+            help=f"{text} (default: {default})",
+        )
     _add(training, "--interval", int, "N", "steps between analyses", RunConfig.interval)
 
     running = compare.add_argument_group("running")
-    running.add_argument("--data-dir", metavar="DIR", help=f"folder of the data files (default: ${DATA_VARIABLE})")
-    running.add_argument("--out", type=Path, metavar="FILE", help="results, one JSON line a run; is appended to")
+    running.add_argument(
+        "--data-dir", metavar="DIR", help=f"folder of the data files (default: ${DATA_VARIABLE})"
+    )
+    running.add_argument(
+        "--out", type=Path, metavar="FILE", help="results, one JSON line a run; is appended to"
+    )
     threads = min(_GREATEST_THREADS, _cores())
-    running.add_argument("--threads", type=int, default=threads, metavar="N", help=f"runs at a time, one thread each (default: {threads})")
-    running.add_argument("--accelerator", choices=("cpu", "gpu"), help="what trains; part of what a result is stored under (default: cpu)")
+    running.add_argument(
+        "--threads",
+        type=int,
+        default=threads,
+        metavar="N",
+        help=f"runs at a time, one thread each (default: {threads})",
+    )
+    running.add_argument(
+        "--accelerator",
+        choices=("cpu", "gpu"),
+        help="what trains; part of what a result is stored under (default: cpu)",
+    )
     running.add_argument(
         "--silence",
         type=float,
         default=_COMPARE_SILENCE,
         metavar="MINUTES",
-        help=f"a run that tells nothing for so long hangs: it is ended, and counts as failed; inf: never (default: {_COMPARE_SILENCE:g})",
+        help=f"a run that tells nothing for so long hangs: it is ended, and counts as failed; "
+        f"inf: never (default: {_COMPARE_SILENCE:g})",
     )
     running.add_argument(
         "--keep",
         type=float,
         default=_COMPARE_KEEP,
         metavar="MINUTES",
-        help=f"between checkpoints of each run, in a folder beside --out, from which it goes on after a kill; inf: none "
+        help=f"between checkpoints of each run, in a folder beside --out, from which it goes on "
+        f"after a kill; inf: none "
         f"(default: {_COMPARE_KEEP:g})",
     )
-    running.add_argument("--report", type=Path, metavar="FILE.md", help="at the end, write a report of --out, and pictures beside it")
+    running.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.md",
+        help="at the end, write a report of --out, and pictures beside it",
+    )
     running.add_argument(
         "--report-only",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="train nothing; write a report of these files of results to --report (default: beside the first)",
+        help="train nothing; write a report of these files of results to --report (default: "
+        "beside the first)",
     )
-    running.add_argument("--dry-run", action="store_true", help="list the grid and what is done of it, and train nothing")
+    running.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the grid and what is done of it, and train nothing",
+    )
 
 
 def _compare(arguments: argparse.Namespace) -> int:
     if arguments.report_only:
-        _print_report(arguments.report_only, arguments.report or arguments.report_only[0].with_suffix(".md"))
+        _print_report(
+            arguments.report_only, arguments.report or arguments.report_only[0].with_suffix(".md")
+        )
         return 0
     if not arguments.methods or arguments.out is None:
-        raise ValueError(f"the following arguments are required: {'--out' if arguments.methods else '--methods'}")
+        raise ValueError(
+            f"the following arguments are required: {'--out' if arguments.methods else '--methods'}"
+        )
     targets = [float(t) for t in _words(arguments.targets or "")]
-    first, count = (getattr(arguments, n) if getattr(arguments, n) is not None else d for n, d in (("seed", 0), ("seeds", _COMPARE_SEEDS)))
+    first, count = (
+        getattr(arguments, n) if getattr(arguments, n) is not None else d
+        for n, d in (("seed", 0), ("seeds", _COMPARE_SEEDS))
+    )
     for name, value in (("--seeds", count), ("--threads", arguments.threads)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     if not arguments.silence > 0:
-        raise ValueError(f"--silence must be a positive number of minutes, or inf to wait for ever, not {arguments.silence:g}")
+        raise ValueError(
+            f"--silence must be a positive number of minutes, or inf to wait for ever, not "
+            f"{arguments.silence:g}"
+        )
     if not arguments.keep > 0:
-        raise ValueError(f"--keep must be a positive number of minutes, or inf for no checkpoints, not {arguments.keep:g}")
+        raise ValueError(
+            f"--keep must be a positive number of minutes, or inf for no checkpoints, not "
+            f"{arguments.keep:g}"
+        )
     settings = {"epochs": _COMPARE_EPOCHS, "batch_size": _COMPARE_BATCH}
     for name in _COMPARE_SETTINGS:
         if getattr(arguments, name) is not None:
@@ -313,9 +519,22 @@ def _compare(arguments: argparse.Namespace) -> int:
         print(describe_grid(grid, arguments.out))
         return 0
     if arguments.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--accelerator gpu: torch finds no CUDA device here; leave the option out to train on the CPU")
-    silence, keep = (None if math.isinf(minutes) else 60 * minutes for minutes in (arguments.silence, arguments.keep))
-    outcome = run_grid(grid, arguments.out, data_dir=arguments.data_dir, at_once=arguments.threads, silence=silence, keep=keep)
+        raise ValueError(
+            "--accelerator gpu: torch finds no CUDA device here; leave the option out to train "
+            "on the CPU"
+        )
+    silence, keep = (
+        None if math.isinf(minutes) else 60 * minutes
+        for minutes in (arguments.silence, arguments.keep)
+    )
+    outcome = run_grid(
+        grid,
+        arguments.out,
+        data_dir=arguments.data_dir,
+        at_once=arguments.threads,
+        silence=silence,
+        keep=keep,
+    )
     if arguments.report is not None:
         _print_report([arguments.out], arguments.report)
     return outcome.exit_code
@@ -337,7 +556,10 @@ def _words(text: str) -> list[str]:
 def _report(arguments: argparse.Namespace) -> int:
     summary = read_summary(arguments.folder)
     if summary.get("status") != "complete":
-        print(f"This demo is {summary.get('status', 'not complete')}: {len(summary['runs'])} runs are done.\n")
+        print(
+            f"This demo is {summary.get('status', 'not complete')}: {len(summary['runs'])} runs "
+            f"are done.\n"
+        )
     if not summary["runs"]:
         return 0
     print(format_table(summary))
@@ -382,7 +604,9 @@ def _add(group: Any, option: str, kind: type, letter: str, text: str, default: A
 
 
 def _by_data(name: str) -> str:
-    return ", ".join(f"{'all' if d[name] is None else d[name]} for {data}" for data, d in DATA_DEFAULTS.items())
+    return ", ".join(
+        f"{'all' if d[name] is None else d[name]} for {data}" for data, d in DATA_DEFAULTS.items()
+    )
 
 
 def _cores() -> int:

@@ -14,9 +14,13 @@ from .bit_products import GemmCost
 from .energy import EnergyModel, energy, traffic
 
 MAP_OPS: Final = 20
-"""Float32 operations to renew one map entry: averages, sensitivity, logarithm, threshold, hysteresis."""
+"""Float32 operations to renew one map entry: averages, sensitivity, logarithm, threshold,
+hysteresis.
+"""
 WIDTH_OPS: Final = 3
-"""Integer operations that turn a block's exponent and its threshold into a width: one subtraction, two bounds."""
+"""Integer operations that turn a block's exponent and its threshold into a width: one subtraction,
+two bounds.
+"""
 _MOMENT_BYTES: Final = 4
 _MOMENT_TRANSFERS: Final = 4
 """A second moment and its running average, each written and read once an event."""
@@ -28,7 +32,8 @@ class AnalyticsCost:
     """Additive counts a training step, events averaged over the interval between them.
 
     Attributes:
-        squares: elements whose square is added to a second moment, one float32 MAC each, as they stream past.
+        squares: elements whose square is added to a second moment, one float32 MAC each, as they
+            stream past.
         map_operations: float32 operations that renew map entries.
         width_operations: integer operations that choose each block's width, at every step.
         bytes: statistics written and read, thresholds written at an event and read at every step.
@@ -57,7 +62,9 @@ class AnalyticsCost:
         )
 
     def energy(self, model: EnergyModel | None = None) -> float:
-        """Picojoule a step. Every map operation counts as a float32 multiply, every byte as off chip."""
+        """Picojoule a step. Every map operation counts as a float32 multiply, every byte as off
+        chip.
+        """
         m = model or EnergyModel()
         return (
             self.squares * (m.float32_multiply + m.float32_add)
@@ -91,8 +98,9 @@ def analytics_cost(
         geometry: the layer.
         input_shape: X's shape after explicit padding.
         output_shape: Y's shape.
-        bits: grids of X, W and E; only their shapes count. A map of X or E has one entry for all row blocks. A copy that backward
-            reads (`backward_bits`) chooses its widths once more, which is not counted.
+        bits: grids of X, W and E; only their shapes count. A map of X or E has one entry for all
+            row blocks. A copy that backward reads (`backward_bits`) chooses its widths once more,
+            which is not counted.
         has_dgrad: whether there is a dX to observe.
         interval: steps from one event to the next.
 
@@ -115,13 +123,20 @@ def analytics_cost(
     )
 
 
-def analytics_share(analytics: AnalyticsCost, cost: GemmCost, model: EnergyModel | None = None) -> AnalyticsShare:
-    """Analytics against the training step that `cost` counts of the same layers; NaN where that step is empty.
+def analytics_share(
+    analytics: AnalyticsCost, cost: GemmCost, model: EnergyModel | None = None
+) -> AnalyticsShare:
+    """Analytics against the training step that `cost` counts of the same layers; NaN where that
+    step is empty.
 
-    A MAC is two operations; the step has those that the mathematics needs, without padding. Bytes and energy
-    are the step's off-chip bytes and `energy(cost).total`.
+    A MAC is two operations; the step has those that the mathematics needs, without padding. Bytes
+    and energy are the step's off-chip bytes and `energy(cost).total`.
     """
-    step_operations, step_bytes, step_energy = 2 * cost.macs, traffic(cost, model).dram_bytes, energy(cost, model).total
+    step_operations, step_bytes, step_energy = (
+        2 * cost.macs,
+        traffic(cost, model).dram_bytes,
+        energy(cost, model).total,
+    )
     operations = 2 * analytics.squares + analytics.map_operations + analytics.width_operations
     return AnalyticsShare(
         operations=operations / step_operations if step_operations else math.nan,

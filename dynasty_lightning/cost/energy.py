@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Energy of a step from its counts, with named constants. docs/cost.md gives the formulas and their limits."""
+"""Energy of a step from its counts, with named constants. docs/cost.md gives the formulas and their
+limits.
+"""
 
 import math
 from dataclasses import dataclass, fields
@@ -16,19 +18,22 @@ _HALF_WRITE: Final = 0.5  # of an operand, which the other GEMM that reads it wo
 class EnergyModel:
     """Constants of the energy figures, in picojoule where nothing else is said; 45 nm at 0.9 V.
 
-    Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014; figures of its energy
-    table are in parentheses. *Assumed* marks what has no source.
+    Source: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014;
+    figures of its energy table are in parentheses. *Assumed* marks what has no source.
 
     Attributes:
-        mac_8x8: 64 bit products, an 8-bit multiply (0.2) and add (0.03). *Assumed*: energy follows bit products.
+        mac_8x8: 64 bit products, an 8-bit multiply (0.2) and add (0.03). *Assumed*: energy follows
+            bit products.
         shift: aligning one dot product by the sum of two exponents. *Assumed*: a 32-bit add (0.1).
         accumulate: one 48-bit accumulator update: 48 / 32 of a 32-bit add (0.1).
-        header_bits: stored beside each block, in either run: exponent 8, width 3, sign 1, zero 1; padded to two bytes.
+        header_bits: stored beside each block, in either run: exponent 8, width 3, sign 1, zero 1;
+            padded to two bytes.
         sram_per_byte: reading an 8 KB memory (10 for 64 bits).
         sram_reuse: block products that one on-chip read of a block serves. *Assumed*.
         dram_per_byte: off-chip transfer (1300 to 2600 for 64 bits; the lower end).
-        dram_passes: off-chip transfers of an operand for each GEMM that reads it: one read, and half of the one write
-            that two GEMMs share; what one GEMM alone reads is written whole. *Assumed*.
+        dram_passes: off-chip transfers of an operand for each GEMM that reads it: one read, and
+            half of the one write that two GEMMs share; what one GEMM alone reads is written whole.
+            *Assumed*.
         float32_multiply: for second moments and map entries (3.7).
         float32_add: for second moments (0.9).
         integer_op: an 8-bit add (0.03), for the choice of each block's width.
@@ -84,22 +89,30 @@ class Traffic:
 
 
 def traffic(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Traffic:
-    """Bytes that `cost` moves under the reuse and the passes of `model`; `baseline`: those of the uniform 8-bit run."""
+    """Bytes that `cost` moves under the reuse and the passes of `model`; `baseline`: those of the
+    uniform 8-bit run.
+    """
     m = model or EnergyModel()
     blocks = cost.block_products_baseline if baseline else cost.block_products
     read_bits = cost.read_bits_baseline if baseline else cost.read_bits
     stored_bits = cost.stored_bits_baseline if baseline else cost.stored_bits
     read_bytes = (read_bits + 2 * m.header_bits * blocks) / _BITS_PER_BYTE
     operand_bytes = (stored_bits + m.header_bits * cost.stored_blocks) / _BITS_PER_BYTE
-    alone_bytes = 0.0 if baseline else (cost.single_bits + m.header_bits * cost.single_blocks) / _BITS_PER_BYTE
+    alone_bytes = (
+        0.0
+        if baseline
+        else (cost.single_bits + m.header_bits * cost.single_blocks) / _BITS_PER_BYTE
+    )
     output_bytes = _FLOAT32_BITS * cost.outputs / _BITS_PER_BYTE
     return Traffic(
-        sram_bytes=read_bytes / m.sram_reuse, dram_bytes=operand_bytes * m.dram_passes + alone_bytes * _HALF_WRITE + output_bytes
+        sram_bytes=read_bytes / m.sram_reuse,
+        dram_bytes=operand_bytes * m.dram_passes + alone_bytes * _HALF_WRITE + output_bytes,
     )
 
 
 def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Energy:
-    """Energy of what `cost` counts, or with `baseline` of the uniform 8-bit run of the same tensors.
+    """Energy of what `cost` counts, or with `baseline` of the uniform 8-bit run of the same
+    tensors.
 
     Args:
         cost: counts of a GEMM, a layer, a step or a run.
@@ -120,7 +133,8 @@ def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool =
 def energy_ratios(cost: GemmCost, model: EnergyModel | None = None) -> dict[str, float]:
     """The uniform 8-bit run's energy over ours; NaN where ours is zero.
 
-    Keys: `energy_ratio_compute`, `energy_ratio_sram` (compute and SRAM) and `energy_ratio_total` (with DRAM).
+    Keys: `energy_ratio_compute`, `energy_ratio_sram` (compute and SRAM) and `energy_ratio_total`
+        (with DRAM).
     """
     ours, base = energy(cost, model), energy(cost, model, baseline=True)
     pairs = {

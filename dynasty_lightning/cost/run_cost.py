@@ -8,7 +8,9 @@ from .bit_products import StepCost
 
 
 class RunCost:
-    """Integrates step costs: a measurement holds for the steps since the one before it, warm-up included."""
+    """Integrates step costs: a measurement holds for the steps since the one before it, warm-up
+    included.
+    """
 
     def __init__(self) -> None:
         self.sum = StepCost()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a trained network into a program for `fpga.runtime`: recorded from a run, weights packed, BatchNorm as scale and shift."""
+"""Turns a trained network into a program for `fpga.runtime`: recorded from a run, weights packed,
+BatchNorm as scale and shift.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,51 +32,72 @@ def export_program(
 ) -> Program:
     """The program of a converted network in eval mode.
 
-    The network runs twice, on random samples, and its operations become steps in whichever form they are called: module, function, method,
-    operator, in place. What a step may be: `fpga.program.STEP_KINDS`. A softmax or log_softmax is a step like any other
+    The network runs twice, on random samples, and its operations become steps in whichever form
+    they are called: module, function, method, operator, in place. What a step may be:
+    `fpga.program.STEP_KINDS`. A softmax or log_softmax is a step like any other
     (docs/architecture.md).
 
     Args:
-        network: with converted layers, one float32 tensor in, one tensor out; both begin with the batch. It is not changed.
+        network: with converted layers, one float32 tensor in, one tensor out; both begin with the
+            batch. It is not changed.
         input_shape: of one sample, without the batch.
         config: the core; None for the default one of the network's blocks.
         labels: names of the classes.
         source: what the program was made from, as JSON.
 
     Raises:
-        ExportError: an operation that the runtime does not have, named with its place; a layer that was not converted; no converted layer
-            at all; a result that depends on the batch as a whole; a network that cannot be run on such samples.
+        ExportError: an operation that the runtime does not have, named with its place; a layer that
+            was not converted; no converted layer at all; a result that depends on the batch as a
+            whole; a network that cannot be run on such samples.
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     layers = dynamic_layers(network)
     if not layers:
-        raise ExportError("the network has no converted layer: train it with DynastyPrecision, or call dynasty_lightning.convert(network)")
+        raise ExportError(
+            "the network has no converted layer: train it with DynastyPrecision, or call "
+            "dynasty_lightning.convert(network)"
+        )
     config = config or config_for(next(iter(layers.values())).format)
     was_training = {m: m.training for m in network.modules()}
     network.eval()
     try:
-        (steps, arrays), (steps_again, arrays_again) = (_recorded(network, tuple(input_shape), n, config) for n in _BATCHES)
+        (steps, arrays), (steps_again, arrays_again) = (
+            _recorded(network, tuple(input_shape), n, config) for n in _BATCHES
+        )
     finally:
         for module, training in was_training.items():
             module.training = training
     if len(steps) != len(steps_again):
-        raise ExportError("the network computes differently for batches of 2 and of 3 samples, or at random: a program does not")
+        raise ExportError(
+            "the network computes differently for batches of 2 and of 3 samples, or at random: "
+            "a program does not"
+        )
     for step, again in zip(steps, steps_again, strict=True):
         constants = step.get("arrays", {}).values()
-        if step != again or any(not np.array_equal(arrays[name], arrays_again[name]) for name in constants):
+        if step != again or any(
+            not np.array_equal(arrays[name], arrays_again[name]) for name in constants
+        ):
             raise ExportError(
-                f"step {step['name']!r} ({step['op']}) has numbers that change with the batch or with its values, or that are drawn at "
+                f"step {step['name']!r} ({step['op']}) has numbers that change with the batch "
+                f"or with its values, or that are drawn at "
                 "random: a program's are constants"
             )
     try:
         return Program(
-            steps=steps, arrays=arrays, input_shape=tuple(input_shape), config=config, labels=list(labels), source=dict(source or {})
+            steps=steps,
+            arrays=arrays,
+            input_shape=tuple(input_shape),
+            config=config,
+            labels=list(labels),
+            source=dict(source or {}),
         )
     except ProgramError as error:
         raise ExportError(f"the network cannot be a program: {error}") from error
 
 
-def _recorded(network: nn.Module, shape: tuple[int, ...], batch: int, config: GemmConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _recorded(
+    network: nn.Module, shape: tuple[int, ...], batch: int, config: GemmConfig
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records a run of a network as steps of a program.
 
-A network is run, not read: torch reduces functions, methods, modules and operators in all their forms to the same operations (ATen's), with
-arguments named and defaults filled in, and these are what becomes a step. A tensor is known by the memory that it shows, so that what
-changes it in place is seen by whoever reads it later under another name. What is not computed from the input is a constant.
+A network is run, not read: torch reduces functions, methods, modules and operators in all their
+forms to the same operations (ATen's), with arguments named and defaults filled in, and these are
+what becomes a step. A tensor is known by the memory that it shows, so that what changes it in place
+is seen by whoever reads it later under another name. What is not computed from the input is a
+constant.
 """
 
 import functools
@@ -47,7 +49,9 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Node:
-    """A step before it has its name. `inputs` are indices of earlier nodes; `shape` is the result's, with the batch."""
+    """A step before it has its name. `inputs` are indices of earlier nodes; `shape` is the
+    result's, with the batch.
+    """
 
     op: str
     inputs: tuple[int, ...]
@@ -60,10 +64,13 @@ class _Node:
 def recorded_steps(
     network: nn.Module, shape: tuple[int, ...], batch: int, config: GemmConfig
 ) -> tuple[list[dict[str, Any]], dict[str, Array]]:
-    """Steps and constants of a run in eval mode on a batch of random samples. Raises ExportError, or what the network raises."""
+    """Steps and constants of a run in eval mode on a batch of random samples. Raises ExportError,
+    or what the network raises.
+    """
     device = next(iter(dynamic_layers(network).values())).weight.device
     recorder = _Recorder(batch, config)
-    # Max pooling along one axis shows what it does only where gradients are wanted; a leaf may not be changed in place.
+    # Max pooling along one axis shows what it does only where gradients are wanted; a leaf may not
+    # be changed in place.
     with torch.enable_grad():
         example = torch.randn(batch, *shape, device=device, requires_grad=True).clone()
     recorder.learn(example, _INPUT)
@@ -73,7 +80,10 @@ def recorded_steps(
         raise ExportError(f"the network must return one tensor, not {type(result).__name__}")
     last = recorder.index_of(result)
     if last is None or last == _INPUT:
-        raise ExportError("the network returns its input, or what is not computed from it by operations that torch shows")
+        raise ExportError(
+            "the network returns its input, or what is not computed from it by operations that "
+            "torch shows"
+        )
     return _named(_pools_along_one_axis(recorder.nodes), last)
 
 
@@ -111,7 +121,9 @@ class _Recorder(TorchDispatchMode):
         """Other views of the memory are no longer what their nodes computed."""
         for key in [k for k in self._index if k[0] == _key(tensor)[0] and k != _key(tensor)]:
             del self._index[key]
-            self._unreadable[key] = "a view of a tensor that was changed in place since: change a copy, or read it anew"
+            self._unreadable[key] = (
+                "a view of a tensor that was changed in place since: change a copy, or read it anew"
+            )
 
     # -- operations
 
@@ -122,7 +134,9 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         call = _bound(func._schema, args, kwargs)
         name = func._schema.name.removeprefix("aten::")
-        if (reason := self._unreadable.get(_key(tensors[0]))) is not None and _HANDLERS.get(name) is _view:
+        if (reason := self._unreadable.get(_key(tensors[0]))) is not None and _HANDLERS.get(
+            name
+        ) is _view:
             result = func(*args, **kwargs)
             self.mark_unreadable(result, reason)
             return result
@@ -130,7 +144,11 @@ class _Recorder(TorchDispatchMode):
         if handler is None:
             self.refuse("no such operation", name)
         result = func(*args, **kwargs)
-        changed = [call[a.name] for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        changed = [
+            call[a.name]
+            for a in func._schema.arguments
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
         if changed and self.index_of(changed[0]) is None:
             self.refuse("no constants that change", name)
         handler(self, call, result, name)
@@ -138,21 +156,42 @@ class _Recorder(TorchDispatchMode):
             self._changed_in_place(tensor)
         return result
 
-    def add(self, result: Tensor, op: str, *inputs: Tensor, arrays: Any = None, **settings: Any) -> None:
+    def add(
+        self, result: Tensor, op: str, *inputs: Tensor, arrays: Any = None, **settings: Any
+    ) -> None:
         """A node that computes `result`."""
         self.chain(result, op, *(self._read(x) for x in inputs), arrays=arrays, **settings)
 
     def _node(
-        self, shape: tuple[int, ...], op: str, inputs: tuple[int, ...], arrays: Mapping[str, Array], settings: Mapping[str, Any], dtype: Any
+        self,
+        shape: tuple[int, ...],
+        op: str,
+        inputs: tuple[int, ...],
+        arrays: Mapping[str, Array],
+        settings: Mapping[str, Any],
+        dtype: Any,
     ) -> int:
         if dtype is not torch.float32:
             self.refuse(f"no tensors of type {dtype}, float32 alone", op)
         if len(shape) < 2 or shape[0] != self.batch:
-            self.refuse(f"no result of shape {list(shape)} for {self.batch} samples: the batch stays the first axis of two or more", op)
+            self.refuse(
+                f"no result of shape {list(shape)} for {self.batch} samples: the batch stays "
+                f"the first axis of two or more",
+                op,
+            )
         for what, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 self.refuse(f"no {what} that holds NaN or Inf", op)
-        self.nodes.append(_Node(op=op, inputs=inputs, shape=shape, hint=self._hint(op), settings=settings, arrays=arrays))
+        self.nodes.append(
+            _Node(
+                op=op,
+                inputs=inputs,
+                shape=shape,
+                hint=self._hint(op),
+                settings=settings,
+                arrays=arrays,
+            )
+        )
         return len(self.nodes) - 1
 
     def _read(self, tensor: Tensor) -> int:
@@ -167,11 +206,23 @@ class _Recorder(TorchDispatchMode):
 
     def scaled(self, x: Tensor, factor: float) -> int:
         """A node that multiplies x, as a step before another."""
-        return self._node(tuple(x.shape), "multiply_constant", (self._read(x),), {"value": np.array(factor, np.float32)}, {}, x.dtype)
+        return self._node(
+            tuple(x.shape),
+            "multiply_constant",
+            (self._read(x),),
+            {"value": np.array(factor, np.float32)},
+            {},
+            x.dtype,
+        )
 
-    def chain(self, result: Tensor, op: str, *inputs: int, arrays: Any = None, **settings: Any) -> None:
+    def chain(
+        self, result: Tensor, op: str, *inputs: int, arrays: Any = None, **settings: Any
+    ) -> None:
         """As `add`, of nodes."""
-        self.learn(result, self._node(tuple(result.shape), op, inputs, arrays or {}, settings, result.dtype))
+        self.learn(
+            result,
+            self._node(tuple(result.shape), op, inputs, arrays or {}, settings, result.dtype),
+        )
 
     def reshaped(self, x: int, shape: tuple[int, ...]) -> int:
         """A node that gives a node's result another shape, as a step before another."""
@@ -183,7 +234,9 @@ class _Recorder(TorchDispatchMode):
 
     # -- layers
 
-    def layer(self, name: str, layer: DynamicLayer, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def layer(
+        self, name: str, layer: DynamicLayer, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """In place of a layer's multiplication: a step, and random numbers for its result."""
         index = self.index_of(x)
         if index is None:
@@ -207,18 +260,33 @@ class _Recorder(TorchDispatchMode):
             "most_bits": most,
         }
         if geometry.kind == "conv":
-            settings |= {"taps": list(geometry.taps), "stride": list(geometry.stride), "padding": list(geometry.padding)}
+            settings |= {
+                "taps": list(geometry.taps),
+                "stride": list(geometry.stride),
+                "padding": list(geometry.padding),
+            }
             settings |= {"dilation": list(geometry.dilation), "output": list(output.shape[2:])}
         elif arrays["request"].shape[1] != 1:
             self.refuse("no Linear whose activations have a map for each token", name)
-        self.learn(output, self._node(tuple(output.shape), geometry.kind, (index,), arrays, settings, output.dtype))
+        self.learn(
+            output,
+            self._node(
+                tuple(output.shape), geometry.kind, (index,), arrays, settings, output.dtype
+            ),
+        )
         return output
 
     def _weight(self, layer: DynamicLayer, x: Tensor) -> tuple[Operand, Tensor]:
         """Quantized W as the core takes it, and a tensor of the result's shape."""
         weights: list[Operand] = []
 
-        def execute(gemm: Gemm, left: QuantizedBlocks, right: QuantizedBlocks, plan: LayerPlan, input_shape: tuple[int, ...]) -> Tensor:
+        def execute(
+            gemm: Gemm,
+            left: QuantizedBlocks,
+            right: QuantizedBlocks,
+            plan: LayerPlan,
+            input_shape: tuple[int, ...],
+        ) -> Tensor:
             if right.passthrough is not None:
                 self.refuse("no weights that hold NaN or Inf", layer.layer_name)
             weights.append(operand_of(right, Role.WEIGHT, plan))
@@ -249,23 +317,30 @@ class _Recorder(TorchDispatchMode):
         name, module = self.modules[-1]
         if isinstance(module, DynamicLayer):
             return name if op in ("conv", "linear") else f"{name}.{op}"
-        is_leaf = not any(True for _ in module.children()) and type(module).__module__.startswith("torch.nn.")
+        is_leaf = not any(True for _ in module.children()) and type(module).__module__.startswith(
+            "torch.nn."
+        )
         return name if is_leaf and name else op
 
     def refuse(self, what: str, name: str = "") -> NoReturn:
-        """Raise ExportError: what runs calls the operation `name`, for which the runtime has `what`; without a name, it reads `what`."""
+        """Raise ExportError: what runs calls the operation `name`, for which the runtime has
+        `what`; without a name, it reads `what`.
+        """
         path, module = self.modules[-1] if self.modules else ("", None)
         subject = f"{path} ({type(module).__name__})" if path else "the network"
         if not name:
             raise ExportError(f"{subject}{_place()} reads {what}")
         raise ExportError(
-            f"{subject}{_place()} calls {name}: the runtime has {what}. Replace it by an operation of "
+            f"{subject}{_place()} calls {name}: the runtime has {what}. Replace it by an "
+            f"operation of "
             "fpga.program.STEP_KINDS, or export the network up to there"
         )
 
 
 def _place() -> str:
-    """The innermost frame that is neither torch's nor ours, as ", at file:line `source`,"; nothing where there is none."""
+    """The innermost frame that is neither torch's nor ours, as ", at file:line `source`,"; nothing
+    where there is none.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
@@ -285,7 +360,11 @@ def _listening(network: nn.Module, recorder: _Recorder) -> Iterator[None]:
     layers = dynamic_layers(network)
     try:
         for name, module in network.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda m, _, name=name: recorder.modules.append((name, m))))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda m, _, name=name: recorder.modules.append((name, m))
+                )
+            )
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
             if isinstance(module, DynamicLayer):
                 vars(module)["multiply"] = functools.partial(recorder.layer, name, module)
@@ -346,9 +425,19 @@ def _subtract(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
         r.chain(result, "subtract", r._read(x), r._read(y) if alpha == 1 else r.scaled(y, alpha))
 
 
-def _plus_constant(r: _Recorder, result: Tensor, x: Tensor, scaled: int | None, constant: Any, alpha: float, name: str) -> None:
+def _plus_constant(
+    r: _Recorder,
+    result: Tensor,
+    x: Tensor,
+    scaled: int | None,
+    constant: Any,
+    alpha: float,
+    name: str,
+) -> None:
     value = _constant(r, constant, x, name) * np.float32(alpha)
-    r.chain(result, "add_constant", r._read(x) if scaled is None else scaled, arrays={"value": value})
+    r.chain(
+        result, "add_constant", r._read(x) if scaled is None else scaled, arrays={"value": value}
+    )
 
 
 def _multiply(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
@@ -372,7 +461,12 @@ def _divide(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
 
 
 def _negate(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
-    r.chain(result, "multiply_constant", r._read(call["self"]), arrays={"value": np.array(-1, np.float32)})
+    r.chain(
+        result,
+        "multiply_constant",
+        r._read(call["self"]),
+        arrays={"value": np.array(-1, np.float32)},
+    )
 
 
 def _is_activation(r: _Recorder, value: Any) -> bool:
@@ -381,16 +475,29 @@ def _is_activation(r: _Recorder, value: Any) -> bool:
 
 def _check_ranks(r: _Recorder, x: Tensor, y: Tensor, name: str) -> None:
     if x.ndim != y.ndim or x.shape[0] != y.shape[0]:
-        r.refuse(f"no such operation on shapes {list(x.shape)} and {list(y.shape)}, which do not begin with the same batch", name)
+        r.refuse(
+            f"no such operation on shapes {list(x.shape)} and {list(y.shape)}, which do not "
+            f"begin with the same batch",
+            name,
+        )
 
 
 def _constant(r: _Recorder, value: Any, x: Tensor, name: str) -> Array:
-    """A number or a tensor that goes with each sample of x, float32: without axes, or with a sample's, each whole or 1."""
+    """A number or a tensor that goes with each sample of x, float32: without axes, or with a
+    sample's, each whole or 1.
+    """
     if not isinstance(value, Tensor):
         return np.array(value, np.float32)
     shape = (*[1] * (x.ndim - value.ndim), *value.shape)
-    if value.ndim > x.ndim or shape[0] != 1 or any(n not in (1, m) for n, m in zip(shape, x.shape, strict=True)):
-        r.refuse(f"no constant of shape {list(value.shape)} beside a tensor of shape {list(x.shape)}", name)
+    if (
+        value.ndim > x.ndim
+        or shape[0] != 1
+        or any(n not in (1, m) for n, m in zip(shape, x.shape, strict=True))
+    ):
+        r.refuse(
+            f"no constant of shape {list(value.shape)} beside a tensor of shape {list(x.shape)}",
+            name,
+        )
     array = _numpy(value.float())
     return array.reshape(()) if array.size == 1 else array.reshape(shape[1:])
 
@@ -408,15 +515,31 @@ def _pool(r: _Recorder, call: Call, result: Any, name: str) -> None:
     x = call["self"]
     axes = int(name[name.index("d_") - 1] if "d_" in name else name[-2])
     if x.ndim != axes + 2:
-        r.refuse(f"no pooling along {axes} axes of a tensor of shape {list(x.shape)}: batch, channels, positions", name)
+        r.refuse(
+            f"no pooling along {axes} axes of a tensor of shape {list(x.shape)}: batch, "
+            f"channels, positions",
+            name,
+        )
     taps, padding = (_whole(call[n], axes) for n in ("kernel_size", "padding"))
-    settings: dict[str, Any] = {"taps": taps, "stride": _whole(call["stride"] or taps, axes), "padding": padding}
+    settings: dict[str, Any] = {
+        "taps": taps,
+        "stride": _whole(call["stride"] or taps, axes),
+        "padding": padding,
+    }
     if call["ceil_mode"]:
         settings["ceil"] = True
     if name.startswith("max"):
         dilation = _whole(call["dilation"], axes)
-        r.add(result[0], "max_pool", x, **settings, **({"dilation": dilation} if set(dilation) != {1} else {}))
-        r.mark_unreadable(result[1], "the indices of a max pooling, which the runtime does not have")
+        r.add(
+            result[0],
+            "max_pool",
+            x,
+            **settings,
+            **({"dilation": dilation} if set(dilation) != {1} else {}),
+        )
+        r.mark_unreadable(
+            result[1], "the indices of a max pooling, which the runtime does not have"
+        )
         return
     if call["divisor_override"] is not None:
         settings["divisor"] = call["divisor_override"]
@@ -429,11 +552,15 @@ def _adaptive_pool(r: _Recorder, call: Call, result: Any, name: str) -> None:
     x = call["self"]
     positions, output = list(x.shape[2:]), list(call["output_size"])
     if x.ndim != len(output) + 2 or any(n % o for n, o in zip(positions, output, strict=True)):
-        r.refuse(f"no adaptive pooling of {positions} to {output} positions, which are no divisors", name)
+        r.refuse(
+            f"no adaptive pooling of {positions} to {output} positions, which are no divisors", name
+        )
     taps = [n // o for n, o in zip(positions, output, strict=True)]
     settings: dict[str, Any] = {"taps": taps, "stride": taps, "padding": [0] * len(taps)}
     if "max" in name:
-        r.mark_unreadable(result[1], "the indices of a max pooling, which the runtime does not have")
+        r.mark_unreadable(
+            result[1], "the indices of a max pooling, which the runtime does not have"
+        )
         result = result[0]
     if set(taps) == {1}:
         r.same(result, x)
@@ -451,7 +578,12 @@ def _norm(r: _Recorder, call: Call, result: Any, name: str) -> None:
     shift = -mean.double() * scale
     if call["bias"] is not None:
         shift = shift + call["bias"].double()
-    r.add(result[0], "affine", call["input"], arrays={"scale": _numpy(scale.float()), "shift": _numpy(shift.float())})
+    r.add(
+        result[0],
+        "affine",
+        call["input"],
+        arrays={"scale": _numpy(scale.float()), "shift": _numpy(shift.float())},
+    )
 
 
 def _view(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
@@ -489,7 +621,9 @@ def _pad(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
     pairs = [[0, 0]] * (x.ndim - len(pairs)) + pairs
     if any(pairs[0]) or min(map(min, pairs)) < 0:
         r.refuse("no padding of the batch, and none that cuts off", name)
-    mode = {"c": "constant", "ref": "reflect", "rep": "edge"}[name[0] if name[0] == "c" else name[:3]]
+    mode = {"c": "constant", "ref": "reflect", "rep": "edge"}[
+        name[0] if name[0] == "c" else name[:3]
+    ]
     value = {"value": float(call["value"])} if mode == "constant" and call["value"] else {}
     r.add(result, "pad", x, padding=pairs[1:], mode=mode, **value)
 
@@ -521,7 +655,14 @@ def _slice(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
     if axis == 0 or step != 1 or end <= begin:
         r.refuse("no slice of the batch, none with a step, and no empty one", name)
     if name == "select":
-        whole = r._node((*x.shape[:axis], 1, *x.shape[axis + 1 :]), "slice", (r._read(x),), {}, _cut(axis, begin, end), x.dtype)
+        whole = r._node(
+            (*x.shape[:axis], 1, *x.shape[axis + 1 :]),
+            "slice",
+            (r._read(x),),
+            {},
+            _cut(axis, begin, end),
+            x.dtype,
+        )
         r.chain(result, "reshape", whole, shape=list(result.shape[1:]))
     else:
         r.add(result, "slice", x, **_cut(axis, begin, end))
@@ -552,11 +693,18 @@ def _softmax(r: _Recorder, call: Call, result: Tensor, name: str) -> None:
 
 
 def _unconverted(r: _Recorder, call: Call, result: Any, name: str) -> None:
-    r.refuse("no layer that was not converted to dynamic precision, and no product of two activations", name)
+    r.refuse(
+        "no layer that was not converted to dynamic precision, and no product of two activations",
+        name,
+    )
 
 
 def _new_tensor(r: _Recorder, call: Call, result: Any, name: str) -> None:
-    r.refuse("no random or empty tensor (dropout that is on in evaluation makes one: pass training=self.training)", name)
+    r.refuse(
+        "no random or empty tensor (dropout that is on in evaluation makes one: pass "
+        "training=self.training)",
+        name,
+    )
 
 
 def _read_value(r: _Recorder, call: Call, result: Any, name: str) -> None:
@@ -572,23 +720,59 @@ _HANDLERS: Final[Mapping[str, Handler]] = {
     "div": _divide,
     "neg": _negate,
     "mean": _mean,
-    **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"), _pool),
-    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d"), _adaptive_pool),
-    **dict.fromkeys(("native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"), _norm),
     **dict.fromkeys(
-        ("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "squeeze", "unsqueeze", "flatten", "unflatten", "expand"),
+        ("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d"), _pool
+    ),
+    **dict.fromkeys(
+        (
+            "_adaptive_avg_pool2d",
+            "_adaptive_avg_pool3d",
+            "adaptive_max_pool2d",
+            "adaptive_max_pool3d",
+        ),
+        _adaptive_pool,
+    ),
+    **dict.fromkeys(
+        (
+            "native_batch_norm",
+            "cudnn_batch_norm",
+            "_native_batch_norm_legit",
+            "_native_batch_norm_legit_no_training",
+        ),
+        _norm,
+    ),
+    **dict.fromkeys(
+        (
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "_reshape_alias",
+            "_reshape_copy",
+            "squeeze",
+            "unsqueeze",
+            "flatten",
+            "unflatten",
+            "expand",
+        ),
         _view,
     ),
     **dict.fromkeys(("alias", "clone", "contiguous", "detach", "lift_fresh", "_to_copy"), _view),
     **dict.fromkeys(("permute", "transpose", "t"), _transpose),
     "constant_pad_nd": _pad,
-    **dict.fromkeys([f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _pad),
+    **dict.fromkeys(
+        [f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)], _pad
+    ),
     **dict.fromkeys(("cat", "stack"), _concat),
     **dict.fromkeys(("slice", "select"), _slice),
     **dict.fromkeys(("split", "split_with_sizes"), _split),
     **dict.fromkeys(("_softmax", "_log_softmax"), _softmax),
-    **dict.fromkeys(("convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "matmul"), _unconverted),
-    **dict.fromkeys(("empty_like", "rand_like", "randn_like", "native_dropout", "new_empty", "bernoulli"), _new_tensor),
+    **dict.fromkeys(
+        ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear", "matmul"), _unconverted
+    ),
+    **dict.fromkeys(
+        ("empty_like", "rand_like", "randn_like", "native_dropout", "new_empty", "bernoulli"),
+        _new_tensor,
+    ),
     **dict.fromkeys(("_local_scalar_dense", "is_nonzero", "equal"), _read_value),
 }
 
@@ -597,7 +781,9 @@ _HANDLERS: Final[Mapping[str, Handler]] = {
 
 
 def _pools_along_one_axis(nodes: Sequence[_Node]) -> list[_Node]:
-    """torch pools along one axis as along two, the first of one position: reshape, pool, reshape. Makes one node of the three."""
+    """torch pools along one axis as along two, the first of one position: reshape, pool, reshape.
+    Makes one node of the three.
+    """
     uses = [0] * len(nodes)
     for node in nodes:
         for index in node.inputs:
@@ -608,13 +794,25 @@ def _pools_along_one_axis(nodes: Sequence[_Node]) -> list[_Node]:
         if last.op not in ("reshape", "flatten") or last.inputs[0] == _INPUT:
             continue
         pool = nodes[last.inputs[0]]
-        if pool.op not in ("max_pool", "average_pool", "mean") or uses[last.inputs[0]] != 1 or pool.inputs[0] == _INPUT:
+        if (
+            pool.op not in ("max_pool", "average_pool", "mean")
+            or uses[last.inputs[0]] != 1
+            or pool.inputs[0] == _INPUT
+        ):
             continue
         first = nodes[pool.inputs[0]]
-        if first.op != "reshape" or len(first.shape) != 4 or first.shape[2] != 1 or len(last.shape) != 3 or pool.shape[2] != 1:
+        if (
+            first.op != "reshape"
+            or len(first.shape) != 4
+            or first.shape[2] != 1
+            or len(last.shape) != 3
+            or pool.shape[2] != 1
+        ):
             continue
         before = (*first.shape[:2], first.shape[3])
-        if last.shape != (*pool.shape[:2], pool.shape[3]) or math.prod(before) != math.prod(first.shape):
+        if last.shape != (*pool.shape[:2], pool.shape[3]) or math.prod(before) != math.prod(
+            first.shape
+        ):
             continue
         source = first.inputs[0]
         if source == _INPUT or nodes[source].shape != before:
@@ -625,7 +823,9 @@ def _pools_along_one_axis(nodes: Sequence[_Node]) -> list[_Node]:
                 continue
         else:
             settings = {k: v[1:] if isinstance(v, list) else v for k, v in settings.items()}
-        result[place] = replace(last, op=pool.op, inputs=(source,), hint=pool.hint, settings=settings)
+        result[place] = replace(
+            last, op=pool.op, inputs=(source,), hint=pool.hint, settings=settings
+        )
     return result
 
 
@@ -648,7 +848,12 @@ def _named(nodes: Sequence[_Node], last: int) -> tuple[list[dict[str, Any]], dic
             name = f"{node.hint}_{number}"
         taken.add(name)
         names[index] = name
-        step: dict[str, Any] = {"name": name, "op": node.op, "inputs": [names[i] for i in node.inputs], **node.settings}
+        step: dict[str, Any] = {
+            "name": name,
+            "op": node.op,
+            "inputs": [names[i] for i in node.inputs],
+            **node.settings,
+        }
         if node.arrays:
             step["arrays"] = {kind: f"{name}/{kind}" for kind in node.arrays}
             arrays |= {f"{name}/{kind}": value for kind, value in node.arrays.items()}
@@ -660,7 +865,13 @@ def _named(nodes: Sequence[_Node], last: int) -> tuple[list[dict[str, Any]], dic
 
 
 def _key(tensor: Tensor) -> Key:
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -687,15 +898,21 @@ def _whole(value: Any, axes: int) -> list[int]:
 
 
 def _positions_channels(request: Tensor, channel_axis: int, shape: tuple[int, ...]) -> Array:
-    """A request of X's grid, or one number, as [1, positions, channel blocks] with whole axes or 1."""
+    """A request of X's grid, or one number, as [1, positions, channel blocks] with whole axes or
+    1.
+    """
     if request.ndim == 0:
         return _numpy(request.view(1, 1, 1)).astype(np.int16)
     last = request.movedim(channel_axis % len(shape), -1)
     if math.prod(last.shape[1:-1]) > 1:
-        positions = [n for axis, n in enumerate(shape) if axis not in (0, channel_axis % len(shape))]
+        positions = [
+            n for axis, n in enumerate(shape) if axis not in (0, channel_axis % len(shape))
+        ]
         last = last.expand(last.shape[0], *positions, last.shape[-1])
     # Thresholds far outside float32's exponents ask the same wherever they lie.
-    return _numpy(last.reshape(1, -1, last.shape[-1]).int().clamp(-(1 << 14), 1 << 14)).astype(np.int16)
+    return _numpy(last.reshape(1, -1, last.shape[-1]).int().clamp(-(1 << 14), 1 << 14)).astype(
+        np.int16
+    )
 
 
 def _numpy(tensor: Tensor) -> Array:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`PrecisionMap`, what a policy asks of every operand, and `BitWidthMap`, the widths that one batch got; both as files.
+"""`PrecisionMap`, what a policy asks of every operand, and `BitWidthMap`, the widths that one batch
+got; both as files.
 
-A file is safetensors: one tensor `<layer>/<X|W|E>/<lsb_exponent|bits>` for each operand, and two metadata texts: `dynasty`, a
-JSON header (format, version, model structure, limits of the widths), and `sha256` over that text and the tensors.
+A file is safetensors: one tensor `<layer>/<X|W|E>/<lsb_exponent|bits>` for each operand, and two
+metadata texts: `dynasty`, a JSON header (format, version, model structure, limits of the widths),
+and `sha256` over that text and the tensors.
 """
 
 import hashlib
@@ -39,14 +41,26 @@ _MOST_EXTENT: Final = 1 << 24
 
 def _wholes(least: int, most: int, fewest: int, count: int) -> Field:
     def holds(value: Any) -> bool:
-        return isinstance(value, list) and fewest <= len(value) <= count and all(is_whole(n) and least <= n <= most for n in value)
+        return (
+            isinstance(value, list)
+            and fewest <= len(value) <= count
+            and all(is_whole(n) and least <= n <= most for n in value)
+        )
 
-    return Field(rule=f"a list of {fewest} to {count} whole numbers in [{least}, {most}]", holds=holds)
+    return Field(
+        rule=f"a list of {fewest} to {count} whole numbers in [{least}, {most}]", holds=holds
+    )
 
 
 _PAIR: Final = _wholes(1, _MOST_EXTENT, 2, 2)
-_OBJECT: Final = Field(rule="an object", holds=lambda v: isinstance(v, Mapping) and all(isinstance(key, str) for key in v))
-_STATE_FIELDS: Final = {"header": Field(rule="a text", holds=lambda v: isinstance(v, str)), "tensors": _OBJECT}
+_OBJECT: Final = Field(
+    rule="an object",
+    holds=lambda v: isinstance(v, Mapping) and all(isinstance(key, str) for key in v),
+)
+_STATE_FIELDS: Final = {
+    "header": Field(rule="a text", holds=lambda v: isinstance(v, str)),
+    "tensors": _OBJECT,
+}
 _STRUCTURE_FIELDS: Final = {
     "layers": _OBJECT,
     "block_shape": _PAIR,
@@ -64,7 +78,9 @@ _GEOMETRY_FIELDS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStructure:
-    """What a map belongs to: the converted layers by name, and how their operands are cut into blocks."""
+    """What a map belongs to: the converted layers by name, and how their operands are cut into
+    blocks.
+    """
 
     layers: Mapping[str, LayerGeometry]
     block_shape: tuple[int, int] = (4, 4)
@@ -83,31 +99,44 @@ class ModelStructure:
         check_fields("the structure", _mapping("the structure", data), _STRUCTURE_FIELDS)
         layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
         width_group = data["width_group"]
-        block_format = BlockFormat(block_shape=tuple(data["block_shape"]), width_group=None if width_group is None else tuple(width_group))
-        return cls(layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group)
+        block_format = BlockFormat(
+            block_shape=tuple(data["block_shape"]),
+            width_group=None if width_group is None else tuple(width_group),
+        )
+        return cls(
+            layers=layers,
+            block_shape=block_format.block_shape,
+            width_group=block_format.width_group,
+        )
 
     def hash(self) -> str:
         """sha256 over names, geometry and blocks; the order of the layers does not count."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def check_equal(self, other: "ModelStructure", source: str) -> None:
-        """Raise ValueError that names the first difference to `other`, which was read from `source`."""
+        """Raise ValueError that names the first difference to `other`, which was read from
+        `source`.
+        """
         if (self.block_shape, self.width_group) != (other.block_shape, other.width_group):
             raise ValueError(
-                f"{source} was made for blocks {other.block_shape}, width group {other.width_group}; this model has {self.block_shape}, "
-                f"{self.width_group}: use DynastyPrecision(block_shape={other.block_shape}, width_group={other.width_group})"
+                f"{source} was made for blocks {other.block_shape}, width group "
+                f"{other.width_group}; this model has {self.block_shape}, "
+                f"{self.width_group}: use DynastyPrecision(block_shape={other.block_shape}, "
+                f"width_group={other.width_group})"
             )
         for name in [*self.layers, *other.layers]:
             mine, theirs = self.layers.get(name), other.layers.get(name)
             if mine != theirs:
                 raise ValueError(
-                    f"{source} is of another model: layer {name!r} is {theirs or 'not there'} in it and {mine or 'not there'} in this "
+                    f"{source} is of another model: layer {name!r} is {theirs or 'not there'} "
+                    f"in it and {mine or 'not there'} in this "
                     "model; load it into the model that it was made with"
                 )
 
 
 def model_structure(model: nn.Module) -> ModelStructure:
-    """The structure of a converted model: of every module that has a `layer_name` and a `geometry`, in order of definition.
+    """The structure of a converted model: of every module that has a `layer_name` and a `geometry`,
+    in order of definition.
 
     Raises:
         ValueError: no such module, two of one name, or layers of different block formats.
@@ -119,16 +148,26 @@ def model_structure(model: nn.Module) -> ModelStructure:
         if not isinstance(name, str) or not isinstance(geometry, LayerGeometry):
             continue
         if name in layers:
-            raise ValueError(f"two converted layers are called {name!r}: convert the model as a whole, not its parts one by one")
+            raise ValueError(
+                f"two converted layers are called {name!r}: convert the model as a whole, not "
+                f"its parts one by one"
+            )
         layers[name] = geometry
         carrier = module if hasattr(module, "format") else getattr(module, "plan", None)
         formats.setdefault(getattr(carrier, "format", BlockFormat()), name)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no converted layer: convert it first, convert(model)")
+        raise ValueError(
+            f"{type(model).__name__} has no converted layer: convert it first, convert(model)"
+        )
     if len(formats) > 1:
-        raise ValueError(f"a map has one block format, not {' and '.join(f'{f} (layer {n!r})' for f, n in formats.items())}: convert again")
+        raise ValueError(
+            f"a map has one block format, not "
+            f"{' and '.join(f'{f} (layer {n!r})' for f, n in formats.items())}: convert again"
+        )
     (block_format,) = formats
-    return ModelStructure(layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group)
+    return ModelStructure(
+        layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group
+    )
 
 
 def structure_hash(model: nn.Module) -> str:
@@ -153,11 +192,14 @@ class PrecisionMap:
                 _check_shape(self.structure, name, role, tuple(precision.values.shape), kind="map")
                 if role not in SHARED and precision.backward_bits < MAX_BITS:
                     raise ValueError(
-                        f"{name!r} {role.letter} has backward_bits {precision.backward_bits}: only X and W take fewer than {MAX_BITS}"
+                        f"{name!r} {role.letter} has backward_bits {precision.backward_bits}: "
+                        f"only X and W take fewer than {MAX_BITS}"
                     )
 
     def hash(self) -> str:
-        """sha256 over structure, names and contents, whatever their order: equal on all ranks that hold the same map."""
+        """sha256 over structure, names and contents, whatever their order: equal on all ranks that
+        hold the same map.
+        """
         limits = json.dumps(self._limits(), sort_keys=True)
         return _digest((self.structure.hash(), limits), self._tensors())
 
@@ -181,28 +223,37 @@ class PrecisionMap:
         return {"header": self._header(), "tensors": self._tensors()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], *, source: str = "the saved map") -> "PrecisionMap":
+    def from_state(
+        cls, state: Mapping[str, Any], *, source: str = "the saved map"
+    ) -> "PrecisionMap":
         """The inverse of `to_state`. Raises ValueError as `load` does."""
         try:
             check_fields("it", _mapping("it", state), _STATE_FIELDS)
         except ValueError as error:
             raise ValueError(f"{source} is no PrecisionMap.to_state(): {error}") from None
         _check_tensors(state["tensors"], source)
-        return cls._assemble(_parse_header(state["header"], _PRECISION_FORMAT, source), state["tensors"], source)
+        return cls._assemble(
+            _parse_header(state["header"], _PRECISION_FORMAT, source), state["tensors"], source
+        )
 
     def _header(self) -> str:
         return _render_header(_PRECISION_FORMAT, self.structure, limits=self._limits())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with a JSON header; a crash leaves the old file or the new one, never a part."""
+        """Write a safetensors file with a JSON header; a crash leaves the old file or the new one,
+        never a part.
+        """
         _write(path, self._tensors(), self._header())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None) -> "PrecisionMap":
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None
+    ) -> "PrecisionMap":
         """Read a map file; with a converted `model` or its structure, one that must belong to it.
 
         Raises:
-            ValueError: not a map file, truncated, damaged, of another version or model, or with wrong shapes, types or widths.
+            ValueError: not a map file, truncated, damaged, of another version or model, or with
+                wrong shapes, types or widths.
             FileNotFoundError: no such file.
         """
         header, tensors = _read(path, _PRECISION_FORMAT)
@@ -211,27 +262,40 @@ class PrecisionMap:
         return result
 
     @classmethod
-    def _assemble(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> "PrecisionMap":
+    def _assemble(
+        cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str
+    ) -> "PrecisionMap":
         structure = _parse_structure(header, source)
         limits = header.get("limits")
         if not isinstance(limits, dict) or {k.rpartition("/")[0] for k in tensors} != set(limits):
             raise ValueError(
-                f"{source}: tensors {shown(sorted(tensors))} and width limits {shown(limits)} do not belong together; save it again"
+                f"{source}: tensors {shown(sorted(tensors))} and width limits {shown(limits)} "
+                f"do not belong together; save it again"
             )
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for key, value in tensors.items():
             name, role, kind = _parse_key(key, structure, source)
             expected = {"lsb_exponent": torch.int16, "bits": torch.uint8}.get(kind)
             if expected is None or value.dtype != expected:
-                raise ValueError(f"{source}: {key} is {value.dtype}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
+                raise ValueError(
+                    f"{source}: {key} is {value.dtype}; a map holds lsb_exponent (int16) or "
+                    f"bits (uint8): save it again"
+                )
             if role in entries.get(name, {}):
-                raise ValueError(f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one of them")
+                raise ValueError(
+                    f"{source}: {name!r} {role.letter} has both lsb_exponent and bits; keep one "
+                    f"of them"
+                )
             widths = limits[f"{name}/{role.letter}"]
             if not isinstance(widths, list) or not 2 <= len(widths) <= 3:
-                raise ValueError(f"{source}: {key}: its limits must be [least, most] or [least, most, backward] bits, not {shown(widths)}")
+                raise ValueError(
+                    f"{source}: {key}: its limits must be [least, most] or [least, most, "
+                    f"backward] bits, not {shown(widths)}"
+                )
             names = ("least_bits", "most_bits", "backward_bits")
             try:
-                precision = OperandPrecision(**{kind: value}, **dict(zip(names, widths, strict=False)))  # type: ignore[arg-type]
+                limits = dict(zip(names, widths, strict=False))
+                precision = OperandPrecision(**{kind: value}, **limits)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{source}: {key}: {error}") from error
             entries.setdefault(name, {})[role] = precision
@@ -243,10 +307,12 @@ class PrecisionMap:
 
 @dataclass(frozen=True, kw_only=True)
 class BitWidthMap:
-    """The `bits` that one batch got, uint8 grids by layer and role: what cost, figures and export read.
+    """The `bits` that one batch got, uint8 grids by layer and role: what cost, figures and export
+    read.
 
     Raises:
-        ValueError: a grid of an unknown layer, of another type or shape, or with widths outside {0, 2..8}.
+        ValueError: a grid of an unknown layer, of another type or shape, or with widths outside {0,
+            2..8}.
     """
 
     structure: ModelStructure
@@ -256,7 +322,10 @@ class BitWidthMap:
         for name, roles in self.bits.items():
             for role, grid in roles.items():
                 if grid.dtype != torch.uint8 or bool(((grid == 1) | (grid > MAX_BITS)).any()):
-                    raise ValueError(f"{name!r} {role.letter} must hold uint8 widths 0 or 2..{MAX_BITS}, not {grid.dtype} {_widths(grid)}")
+                    raise ValueError(
+                        f"{name!r} {role.letter} must hold uint8 widths 0 or 2..{MAX_BITS}, not "
+                        f"{grid.dtype} {_widths(grid)}"
+                    )
                 _check_shape(self.structure, name, role, tuple(grid.shape), kind="grid")
 
     def mean_bits(self, role: Role) -> float:
@@ -274,16 +343,24 @@ class BitWidthMap:
         counts = torch.zeros(MAX_BITS + 1, dtype=torch.int64)
         for roles in self.bits.values():
             if role in roles:
-                counts += torch.bincount(roles[role].cpu().flatten().to(torch.int64), minlength=MAX_BITS + 1)
+                counts += torch.bincount(
+                    roles[role].cpu().flatten().to(torch.int64), minlength=MAX_BITS + 1
+                )
         return {bits: int(n) for bits, n in enumerate(counts) if bits != 1}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, as `PrecisionMap.save`."""
-        tensors = {f"{n}/{r.letter}/bits": g.cpu().contiguous() for n, roles in self.bits.items() for r, g in roles.items()}
+        tensors = {
+            f"{n}/{r.letter}/bits": g.cpu().contiguous()
+            for n, roles in self.bits.items()
+            for r, g in roles.items()
+        }
         _write(path, tensors, _render_header(_WIDTHS_FORMAT, self.structure))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None) -> "BitWidthMap":
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module | ModelStructure | None = None
+    ) -> "BitWidthMap":
         """Read it back. Raises as `PrecisionMap.load`."""
         header, tensors = _read(path, _WIDTHS_FORMAT)
         structure = _parse_structure(header, str(path))
@@ -291,7 +368,9 @@ class BitWidthMap:
         for key, value in tensors.items():
             name, role, kind = _parse_key(key, structure, str(path))
             if kind != "bits":
-                raise ValueError(f"{path}: {key} is no grid of widths, <layer>/<X|W|E>/bits; save it again")
+                raise ValueError(
+                    f"{path}: {key} is no grid of widths, <layer>/<X|W|E>/bits; save it again"
+                )
             bits.setdefault(name, {})[role] = value
         try:
             result = cls(structure=structure, bits=bits)
@@ -301,10 +380,17 @@ class BitWidthMap:
         return result
 
 
-def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[int, ...], *, kind: str) -> None:
-    """Raise ValueError unless `shape` is that of a "map" (broadcasts to a grid) or of a whole "grid" of this operand."""
+def _check_shape(
+    structure: ModelStructure, name: str, role: Role, shape: tuple[int, ...], *, kind: str
+) -> None:
+    """Raise ValueError unless `shape` is that of a "map" (broadcasts to a grid) or of a whole
+    "grid" of this operand.
+    """
     if name not in structure.layers:
-        raise ValueError(f"layer {name!r} is not in the model, which has {', '.join(structure.layers) or 'no layers'}: rename or drop it")
+        raise ValueError(
+            f"layer {name!r} is not in the model, which has "
+            f"{', '.join(structure.layers) or 'no layers'}: rename or drop it"
+        )
     if not shape and kind == "map":
         return
     if structure.block_shape in LINE_BLOCKS and kind == "grid":
@@ -315,26 +401,38 @@ def _check_shape(structure: ModelStructure, name: str, role: Role, shape: tuple[
     if role is Role.WEIGHT:
         width = g.in_channels
         if g.groups > 1:
-            unit = BlockFormat(block_shape=structure.block_shape, width_group=structure.width_group).band_unit
+            unit = BlockFormat(
+                block_shape=structure.block_shape, width_group=structure.width_group
+            ).band_unit
             width = band_width(g.weight_shape, g.groups, unit)
         expected = [-(-g.out_channels // rows), -(-width // channels), *g.taps]
     else:
         axes = len(g.weight_shape) if g.kind == "conv" else max(len(shape), 2)
         expected = [None] * axes
         expected[0] = 1 if kind == "map" else None
-        expected[g.channel_axis] = -(-(g.in_channels if role is Role.ACTIVATION else g.out_channels) // channels)
+        expected[g.channel_axis] = -(
+            -(g.in_channels if role is Role.ACTIVATION else g.out_channels) // channels
+        )
     fits = len(shape) == len(expected) and all(
-        have > 0 and (want is None or have == want or (kind == "map" and have == 1)) for have, want in zip(shape, expected, strict=True)
+        have > 0 and (want is None or have == want or (kind == "map" and have == 1))
+        for have, want in zip(shape, expected, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if n is None else str(n) for n in expected)
         ones = ", or 1 in place of any of them" if kind == "map" else ""
-        raise ValueError(f"the {kind} of {name!r} {role.letter} has shape {shape}, which does not fit its grid: [{wanted}]{ones}")
+        raise ValueError(
+            f"the {kind} of {name!r} {role.letter} has shape {shape}, which does not fit its "
+            f"grid: [{wanted}]{ones}"
+        )
 
 
-def _check_model(model: nn.Module | ModelStructure | None, found: ModelStructure, source: str) -> None:
+def _check_model(
+    model: nn.Module | ModelStructure | None, found: ModelStructure, source: str
+) -> None:
     if model is not None:
-        (model if isinstance(model, ModelStructure) else model_structure(model)).check_equal(found, source)
+        (model if isinstance(model, ModelStructure) else model_structure(model)).check_equal(
+            found, source
+        )
 
 
 def _digest(texts: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
@@ -349,14 +447,22 @@ def _digest(texts: Iterable[str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _render_header(format_name: str, structure: ModelStructure, **more: Any) -> str:
-    header = {"format": format_name, "version": FORMAT_VERSION, "structure": structure.to_json(), "structure_hash": structure.hash()}
+    header = {
+        "format": format_name,
+        "version": FORMAT_VERSION,
+        "structure": structure.to_json(),
+        "structure_hash": structure.hash(),
+    }
     return json.dumps(header | more)  # unsorted: layers keep their order of depth
 
 
 def _write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
     # safetensors refuses tensors that share memory, as two operands of one request do.
     copies = {key: value.clone() for key, value in tensors.items()}
-    write_whole(path, save_safetensors(copies, metadata={_HEADER: header, _DIGEST: _digest([header], tensors)}))
+    write_whole(
+        path,
+        save_safetensors(copies, metadata={_HEADER: header, _DIGEST: _digest([header], tensors)}),
+    )
 
 
 def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -364,18 +470,29 @@ def _read(path: str | os.PathLike[str], expected: str) -> tuple[dict[str, Any], 
         raise FileNotFoundError(f"no map file at {path}")
     data = read_bounded(path, MOST_BYTES)
     try:
-        # safetensors.torch.load hides the metadata; the layout is 8 bytes of header size, then the header as JSON.
+        # safetensors.torch.load hides the metadata; the layout is 8 bytes of header size, then the
+        # header as JSON.
         tensors = load_safetensors(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get(
+            "__metadata__", {}
+        )
     except Exception as error:  # what the library does with a damaged file is no closed list
-        raise ValueError(f"{path} is not a whole safetensors file ({shown(error)}); save or copy the map again") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({shown(error)}); save or copy the map again"
+        ) from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get(_HEADER), str):
-        raise ValueError(f"{path} is a safetensors file but no map: its metadata has no {_HEADER!r}; maps are written by PrecisionMap.save")
+        raise ValueError(
+            f"{path} is a safetensors file but no map: its metadata has no {_HEADER!r}; maps "
+            f"are written by PrecisionMap.save"
+        )
     text = metadata[_HEADER]
     header = _parse_header(text, expected, str(path))
     _check_tensors(tensors, str(path))
     if metadata.get(_DIGEST) != _digest([text], tensors):
-        raise ValueError(f"{path} is damaged: its contents do not match the {_DIGEST} written with them; save or copy the map again")
+        raise ValueError(
+            f"{path} is damaged: its contents do not match the {_DIGEST} written with them; "
+            f"save or copy the map again"
+        )
     return header, tensors
 
 
@@ -386,11 +503,14 @@ def _parse_header(text: Any, expected: str, source: str) -> dict[str, Any]:
         raise DamagedFile(f"{error}; save or copy the map again") from None
     found = header.get("format") if isinstance(header, dict) else header
     if found != expected:
-        raise ValueError(f"{source} holds {shown(found)}, not {expected!r}: give a file of that kind")
+        raise ValueError(
+            f"{source} holds {shown(found)}, not {expected!r}: give a file of that kind"
+        )
     version = header.get("version")
     if not is_whole(version) or version != FORMAT_VERSION:
         raise ValueError(
-            f"{source} has format version {shown(version)}, this package reads {FORMAT_VERSION}: use the package version that wrote it"
+            f"{source} has format version {shown(version)}, this package reads "
+            f"{FORMAT_VERSION}: use the package version that wrote it"
         )
     return dict(header)
 
@@ -399,9 +519,15 @@ def _parse_structure(header: Mapping[str, Any], source: str) -> ModelStructure:
     try:
         structure = ModelStructure.from_json(header.get("structure"))  # type: ignore[arg-type]
     except ValueError as error:
-        raise ValueError(f"{source}: the model structure in its header is not in order: {error}; save the map again") from error
+        raise ValueError(
+            f"{source}: the model structure in its header is not in order: {error}; save the "
+            f"map again"
+        ) from error
     if structure.hash() != header.get("structure_hash"):
-        raise ValueError(f"{source}: the model structure in its header does not match its hash: edited or damaged; save it again")
+        raise ValueError(
+            f"{source}: the model structure in its header does not match its hash: edited or "
+            f"damaged; save it again"
+        )
     return structure
 
 
@@ -410,7 +536,10 @@ def _parse_key(key: str, structure: ModelStructure, source: str) -> tuple[str, R
     name, _, letter = operand.rpartition("/")
     if name not in structure.layers:
         known = ", ".join(structure.layers) or "no layers"
-        raise ValueError(f"{source}: {key} is of layer {name!r}, which the model lacks; it has {known}: rename or drop it")
+        raise ValueError(
+            f"{source}: {key} is of layer {name!r}, which the model lacks; it has {known}: "
+            f"rename or drop it"
+        )
     try:
         return name, Role.from_letter(letter), kind
     except ValueError as error:
@@ -418,15 +547,22 @@ def _parse_key(key: str, structure: ModelStructure, source: str) -> tuple[str, R
 
 
 def _geometry(name: str, fields: Any) -> LayerGeometry:
-    """A layer's geometry from JSON, which LayerGeometry itself does not check for types and sizes."""
+    """A layer's geometry from JSON, which LayerGeometry itself does not check for types and
+    sizes.
+    """
     where = f"layer {shown(name)}"
     check_fields(where, _mapping(where, fields), _GEOMETRY_FIELDS)
-    if max(fields["weight_shape"][0], fields["weight_shape"][1] * fields["groups"]) > _MOST_CHANNELS:
+    if (
+        max(fields["weight_shape"][0], fields["weight_shape"][1] * fields["groups"])
+        > _MOST_CHANNELS
+    ):
         raise ValueError(
-            f"{where} has weight_shape {fields['weight_shape']} in {fields['groups']} groups; {_MOST_CHANNELS} channels are the most"
+            f"{where} has weight_shape {fields['weight_shape']} in {fields['groups']} groups; "
+            f"{_MOST_CHANNELS} channels are the most"
         )
     try:
-        return LayerGeometry(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})  # type: ignore[arg-type]
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        return LayerGeometry(**values)  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -440,9 +576,20 @@ def _mapping(where: str, values: Any) -> Mapping[str, Any]:
 def _check_tensors(tensors: Any, source: str) -> None:
     """Raise ValueError unless all are named grids of integers; only then are they looked into."""
     for key, value in _mapping(f"{source}: tensors", tensors).items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in (torch.int16, torch.uint8):
-            found = f"{value.dtype} ({value.layout})" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"{source}: {key[:99]} is {found}; a map holds lsb_exponent (int16) or bits (uint8): save it again")
+        if (
+            not isinstance(value, Tensor)
+            or value.layout != torch.strided
+            or value.dtype not in (torch.int16, torch.uint8)
+        ):
+            found = (
+                f"{value.dtype} ({value.layout})"
+                if isinstance(value, Tensor)
+                else f"a {type(value).__name__}"
+            )
+            raise ValueError(
+                f"{source}: {key[:99]} is {found}; a map holds lsb_exponent (int16) or bits "
+                f"(uint8): save it again"
+            )
 
 
 def _widths(grid: Tensor) -> str:

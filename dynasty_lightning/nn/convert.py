@@ -17,30 +17,62 @@ from torch.nn.utils import parametrize
 from ..numerics.backends import native
 from ..numerics.formats import BlockFormat, Scaling
 from .attention import MultiheadAttention as OwnAttention
-from .layers import CONVERTED_TYPES, DynamicLayer, StreamState, check_seed, dynamic_layers, geometry_of
+from .layers import (
+    CONVERTED_TYPES,
+    DynamicLayer,
+    StreamState,
+    check_seed,
+    dynamic_layers,
+    geometry_of,
+)
 from .plan import LayerPlan, Mode
 
 _GEMM_TYPES = (
-    nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear,
-)  # fmt: skip
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+)
 
-_PRODUCTS: Final = frozenset({
-    "linear", "bilinear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "conv1d", "conv2d", "conv3d",
-    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward",
-})  # fmt: skip
+_PRODUCTS: Final = frozenset(
+    {
+        "linear",
+        "bilinear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "einsum",
+        "tensordot",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "multi_head_attention_forward",
+    }
+)
 """Functions that multiply by a weight which a module may hold itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What `convert` did. `converted` and `skipped` hold (layer name, class) and (layer name, class, reason)."""
+    """What `convert` did. `converted` and `skipped` hold (layer name, class) and (layer name,
+    class, reason).
+    """
 
     converted: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str, str], ...]
     stream: StreamState = field(repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.converted)} layers train in dynamic precision, {len(self.skipped)} do not:"]
+        lines = [
+            f"{len(self.converted)} layers train in dynamic precision, {len(self.skipped)} do not:"
+        ]
         lines += [f"  {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         return "\n".join(lines) if self.skipped else lines[0].split(",")[0]
 
@@ -57,21 +89,26 @@ def convert(
     seed: int = 0,
     rank: int = 0,
 ) -> ConversionReport:
-    """Make every nn.Linear and nn.Conv1d/2d/3d of `model` train in block-wise precision (8 bits until told otherwise), in place.
+    """Make every nn.Linear and nn.Conv1d/2d/3d of `model` train in block-wise precision (8 bits
+    until told otherwise), in place.
 
-    Converting again is harmless: layers that are converted keep their widths, and the report names them too. Layers that were converted
-    apart, or copied since, get the model's random stream, and a name of their own where another has theirs.
-    Without a Trainer call `report.stream.advance()` after each backward pass: random numbers then depend on the pass alone. Without it they
-    are new at every training call all the same, and depend on how many a layer has had.
+    Converting again is harmless: layers that are converted keep their widths, and the report names
+    them too. Layers that were converted apart, or copied since, get the model's random stream, and
+    a name of their own where another has theirs. Without a Trainer call `report.stream.advance()`
+    after each backward pass: random numbers then depend on the pass alone. Without it they are new
+    at every training call all the same, and depend on how many a layer has had.
 
     Args:
-        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.
+        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
+            32) blocks of one width.
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
-        unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's rounding does.
+        unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's
+            rounding does.
         seed, rank: key of the random stream.
 
     Raises:
-        ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model is converted in another format.
+        ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model
+            is converted in another format.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, not {model!r}")
@@ -82,15 +119,27 @@ def convert(
     names = [name for name, _ in model.named_modules()]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"exclude pattern {pattern!r} matches no layer; layers: {', '.join(n for n in names if n) or '(none)'}")
-    stream = next((m.stream for m in model.modules() if isinstance(m, DynamicLayer)), None) or StreamState(seed, rank)
-    return _convert(model, stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized)
+            raise ValueError(
+                f"exclude pattern {pattern!r} matches no layer; layers: "
+                f"{', '.join(n for n in names if n) or '(none)'}"
+            )
+    stream = next(
+        (m.stream for m in model.modules() if isinstance(m, DynamicLayer)), None
+    ) or StreamState(seed, rank)
+    return _convert(
+        model, stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized
+    )
 
 
 def check_names(option: str, names: Any) -> None:
-    """Raises ValueError for one string, which would be read letter by letter, and TypeError for what is no collection of strings."""
+    """Raises ValueError for one string, which would be read letter by letter, and TypeError for
+    what is no collection of strings.
+    """
     if isinstance(names, str):
-        raise ValueError(f"{option} is a collection of names, not the string {names!r}: use {option}=({names!r},)")
+        raise ValueError(
+            f"{option} is a collection of names, not the string {names!r}: use "
+            f"{option}=({names!r},)"
+        )
     if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{option} is a collection of names, not {names!r}")
 
@@ -104,7 +153,8 @@ def grow(
     exclude: Collection[str],
     unquantized: Collection[str],
 ) -> ConversionReport:
-    """The report of a model that was converted and may have changed since: a layer added or replaced, a copy of converted ones.
+    """The report of a model that was converted and may have changed since: a layer added or
+    replaced, a copy of converted ones.
 
     What is new is converted, or joins, as `convert` has it. The same report where nothing is.
     """
@@ -118,11 +168,15 @@ def grow(
             break
     else:
         return report
-    return _convert(model, report.stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized)
+    return _convert(
+        model, report.stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized
+    )
 
 
 def _may_have_grown(model: nn.Module, stream: StreamState) -> bool:
-    """Before every step, so without names and attribute look-ups: whether a layer is not converted, or has another stream."""
+    """Before every step, so without names and attribute look-ups: whether a layer is not converted,
+    or has another stream.
+    """
     seen: set[nn.Module] = set()
     ahead: list[nn.Module | None] = [model]
     while ahead:
@@ -137,7 +191,13 @@ def _may_have_grown(model: nn.Module, stream: StreamState) -> bool:
 
 
 def _convert(
-    model: nn.Module, stream: StreamState, block_format: BlockFormat, *, mode: Mode, exclude: Collection[str], unquantized: Collection[str]
+    model: nn.Module,
+    stream: StreamState,
+    block_format: BlockFormat,
+    *,
+    mode: Mode,
+    exclude: Collection[str],
+    unquantized: Collection[str],
 ) -> ConversionReport:
     _check_alike(model, block_format, mode, unquantized)
     converted: list[tuple[str, str]] = []
@@ -160,29 +220,44 @@ def _convert(
             skipped.append((name, kind, reason))
         elif _own_type(module) in CONVERTED_TYPES:
             plan = LayerPlan(
-                geometry=geometry_of(module), format=block_format, mode=mode, layer_index=stream.add_layer(), unquantized=tuple(unquantized)
+                geometry=geometry_of(module),
+                format=block_format,
+                mode=mode,
+                layer_index=stream.add_layer(),
+                unquantized=tuple(unquantized),
             )
             _swap(module, name, plan, stream)
             converted.append((name, kind))
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not module._forward_hooks:
-            # In eval its fused kernel would bypass the converted Linear layers; it stands back where a hook is registered.
+            # In eval its fused kernel would bypass the converted Linear layers; it stands back
+            # where a hook is registered.
             module.register_forward_hook(_no_op)
     if not converted:
-        reasons = "; ".join(f"{n} ({k}): {r}" for n, k, r in skipped) or "it has no Linear or Conv layer"
+        reasons = (
+            "; ".join(f"{n} ({k}): {r}" for n, k, r in skipped) or "it has no Linear or Conv layer"
+        )
         raise ValueError(f"nothing to convert in {type(model).__name__}: {reasons}")
     _join(model, stream)
     native.available()  # compiled here, not in the middle of a first step that somebody may time
     return ConversionReport(converted=tuple(converted), skipped=tuple(skipped), stream=stream)
 
 
-def _check_alike(model: nn.Module, block_format: BlockFormat, mode: Mode, unquantized: Collection[str]) -> None:
+def _check_alike(
+    model: nn.Module, block_format: BlockFormat, mode: Mode, unquantized: Collection[str]
+) -> None:
     """Raises ValueError where a layer is converted in another way."""
     for layer in dynamic_layers(model).values():
-        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (block_format, mode, tuple(unquantized)):
+        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (
+            block_format,
+            mode,
+            tuple(unquantized),
+        ):
             raise ValueError(
-                f"{layer.layer_name} is already converted with {layer.plan.format}, mode {layer.plan.mode!r}, "
-                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode {mode!r}, {tuple(unquantized)}: "
+                f"{layer.layer_name} is already converted with {layer.plan.format}, mode "
+                f"{layer.plan.mode!r}, "
+                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode "
+                f"{mode!r}, {tuple(unquantized)}: "
                 "convert a fresh copy of the model"
             )
 
@@ -199,7 +274,9 @@ def _join(model: nn.Module, stream: StreamState) -> None:
             name += "_"
         names[name] = layer
     taken: set[int] = set()
-    for name, layer in sorted(names.items(), key=lambda item: (item[1].stream is not stream, item[1].layer_index)):
+    for name, layer in sorted(
+        names.items(), key=lambda item: (item[1].stream is not stream, item[1].layer_index)
+    ):
         index = layer.layer_index
         if index in taken or index >= len(stream.calls):
             index = stream.add_layer()
@@ -240,7 +317,10 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
     if isinstance(module, nn.Bilinear):
         return "bilinear layers are not supported"
     if isinstance(module, nn.MultiheadAttention):
-        return "uses its weights directly; dynasty_lightning.nn.MultiheadAttention is a drop-in replacement"
+        return (
+            "uses its weights directly; dynasty_lightning.nn.MultiheadAttention is a drop-in "
+            "replacement"
+        )
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "recurrent layers run in fused kernels that cannot be quantized"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -251,13 +331,24 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
         return "its weight is computed by a hook (weight_norm, spectral_norm, pruning)"
     weight = module._parameters["weight"]
     assert weight is not None
-    is_sharded = isinstance(weight, DTensor) and weight.device_mesh.ndim == 1  # whole again in each forward, as `admit` checks
+    is_sharded = (
+        isinstance(weight, DTensor) and weight.device_mesh.ndim == 1
+    )  # whole again in each forward, as `admit` checks
     if type(weight) is not nn.Parameter and not is_sharded:
-        return f"its weight is a {type(weight).__name__}: converted layers keep plain float32 master weights"
+        return (
+            f"its weight is a {type(weight).__name__}: converted layers keep plain float32 "
+            f"master weights"
+        )
     if type(weight.data) is not torch.Tensor and not is_sharded:
-        return f"its weight holds a {type(weight.data).__name__}: converted layers keep plain float32 master weights"
+        return (
+            f"its weight holds a {type(weight.data).__name__}: converted layers keep plain "
+            f"float32 master weights"
+        )
     if weight.layout is not torch.strided:
-        return f"its weight is {str(weight.layout).removeprefix('torch.')}: converted layers keep dense master weights"
+        return (
+            f"its weight is {str(weight.layout).removeprefix('torch.')}: converted layers "
+            f"keep dense master weights"
+        )
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}: converted layers keep float32 master weights"
     if weight.numel() == 0:
@@ -266,21 +357,47 @@ def _reason_to_skip(name: str, module: nn.Module, exclude: Collection[str]) -> s
 
 
 def _reason_of_others(module: nn.Module) -> str | None:
-    """Of a module that is no GEMM layer of torch's but holds what may be the matrix of one; None where nothing is lost."""
+    """Of a module that is no GEMM layer of torch's but holds what may be the matrix of one; None
+    where nothing is lost.
+    """
     if isinstance(module, nn.EmbeddingBag):
         return "sums rows of its table: no GEMM"
     if type(module).__module__.startswith("torch.nn.") or isinstance(module, OwnAttention):
         return None
     if type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None:
-        return "a Linear with a transposed weight (GPT-2's): replace it by nn.Linear with weight.t()"
-    own = [name for name, p in module.named_parameters(recurse=False) if p.ndim >= 2 and "embed" not in name]
+        return (
+            "a Linear with a transposed weight (GPT-2's): replace it by nn.Linear with weight.t()"
+        )
+    own = [
+        name
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim >= 2 and "embed" not in name
+    ]
     if not own or not _multiplies(type(module)):
         return None
-    return f"has a weight of its own ({', '.join(own)}); if it multiplies by it (F.linear), make that an nn.Linear"
+    return (
+        f"has a weight of its own ({', '.join(own)}); if it multiplies by it (F.linear), "
+        f"make that an nn.Linear"
+    )
 
 
 def _multiplies(kind: type[nn.Module]) -> bool:
     """Whether a product of matrices is named in the code of a module's own methods."""
-    functions = [f for c in kind.__mro__ if c not in (nn.Module, object) for f in vars(c).values() if isinstance(f, FunctionType)]
-    codes = [code for f in functions for code in (f.__code__, *f.__code__.co_consts) if isinstance(code, CodeType)]
-    return any(not _PRODUCTS.isdisjoint(code.co_names) or any(i.argrepr == "@" for i in dis.get_instructions(code)) for code in codes)
+    functions = [
+        f
+        for c in kind.__mro__
+        if c not in (nn.Module, object)
+        for f in vars(c).values()
+        if isinstance(f, FunctionType)
+    ]
+    codes = [
+        code
+        for f in functions
+        for code in (f.__code__, *f.__code__.co_consts)
+        if isinstance(code, CodeType)
+    ]
+    return any(
+        not _PRODUCTS.isdisjoint(code.co_names)
+        or any(i.argrepr == "@" for i in dis.get_instructions(code))
+        for code in codes
+    )

@@ -20,7 +20,9 @@ from .plan import LayerPlan
 
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
 EXECUTORS: Final[dict[str, Executor]] = {}
-"""What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) -> float32. A grouped W comes banded."""
+"""What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) ->
+float32. A grouped W comes banded.
+"""
 
 
 SETTINGS: Final = 4
@@ -43,7 +45,11 @@ def role_settings(settings: Sequence[int], role: Role) -> tuple[bool, int, int, 
 def has_own_blocks(plan: LayerPlan, role: Role, settings: Sequence[int], *, training: bool) -> bool:
     """Whether the backward GEMM reads other blocks of an operand than FORWARD does."""
     # In eval mode X's blocks for FORWARD are of one sample; W's are as ever.
-    return plan.format.requantizes or (not training and role is Role.ACTIVATION) or has_limit(settings, role)
+    return (
+        plan.format.requantizes
+        or (not training and role is Role.ACTIVATION)
+        or has_limit(settings, role)
+    )
 
 
 def has_limit(settings: Sequence[int], role: Role) -> bool:
@@ -89,7 +95,9 @@ def quantize_operand(
             stream=position or StreamPosition(),
             scope=scope,
             # What backward reads of FORWARD's operands is kept packed.
-            values_slot=role.letter if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role) else None,
+            values_slot=role.letter
+            if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role)
+            else None,
         )
     if role.letter in plan.unquantized and blocks.passthrough is None:
         nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)
@@ -113,7 +121,8 @@ def run_gemm(
         execute = EXECUTORS.get(plan.executor)
         if execute is None:
             raise RuntimeError(
-                f"the offload {plan.executor!r} that computes {gemm.name} of layer {plan.layer_index} is closed, or of another process: "
+                f"the offload {plan.executor!r} that computes {gemm.name} of layer "
+                f"{plan.layer_index} is closed, or of another process: "
                 "finish backward passes, and copy or save the model, outside of it"
             )
         result = execute(gemm, left, right, plan, input_shape)
@@ -123,9 +132,15 @@ def run_gemm(
             right = replace(right, band=plan.band)
         # Autocast would cast the operands of the GEMM inside, whose types are already chosen.
         kind = left.codes.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with (
+            torch.autocast(kind, enabled=False)
+            if torch.is_autocast_enabled(kind)
+            else nullcontext()
+        ):
             if plan.mode == "exact":
-                result = exact_gemm(gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape))
+                result = exact_gemm(
+                    gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape)
+                )
             else:
                 result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
     axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
@@ -133,7 +148,13 @@ def run_gemm(
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether results for an operand belong in channels_last memory, as PyTorch's own convolutions decide."""
+    """Whether results for an operand belong in channels_last memory, as PyTorch's own convolutions
+    decide.
+    """
     if x.ndim == 4:
         return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return (
+        x.ndim == 5
+        and x.is_contiguous(memory_format=torch.channels_last_3d)
+        and not x.is_contiguous()
+    )

@@ -14,7 +14,9 @@ from .ops import layer_forward
 
 @torch.no_grad()
 def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
-    """Widths of every converted layer's X blocks when `model`, in eval mode, predicts `batch`; uint8 grids [N, ...]."""
+    """Widths of every converted layer's X blocks when `model`, in eval mode, predicts `batch`;
+    uint8 grids [N, ...].
+    """
     found: dict[str, Tensor] = {}
     handles = []
 
@@ -25,16 +27,30 @@ def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
             *(layer._request_on(r, x.device) for r in (Role.WEIGHT, Role.ERROR)),
         ]
         outputs = layer_forward(
-            x, layer.weight, None, *requests, layer.stream.counters, layer._settings,
-            layer.plan.key, "", False, False, False, torch.float32,
-        )  # fmt: skip
-        grid = layer.plan.layout(Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False).grid_shape
+            x,
+            layer.weight,
+            None,
+            *requests,
+            layer.stream.counters,
+            layer._settings,
+            layer.plan.key,
+            "",
+            False,
+            False,
+            False,
+            torch.float32,
+        )
+        grid = layer.plan.layout(
+            Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False
+        ).grid_shape
         found[layer.layer_name] = header_bits(outputs[11]).view(grid)
 
     was_training = model.training
     model.eval()
     try:
-        handles = [layer.register_forward_pre_hook(record) for layer in dynamic_layers(model).values()]
+        handles = [
+            layer.register_forward_pre_hook(record) for layer in dynamic_layers(model).values()
+        ]
         model(batch)
     finally:
         for handle in handles:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything about a layer's GEMMs that does not change from step to step, in a form that an operator argument can carry."""
+"""Everything about a layer's GEMMs that does not change from step to step, in a form that an
+operator argument can carry.
+"""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -20,10 +22,13 @@ _LAYOUTS_KEPT: Final = 64
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key` are inverse.
+    """Geometry, block format, mode and index of a converted layer. Hashable; `key` and `from_key`
+    are inverse.
 
-    `executor` names what computes the GEMMs instead of `mode` (`nn.gemms.EXECUTORS`); empty for none. `unquantized` has the letters of
-    roles whose operands the GEMMs read as they are, in float32: for studies of what one role's rounding does.
+    `executor` names what computes the GEMMs instead of `mode` (`nn.gemms.EXECUTORS`); empty for
+    none. `unquantized` has the letters of
+    roles whose operands the GEMMs read as they are, in float32: for studies of what one role's
+    rounding does.
 
     Raises:
         ValueError: an unknown mode or role.
@@ -56,8 +61,12 @@ class LayerPlan:
     @staticmethod
     def _parsed(key: str) -> "LayerPlan":
         data = json.loads(key)
-        geometry: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()}
-        block_format: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()}
+        geometry: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["geometry"].items()
+        }
+        block_format: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["format"].items()
+        }
         plan = LayerPlan(
             geometry=LayerGeometry(**geometry),
             format=BlockFormat(**block_format),
@@ -73,16 +82,24 @@ class LayerPlan:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LayerPlan.from_key, (self.key,)  # what is derived from it (a band's indices) is made anew
+        return LayerPlan.from_key, (
+            self.key,
+        )  # what is derived from it (a band's indices) is made anew
 
     @cached_property
     def band(self) -> BandedWeight | None:
         """The embedding of a grouped weight; None without groups."""
         if self.geometry.groups == 1:
             return None
-        # Neither on the meta device of a model that is built without memory, nor of those tensors that no graph may keep.
+        # Neither on the meta device of a model that is built without memory, nor of those tensors
+        # that no graph may keep.
         with torch.device("cpu"), torch.inference_mode(False):
-            return BandedWeight(self.geometry.weight_shape, self.geometry.groups, self.format.block_shape, self.format.band_unit)
+            return BandedWeight(
+                self.geometry.weight_shape,
+                self.geometry.groups,
+                self.format.block_shape,
+                self.format.band_unit,
+            )
 
     def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:
         """Rows x channels of a block of `role` as `gemm` reads it."""
@@ -98,7 +115,9 @@ class LayerPlan:
             return self.format.width_group
         return 1, self.format.width_group[1]
 
-    def layout(self, role: Role, shape: tuple[int, ...], gemm: Gemm, *, training: bool = True) -> BlockLayout:
+    def layout(
+        self, role: Role, shape: tuple[int, ...], gemm: Gemm, *, training: bool = True
+    ) -> BlockLayout:
         """How an operand of `shape` (banded for a grouped W) is cut for `gemm`."""
         key = (role, shape, gemm, training)
         # While something traces with sizes that are not known, they are no keys.
@@ -106,7 +125,11 @@ class LayerPlan:
         found = self._layouts.get(key) if is_known else None
         if found is None:
             axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
-            found = BlockLayout(shape=shape, block_shape=self.block_shape(role, gemm, training=training), channel_axis=axis)
+            found = BlockLayout(
+                shape=shape,
+                block_shape=self.block_shape(role, gemm, training=training),
+                channel_axis=axis,
+            )
             if len(self._layouts) >= _LAYOUTS_KEPT:  # inputs of ever new sizes
                 self._layouts.clear()
             if is_known:
@@ -128,13 +151,18 @@ class LayerPlan:
             return (*input_shape[:-1], g.out_channels)
         spatial = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(input_shape[2:], g.padding, g.dilation, g.taps, g.stride, strict=True)
+            for n, p, d, k, s in zip(
+                input_shape[2:], g.padding, g.dilation, g.taps, g.stride, strict=True
+            )
         )
         return (input_shape[0], g.out_channels, *spatial)
 
 
-# Plans in use, by key: an operator finds its layer's, with all that was derived from it. Weak, so that those of an offload end with it.
+# Plans in use, by key: an operator finds its layer's, with all that was derived from it. Weak, so
+# that those of an offload end with it.
 _PLANS: Final[WeakValueDictionary[str, LayerPlan]] = WeakValueDictionary()
 
 # Where a GEMM contracts the operand's rows: W in DGRAD; X and E in WGRAD.
-_ROWS_CONTRACTED = frozenset({(Gemm.DGRAD, Role.WEIGHT), (Gemm.WGRAD, Role.ACTIVATION), (Gemm.WGRAD, Role.ERROR)})
+_ROWS_CONTRACTED = frozenset(
+    {(Gemm.DGRAD, Role.WEIGHT), (Gemm.WGRAD, Role.ACTIVATION), (Gemm.WGRAD, Role.ERROR)}
+)

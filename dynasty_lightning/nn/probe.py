@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harm measured inside an ordinary step: one role at a time quantized finer and coarser than asked, the other operands as they came.
+"""Harm measured inside an ordinary step: one role at a time quantized finer and coarser than asked,
+the other operands as they came.
 
-Nothing of the user's runs again and nothing that training uses changes: the layer repeats its own GEMMs on what its backward holds.
+Nothing of the user's runs again and nothing that training uses changes: the layer repeats its own
+GEMMs on what its backward holds.
 """
 
 from collections.abc import Sequence
@@ -26,10 +28,12 @@ SHIFTS: Final = (-1, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeRecord:
-    """What one role's rounding did to a layer's own results, by role (X, W, E) and shift; float64 [3, 2].
+    """What one role's rounding did to a layer's own results, by role (X, W, E) and shift; float64
+    [3, 2].
 
     Attributes:
-        loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for X and W.
+        loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for
+            X and W.
         forward: |change of Y|**2 / |Y|**2, for X and W.
         wgrad: |change of dW|**2 / |dW|**2, for E.
         bits: mean width of the role's blocks, zero blocks included.
@@ -44,12 +48,19 @@ class ProbeRecord:
 
     @staticmethod
     def flat(record: "ProbeRecord | None", *, present: bool) -> Tensor:
-        """All figures in a row, NaN for a missing record, so that ranks can be averaged; nothing if the step was not `present`."""
+        """All figures in a row, NaN for a missing record, so that ranks can be averaged; nothing if
+        the step was not `present`.
+        """
         if not present:
             return torch.empty(0, dtype=torch.float64)
         if record is None:
             return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
-        return torch.cat([t.flatten() for t in (record.loss, record.forward, record.wgrad, record.bits, record.zeros)])
+        return torch.cat(
+            [
+                t.flatten()
+                for t in (record.loss, record.forward, record.wgrad, record.bits, record.zeros)
+            ]
+        )
 
     @classmethod
     def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
@@ -78,7 +89,11 @@ def probe_layer(
     """
     samples, rows = len(x), min(len(x), PROBED_ROWS)
     dtype = fast_dtype(x.device)
-    whole = {Role.ACTIVATION: x.detach()[:rows], Role.WEIGHT: weight.detach(), Role.ERROR: e.detach()[:rows]}
+    whole = {
+        Role.ACTIVATION: x.detach()[:rows],
+        Role.WEIGHT: weight.detach(),
+        Role.ERROR: e.detach()[:rows],
+    }
     shape = tuple(whole[Role.ACTIVATION].shape)
     cast = {role: t.to(dtype) for role, t in whole.items()}
 
@@ -88,15 +103,22 @@ def probe_layer(
 
     dw_energy = _energy(product(Gemm.WGRAD, Role.ERROR, cast[Role.ERROR]))
     y_energy = _energy(product(Gemm.FORWARD, Role.ACTIVATION, cast[Role.ACTIVATION]))
-    figures = {name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64) for name in ProbeRecord.__dataclass_fields__}
+    figures = {
+        name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64)
+        for name in ProbeRecord.__dataclass_fields__
+    }
     for role in Role:
         for column, shift in enumerate(SHIFTS):
             blocks = _shifted(whole[role], plan, role, requests[role], settings, shift, position)
             figures["bits"][role, column] = float(blocks.bits.double().mean())
-            figures["zeros"][role, column] = float((blocks.occupied & (blocks.bits == 0)).double().mean())
+            figures["zeros"][role, column] = float(
+                (blocks.occupied & (blocks.bits == 0)).double().mean()
+            )
             error = (_values(blocks, plan, role) - whole[role].float()).to(dtype)
             if role is Role.ERROR:
-                figures["wgrad"][role, column] = _energy(product(Gemm.WGRAD, role, error)) / dw_energy if dw_energy > 0 else 0.0
+                figures["wgrad"][role, column] = (
+                    _energy(product(Gemm.WGRAD, role, error)) / dw_energy if dw_energy > 0 else 0.0
+                )
                 continue
             change = product(Gemm.FORWARD, role, error)
             # E is of the batch's mean: `samples` times it is a sample's own.
@@ -107,11 +129,19 @@ def probe_layer(
 
 
 def _shifted(
-    operand: Tensor, plan: LayerPlan, role: Role, request: Tensor, settings: Sequence[int], shift: int, position: StreamPosition
+    operand: Tensor,
+    plan: LayerPlan,
+    role: Role,
+    request: Tensor,
+    settings: Sequence[int],
+    shift: int,
+    position: StreamPosition,
 ) -> QuantizedBlocks:
     if role is Role.WEIGHT and plan.band is not None:
         operand = plan.band.embed(operand)
-    return quantize_operand(operand, plan, role, _READER[role], request + shift, settings, position=position)
+    return quantize_operand(
+        operand, plan, role, _READER[role], request + shift, settings, position=position
+    )
 
 
 _READER: Final = {Role.ACTIVATION: Gemm.FORWARD, Role.WEIGHT: Gemm.FORWARD, Role.ERROR: Gemm.DGRAD}

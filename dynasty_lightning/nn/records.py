@@ -28,11 +28,12 @@ COUNT_ONLY: Final = "-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """What one call of a layer showed: headers (of X and W in FORWARD, E, X in WGRAD, W in DGRAD), mean squares (none if only headers were
-    wanted), how many operands were not finite (of X, W, E), measured harm, |dW|**2.
+    """What one call of a layer showed: headers (of X and W in FORWARD, E, X in WGRAD, W in DGRAD),
+    mean squares (none if only headers were wanted), how many operands were not finite (of X, W, E),
+    measured harm, |dW|**2.
 
-    `gradient` is dW itself, for a call that is one of several of its step or rank: their squares are those of the sum. `squares` then has
-    no dw_square.
+    `gradient` is dW itself, for a call that is one of several of its step or rank: their squares
+    are those of the sum. `squares` then has no dw_square.
     """
 
     input_shape: tuple[int, ...]
@@ -48,14 +49,17 @@ class StepRecord:
 
 
 class ObservationSlot:
-    """Where the backward operator leaves the records of one layer: of all its calls in a step, be they of several micro-batches or of one
-    forward that uses the layer twice. A copy of the layer gets a slot of its own.
+    """Where the backward operator leaves the records of one layer: of all its calls in a step, be
+    they of several micro-batches or of one forward that uses the layer twice. A copy of the layer
+    gets a slot of its own.
 
     Attributes:
-        keeps_gradient: whether dW is kept from the first call on, because more micro-batches or ranks have their share in it.
+        keeps_gradient: whether dW is kept from the first call on, because more micro-batches or
+            ranks have their share in it.
         records: of the step's calls, dW taken out of them.
         gradient: the sum of the dW that were kept; None if none was.
-        uses: how often each GEMM has run, by `Gemm`, with a backward pass; recorded or not, until somebody takes the counts away.
+        uses: how often each GEMM has run, by `Gemm`, with a backward pass; recorded or not, until
+            somebody takes the counts away.
     """
 
     def __init__(self) -> None:
@@ -77,7 +81,9 @@ class ObservationSlot:
         return self.records[-1] if self.records else None
 
     def needs_gradient(self, call_index: int) -> bool:
-        """Whether a call's dW has to be kept. `call_index` counts forward calls, and backward meets the last one first."""
+        """Whether a call's dW has to be kept. `call_index` counts forward calls, and backward meets
+        the last one first.
+        """
         return self.keeps_gradient or call_index > 0 or bool(self.records)
 
     def count(self, *, has_dgrad: bool, has_wgrad: bool) -> None:
@@ -90,7 +96,8 @@ class ObservationSlot:
     def record(self, record: StepRecord) -> None:
         """Add a call to the step."""
         if (dw := record.gradient) is not None:
-            # Of a layer whose gradient some calls throw away (a discriminator in the generator's step), the others make the step.
+            # Of a layer whose gradient some calls throw away (a discriminator in the generator's
+            # step), the others make the step.
             if self.gradient is None or record.has_wgrad > self._is_wanted:
                 self.gradient, self._is_wanted = dw, record.has_wgrad
             elif record.has_wgrad == self._is_wanted:
@@ -136,12 +143,19 @@ def record_of(
     moments: bool = True,
     keep_gradient: bool = False,
 ) -> StepRecord:
-    """A call's record from what the backward operator holds; without `moments`, headers and what was not finite."""
+    """A call's record from what the backward operator holds; without `moments`, headers and what
+    was not finite.
+    """
     channels = plan.format.block_shape[1]
     axis = plan.geometry.channel_axis
 
     def by_position(t: Tensor) -> Tensor:
-        return mean_squares(t, BlockLayout(shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim))
+        return mean_squares(
+            t,
+            BlockLayout(
+                shape=tuple(t.shape), block_shape=(t.shape[0], channels), channel_axis=axis % t.ndim
+            ),
+        )
 
     squares: dict[str, Tensor] = {}
     if moments:
@@ -154,7 +168,8 @@ def record_of(
         }
         if not keep_gradient:
             squares["dw_square"] = weight_squares(plan, dw)
-    # A square of what float32 holds is finite in float64, so the means, of which there are fewer, tell of each element.
+    # A square of what float32 holds is finite in float64, so the means, of which there are fewer,
+    # tell of each element.
     e_is_finite = bool((squares["e_square"] if moments else e).isfinite().all())
     return StepRecord(
         input_shape=shape,
@@ -164,12 +179,17 @@ def record_of(
         headers=tuple(headers),
         squares=squares,
         nonfinite=(
-            int(x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())),
-            int(w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())),
+            int(
+                x_blocks.passthrough is not None and not bool(x_blocks.passthrough.isfinite().all())
+            ),
+            int(
+                w_blocks.passthrough is not None and not bool(w_blocks.passthrough.isfinite().all())
+            ),
             int(not e_is_finite),
         ),
         probe=probe,
-        # A copy: autograd takes dW itself for the parameter's gradient, to which it adds the next micro-batch's.
+        # A copy: autograd takes dW itself for the parameter's gradient, to which it adds the next
+        # micro-batch's.
         gradient=dw.detach().clone() if moments and keep_gradient else None,
         gradient_energy=float(dw.double().square().sum()) if probe is not None else 0.0,
     )
@@ -187,6 +207,16 @@ def weight_squares(plan: LayerPlan, t: Tensor) -> Tensor:
 
 def _dequantized(plan: LayerPlan, blocks: QuantizedBlocks, slot: str) -> Tensor:
     """The operand as the GEMMs read it; what was not quantized counts as zero."""
-    if plan.format.scaling == "mx" and blocks.passthrough is not None and bool(blocks.passthrough.isfinite().all()):
-        return blocks.with_passthrough(torch.float32)  # quantized, but in blocks further apart than packed ones can be
-    return blocks.fast_values(slot) if blocks.passthrough is None and is_safe(blocks) else blocks.values(torch.float32)
+    if (
+        plan.format.scaling == "mx"
+        and blocks.passthrough is not None
+        and bool(blocks.passthrough.isfinite().all())
+    ):
+        return blocks.with_passthrough(
+            torch.float32
+        )  # quantized, but in blocks further apart than packed ones can be
+    return (
+        blocks.fast_values(slot)
+        if blocks.passthrough is None and is_safe(blocks)
+        else blocks.values(torch.float32)
+    )

@@ -9,8 +9,9 @@ from typing import Literal
 class LayerGeometry:
     """Shape parameters of a layer after explicit padding; sizes in elements.
 
-    `weight_shape` is [O, I] for a Linear and [O, I / groups, *taps] for a Conv; `stride`, `padding` (zeros on both sides)
-    and `dilation` have one entry for each spatial axis and are empty for a Linear.
+    `weight_shape` is [O, I] for a Linear and [O, I / groups, *taps] for a Conv; `stride`, `padding`
+    (zeros on both sides) and `dilation` have one entry for each spatial axis and are empty for a
+    Linear.
     """
 
     kind: Literal["linear", "conv"]
@@ -23,12 +24,20 @@ class LayerGeometry:
     def __post_init__(self) -> None:
         spatial = len(self.weight_shape) - 2
         if self.kind == "linear" and (spatial != 0 or self.groups != 1):
-            raise ValueError(f"a Linear's weight is [O, I] without groups, not {self.weight_shape} in {self.groups} groups")
+            raise ValueError(
+                f"a Linear's weight is [O, I] without groups, not {self.weight_shape} in "
+                f"{self.groups} groups"
+            )
         for name in ("stride", "padding", "dilation"):
             if len(getattr(self, name)) != spatial:
-                raise ValueError(f"{name} needs {spatial} entries for weight_shape {self.weight_shape}, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} needs {spatial} entries for weight_shape {self.weight_shape}, not "
+                    f"{getattr(self, name)}"
+                )
         if self.weight_shape[0] % self.groups:
-            raise ValueError(f"{self.weight_shape[0]} output channels do not divide into {self.groups} groups")
+            raise ValueError(
+                f"{self.weight_shape[0]} output channels do not divide into {self.groups} groups"
+            )
 
     @property
     def out_channels(self) -> int:

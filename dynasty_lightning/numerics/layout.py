@@ -12,7 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """Cuts a tensor into blocks of `block_shape` = rows x channels at each position; axis 0 holds the rows.
+    """Cuts a tensor into blocks of `block_shape` = rows x channels at each position; axis 0 holds
+    the rows.
 
     Raises ValueError for an empty tensor or fewer than two axes.
     """
@@ -23,9 +24,15 @@ class BlockLayout:
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2 or 0 in self.shape:
-            raise ValueError(f"an operand needs a row axis, a channel axis and at least one element, not shape {tuple(self.shape)}")
+            raise ValueError(
+                f"an operand needs a row axis, a channel axis and at least one element, not "
+                f"shape {tuple(self.shape)}"
+            )
         if not 1 <= self.channel_axis < len(self.shape):
-            raise ValueError(f"channel_axis must be in [1, {len(self.shape) - 1}] for shape {tuple(self.shape)}, not {self.channel_axis}")
+            raise ValueError(
+                f"channel_axis must be in [1, {len(self.shape) - 1}] for shape "
+                f"{tuple(self.shape)}, not {self.channel_axis}"
+            )
 
     @cached_property
     def grid_shape(self) -> tuple[int, ...]:
@@ -37,7 +44,10 @@ class BlockLayout:
 
     @cached_property
     def is_ragged(self) -> bool:
-        return bool(self.shape[0] % self.block_shape[0] or self.shape[self.channel_axis] % self.block_shape[1])
+        return bool(
+            self.shape[0] % self.block_shape[0]
+            or self.shape[self.channel_axis] % self.block_shape[1]
+        )
 
     @cached_property
     def extents(self) -> tuple[int, int, int]:
@@ -47,7 +57,9 @@ class BlockLayout:
 
     @cached_property
     def channels_innermost(self) -> tuple[int, ...]:
-        """Strides of a tensor of the layout's shape whose channel axis has stride 1: contiguous for a Linear, channels_last for a Conv."""
+        """Strides of a tensor of the layout's shape whose channel axis has stride 1: contiguous for
+        a Linear, channels_last for a Conv.
+        """
         return _channels_innermost(self.shape, self.channel_axis)
 
     @cached_property
@@ -56,21 +68,29 @@ class BlockLayout:
         return _channels_innermost(self.grid_shape, self.channel_axis)
 
     def split(self, x: Tensor) -> Tensor:
-        """[N, .., C, ..] -> [N / rows, rows, .., C / channels, channels, ..], zero padded where ragged; else a view."""
+        """[N, .., C, ..] -> [N / rows, rows, .., C / channels, channels, ..], zero padded where
+        ragged; else a view.
+        """
         if self.is_ragged:
             grid, axis = self.grid_shape, self.channel_axis
             padding = [0, 0] * len(self.shape)
-            padding[2 * (len(self.shape) - 1 - axis) + 1] = grid[axis] * self.block_shape[1] - self.shape[axis]
+            padding[2 * (len(self.shape) - 1 - axis) + 1] = (
+                grid[axis] * self.block_shape[1] - self.shape[axis]
+            )
             padding[-1] = grid[0] * self.block_shape[0] - self.shape[0]
             x = F.pad(x, padding)
-        blocks: Tensor = x.unflatten(self.channel_axis, (-1, self.block_shape[1])).unflatten(0, (-1, self.block_shape[0]))
+        blocks: Tensor = x.unflatten(self.channel_axis, (-1, self.block_shape[1])).unflatten(
+            0, (-1, self.block_shape[0])
+        )
         return blocks
 
     def join(self, blocks: Tensor) -> Tensor:
         """The inverse of `split`: drops the padding."""
         x = blocks.flatten(0, 1).flatten(self.channel_axis, self.channel_axis + 1)
         if self.is_ragged:
-            x = x.narrow(0, 0, self.shape[0]).narrow(self.channel_axis, 0, self.shape[self.channel_axis])
+            x = x.narrow(0, 0, self.shape[0]).narrow(
+                self.channel_axis, 0, self.shape[self.channel_axis]
+            )
         return x
 
     def spread(self, grid: Tensor) -> Tensor:
@@ -86,7 +106,9 @@ class BlockLayout:
         return blocks.amin(1).amin(self.channel_axis + 1)
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over each block's real elements (padding not counted) of a tensor of `shape`; grid."""
+        """Mean over each block's real elements (padding not counted) of a tensor of `shape`;
+        grid.
+        """
         total = self.split(x).sum(1).sum(self.channel_axis + 1)
         return total / self.counts(x.device)
 
@@ -111,7 +133,9 @@ def _channels_innermost(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def band_width(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) -> int:
-    """`BandedWeight.width`, without its indices, which are as many as a weight has elements at one tap."""
+    """`BandedWeight.width`, without its indices, which are as many as a weight has elements at one
+    tap.
+    """
     return _bands(weight_shape, groups, unit)[1]
 
 
@@ -130,13 +154,18 @@ def _bands(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) ->
 class BandedWeight:
     """W [O, I / groups, *taps] of a grouped Conv inside its block-diagonal matrix [O, I, *taps].
 
-    Row block r of the matrix keeps `width` columns from `first_columns[r]` on, which is a multiple of the block's channels,
-    so exponent blocks fall where they fall in the whole matrix and ignore group borders. All row blocks of a `unit` (rows x channels,
-    multiples of the block's) share their columns: width groups, and blocks that are cut along both axes, span several of them.
+    Row block r of the matrix keeps `width` columns from `first_columns[r]` on, which is a multiple
+    of the block's channels, so exponent blocks fall where they fall in the whole matrix and ignore
+    group borders. All row blocks of a `unit` (rows x channels, multiples of the block's) share
+    their columns: width groups, and blocks that are cut along both axes, span several of them.
     """
 
     def __init__(
-        self, weight_shape: tuple[int, ...], groups: int, block_shape: tuple[int, int], unit: tuple[int, int] | None = None
+        self,
+        weight_shape: tuple[int, ...],
+        groups: int,
+        block_shape: tuple[int, int],
+        unit: tuple[int, int] | None = None,
     ) -> None:
         outputs, group_inputs = weight_shape[:2]
         rows = (unit or block_shape)[0]
@@ -157,7 +186,9 @@ class BandedWeight:
     def extract(self, band: Tensor) -> Tensor:
         """The inverse of `embed`."""
         index = self._columns.to(band.device)
-        index = index.view(*index.shape, *[1] * (band.ndim - 2)).expand(*index.shape, *band.shape[2:])
+        index = index.view(*index.shape, *[1] * (band.ndim - 2)).expand(
+            *index.shape, *band.shape[2:]
+        )
         return band.gather(1, index)
 
     def _index(self, weight: Tensor) -> Tensor:

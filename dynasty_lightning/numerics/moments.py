@@ -11,8 +11,9 @@ from .layout import BlockLayout
 def mean_squares(x: Tensor, layout: BlockLayout) -> Tensor:
     """Mean of x**2 over each block's real elements, float64 on the grid.
 
-    Summed in float64 in one fixed order (each channel over its rows, then the channels), so that the result depends neither on the
-    memory format nor on threads or device. float64, because squares of gradients that float32 holds may be none that it does.
+    Summed in float64 in one fixed order (each channel over its rows, then the channels), so that
+    the result depends neither on the memory format nor on threads or device. float64, because
+    squares of gradients that float32 holds may be none that it does.
 
     Args:
         x: floating point, of the layout's shape. Blocks may have as many rows as x.

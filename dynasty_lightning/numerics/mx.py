@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the rival of that name: no window, no zero flag that it knows of.
+"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the rival of that name: no
+window, no zero flag that it knows of.
 
-Section 5.2: a block's scale is E8M0, 2**-127 to 2**127. Section 5.3.4: an element is an 8-bit integer times 2**-6, its most negative code
-may stay unused. Section 6.3: the scale is the largest power of two that the block's largest element reaches, elements are rounded to
-nearest-even and saturate.
+Section 5.2: a block's scale is E8M0, 2**-127 to 2**127. Section 5.3.4: an element is an 8-bit
+integer times 2**-6, its most negative code may stay unused. Section 6.3: the scale is the largest
+power of two that the block's largest element reaches, elements are rounded to nearest-even and
+saturate.
 """
 
 from dataclasses import replace
@@ -22,10 +24,12 @@ _LEAST_SCALE: Final = -127  # E8M0
 
 
 def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -> QuantizedBlocks:
-    """An operand in the specification's blocks, at 8 bits; at 2 to 7 the same with fewer fractional bits, which it does not have.
+    """An operand in the specification's blocks, at 8 bits; at 2 to 7 the same with fewer fractional
+    bits, which it does not have.
 
-    Scopes whose blocks all lie within our window come packed. Others exceed what packed operands and exact sums are made for: they pass in
-    float32, which holds each of their values, as do scopes that are not finite and so not quantized.
+    Scopes whose blocks all lie within our window come packed. Others exceed what packed operands
+    and exact sums are made for: they pass in float32, which holds each of their values, as do
+    scopes that are not finite and so not quantized.
 
     Args:
         x: float32 or bfloat16, of the layout's shape.
@@ -43,7 +47,10 @@ def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -
     width = torch.where(occupied, bits, 0).to(torch.int32)
     scale_exponent = shared + 2 - width
     limit = power_of_two((width - 1).clamp(min=0)) - 1
-    integers = round_nearest(scale_blocks(layout, blocks, torch.where(occupied, -scale_exponent, 0), width > 0), layout.spread(limit))
+    integers = round_nearest(
+        scale_blocks(layout, blocks, torch.where(occupied, -scale_exponent, 0), width > 0),
+        layout.spread(limit),
+    )
     active = layout.amax(integers.abs()) > 0
     ceiling = over_scope(torch.where(active, shared, NO_EXPONENT), layout, scope, torch.amax)
     beyond = active & (scale_exponent < ceiling - (WINDOW + 6))
@@ -53,8 +60,12 @@ def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -
         layout=layout,
         codes=codes,
         # What lies beyond the window is not read from here.
-        relative_exponents=native.empty_grid(x, layout, torch.int8).copy_(torch.where(active & ~beyond, scale_exponent - ceiling, 0)),
-        headers=native.empty_grid(x, layout, torch.uint8).copy_(make_headers(torch.where(active, width, 0), active, occupied)),
+        relative_exponents=native.empty_grid(x, layout, torch.int8).copy_(
+            torch.where(active & ~beyond, scale_exponent - ceiling, 0)
+        ),
+        headers=native.empty_grid(x, layout, torch.uint8).copy_(
+            make_headers(torch.where(active, width, 0), active, occupied)
+        ),
         largest_exponents=ceiling,
     )
     far = over_scope(beyond, layout, scope, torch.amax)

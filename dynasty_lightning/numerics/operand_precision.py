@@ -20,12 +20,15 @@ class OperandPrecision:
     Attributes:
         lsb_exponent: int16, broadcasts to the grid: LSBs no finer than 2**lsb_exponent are needed.
         bits: uint8, broadcasts to the grid: the width itself, 0 or in [2, 8].
-        least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets blocks be zero or dropped.
-        backward_bits: most bits, however they are asked for, of the operand as the backward GEMM reads it that shares it with FORWARD:
-            X in WGRAD, W in DGRAD. E has no other reader, and nothing to limit.
+        least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets
+            blocks be zero or dropped.
+        backward_bits: most bits, however they are asked for, of the operand as the backward GEMM
+            reads it that shares it with FORWARD: X in WGRAD, W in DGRAD. E has no other reader, and
+            nothing to limit.
 
     Raises:
-        ValueError: both or none given, a width outside {0, 2..8}, or limits that contradict each other.
+        ValueError: both or none given, a width outside {0, 2..8}, or limits that contradict each
+            other.
     """
 
     lsb_exponent: Tensor | int | None = None
@@ -36,18 +39,30 @@ class OperandPrecision:
 
     def __post_init__(self) -> None:
         if (self.lsb_exponent is None) == (self.bits is None):
-            raise ValueError(f"give exactly one of lsb_exponent and bits, not {'none' if self.bits is None else 'both'}")
+            raise ValueError(
+                f"give exactly one of lsb_exponent and bits, not "
+                f"{'none' if self.bits is None else 'both'}"
+            )
         check_bits(self.least_bits, name="least_bits")
         check_bits(self.most_bits, name="most_bits")
         if self.most_bits == ZERO_BITS or self.least_bits > self.most_bits:
-            raise ValueError(f"least_bits {self.least_bits} must not exceed most_bits {self.most_bits}, and most_bits not be 0")
+            raise ValueError(
+                f"least_bits {self.least_bits} must not exceed most_bits {self.most_bits}, and "
+                f"most_bits not be 0"
+            )
         if check_bits(self.backward_bits, name="backward_bits") < max(self.least_bits, MIN_BITS):
-            raise ValueError(f"backward_bits {self.backward_bits} must be at least {MIN_BITS} and not below least_bits {self.least_bits}")
+            raise ValueError(
+                f"backward_bits {self.backward_bits} must be at least {MIN_BITS} and not below "
+                f"least_bits {self.least_bits}"
+            )
         if self.bits is not None:
             bits = _integers(self.bits, "bits")
             wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
             if wrong.numel():
-                raise ValueError(f"bits must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not {int(wrong[0])}")
+                raise ValueError(
+                    f"bits must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not "
+                    f"{int(wrong[0])}"
+                )
             object.__setattr__(self, "bits", bits.to(torch.uint8))
         else:
             assert self.lsb_exponent is not None
@@ -55,7 +70,10 @@ class OperandPrecision:
             # Not abs(): the smallest integer of a type has none.
             wrong = lsb[(lsb < -MAX_LSB_EXPONENT) | (lsb > MAX_LSB_EXPONENT)]
             if wrong.numel():
-                raise ValueError(f"lsb_exponent must lie in [-{MAX_LSB_EXPONENT}, {MAX_LSB_EXPONENT}], not {int(wrong[0])}")
+                raise ValueError(
+                    f"lsb_exponent must lie in [-{MAX_LSB_EXPONENT}, {MAX_LSB_EXPONENT}], not "
+                    f"{int(wrong[0])}"
+                )
             object.__setattr__(self, "lsb_exponent", lsb.to(torch.int16))
 
     @property

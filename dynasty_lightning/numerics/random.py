@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counter-based random stream: a number depends on where it is used, never on how many were drawn before.
+"""The counter-based random stream: a number depends on where it is used, never on how many were
+drawn before.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; layout in docs/numerics.md.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; layout in
+docs/numerics.md.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ _CHUNK: Final = 1 << 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamPosition:
-    """Where in training a number is drawn. Raises ValueError for a field that does not fit the counter."""
+    """Where in training a number is drawn. Raises ValueError for a field that does not fit the
+    counter.
+    """
 
     seed: int = 0
     rank: int = 0
@@ -39,7 +43,10 @@ class StreamPosition:
             if not 0 <= getattr(self, name) <= _MASK:
                 raise ValueError(f"{name} must fit 32 unsigned bits, not {getattr(self, name)}")
         if not 0 <= self.layer < 1 << 16:
-            raise ValueError(f"layer must fit 16 unsigned bits, not {self.layer}: a model may hold 65536 converted layers")
+            raise ValueError(
+                f"layer must fit 16 unsigned bits, not {self.layer}: a model may hold 65536 "
+                f"converted layers"
+            )
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
@@ -53,21 +60,33 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack(_rounds(words[0], words[1], words[2], words[3], key), dim=1)
 
 
-def _rounds(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rounds(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # The 64-bit products wrap as signed numbers; an arithmetic shift and a mask still give the true upper half.
+        # The 64-bit products wrap as signed numbers; an arithmetic shift and a mask still give the
+        # true upper half.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1.bitwise_and_(_MASK)
-        c2, c3 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0.bitwise_and_(_MASK)
+        c0, c1 = (
+            (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK),
+            p1.bitwise_and_(_MASK),
+        )
+        c2, c3 = (
+            (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK),
+            p0.bitwise_and_(_MASK),
+        )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
-def stream_numbers(position: StreamPosition, code: int, count: int, *, device: torch.device | str = "cpu") -> Tensor:
+def stream_numbers(
+    position: StreamPosition, code: int, count: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """The first `count` 16-bit numbers of the stream at `position`, int32 in [0, 65536).
 
-    `code` is a role's value, or `DROP_CODE` plus it. Raises ValueError if `code` does not fit 4 bits.
+    `code` is a role's value, or `DROP_CODE` plus it. Raises ValueError if `code` does not fit 4
+    bits.
     """
     if not 0 <= code < 16:
         raise ValueError(f"a stream code must fit 4 bits, not {code}")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three operands of a layer's training step, the three GEMMs, and the one table of which GEMM reads what."""
+"""The three operands of a layer's training step, the three GEMMs, and the one table of which GEMM
+reads what.
+"""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -23,7 +25,9 @@ class Role(IntEnum):
     def from_letter(cls, letter: str) -> "Role":
         """The role of a letter. Raises ValueError for any other text than X, W or E."""
         if len(letter) != 1 or letter not in "XWE":
-            raise ValueError(f"a role is written X (activation), W (weight) or E (error), not {letter!r}")
+            raise ValueError(
+                f"a role is written X (activation), W (weight) or E (error), not {letter!r}"
+            )
         return cls("XWE".index(letter))
 
 
@@ -43,5 +47,7 @@ READS: Final[Mapping[Gemm, tuple[Role, Role]]] = MappingProxyType(
     }
 )
 
-SHARED: Final[Mapping[Role, Gemm]] = MappingProxyType({Role.ACTIVATION: Gemm.WGRAD, Role.WEIGHT: Gemm.DGRAD})
+SHARED: Final[Mapping[Role, Gemm]] = MappingProxyType(
+    {Role.ACTIVATION: Gemm.WGRAD, Role.WEIGHT: Gemm.DGRAD}
+)
 """The backward GEMM that reads an operand of FORWARD."""

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured marginal harm per cost, balanced over roles and layers: what corrects predicted harm while training runs."""
+"""Measured marginal harm per cost, balanced over roles and layers: what corrects predicted harm
+while training runs.
+"""
 
 import math
 from collections.abc import Mapping
@@ -8,30 +10,48 @@ from typing import Any, Final
 
 from ..cost.bit_products import ZERO_CHARGE
 from ..numerics.roles import READS, Role
-from .sensitivity import FORWARD_SHARE, LayerStatistics, bit_price, operand_elements, progress_and_share
+from .sensitivity import (
+    FORWARD_SHARE,
+    LayerStatistics,
+    bit_price,
+    operand_elements,
+    progress_and_share,
+)
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7
 _MAX_LOG: Final = math.log(64.0)
-_LEAST_BITS: Final = 0.02  # of mean width between the two shifts: below that there is no cost to weigh harm against
+_LEAST_BITS: Final = (
+    0.02  # of mean width between the two shifts: below that there is no cost to weigh harm against
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slope:
-    """Between the finer and the coarser shift of an operand's thresholds: harm added, share of a step's cost saved."""
+    """Between the finer and the coarser shift of an operand's thresholds: harm added, share of a
+    step's cost saved.
+    """
 
     harm: float
     cost: float
 
 
-def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Slope]]:
-    """Harm as `layer_sensitivities` defines it, but of rounding errors that were made, not predicted (docs/thresholds.md, equation 7).
+def measured_slopes(
+    layers: Mapping[str, LayerStatistics], *, loss: float
+) -> dict[str, dict[Role, Slope]]:
+    """Harm as `layer_sensitivities` defines it, but of rounding errors that were made, not
+    predicted (docs/thresholds.md, equation 7).
 
     Returns:
-        By layer and role; nothing if no layer was probed or one has a measurement that is not finite.
+        By layer and role; nothing if no layer was probed or one has a measurement that is not
+        finite.
     """
     probes = [s.probe for s in layers.values() if s.probe is not None]
-    if not all(bool(t.isfinite().all()) for p in probes for t in (p.loss, p.forward, p.wgrad, p.bits, p.zeros)):
+    if not all(
+        bool(t.isfinite().all())
+        for p in probes
+        for t in (p.loss, p.forward, p.wgrad, p.bits, p.zeros)
+    ):
         return {}
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     slopes: dict[str, dict[Role, Slope]] = {}
@@ -42,38 +62,55 @@ def measured_slopes(layers: Mapping[str, LayerStatistics], *, loss: float) -> di
         if probe is None:
             continue
         for role in Role:
-            # E's error is noise in its own dW; an error of Y is one in every layer's, in proportion.
-            gradient = share * s.learns * probe.wgrad[role] if role is Role.ERROR else FORWARD_SHARE * progress * probe.forward[role]
+            # E's error is noise in its own dW; an error of Y is one in every layer's, in
+            # proportion.
+            gradient = (
+                share * s.learns * probe.wgrad[role]
+                if role is Role.ERROR
+                else FORWARD_SHARE * progress * probe.forward[role]
+            )
             harm = (probe.loss[role] + gradient) / (loss if loss > 0 else 1.0)
             # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
             elements = counts[role]
             price = bit_price(s, role, elements, total_macs) * elements
-            charge = ZERO_CHARGE * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles) / (64.0 * max(total_macs, 1))
+            charge = (
+                ZERO_CHARGE
+                * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles)
+                / (64.0 * max(total_macs, 1))
+            )
             fewer = float(probe.bits[role][0] - probe.bits[role][1])
             saved = price * fewer - charge * float(probe.zeros[role][1] - probe.zeros[role][0])
-            slopes.setdefault(name, {})[role] = Slope(harm=float(harm[1] - harm[0]), cost=saved if saved > price * _LEAST_BITS else 0.0)
+            slopes.setdefault(name, {})[role] = Slope(
+                harm=float(harm[1] - harm[0]), cost=saved if saved > price * _LEAST_BITS else 0.0
+            )
     return slopes
 
 
 @dataclass(kw_only=True)
 class Calibration:
-    """Multipliers of predicted harm that make measured slopes equal, at first over roles and then over each role's layers.
+    """Multipliers of predicted harm that make measured slopes equal, at first over roles and then
+    over each role's layers.
 
     Args:
         by_layer: also balance the layers of a role.
-        smoothing: weight of the past in the moving average of log slopes: single ones swing several-fold between events.
+        smoothing: weight of the past in the moving average of log slopes: single ones swing
+            several-fold between events.
     """
 
     by_layer: bool = True
     smoothing: float = 0.6
     events: int = field(default=0, init=False)
-    log_role: dict[str, float] = field(default_factory=lambda: {r.letter: 0.0 for r in Role}, init=False)
+    log_role: dict[str, float] = field(
+        default_factory=lambda: {r.letter: 0.0 for r in Role}, init=False
+    )
     log_layer: dict[str, float] = field(default_factory=dict, init=False)
     _average: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def multiplier(self, layer: str, role: Role) -> float:
         """What predicted harm of an operand counts times; 1 before anything was measured."""
-        return math.exp(self.log_role[role.letter] + self.log_layer.get(f"{layer}/{role.letter}", 0.0))
+        return math.exp(
+            self.log_role[role.letter] + self.log_layer.get(f"{layer}/{role.letter}", 0.0)
+        )
 
     def update(self, slopes: Mapping[str, Mapping[Role, Slope]]) -> None:
         """Move the multipliers toward balance by one measurement; without one they stay."""
@@ -88,19 +125,26 @@ class Calibration:
             )
             for role in Role
         }
-        self._balance(self.log_role, {role.letter: v for role, v in totals.items() if v is not None})
+        self._balance(
+            self.log_role, {role.letter: v for role, v in totals.items() if v is not None}
+        )
         if not self.by_layer:
             return
         for role in Role:
-            keys = {f"{name}/{role.letter}": s[role] for name, s in slopes.items() if s[role].cost > 0}
+            keys = {
+                f"{name}/{role.letter}": s[role] for name, s in slopes.items() if s[role].cost > 0
+            }
             logs = {key: self._smooth(key, slope.harm, slope.cost) for key, slope in keys.items()}
             self._balance(self.log_layer, {key: v for key, v in logs.items() if v is not None})
 
     def _smooth(self, key: str, harm: float, cost: float) -> float | None:
-        """Moving average of ln(harm / cost); None where neither this event nor any before it has one."""
+        """Moving average of ln(harm / cost); None where neither this event nor any before it has
+        one.
+        """
         value, weight = self._average.get(key, (0.0, 0.0))
         if harm > 0 and cost > 0:
-            # The slope was measured under the multipliers of now: the average must not remember those of before.
+            # The slope was measured under the multipliers of now: the average must not remember
+            # those of before.
             value = self.smoothing * value + (1 - self.smoothing) * math.log(harm / cost)
             weight = self.smoothing * weight + (1 - self.smoothing)
             self._average[key] = (value, weight)
@@ -119,9 +163,16 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "events": self.events, "log_role": dict(self.log_role), "log_layer": dict(self.log_layer), "average": dict(self._average),
-        }  # fmt: skip
+            "events": self.events,
+            "log_role": dict(self.log_role),
+            "log_layer": dict(self.log_layer),
+            "average": dict(self._average),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.events, self.log_role, self.log_layer = state["events"], dict(state["log_role"]), dict(state["log_layer"])
+        self.events, self.log_role, self.log_layer = (
+            state["events"],
+            dict(state["log_role"]),
+            dict(state["log_layer"]),
+        )
         self._average = {key: (value[0], value[1]) for key, value in state["average"].items()}

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured rounding noise, and the constants that turn a price and a sensitivity into a threshold.
 
-Derivation: docs/thresholds.md. Source of every number: benchmarks/bench_noise.py, whose results/noise.json a test holds equal to this.
+Derivation: docs/thresholds.md. Source of every number: benchmarks/bench_noise.py, whose
+results/noise.json a test holds equal to this.
 """
 
 import math
@@ -16,9 +17,11 @@ from ..numerics.formats import MAX_BITS, MIN_BITS
 from ..numerics.roles import Role
 
 NOISE_PER_LSB: Final = {Role.ACTIVATION: 1 / 12, Role.WEIGHT: 1 / 12, Role.ERROR: 1 / 6}
-"""kappa: mean squared error in units of LSB**2, of uniform rounding error; nearest 1/12, stochastic f(1-f) averaged, 1/6.
+"""kappa: mean squared error in units of LSB**2, of uniform rounding error; nearest 1/12, stochastic
+f(1-f) averaged, 1/6.
 
-Measured from 3 bits on within 9 % of these (4x4 blocks; at 2 bits .099 and .156); after ReLU half, since zeros cost nothing.
+Measured from 3 bits on within 9 % of these (4x4 blocks; at 2 bits .099 and .156); after ReLU half,
+since zeros cost nothing.
 """
 
 LSB_LIMIT: Final = 512
@@ -28,36 +31,82 @@ Noise = Mapping[tuple[int, int], Mapping[tuple[Role, bool], tuple[float, ...]]]
 
 NOISE_TO_SIGNAL: Final[Noise] = {
     (4, 4): {
-        (Role.ACTIVATION, False): (0.04231, 0.01028, 0.002524, 0.0006255, 0.0001564, 3.9e-05, 9.704e-06),
-        (Role.ACTIVATION, True): (0.2207, 0.05309, 0.01306, 0.003236, 0.0008051, 0.0002011, 5.026e-05),
+        (Role.ACTIVATION, False): (
+            0.04231,
+            0.01028,
+            0.002524,
+            0.0006255,
+            0.0001564,
+            3.9e-05,
+            9.704e-06,
+        ),
+        (Role.ACTIVATION, True): (
+            0.2207,
+            0.05309,
+            0.01306,
+            0.003236,
+            0.0008051,
+            0.0002011,
+            5.026e-05,
+        ),
         (Role.WEIGHT, True): (0.2207, 0.05309, 0.01306, 0.003236, 0.0008052, 0.0002011, 5.026e-05),
         (Role.ERROR, True): (1.46, 0.1823, 0.03312, 0.007268, 0.001705, 0.0004133, 0.0001019),
     },
     (8, 8): {
-        (Role.ACTIVATION, False): (0.06468, 0.01603, 0.003999, 0.0009954, 0.0002485, 6.233e-05, 1.554e-05),
-        (Role.ACTIVATION, True): (0.3017, 0.07658, 0.01903, 0.004753, 0.001186, 0.0002961, 7.425e-05),
+        (Role.ACTIVATION, False): (
+            0.06468,
+            0.01603,
+            0.003999,
+            0.0009954,
+            0.0002485,
+            6.233e-05,
+            1.554e-05,
+        ),
+        (Role.ACTIVATION, True): (
+            0.3017,
+            0.07658,
+            0.01903,
+            0.004753,
+            0.001186,
+            0.0002961,
+            7.425e-05,
+        ),
         (Role.WEIGHT, True): (0.3017, 0.07658, 0.01903, 0.004753, 0.001186, 0.0002961, 7.425e-05),
         (Role.ERROR, True): (1.968, 0.2839, 0.05042, 0.0108, 0.002524, 0.0006105, 0.00015),
     },
     (16, 16): {
-        (Role.ACTIVATION, False): (0.08998, 0.02244, 0.005588, 0.001402, 0.0003494, 8.737e-05, 2.182e-05),
+        (Role.ACTIVATION, False): (
+            0.08998,
+            0.02244,
+            0.005588,
+            0.001402,
+            0.0003494,
+            8.737e-05,
+            2.182e-05,
+        ),
         (Role.ACTIVATION, True): (0.393, 0.1054, 0.02632, 0.00656, 0.001643, 0.0004105, 0.0001024),
         (Role.WEIGHT, True): (0.393, 0.1054, 0.02632, 0.00656, 0.001643, 0.0004105, 0.0001024),
         (Role.ERROR, True): (2.473, 0.3905, 0.07246, 0.01533, 0.003552, 0.0008528, 0.0002089),
     },
 }
-"""sum err**2 / sum x**2 at 2 to 8 bits, by block shape and (role, signed): Gaussian blocks (unsigned X: after ReLU), each of a
+"""sum err**2 / sum x**2 at 2 to 8 bits, by block shape and (role, signed): Gaussian blocks
+(unsigned X: after ReLU), each of a
 scale of its own that is spread evenly over one binade."""
 
-THRESHOLD_OFFSET: Final[Mapping[Role, float]] = MappingProxyType({Role.ACTIVATION: 1.625, Role.WEIGHT: 1.5, Role.ERROR: 1.0625})
+THRESHOLD_OFFSET: Final[Mapping[Role, float]] = MappingProxyType(
+    {Role.ACTIVATION: 1.625, Role.WEIGHT: 1.5, Role.ERROR: 1.0625}
+)
 """What exhaustive search finds, to hold the closed form of `ideal_lsb_exponent` against.
 
-It is o of T = round(1/2 log2(lambda p / s) + o) with the least mean regret over 4x4 Gaussian blocks whose exponents spread by 1.5 binades,
-1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and 1. X is a compromise of 1.5 (signed) and 1.875 (after ReLU).
+It is o of T = round(1/2 log2(lambda p / s) + o) with the least mean regret over 4x4 Gaussian blocks
+whose exponents spread by 1.5 binades, 1 to 6.5 bits on average. The closed form gives 1.5, 1.5 and
+1. X is a compromise of 1.5 (signed) and 1.875 (after ReLU).
 """
 
 
-def noise_to_signal(role: Role, bits: int, *, signed: bool = True, block_shape: tuple[int, int] = (4, 4)) -> float:
+def noise_to_signal(
+    role: Role, bits: int, *, signed: bool = True, block_shape: tuple[int, int] = (4, 4)
+) -> float:
     """Measured sum err**2 / sum x**2 of Gaussian blocks at a width.
 
     Raises:
@@ -66,16 +115,21 @@ def noise_to_signal(role: Role, bits: int, *, signed: bool = True, block_shape: 
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"noise was measured at {MIN_BITS} to {MAX_BITS} bits, not {bits}")
     if block_shape not in NOISE_TO_SIGNAL:
-        raise ValueError(f"noise was measured for blocks {', '.join(map(str, NOISE_TO_SIGNAL))}, not {block_shape}")
+        raise ValueError(
+            f"noise was measured for blocks {', '.join(map(str, NOISE_TO_SIGNAL))}, not "
+            f"{block_shape}"
+        )
     if (role, signed) not in NOISE_TO_SIGNAL[block_shape]:
         raise ValueError(f"{role.letter} is always signed: only X has unsigned blocks")
     return NOISE_TO_SIGNAL[block_shape][role, signed][bits - MIN_BITS]
 
 
 def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role) -> Tensor:
-    """The real-valued LSB exponent at which one more bit stops paying; the best integer is its ceiling (docs/thresholds.md, equation 6).
+    """The real-valued LSB exponent at which one more bit stops paying; the best integer is its
+    ceiling (docs/thresholds.md, equation 6).
 
-    Raising the LSB from 2**T to 2**(T + 1) adds 3 kappa s 4**T harm and saves lambda p, so T = 1/2 log2(lambda p / (3 kappa s)).
+    Raising the LSB from 2**T to 2**(T + 1) adds 3 kappa s 4**T harm and saves lambda p, so T = 1/2
+    log2(lambda p / (3 kappa s)).
 
     Args:
         multiplier: lambda, the exchange rate of cost into harm.
@@ -83,7 +137,8 @@ def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role
         harm: s, of a unit squared error of one element; any shape.
 
     Returns:
-        float64, the shape of `harm`, in [-LSB_LIMIT, LSB_LIMIT]: the top where there is no harm, else the bottom where there is no price.
+        float64, the shape of `harm`, in [-LSB_LIMIT, LSB_LIMIT]: the top where there is no harm,
+        else the bottom where there is no price.
 
     Raises:
         ValueError: lambda or price negative or not finite, or a harm negative or NaN.
@@ -93,7 +148,10 @@ def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role
             raise ValueError(f"{name} must be finite and not negative, not {value}")
     harm = harm.double()
     if not bool((harm >= 0).all()):
-        raise ValueError("sensitivities must not be negative or NaN: a non-finite step must not reach the map generator")
+        raise ValueError(
+            "sensitivities must not be negative or NaN: a non-finite step must not reach the "
+            "map generator"
+        )
     # Logarithms one by one: neither product nor quotient can leave the range of float64.
     gain = math.log2(multiplier) + math.log2(price) if multiplier > 0 and price > 0 else -math.inf
     ideal = 0.5 * (gain - math.log2(3.0 * NOISE_PER_LSB[role]) - torch.log2(harm))

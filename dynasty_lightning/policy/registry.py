@@ -84,37 +84,72 @@ POLICIES: Final = MappingProxyType(
 )
 
 _OF_CALLBACK: Final = (
-    "target_speedup", "noise_budget", "policy", "bits", "interval", "warmup_steps", "probe_interval", "allocation", "loss_guard",
-    "energy_model", "table",
-)  # fmt: skip
+    "target_speedup",
+    "noise_budget",
+    "policy",
+    "bits",
+    "interval",
+    "warmup_steps",
+    "probe_interval",
+    "allocation",
+    "loss_guard",
+    "energy_model",
+    "table",
+)
 """Options of the callback, which hands on what it does not know: misspelt, they arrive here."""
 
 
-def make_policy(name: str, /, *, target_speedup: float | None = None, noise_budget: float | None = None, **options: Any) -> Policy:
+def make_policy(
+    name: str,
+    /,
+    *,
+    target_speedup: float | None = None,
+    noise_budget: float | None = None,
+    **options: Any,
+) -> Policy:
     """A policy by name.
 
     Raises:
-        ValueError: an unknown name, a target that the policy does not take, none where it needs one, or a wrong option.
+        ValueError: an unknown name, a target that the policy does not take, none where it needs
+            one, or a wrong option.
     """
     if name not in POLICIES:
-        raise ValueError(f"policy must be a Policy object or one of {', '.join(map(repr, POLICIES))}, not {name!r}")
+        raise ValueError(
+            f"policy must be a Policy object or one of {', '.join(map(repr, POLICIES))}, not "
+            f"{name!r}"
+        )
     kind = POLICIES[name]
     given = {"target_speedup": target_speedup, "noise_budget": noise_budget}
     targets = {key: value for key, value in given.items() if value is not None}
-    taken = [key for key, takes in zip(given, (kind.takes_speedup, kind.takes_noise), strict=True) if takes]
+    taken = [
+        key
+        for key, takes in zip(given, (kind.takes_speedup, kind.takes_noise), strict=True)
+        if takes
+    ]
     for key in targets:
         if key not in taken:
             raise ValueError(
-                f"policy {name!r} takes {' or '.join(taken) or 'fixed widths (bits=...), no target'}, not {key}={targets[key]}"
+                f"policy {name!r} takes "
+                f"{' or '.join(taken) or 'fixed widths (bits=...), no target'}, not "
+                f"{key}={targets[key]}"
             )
     if taken and not targets:
-        raise ValueError(f"policy {name!r} needs {' or '.join(f'{key}=...' for key in taken)} (e.g. target_speedup=5.0)")
+        raise ValueError(
+            f"policy {name!r} needs {' or '.join(f'{key}=...' for key in taken)} (e.g. "
+            f"target_speedup=5.0)"
+        )
     if not kind.plans_speedup:
         targets.pop("target_speedup", None)
-    known = [n for n in inspect.signature(kind.make).parameters if n not in ("name", "needs_statistics", "wants_probes")]
+    known = [
+        n
+        for n in inspect.signature(kind.make).parameters
+        if n not in ("name", "needs_statistics", "wants_probes")
+    ]
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, [*known, *_OF_CALLBACK], n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"policy {name!r}: no option {option!r}{hint}; it has {', '.join(known)}")
+            raise ValueError(
+                f"policy {name!r}: no option {option!r}{hint}; it has {', '.join(known)}"
+            )
     return kind.make(**targets, **options)

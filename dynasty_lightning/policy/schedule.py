@@ -15,7 +15,9 @@ _FAR: Final = 2.0  # times the guard's limit
 
 @dataclass(kw_only=True)
 class AnalysisSchedule:
-    """Steps at which an analysis runs: once in the warm-up's middle and at its end, often until cost has settled, then every `interval`."""
+    """Steps at which an analysis runs: once in the warm-up's middle and at its end, often until
+    cost has settled, then every `interval`.
+    """
 
     interval: int = 50
     warmup_steps: int = 20
@@ -35,22 +37,29 @@ class AnalysisSchedule:
         return step >= self.warmup_steps
 
     def advance(self, step: int, *, log_error: float, last_step: float, looks: int = 1) -> None:
-        """Choose the next analysis after one at `step` whose cost missed its target by `log_error`, no later than `last_step`.
+        """Choose the next analysis after one at `step` whose cost missed its target by `log_error`,
+        no later than `last_step`.
 
-        While cost settles analyses follow each other closely, and steps that are looked at cost more: of an analysis that took several
-        `looks` the next one is so many times as far away.
+        While cost settles analyses follow each other closely, and steps that are looked at cost
+        more: of an analysis that took several `looks` the next one is so many times as far away.
         """
         if not self.is_warm(step):
             following = self.warmup_steps
         else:
             self._settled = (
-                self._settled or self._settling_events >= _MAX_SETTLING_EVENTS or (self._settling_events > 0 and abs(log_error) < SETTLED)
+                self._settled
+                or self._settling_events >= _MAX_SETTLING_EVENTS
+                or (self._settling_events > 0 and abs(log_error) < SETTLED)
             )
             self._settling_events += 1
-            following = step + (self.interval if self._settled else min(looks * max(self.interval // 10, 1), self.interval))
+            following = step + (
+                self.interval
+                if self._settled
+                else min(looks * max(self.interval // 10, 1), self.interval)
+            )
         if step < last_step < math.inf:
-            # BatchNorm's averages need half an interval to follow a new map: none is made later than that before the end, or than the last
-            # quarter of a run that is hardly longer.
+            # BatchNorm's averages need half an interval to follow a new map: none is made later
+            # than that before the end, or than the last quarter of a run that is hardly longer.
             tail = min(self.interval // 2, max(int(last_step) // 4, 1))
             following = int(last_step) if following > last_step - tail else following
         self.next_step = max(following, step + 1)
@@ -69,18 +78,28 @@ class AnalysisSchedule:
         self.next_step = step + 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next_step": self.next_step, "settling_events": self._settling_events, "settled": self._settled}
+        return {
+            "next_step": self.next_step,
+            "settling_events": self._settling_events,
+            "settled": self._settled,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.next_step, self._settling_events, self._settled = state["next_step"], state["settling_events"], state["settled"]
+        self.next_step, self._settling_events, self._settled = (
+            state["next_step"],
+            state["settling_events"],
+            state["settled"],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """How cost is spread over a run whose total is given. Costs are shares of a uniform 8-bit step; progress goes from 0 to 1.
+    """How cost is spread over a run whose total is given. Costs are shares of a uniform 8-bit step;
+    progress goes from 0 to 1.
 
     Attributes:
-        start, end: cost at the beginning and at the end of the run, relative to each other; linear between.
+        start, end: cost at the beginning and at the end of the run, relative to each other; linear
+            between.
         swing, cycles: a cosine of that relative amplitude on top, beginning with low cost.
         final: share of the run, its end, that is trained at 8 bits.
 
@@ -96,7 +115,9 @@ class Allocation:
 
     def __post_init__(self) -> None:
         if not (self.start > 0 and self.end > 0):
-            raise ValueError(f"start and end are relative costs and positive, not {self.start}, {self.end}")
+            raise ValueError(
+                f"start and end are relative costs and positive, not {self.start}, {self.end}"
+            )
         if not 0 <= self.swing < 1:
             raise ValueError(f"swing must be in [0, 1), not {self.swing}")
         if self.cycles < 1:
@@ -106,7 +127,9 @@ class Allocation:
 
     @classmethod
     def named(cls, name: str) -> "Allocation":
-        """One of `ALLOCATIONS`, "late-P" with P percent of the run at 8 bits, or "ramp-R" whose cost grows R times. Raises ValueError."""
+        """One of `ALLOCATIONS`, "late-P" with P percent of the run at 8 bits, or "ramp-R" whose
+        cost grows R times. Raises ValueError.
+        """
         kind, _, number = name.partition("-") if isinstance(name, str) else ("", "", "")
         try:
             if number and kind == "late":
@@ -116,11 +139,15 @@ class Allocation:
         except ValueError as error:
             raise ValueError(f"allocation {name!r}: {error}") from error
         if name not in ALLOCATIONS:
-            raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, late-PERCENT or ramp-RATIO, not {name!r}")
+            raise ValueError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, late-PERCENT or "
+                f"ramp-RATIO, not {name!r}"
+            )
         return ALLOCATIONS[name]
 
     def shares(self, progress: float, mean: float) -> tuple[float, float]:
-        """Cost that the plan has for now, and on average from now to the end, when the whole run's is `mean`.
+        """Cost that the plan has for now, and on average from now to the end, when the whole run's
+        is `mean`.
 
         Raises:
             ValueError: the final steps alone cost more than the whole run may.
@@ -128,7 +155,8 @@ class Allocation:
         left = mean - self.final
         if left <= 0:
             raise ValueError(
-                f"{100 * self.final:g} % of the run at 8 bits cost more than all of it at a speedup of {1 / mean:g}: choose less of either"
+                f"{100 * self.final:g} % of the run at 8 bits cost more than all of it at a "
+                f"speedup of {1 / mean:g}: choose less of either"
             )
         body = 1.0 - self.final
         if progress >= body:
@@ -142,7 +170,11 @@ class Allocation:
         line = self.start + slope * 0.5 * (1.0 + at)
         ripple = 0.0
         if self.swing:
-            value = [(self.start + slope * x) * math.sin(wave * x) / wave + slope * math.cos(wave * x) / wave**2 for x in (at, 1.0)]
+            value = [
+                (self.start + slope * x) * math.sin(wave * x) / wave
+                + slope * math.cos(wave * x) / wave**2
+                for x in (at, 1.0)
+            ]
             ripple = (value[1] - value[0]) / (1.0 - at)
         rest = height * (line - self.swing * ripple)
         return now, (rest * (body - progress) + self.final) / (1.0 - progress)
@@ -150,7 +182,11 @@ class Allocation:
     def next_mark(self, step: int, last_step: float) -> float:
         """The next step at which the plan jumps, so that an analysis must not lie beyond it."""
         mark = (1.0 - self.final) * last_step
-        return math.ceil(mark) if self.final and math.isfinite(last_step) and step < math.ceil(mark) else last_step
+        return (
+            math.ceil(mark)
+            if self.final and math.isfinite(last_step) and step < math.ceil(mark)
+            else last_step
+        )
 
 
 ALLOCATIONS: Final = {
@@ -164,11 +200,13 @@ ALLOCATIONS: Final = {
 
 @dataclass(kw_only=True)
 class LossGuard:
-    """Notices a loss that leaves its best mean behind by `ratio`, or that is not finite; None never does.
+    """Notices a loss that leaves its best mean behind by `ratio`, or that is not finite; None never
+    does.
 
-    What is judged is a mean over `WINDOW` steps at least: of less, one batch without objects, or of an easy task, makes a best mean that
-    the next batches cannot hold. And half of the losses must be above the limit, too, unless the mean is far beyond it: a task that comes
-    once in a while, with a loss of its own, moves the mean alone.
+    What is judged is a mean over `WINDOW` steps at least: of less, one batch without objects, or of
+    an easy task, makes a best mean that the next batches cannot hold. And half of the losses must
+    be above the limit, too, unless the mean is far beyond it: a task that comes once in a while,
+    with a loss of its own, moves the mean alone.
     """
 
     WINDOW: ClassVar[int] = 10
@@ -206,13 +244,21 @@ class LossGuard:
             return f"the training loss is {loss}"
         if self.first is None:
             self.first, self.best = abs(loss), loss
-        self._sum, self._steps, self._above = self._sum + steps * loss, self._steps + steps, self._above + steps * above
-        # Of a window that is not full yet: what its mean is at least, the rest of the steps at a loss of 0.
+        self._sum, self._steps, self._above = (
+            self._sum + steps * loss,
+            self._steps + steps,
+            self._above + steps * above,
+        )
+        # Of a window that is not full yet: what its mean is at least, the rest of the steps at a
+        # loss of 0.
         mean = self._sum / max(self._steps, self.WINDOW)
         moved = 2 * self._above >= self._steps or mean > _FAR * self.limit
         if self.best > 0 and mean > self.limit and moved:
             now = self._sum / self._steps
-            reason = f"the training loss rose to {now:.4g}, more than {self.ratio:g} times its best mean {self.best:.4g}"
+            reason = (
+                f"the training loss rose to {now:.4g}, more than {self.ratio:g} times its "
+                f"best mean {self.best:.4g}"
+            )
             self._begin_anew()
             return reason
         if self._steps >= self.WINDOW:
@@ -225,8 +271,19 @@ class LossGuard:
         self.best, self._sum, self._steps, self._above = math.inf, 0.0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "first": self.first, "sum": self._sum, "steps": self._steps, "above": self._above}
+        return {
+            "best": self.best,
+            "first": self.first,
+            "sum": self._sum,
+            "steps": self._steps,
+            "above": self._above,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.first, self._sum, self._steps = state["best"], state["first"], state["sum"], state["steps"]
+        self.best, self.first, self._sum, self._steps = (
+            state["best"],
+            state["first"],
+            state["sum"],
+            state["steps"],
+        )
         self._above = state["above"]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From observed second moments to sensitivities: predicted harm of a unit of squared rounding error. Derivation: docs/thresholds.md."""
+"""From observed second moments to sensitivities: predicted harm of a unit of squared rounding
+error. Derivation: docs/thresholds.md.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,17 +15,24 @@ from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import READS, SHARED, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
-"""How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands, .14 to .25 (docs/thresholds.md)."""
+"""How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands,
+.14 to .25 (docs/thresholds.md).
+"""
 NATURAL_LOSS: Final = 16.0
-"""In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch, a scale against underflow), whose
+"""In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch,
+a scale against underflow), whose
 square Fisher information would take for curvature, and leave E nothing."""
 ASSUMED_GAIN: Final = 0.01
-"""What a step takes off the loss, as a share of it, where no step size is known: of a prompt in front of a frozen network, say."""
+"""What a step takes off the loss, as a share of it, where no step size is known: of a prompt in
+front of a frozen network, say.
+"""
 LEAST_GAIN: Final = 2.0**-24
-"""A step that takes less off the loss, as a share of it, than float32 can tell says as little of what gradients are worth as one at a
+"""A step that takes less off the loss, as a share of it, than float32 can tell says as little of
+what gradients are worth as one at a
 learning rate of 0."""
 MIN_PARTNER_BITS: Final = 0.5
-"""A partner that is almost all zero still gets a price, or its operand's widths would be unbounded."""
+"""A partner that is almost all zero still gets a price, or its operand's widths would be unbounded.
+"""
 
 
 class Probe(Protocol):
@@ -47,17 +56,22 @@ class LayerStatistics:
 
     Attributes:
         samples: N, rows of the batch, of all micro-batches and ranks.
-        ranks: how many share the batch. The loss is the mean of theirs, so that E as a layer has it is so many times that of the loss.
-        positions: of X and of E in a sample, on average, where they vary and the moments are one value for each channel block.
-        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`); 0 of a weight whose gradient nobody
-            wanted, NaN of one that learns nobody knows how fast.
+        ranks: how many share the batch. The loss is the mean of theirs, so that E as a layer has it
+            is so many times that of the loss.
+        positions: of X and of E in a sample, on average, where they vary and the moments are one
+            value for each channel block.
+        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`);
+            0 of a weight whose gradient nobody wanted, NaN of one that learns nobody knows how
+            fast.
         macs: multiply-accumulates of each GEMM that training runs.
         mean_bits: mean width of each role's blocks, zero blocks included.
-        x_square, e_square, dx_square, w_square, dw_square: second moments; of E as the layer has it, of dX and dW as the loss has them.
+        x_square, e_square, dx_square, w_square, dw_square: second moments; of E as the layer has
+            it, of dX and dW as the loss has them.
         channels_per_block: columns of an exponent block.
         x_unsigned: share of X's nonzero blocks that have no negative element.
         backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
-        unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1 where absent.
+        unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1
+            where absent.
         probe: harm measured in this step, if it was.
     """
 
@@ -87,17 +101,24 @@ class LayerStatistics:
     @property
     def is_finite(self) -> bool:
         """Whether all second moments are."""
-        return all(bool(t.isfinite().all()) for t in (self.x_square, self.e_square, self.dx_square, self.w_square, self.dw_square))
+        return all(
+            bool(t.isfinite().all())
+            for t in (self.x_square, self.e_square, self.dx_square, self.w_square, self.dw_square)
+        )
 
     @property
     def has_dgrad(self) -> bool:
-        """Whether anybody wants the gradient of X: a layer below, an embedding, a prompt, an adversary."""
+        """Whether anybody wants the gradient of X: a layer below, an embedding, a prompt, an
+        adversary.
+        """
         return self.macs.get(Gemm.DGRAD, 0) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Of one operand: harm of a unit squared error of one element (map- or grid-shaped), price of one bit of one element, mean square."""
+    """Of one operand: harm of a unit squared error of one element (map- or grid-shaped), price of
+    one bit of one element, mean square.
+    """
 
     harm: Tensor
     price: float
@@ -105,20 +126,28 @@ class Sensitivity:
     elements: float
 
 
-def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+def layer_sensitivities(
+    layers: Mapping[str, LayerStatistics], *, loss: float
+) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error of X or W, and what a step gains less
-    for noise in its gradient. With M terms of the loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of
-    eta_l G_l over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to 4):
+    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error
+    of X or W, and what a step gains less for noise in its gradient. With M terms of the loss
+    (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l over
+    the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to
+    4):
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = M <dW**2> / (2 L) + P / (4 L) / sum W**2
-        s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD / (ranks**2 G_l)
-                           + number of layers below / (positions of E in a sample * sum E**2)); the first is 0 where it does not learn
-        price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits / (elements * 64 * total MACs)
+        s_E = P / (n L) * (sum of <X**2> over the channels and taps that the element meets in WGRAD
+        / (ranks**2 G_l)
+                           + number of layers below / (positions of E in a sample * sum E**2)); the
+                           first is 0 where it does not learn
+        price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits /
+        (elements * 64 * total MACs)
 
-    M counts less where L exceeds `NATURAL_LOSS`, in proportion. "Below" counts the layers that learn and ran earlier, one at least where
+    M counts less where L exceeds `NATURAL_LOSS`, in proportion. "Below" counts the layers that
+    learn and ran earlier, one at least where
     DGRAD runs: somebody wants that gradient.
 
     Args:
@@ -126,7 +155,8 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         loss: L; only its size matters.
 
     Returns:
-        A harm of zero throughout an operand means that this step could not tell, not that it needs nothing.
+        A harm of zero throughout an operand means that this step could not tell, not that it needs
+        nothing.
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / loss if loss > 0 else 1.0
@@ -145,15 +175,21 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
         own = share / energy if s.learns and energy > 0 else 0.0
         reached = max(below, 1) if s.has_dgrad else 0
         harm = {
-            Role.ACTIVATION: dx * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
-            Role.WEIGHT: 0.5 * terms * s.dw_square.double() + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
-            Role.ERROR: own * patch_energy(s).expand_as(s.e_square) + (reached * share / spread if spread > 0 else 0.0),
+            Role.ACTIVATION: dx
+            * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
+            Role.WEIGHT: 0.5 * terms * s.dw_square.double()
+            + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
+            Role.ERROR: own * patch_energy(s).expand_as(s.e_square)
+            + (reached * share / spread if spread > 0 else 0.0),
         }
         below += s.learns
         square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
         result[name] = {
             role: Sensitivity(
-                harm=scale * harm[role], price=bit_price(s, role, counts[role], total_macs), mean_square=square[role], elements=counts[role]
+                harm=scale * harm[role],
+                price=bit_price(s, role, counts[role], total_macs),
+                mean_square=square[role],
+                elements=counts[role],
             )
             for role in Role
         }
@@ -161,9 +197,11 @@ def layer_sensitivities(layers: Mapping[str, LayerStatistics], *, loss: float) -
 
 
 def loss_terms(layers: Mapping[str, LayerStatistics]) -> float:
-    """Of how many terms the loss is the mean: positions of the last layer's output in the whole batch.
+    """Of how many terms the loss is the mean: positions of the last layer's output in the whole
+    batch.
 
-    So a sample of a classifier is one, and each token of a language model, whose errors are as independent as those of samples are. It is
+    So a sample of a classifier is one, and each token of a language model, whose errors are as
+    independent as those of samples are. It is
     the layer that ran last that counts: of a network whose head is not converted, what feeds it.
     """
     return output_positions(list(layers.values())[-1]) if layers else 1.0
@@ -180,29 +218,42 @@ def gradient_energy(s: LayerStatistics) -> float:
 
 
 def layer_gains(layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, float]:
-    """eta G of each layer: what a step along its gradient takes off the loss, to first order; 0 of a layer that does not learn.
+    """eta G of each layer: what a step along its gradient takes off the loss, to first order; 0 of
+    a layer that does not learn.
 
-    A layer whose step size is not known counts as the others do on average, or, where none is known, as its part of `ASSUMED_GAIN`.
+    A layer whose step size is not known counts as the others do on average, or, where none is
+    known, as its part of `ASSUMED_GAIN`.
     """
     gains = {name: s.step_size * gradient_energy(s) for name, s in layers.items() if s.learns}
     known = [gain for gain in gains.values() if not math.isnan(gain)]
     typical = sum(known) / len(known) if known else ASSUMED_GAIN * loss / max(len(gains), 1)
-    return {name: 0.0 if name not in gains else typical if math.isnan(gains[name]) else gains[name] for name in layers}
+    return {
+        name: 0.0 if name not in gains else typical if math.isnan(gains[name]) else gains[name]
+        for name in layers
+    }
 
 
-def progress_and_share(layers: Mapping[str, LayerStatistics], *, loss: float) -> tuple[float, float]:
-    """What a step takes off the loss to first order, and the same share of it that each layer has that learns."""
+def progress_and_share(
+    layers: Mapping[str, LayerStatistics], *, loss: float
+) -> tuple[float, float]:
+    """What a step takes off the loss to first order, and the same share of it that each layer has
+    that learns.
+    """
     learning = sum(s.learns for s in layers.values())
     if not learning:  # what learns is no layer of ours
         return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
     progress = sum(layer_gains(layers, loss=loss).values())
-    if 0 < progress < LEAST_GAIN * loss:  # no gradients at all are another matter: they tell nothing
+    if (
+        0 < progress < LEAST_GAIN * loss
+    ):  # no gradients at all are another matter: they tell nothing
         progress = ASSUMED_GAIN * loss
     return progress, progress / learning
 
 
 def patch_energy(s: LayerStatistics) -> Tensor:
-    """X**2 that an element of E meets in WGRAD, summed over channels and taps, mean over samples; E's positions, one channel."""
+    """X**2 that an element of E meets in WGRAD, summed over channels and taps, mean over samples;
+    E's positions, one channel.
+    """
     g = s.geometry
     mean = s.x_square.double().mean(g.channel_axis, keepdim=True)
     if g.kind == "linear":
@@ -211,14 +262,23 @@ def patch_energy(s: LayerStatistics) -> Tensor:
         return mean * (s.macs[Gemm.FORWARD] / operand_elements(s)[Role.ERROR])
     energy = mean * (g.in_channels // g.groups)
     conv = (F.conv1d, F.conv2d, F.conv3d)[len(g.taps) - 1]
-    return conv(energy, energy.new_ones(1, 1, *g.taps), stride=g.stride, padding=g.padding, dilation=g.dilation)
+    return conv(
+        energy,
+        energy.new_ones(1, 1, *g.taps),
+        stride=g.stride,
+        padding=g.padding,
+        dilation=g.dilation,
+    )
 
 
 def operand_elements(s: LayerStatistics) -> dict[Role, float]:
     """Elements of each operand in one batch."""
     g = s.geometry
     maps = (s.x_square, s.e_square)
-    positions = s.positions or [math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim)) for t in maps]
+    positions = s.positions or [
+        math.prod(n for a, n in enumerate(t.shape) if a not in (0, g.channel_axis % t.ndim))
+        for t in maps
+    ]
     return {
         Role.ACTIVATION: float(s.samples * g.in_channels * positions[0]),
         Role.WEIGHT: float(math.prod(g.weight_shape)),
@@ -227,15 +287,21 @@ def operand_elements(s: LayerStatistics) -> dict[Role, float]:
 
 
 def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) -> float:
-    """Share of an 8-bit step's cost that one more bit of one element costs, at the partners' present widths.
+    """Share of an 8-bit step's cost that one more bit of one element costs, at the partners'
+    present widths.
 
-    A GEMM of backward that reads a limited operand costs what the limit lets it, and no more for a bit more in FORWARD.
+    A GEMM of backward that reads a limited operand costs what the limit lets it, and no more for a
+    bit more in FORWARD.
     """
     price = 0.0
     for gemm, operands in READS.items():
         if role in operands and s.macs.get(gemm, 0):
             partner = operands[0] if operands[1] is role else operands[1]
-            partner_bits = s.backward_bits.get(partner, s.mean_bits[partner]) if gemm is SHARED.get(partner) else s.mean_bits[partner]
+            partner_bits = (
+                s.backward_bits.get(partner, s.mean_bits[partner])
+                if gemm is SHARED.get(partner)
+                else s.mean_bits[partner]
+            )
             follows = s.unlimited.get(role, 1.0) if gemm is SHARED.get(role) else 1.0
             price += s.macs[gemm] * follows * max(partner_bits, MIN_PARTNER_BITS)
     return price / (elements * 64.0 * max(total_macs, 1))

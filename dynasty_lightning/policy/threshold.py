@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a noise budget."""
+"""The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a
+noise budget.
+"""
 
 import math
 import numbers
@@ -23,11 +25,14 @@ Entries = dict[str, dict[Role, OperandPrecision]]
 GREATEST_SPEEDUP: Final = 16.0
 """8 x 8 over 2 x 2 bits; beyond it only zero blocks help, which no policy can promise."""
 _MAX_LOG_STEP: Final = 1.5
-_COST_GAIN: Final = 2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
+_COST_GAIN: Final = (
+    2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
+)
 _NOISE_GAIN: Final = 0.7
 _HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
 _MEMORY: Final = 64.0
-"""Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a thousand times the usual one for a step
+"""Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a
+thousand times the usual one for a step
 would else set E's thresholds for 27 analyses, in all of which E is zero."""
 
 
@@ -39,7 +44,8 @@ class Measurement:
         layers: observations by layer name, in order of depth.
         loss: smoothed training loss; only its size matters.
         speedup: measured now, in the currency of the target.
-        target_speedup: what the next steps need so that the whole run meets its target; None without one.
+        target_speedup: what the next steps need so that the whole run meets its target; None
+            without one.
         step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
         run_speedup: of all steps so far together; NaN where nobody keeps count.
     """
@@ -58,7 +64,8 @@ class Policy(Protocol):
 
     Attributes:
         name: as checkpoints and records tell it.
-        needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first map needs.
+        needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first
+            map needs.
         wants_probes: some analyses shall measure harm.
     """
 
@@ -73,7 +80,9 @@ class Policy(Protocol):
         ...
 
     def update(self, measurement: Measurement) -> Entries:
-        """The map for the next interval, after each analysis; operands that it leaves out keep what they have."""
+        """The map for the next interval, after each analysis; operands that it leaves out keep what
+        they have.
+        """
         ...
 
     def raise_precision(self) -> None:
@@ -96,13 +105,20 @@ class UniformPolicy:
     wants_probes: bool = False
 
     def __post_init__(self) -> None:
-        widths = {r.letter: self.bits for r in Role} if isinstance(self.bits, int) else dict(_by_letter("bits", self.bits))
+        widths = (
+            {r.letter: self.bits for r in Role}
+            if isinstance(self.bits, int)
+            else dict(_by_letter("bits", self.bits))
+        )
         self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
         self._backward = check_backward_bits(self.backward_bits)
 
     def initial(self, layers: Mapping[str, Any]) -> Entries:
         return {
-            name: {r: OperandPrecision(bits=bits, backward_bits=self._backward.get(r, MAX_BITS)) for r, bits in self._bits.items()}
+            name: {
+                r: OperandPrecision(bits=bits, backward_bits=self._backward.get(r, MAX_BITS))
+                for r, bits in self._bits.items()
+            }
             for name in layers
         }
 
@@ -121,18 +137,25 @@ class UniformPolicy:
 
 @dataclass(kw_only=True)
 class ThresholdPolicy(ABC):
-    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda is steered.
+    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda
+    is steered.
 
     Args:
-        noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to the measurement's target_speedup.
+        noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to
+            the measurement's target_speedup.
         smoothing: weight of the past in the moving averages of second moments.
-        hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before an integer one moves.
-        least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop, but of X and W a bias that harm in
-            second moments does not see and training does (docs/thresholds.md, Measured harm).
-        backward_bits: most bits of X in WGRAD and of W in DGRAD, MAX_BITS where not given (docs/thresholds.md, Backward).
-        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and each role's layers), "roles", or "none",
-            which was best where we measured (docs/thresholds.md, Calibration).
-        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for ablations, and for a split measured elsewhere.
+        hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before
+            an integer one moves.
+        least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop,
+            but of X and W a bias that harm in second moments does not see and training does
+            (docs/thresholds.md, Measured harm).
+        backward_bits: most bits of X in WGRAD and of W in DGRAD, MAX_BITS where not given
+            (docs/thresholds.md, Backward).
+        calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and
+            each role's layers), "roles", or "none", which was best where we measured
+            (docs/thresholds.md, Calibration).
+        role_weights: what predicted harm of X, W and E counts times, 1 where not given: for
+            ablations, and for a split measured elsewhere.
     """
 
     noise_budget: float | None = None
@@ -151,7 +174,9 @@ class ThresholdPolicy(ABC):
     def __post_init__(self) -> None:
         for name in ("noise_budget", "smoothing", "hysteresis"):
             value = getattr(self, name)
-            if (value is not None or name != "noise_budget") and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            if (value is not None or name != "noise_budget") and (
+                isinstance(value, bool) or not isinstance(value, numbers.Real)
+            ):
                 raise TypeError(f"{name} must be a number, not {value!r}")
         if self.noise_budget is not None and not 0 < self.noise_budget < math.inf:
             raise ValueError(f"noise_budget must be positive and finite, not {self.noise_budget}")
@@ -160,16 +185,30 @@ class ThresholdPolicy(ABC):
         if not 0 <= self.hysteresis < 0.5:
             raise ValueError(f"hysteresis must be in [0, 0.5) binades, not {self.hysteresis}")
         if self.calibrate not in self.calibrations:
-            raise ValueError(f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, not {self.calibrate!r}")
-        self._least = {Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]") for k, v in _by_letter("least_bits", self.least_bits)}
+            raise ValueError(
+                f"calibrate of {self.name} must be {' or '.join(map(repr, self.calibrations))}, "
+                f"not {self.calibrate!r}"
+            )
+        self._least = {
+            Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]")
+            for k, v in _by_letter("least_bits", self.least_bits)
+        }
         self._backward = check_backward_bits(self.backward_bits)
         for role, bits in self._backward.items():
             if bits < self._least.get(role, 0):
-                raise ValueError(f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, {self._least[role]}")
-        self._role_weights = dict.fromkeys(Role, 1.0) | {Role.from_letter(k): v for k, v in _by_letter("role_weights", self.role_weights)}
+                raise ValueError(
+                    f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, "
+                    f"{self._least[role]}"
+                )
+        self._role_weights = dict.fromkeys(Role, 1.0) | {
+            Role.from_letter(k): v for k, v in _by_letter("role_weights", self.role_weights)
+        }
         for role, weight in self._role_weights.items():
             if not (isinstance(weight, int | float) and 0 < weight < math.inf):
-                raise ValueError(f"weights of roles must be positive and finite, not {weight!r} for {role.letter}")
+                raise ValueError(
+                    f"weights of roles must be positive and finite, not {weight!r} for "
+                    f"{role.letter}"
+                )
         self.calibration = Calibration(by_layer=self.calibrate == "layers")
         self.multiplier: float | None = None
         self._level: float | None = None
@@ -183,14 +222,22 @@ class ThresholdPolicy(ABC):
         return self.calibrate != "none"
 
     @abstractmethod
-    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def predict(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         """Harm and price of every operand from smoothed statistics, before any correction."""
 
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def sensitivities(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         """What `predict` says, harm times its role's weight and what calibration found."""
         return {
             name: {
-                role: replace(s, harm=s.harm * (self._role_weights[role] * self.calibration.multiplier(name, role)))
+                role: replace(
+                    s,
+                    harm=s.harm
+                    * (self._role_weights[role] * self.calibration.multiplier(name, role)),
+                )
                 for role, s in roles.items()
             }
             for name, roles in self.predict(layers, loss=loss).items()
@@ -209,9 +256,14 @@ class ThresholdPolicy(ABC):
             self.multiplier = self._level or 1.0
         else:
             self._steer(measurement, drift)
-        # An operand without any harm is one that this step could not tell about, not one that needs nothing: it keeps what it has.
+        # An operand without any harm is one that this step could not tell about, not one that needs
+        # nothing: it keeps what it has.
         entries = {
-            name: {role: self._entry(name, role, s) for role, s in roles.items() if bool((s.harm > 0).any())}
+            name: {
+                role: self._entry(name, role, s)
+                for role, s in roles.items()
+                if bool((s.harm > 0).any())
+            }
             for name, roles in sensitivities.items()
         }
         self.predicted_harm = sum(
@@ -222,7 +274,9 @@ class ThresholdPolicy(ABC):
         return entries
 
     def raise_precision(self) -> None:
-        """Make errors dearer by two octaves of lambda: one bit an element, about. The loss guard calls it."""
+        """Make errors dearer by two octaves of lambda: one bit an element, about. The loss guard
+        calls it.
+        """
         if self.multiplier is not None:
             self.multiplier /= 4.0
 
@@ -233,33 +287,46 @@ class ThresholdPolicy(ABC):
         return level / before if level and before else 1.0
 
     def _steer(self, measurement: Measurement, drift: float) -> None:
-        """Move lambda: to a noise budget by what predicted harm is off; to a target by what cost is off, and with the level of harm."""
+        """Move lambda: to a noise budget by what predicted harm is off; to a target by what cost is
+        off, and with the level of harm.
+        """
         assert self.multiplier is not None
         if self.noise_budget is not None:
             step = _NOISE_GAIN * math.log(self.noise_budget / max(self.predicted_harm, 1e-30))
         else:
             assert measurement.target_speedup is not None
-            # Harm falls with the learning rate, and by hundreds at the end of a run: lambda follows at once, or cost would drift.
+            # Harm falls with the learning rate, and by hundreds at the end of a run: lambda follows
+            # at once, or cost would drift.
             self.multiplier *= drift
-            step = _COST_GAIN * math.log(measurement.target_speedup / max(measurement.speedup, 1e-6))
-        # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section 1).
+            step = _COST_GAIN * math.log(
+                measurement.target_speedup / max(measurement.speedup, 1e-6)
+            )
+        # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section
+        # 1).
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
 
     def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
-        # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades above the mean's threshold at most.
+        # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades
+        # above the mean's threshold at most.
         harm = s.harm.clamp(min=_HARM_FLOOR * float(s.harm.mean()))
-        ideal = ideal_lsb_exponent(self.multiplier, s.price, harm, role) + 0.5  # ceil(t) = round(t + 0.5)
+        ideal = (
+            ideal_lsb_exponent(self.multiplier, s.price, harm, role) + 0.5
+        )  # ceil(t) = round(t + 0.5)
         key = f"{name}/{role.letter}"
         rounded = ideal.round()
         old = self._thresholds.get(key)
         if old is not None and old.shape == rounded.shape:
-            rounded = torch.where((ideal - old).abs() <= 0.5 + self.hysteresis, old.double(), rounded)
+            rounded = torch.where(
+                (ideal - old).abs() <= 0.5 + self.hysteresis, old.double(), rounded
+            )
         lsb = rounded.clamp(-LSB_LIMIT, LSB_LIMIT).to(torch.int16)
         self._thresholds[key] = lsb
         return OperandPrecision(
-            lsb_exponent=lsb, least_bits=self._least.get(role, 0), backward_bits=self._backward.get(role, MAX_BITS)
-        )  # fmt: skip
+            lsb_exponent=lsb,
+            least_bits=self._least.get(role, 0),
+            backward_bits=self._backward.get(role, MAX_BITS),
+        )
 
     def _smooth(self, name: str, s: LayerStatistics) -> LayerStatistics:
         names = ("x_square", "e_square", "dx_square", "w_square", "dw_square")
@@ -291,7 +358,11 @@ class ThresholdPolicy(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.multiplier, self._level, self.predicted_harm = state["multiplier"], state["level"], state["predicted_harm"]
+        self.multiplier, self._level, self.predicted_harm = (
+            state["multiplier"],
+            state["level"],
+            state["predicted_harm"],
+        )
         self._averages = {name: dict(v) for name, v in state["averages"].items()}
         self._weights, self._thresholds = dict(state["weights"]), dict(state["thresholds"])
         self.calibration.load_state_dict(state["calibration"])
@@ -299,16 +370,22 @@ class ThresholdPolicy(ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md, equations 1 to 4)."""
+    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md,
+    equations 1 to 4).
+    """
 
     name: str = "dynasty"
 
-    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def predict(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         return layer_sensitivities(layers, loss=loss)
 
 
 def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]) -> float | None:
-    """lambda at which a typical element gets about 4 bits, LSB at rms / 4: where the loop begins, what it moves with. None without harm."""
+    """lambda at which a typical element gets about 4 bits, LSB at rms / 4: where the loop begins,
+    what it moves with. None without harm.
+    """
     logs, weights = [], []
     for roles in sensitivities.values():
         for role, s in roles.items():
@@ -325,31 +402,48 @@ def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]
 
 
 def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
-    """Harm of rounding every element at its threshold; a block below it loses its signal at most."""
+    """Harm of rounding every element at its threshold; a block below it loses its signal at
+    most.
+    """
     noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
     per_element = s.harm * torch.minimum(noise, s.mean_square)
     return float(per_element.mean()) * s.elements
 
 
 def _by_letter(name: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The items of an option that has a value for each role. Raises ValueError for what is no mapping."""
+    """The items of an option that has a value for each role. Raises ValueError for what is no
+    mapping.
+    """
     if not isinstance(given, Mapping):
-        raise ValueError(f"{name} takes a value for each role that it names, e.g. {{'X': 2, 'W': 4}} (X:2/W:4 as text), not {given!r}")
+        raise ValueError(
+            f"{name} takes a value for each role that it names, e.g. {{'X': 2, 'W': 4}} "
+            f"(X:2/W:4 as text), not {given!r}"
+        )
     return given.items()
 
 
 def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
-    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is none."""
+    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is
+    none.
+    """
     items = _by_letter("backward_bits", backward_bits)
-    result = {Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]") for letter, bits in items}
+    result = {
+        Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]")
+        for letter, bits in items
+    }
     for role, bits in result.items():
         if role not in SHARED or bits < MIN_BITS:
-            raise ValueError(f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, not {role.letter} to {bits}")
+            raise ValueError(
+                f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, "
+                f"not {role.letter} to {bits}"
+            )
     return result
 
 
 def check_target(target_speedup: float) -> float:
-    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what is no number, else ValueError."""
+    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what
+    is no number, else ValueError.
+    """
     if isinstance(target_speedup, bool) or not isinstance(target_speedup, numbers.Real):
         raise TypeError(f"target_speedup must be a number, not {target_speedup!r}")
     if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
@@ -361,15 +455,29 @@ def check_target(target_speedup: float) -> float:
 
 
 _POLICY_ATTRIBUTES: Final = (
-    "name", "needs_statistics", "wants_probes", "initial", "update", "raise_precision", "state_dict", "load_state_dict",
-)  # fmt: skip
+    "name",
+    "needs_statistics",
+    "wants_probes",
+    "initial",
+    "update",
+    "raise_precision",
+    "state_dict",
+    "load_state_dict",
+)
 
 
 def check_policy(policy: Any) -> Policy:
-    """Raises TypeError for a class in place of an object, and for an object that lacks what a `Policy` has."""
+    """Raises TypeError for a class in place of an object, and for an object that lacks what a
+    `Policy` has.
+    """
     if isinstance(policy, type):
-        raise TypeError(f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}")
+        raise TypeError(
+            f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}"
+        )
     missing = [name for name in _POLICY_ATTRIBUTES if not hasattr(policy, name)]
     if missing:
-        raise TypeError(f"{type(policy).__name__} is no Policy: it lacks {', '.join(missing)} (dynasty_lightning.policy.threshold.Policy)")
+        raise TypeError(
+            f"{type(policy).__name__} is no Policy: it lacks {', '.join(missing)} "
+            f"(dynasty_lightning.policy.threshold.Policy)"
+        )
     return policy  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job: float32, uniform blocks and dynamic precision side by side on one data set, into a run folder.
+"""The main job: float32, uniform blocks and dynamic precision side by side on one data set, into a
+run folder.
 
-Runs are independent, so several train at once, each in a worker process. `summary.json` is written anew after each, so that a
-demo that was killed leaves what it had; `report` draws any such folder.
+Runs are independent, so several train at once, each in a worker process. `summary.json` is written
+anew after each, so that a demo that was killed leaves what it had; `report` draws any such folder.
 """
 
 import hashlib
@@ -43,8 +44,16 @@ DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
 """What a data set's runs get where nothing else is asked for."""
 
 _IMAGES_SHOWN: Final = 4
-_CORE_IMAGES: Final = 16  # test images that the simulated core predicts, and images of the training step that it computes
-_RUN_FILES: Final = ("map-*.safetensors", "widths-*.safetensors", "widths-*.npz", "history-*.jsonl", "checkpoint-*.ckpt", "*.png")
+# test images that the simulated core predicts, and images of the training step that it computes
+_CORE_IMAGES: Final = 16
+_RUN_FILES: Final = (
+    "map-*.safetensors",
+    "widths-*.safetensors",
+    "widths-*.npz",
+    "history-*.jsonl",
+    "checkpoint-*.ckpt",
+    "*.png",
+)
 
 
 class WorkerDied(RuntimeError):
@@ -60,7 +69,8 @@ class DemoConfig:
         train_images: None for all.
         methods: of "float32", "uniform2" to "uniform8", "dynasty".
         target_speedup, noise_budget: what dynamic precision steers to, one of them.
-        seed, seeds: the first seed, and how many. A seed fixes network, order of images and rounding of all its runs.
+        seed, seeds: the first seed, and how many. A seed fixes network, order of images and
+            rounding of all its runs.
         threads: of the processor, for all runs together.
         checkpoints: save a Lightning checkpoint at the end of each run.
         csim: at the end, run the first dynamic network through the C simulation of the core.
@@ -89,7 +99,11 @@ class DemoConfig:
     out: str = "runs/demo-digits"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("data", self.data, DATASETS), ("model", self.model, MODELS), ("mode", self.mode, ("fast", "exact"))):
+        for name, value, known in (
+            ("data", self.data, DATASETS),
+            ("model", self.model, MODELS),
+            ("mode", self.mode, ("fast", "exact")),
+        ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         for name in ("epochs", "batch_size", "interval", "seeds", "threads"):
@@ -102,11 +116,15 @@ class DemoConfig:
         if not 0 <= self.seed <= (1 << 32) - self.seeds:
             raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must be named once each, not {', '.join(self.methods) or 'none'}")
+            raise ValueError(
+                f"methods must be named once each, not {', '.join(self.methods) or 'none'}"
+            )
         for method in self.methods:
             _uniform_bits(method)
         if (self.target_speedup is None) == (self.noise_budget is None):
-            raise ValueError("give target_speedup or noise_budget, one of them: one steers cost, the other noise")
+            raise ValueError(
+                "give target_speedup or noise_budget, one of them: one steers cost, the other noise"
+            )
         if self.target_speedup is not None:
             check_target(self.target_speedup)
         if self.noise_budget is not None and not self.noise_budget > 0:
@@ -114,7 +132,9 @@ class DemoConfig:
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
-        """(method, seed) of every run: seed by seed, so that what a killed demo leaves can be compared."""
+        """(method, seed) of every run: seed by seed, so that what a killed demo leaves can be
+        compared.
+        """
         return [(method, self.seed + i) for i in range(self.seeds) for method in self.methods]
 
 
@@ -122,17 +142,27 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
     """Train every method and seed, write the run folder and print its table.
 
     Returns:
-        The summary, as in summary.json. Its "status" is "failed" if a run raised; the others are finished all the same.
+        The summary, as in summary.json. Its "status" is "failed" if a run raised; the others are
+        finished all the same.
 
     Raises:
-        FileNotFoundError, ValueError: data that is missing or damaged, or fewer training images than asked for; nothing is written.
+        FileNotFoundError, ValueError: data that is missing or damaged, or fewer training images
+            than asked for; nothing is written.
         WorkerDied: a worker process ended by itself; the summary holds what was finished.
     """
     stream = stream or sys.stdout
-    data = load_data(config.data, config.data_dir)  # what is wrong with the files is said before any process starts
+    data = load_data(
+        config.data, config.data_dir
+    )  # what is wrong with the files is said before any process starts
     if config.train_images is not None and config.train_images > len(data.train_labels):
-        raise ValueError(f"{config.data} has {len(data.train_labels)} training images, fewer than train_images={config.train_images}")
-    counts = {"train_images": config.train_images or len(data.train_labels), "test_images": len(data.test_labels)}
+        raise ValueError(
+            f"{config.data} has {len(data.train_labels)} training images, fewer than "
+            f"train_images={config.train_images}"
+        )
+    counts = {
+        "train_images": config.train_images or len(data.train_labels),
+        "test_images": len(data.test_labels),
+    }
     del data
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -145,14 +175,20 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
         **counts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": machine() | {"runs_at_once": at_once, "threads_per_run": config.threads // at_once},
+        "machine": machine()
+        | {"runs_at_once": at_once, "threads_per_run": config.threads // at_once},
         "runs": [],
         "errors": [],
     }
     _write_summary(out, summary)
-    targets = f"{config.target_speedup:g}x" if config.target_speedup is not None else f"noise budget {config.noise_budget:g}"
+    targets = (
+        f"{config.target_speedup:g}x"
+        if config.target_speedup is not None
+        else f"noise budget {config.noise_budget:g}"
+    )
     print(
-        f"{config.data} ({counts['train_images']} training images), {config.model}, target {targets}: {len(config.jobs)} runs of "
+        f"{config.data} ({counts['train_images']} training images), {config.model}, target "
+        f"{targets}: {len(config.jobs)} runs of "
         f"{config.epochs} epochs, {at_once} at a time; results in {out}/",
         file=stream,
         flush=True,
@@ -166,10 +202,20 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
             return
         summary["runs" if kind == "done" else "errors"].append(content)
         if "core" in content:
-            summary.update({name: content["core"].get(name) for name in ("bit_exact_values", "core_cycles", "speedup_core")})
+            summary.update(
+                {
+                    name: content["core"].get(name)
+                    for name in ("bit_exact_values", "core_cycles", "speedup_core")
+                }
+            )
             if content["core"].get("unequal_values"):
-                error = f"{content['core']['unequal_values']} values of the simulated core differ from exact mode"
-                summary["errors"].append({"name": content["name"], "seed": content["seed"], "error": error})
+                error = (
+                    f"{content['core']['unequal_values']} values of the simulated core "
+                    f"differ from exact mode"
+                )
+                summary["errors"].append(
+                    {"name": content["name"], "seed": content["seed"], "error": error}
+                )
         summary["runs"].sort(key=lambda r: (config.methods.index(r["name"]), r["seed"]))
         _write_summary(out, summary | {"seconds": time.monotonic() - begin})
         board.finish(content)
@@ -195,7 +241,12 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
     return summary
 
 
-def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+def train_run(
+    config: DemoConfig,
+    method: str,
+    seed: int,
+    progress: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
     """Train and test one method with one seed; write its map, widths and history.
 
     Returns:
@@ -224,7 +275,9 @@ def train_run(config: DemoConfig, method: str, seed: int, progress: Callable[[di
     if callback is not None:
         record |= _write_run_files(out, callback, method, seed)
         if method == "dynasty":
-            record |= {"warmup_steps": callback.schedule.warmup_steps} | _write_image_widths(out, module, data, seed)
+            record |= {"warmup_steps": callback.schedule.warmup_steps} | _write_image_widths(
+                out, module, data, seed
+            )
     if config.csim and (method, seed) == ("dynasty", config.seed):
         record["core"] = _check_core(module, data)
     if config.checkpoints:
@@ -243,9 +296,15 @@ def _method_word(config: DemoConfig, method: str) -> str:
 
 
 def _check_core(module: Classifier | LanguageModel, data: TensorDataModule) -> dict[str, Any]:
-    """The trained network on the simulated core: real test images, and a training step on real training images."""
+    """The trained network on the simulated core: real test images, and a training step on real
+    training images.
+    """
     images, labels = next(iter(data.train_dataloader()))
-    return check_on_core(module.network, data.test_images[:_CORE_IMAGES], (images[:_CORE_IMAGES], labels[:_CORE_IMAGES]))
+    return check_on_core(
+        module.network,
+        data.test_images[:_CORE_IMAGES],
+        (images[:_CORE_IMAGES], labels[:_CORE_IMAGES]),
+    )
 
 
 def _uniform_bits(method: str) -> int | None:
@@ -255,10 +314,15 @@ def _uniform_bits(method: str) -> int | None:
     digits = method.removeprefix("uniform")
     if method.startswith("uniform") and digits in {str(b) for b in range(MIN_BITS, MAX_BITS + 1)}:
         return int(digits)
-    raise ValueError(f"unknown method {method!r}: choose from float32, uniform{MIN_BITS} to uniform{MAX_BITS}, dynasty")
+    raise ValueError(
+        f"unknown method {method!r}: choose from float32, uniform{MIN_BITS} to "
+        f"uniform{MAX_BITS}, dynasty"
+    )
 
 
-def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: int) -> dict[str, str]:
+def _write_run_files(
+    out: Path, callback: DynastyCallback, method: str, seed: int
+) -> dict[str, str]:
     names = {
         "map_file": f"map-{method}-{seed}.safetensors",
         "bit_widths_file": f"widths-{method}-{seed}.safetensors",
@@ -272,20 +336,38 @@ def _write_run_files(out: Path, callback: DynastyCallback, method: str, seed: in
     return names | {"history_sha256": hashlib.sha256(history).hexdigest()}
 
 
-def _write_image_widths(out: Path, module: Classifier | LanguageModel, data: TensorDataModule, seed: int) -> dict[str, str]:
-    """Widths that a few test images of different classes get in every convolution; nothing for a network without one."""
+def _write_image_widths(
+    out: Path, module: Classifier | LanguageModel, data: TensorDataModule, seed: int
+) -> dict[str, str]:
+    """Widths that a few test images of different classes get in every convolution; nothing for a
+    network without one.
+    """
     labels = data.test_labels.numpy()
-    chosen = [int(np.flatnonzero(labels == label)[0]) for label in dict.fromkeys(labels.tolist())][:_IMAGES_SHOWN]
-    widths = {f"X/{n}": w.numpy() for n, w in activation_widths(module, data.test_images[chosen]).items() if w.ndim == 4}
+    chosen = [int(np.flatnonzero(labels == label)[0]) for label in dict.fromkeys(labels.tolist())][
+        :_IMAGES_SHOWN
+    ]
+    widths = {
+        f"X/{n}": w.numpy()
+        for n, w in activation_widths(module, data.test_images[chosen]).items()
+        if w.ndim == 4
+    }
     if not widths:
         return {}
     name = f"widths-image-{seed}.npz"
-    arrays = {"images": data.data.test_images[chosen], "labels": np.array([data.data.class_names[labels[i]] for i in chosen]), **widths}
-    write_whole(out / name, lambda file: np.savez_compressed(file, **cast(Any, arrays)), sealed=True)
+    arrays = {
+        "images": data.data.test_images[chosen],
+        "labels": np.array([data.data.class_names[labels[i]] for i in chosen]),
+        **widths,
+    }
+    write_whole(
+        out / name, lambda file: np.savez_compressed(file, **cast(Any, arrays)), sealed=True
+    )
     return {"image_widths_file": name}
 
 
-def _run(job: tuple[DemoConfig, str, int], send: Callable[[dict[str, Any]], None]) -> tuple[str, dict[str, Any]]:
+def _run(
+    job: tuple[DemoConfig, str, int], send: Callable[[dict[str, Any]], None]
+) -> tuple[str, dict[str, Any]]:
     """A run's record, or its error; both are results."""
     config, method, seed = job
     try:
@@ -295,7 +377,9 @@ def _run(job: tuple[DemoConfig, str, int], send: Callable[[dict[str, Any]], None
         return "failed", {"name": method, "seed": seed, "error": traceback.format_exc()}
 
 
-def _work_in_processes(config: DemoConfig, count: int, take: Callable[[str, dict[str, Any]], None]) -> None:
+def _work_in_processes(
+    config: DemoConfig, count: int, take: Callable[[str, dict[str, Any]], None]
+) -> None:
     """Share the jobs among worker processes and take in what they send.
 
     Raises:
@@ -316,8 +400,13 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
         print("\n" + format_table(summary), file=stream)
         pictures = draw_report(out)
         print(f"\nPictures: {', '.join(map(str, pictures)) or 'none'}", file=stream)
-        if "dynasty" in {r["name"] for r in summary["runs"]} and out / IMAGE_PICTURE not in pictures:
-            print(f"No {IMAGE_PICTURE}: {summary['args']['model']} has no convolution.", file=stream)
+        if (
+            "dynasty" in {r["name"] for r in summary["runs"]}
+            and out / IMAGE_PICTURE not in pictures
+        ):
+            print(
+                f"No {IMAGE_PICTURE}: {summary['args']['model']} has no convolution.", file=stream
+            )
         for run in summary["runs"]:
             if "core" in run:
                 print("\n" + describe(run["core"]), file=stream)
@@ -326,11 +415,18 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
         alike.setdefault(error["error"], []).append(f"{error['name']} seed {error['seed']}")
     for text, failed in alike.items():
         print(f"\nFailed: {', '.join(failed)}\n{text}", file=stream)
-    print(f"Figures: {out / SUMMARY_FILE}. {summary['seconds']:.0f} s in all.", file=stream, flush=True)
+    print(
+        f"Figures: {out / SUMMARY_FILE}. {summary['seconds']:.0f} s in all.",
+        file=stream,
+        flush=True,
+    )
 
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    write_whole(out / SUMMARY_FILE, json.dumps(seal_record(_finite(summary)), indent=1, allow_nan=False) + "\n")
+    write_whole(
+        out / SUMMARY_FILE,
+        json.dumps(seal_record(_finite(summary)), indent=1, allow_nan=False) + "\n",
+    )
 
 
 __all__: Sequence[str] = [

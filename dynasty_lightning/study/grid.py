@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid of runs (method x seed x model x data) into a file of results; what stands in the file is not run again."""
+"""A grid of runs (method x seed x model x data) into a file of results; what stands in the file is
+not run again.
+"""
 
 import json
 import statistics
@@ -16,19 +18,33 @@ from .checkpoint import remove_checkpoint
 from .progress import ProgressBoard
 from .record_fields import last_line
 from .results import ResultsFile, read_records
-from .run import COMPLETE, DIVERGED, FAILED, RunConfig, failure, finite, record_of, threads, train_one
+from .run import (
+    COMPLETE,
+    DIVERGED,
+    FAILED,
+    RunConfig,
+    failure,
+    finite,
+    record_of,
+    threads,
+    train_one,
+)
 from .workers import run_in_workers
 
 STANDING: Final = (COMPLETE, DIVERGED)
 """States that a repetition would not change."""
 
 Train = Callable[..., dict[str, Any]]
-"""Takes a run, the folder of data and what takes progress, and where it keeps its state if it does; as `train_one`."""
+"""Takes a run, the folder of data and what takes progress, and where it keeps its state if it does;
+as `train_one`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a grid: runs by state in this call, those that stood already, and records that no disk took."""
+    """What became of a grid: runs by state in this call, those that stood already, and records that
+    no disk took.
+    """
 
     complete: int
     diverged: int
@@ -42,7 +58,12 @@ class Outcome:
 
 
 def make_grid(
-    *, data: Sequence[str], models: Sequence[str], methods: Iterable[str], seeds: Iterable[int], **settings: Any
+    *,
+    data: Sequence[str],
+    models: Sequence[str],
+    methods: Iterable[str],
+    seeds: Iterable[int],
+    **settings: Any,
 ) -> list[RunConfig]:
     """All runs, each once, seed by seed: what a killed grid leaves can be compared.
 
@@ -53,8 +74,15 @@ def make_grid(
     pairs = [(d, m) for d in data for m in models if len(data) == len(models) == 1 or _fits(d, m)]
     for name in [*data, *models]:
         if not any(name in pair for pair in pairs):
-            raise ValueError(f"{name!r} goes with none of the others: {', '.join(data)} with {', '.join(models)}")
-    runs = [RunConfig(data=d, model=m, method=method, seed=seed, **settings) for seed in seeds for d, m in pairs for method in methods]
+            raise ValueError(
+                f"{name!r} goes with none of the others: {', '.join(data)} with {', '.join(models)}"
+            )
+    runs = [
+        RunConfig(data=d, model=m, method=method, seed=seed, **settings)
+        for seed in seeds
+        for d, m in pairs
+        for method in methods
+    ]
     return list({run.key: run for run in runs}.values())
 
 
@@ -78,15 +106,19 @@ def run_grid(
     train: Train = train_one,
     in_process: bool = False,
 ) -> Outcome:
-    """Train what the file has no result for yet, and append a line for each run. A run that fails does not stop the others.
+    """Train what the file has no result for yet, and append a line for each run. A run that fails
+    does not stop the others.
 
     Args:
         at_once: worker processes, each with one thread.
-        silence: seconds without a word after which a run is taken to hang; it is ended and counts as failed. None waits for ever.
-        keep: seconds between checkpoints of each run, in a folder beside the file, from which it goes on after a kill; None keeps none.
+        silence: seconds without a word after which a run is taken to hang; it is ended and counts
+            as failed. None waits for ever.
+        keep: seconds between checkpoints of each run, in a folder beside the file, from which it
+            goes on after a kill; None keeps none.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
-        in_process: train here, one run after the other, and not in workers that may be killed without harm.
+        in_process: train here, one run after the other, and not in workers that may be killed
+            without harm.
 
     Raises:
         FileInUse: another process appends to the file.
@@ -98,9 +130,16 @@ def run_grid(
         left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]
         stood = len(grid) - len(left)
         for run in grid:
-            if run not in left:  # a kill came when its record was written, and its checkpoint still there
+            if (
+                run not in left
+            ):  # a kill came when its record was written, and its checkpoint still there
                 remove_checkpoint(_checkpoint(out, run))
-        print(f"{len(grid)} runs, {stood} of them in {out} already; {len(left)} to do, {at_once} at a time", file=stream, flush=True)
+        print(
+            f"{len(grid)} runs, {stood} of them in {out} already; {len(left)} to do, {at_once} "
+            f"at a time",
+            file=stream,
+            flush=True,
+        )
         clock = _Clock(left, file.records.values(), at_once)
         board = ProgressBoard(len(left), stream)
         count = dict.fromkeys((COMPLETE, DIVERGED, FAILED), 0)
@@ -117,16 +156,27 @@ def run_grid(
             clock.took(run, record)
             board.finish(record | {"label": run.label}, clock.note())
             if not saved:
-                board.say(f"    not written yet, kept in memory ({len(file.unsaved)} records): {file.error}")
+                board.say(
+                    f"    not written yet, kept in memory ({len(file.unsaved)} records): "
+                    f"{file.error}"
+                )
 
         try:
             if in_process:
                 with threads(1):
                     for run in left:
-                        take("done", run, train(run, data_dir, board.update, **_kept(out, run, keep)))
+                        take(
+                            "done", run, train(run, data_dir, board.update, **_kept(out, run, keep))
+                        )
             else:
                 jobs = [(train, run, data_dir, _kept(out, run, keep)) for run in left]
-                run_in_workers(_job, jobs, lambda kind, job, content: take(kind, job[1], content), count=at_once, silence=silence)
+                run_in_workers(
+                    _job,
+                    jobs,
+                    lambda kind, job, content: take(kind, job[1], content),
+                    count=at_once,
+                    silence=silence,
+                )
         finally:
             board.close()
             with suppress(OSError):  # not there, or with checkpoints in it
@@ -154,13 +204,18 @@ def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
 
 
 def _save_or_show(file: ResultsFile, stream: TextIO) -> None:
-    """Try again to write what could not be written, and print what cannot, also when interrupted."""
+    """Try again to write what could not be written, and print what cannot, also when
+    interrupted.
+    """
     print(f"Writing {len(file.unsaved)} records to {file.path} again ...", file=stream, flush=True)
     try:
         file.settle()
     finally:
         if file.unsaved:
-            print(f"{file.path} cannot be written ({file.error}). Append these lines to it by hand:", file=stream)
+            print(
+                f"{file.path} cannot be written ({file.error}). Append these lines to it by hand:",
+                file=stream,
+            )
             for record in file.unsaved:
                 print(json.dumps(record, allow_nan=False), file=stream, flush=True)
 
@@ -172,7 +227,9 @@ def _record_of_death(run: RunConfig, how: str) -> dict[str, Any]:
     return record
 
 
-def _job(job: tuple[Train, RunConfig, str | None, dict[str, Any]], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _job(
+    job: tuple[Train, RunConfig, str | None, dict[str, Any]], send: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     train, run, data_dir, kept = job
     with threads(1):
         return train(run, data_dir, send, **kept)
@@ -195,7 +252,9 @@ def _checkpoint(out: Path, run: RunConfig) -> Path:
 class _Clock:
     """Estimates the time left from runs like those to come: the same but for the seed, else any."""
 
-    def __init__(self, left: Sequence[RunConfig], records: Iterable[Mapping[str, Any]], at_once: int) -> None:
+    def __init__(
+        self, left: Sequence[RunConfig], records: Iterable[Mapping[str, Any]], at_once: int
+    ) -> None:
         self._left = {run.key: run for run in left}
         self._at_once = at_once
         self._seconds: dict[str, list[float]] = {}

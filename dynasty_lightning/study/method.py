@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run chooses its numbers, as one word: `float32`, `bf16`, `uniform8`, `mxint8`, `dynasty@5.1:interval=25,allocation=late`.
+"""How a run chooses its numbers, as one word: `float32`, `bf16`, `uniform8`, `mxint8`,
+`dynasty@5.1:interval=25,allocation=late`.
 
-The word is NAME[@TARGET][:option=value,..]: TARGET is the whole-run speedup asked for, options are those of `DynastyPrecision`, of
-`DynastyCallback` and of the policy. It is what results are stored under, so `str(Method.parse(text))` is the same for equal methods.
+The word is NAME[@TARGET][:option=value,..]: TARGET is the whole-run speedup asked for, options are
+those of `DynastyPrecision`, of `DynastyCallback` and of the policy. It is what results are stored
+under, so `str(Method.parse(text))` is the same for equal methods.
 """
 
 import re
@@ -29,12 +31,14 @@ class Method:
     """A name, a target and options.
 
     Attributes:
-        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (OCP MX; below 8 bits like it), or a policy's of `POLICIES`.
+        name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (OCP MX; below 8 bits like
+            it), or a policy's of `POLICIES`.
         target: whole-run `speedup_charged` to steer to.
         options: name and value, sorted by name.
 
     Raises:
-        ValueError: an unknown name, a target where none is possible or out of range, options that nothing takes or of a wrong value.
+        ValueError: an unknown name, a target where none is possible or out of range, options that
+            nothing takes or of a wrong value.
     """
 
     name: str
@@ -42,18 +46,24 @@ class Method:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "options", tuple(sorted(self.options, key=lambda option: option[0])))
+        object.__setattr__(
+            self, "options", tuple(sorted(self.options, key=lambda option: option[0]))
+        )
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name} names an option twice: {', '.join(names)}")
         if self.name not in FLOATS and self._fixed_bits is None and self.name not in POLICIES:
-            raise ValueError(f"unknown method {self.name!r}: choose from {', '.join(method_names())}")
+            raise ValueError(
+                f"unknown method {self.name!r}: choose from {', '.join(method_names())}"
+            )
         if self.target is not None:
             if not self.takes_target:
                 raise ValueError(f"{self.name} takes no target, not @{self.target:g}")
             check_target(self.target)
         if self.is_float and self.options:
-            raise ValueError(f"{self.name} has no blocks: it takes no options, not {', '.join(names)}")
+            raise ValueError(
+                f"{self.name} has no blocks: it takes no options, not {', '.join(names)}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Method":
@@ -61,12 +71,21 @@ class Method:
         head, colon, rest = text.strip().partition(":")
         name, at, target = head.partition("@")
         if not _NAME.fullmatch(name) or (at and not target) or (colon and not rest):
-            raise ValueError(f"{text!r} is no method: write NAME[@TARGET][:option=value,..], e.g. dynasty@5.1:interval=25")
+            raise ValueError(
+                f"{text!r} is no method: write NAME[@TARGET][:option=value,..], e.g. "
+                f"dynasty@5.1:interval=25"
+            )
         try:
             speedup = float(target) if at else None
         except ValueError:
-            raise ValueError(f"{text!r} has the target {target!r}: write a number, e.g. dynasty@5.1") from None
-        return cls(name=name, target=speedup, options=tuple(_option(part, text) for part in rest.split(",") if part.strip()))
+            raise ValueError(
+                f"{text!r} has the target {target!r}: write a number, e.g. dynasty@5.1"
+            ) from None
+        return cls(
+            name=name,
+            target=speedup,
+            options=tuple(_option(part, text) for part in rest.split(",") if part.strip()),
+        )
 
     def __str__(self) -> str:
         target = "" if self.target is None else f"@{_written(self.target)}"
@@ -85,54 +104,88 @@ class Method:
     @property
     def needs_target(self) -> bool:
         """It can steer to a target, and has neither one nor another budget yet."""
-        return self.takes_target and self.target is None and "noise_budget" not in dict(self.options)
+        return (
+            self.takes_target and self.target is None and "noise_budget" not in dict(self.options)
+        )
 
     def with_target(self, target: float) -> "Method":
         return replace(self, target=target)
 
     def check(self) -> None:
-        """Make plugin and callback once. Raises ValueError for a wrong option or a missing target."""
+        """Make plugin and callback once. Raises ValueError for a wrong option or a missing
+        target.
+        """
         if self.needs_target:
-            raise ValueError(f"{self} needs a speedup to steer to: write {self.name}@5.1, or give --targets")
+            raise ValueError(
+                f"{self} needs a speedup to steer to: write {self.name}@5.1, or give --targets"
+            )
         try:
             self.make_plugin(seed=0)
             self.make_callback(interval=50)
-        except (TypeError, AttributeError, ValueError) as error:  # a value of another kind ends in any of them
+        except (
+            TypeError,
+            AttributeError,
+            ValueError,
+        ) as error:  # a value of another kind ends in any of them
             raise ValueError(f"{self}: {error}") from error
 
     def make_plugin(self, *, seed: int, **settings: Any) -> DynastyPrecision | None:
-        """The precision plugin; None for floating point. The method's own options go before `settings`."""
+        """The precision plugin; None for floating point. The method's own options go before
+        `settings`.
+        """
         if self.is_float:
             return None
         own = {name: value for name, value in self.options if name in _PLUGIN_OPTIONS}
-        own |= {name: (value,) for name, value in own.items() if name in _SEVERAL and isinstance(value, str)}
+        own |= {
+            name: (value,)
+            for name, value in own.items()
+            if name in _SEVERAL and isinstance(value, str)
+        }
         if self.name.startswith("mxint"):
             own = {"block_shape": MX_BLOCK, "scaling": "mx"} | own
         return DynastyPrecision(seed=seed, **{**settings, **own})
 
     def make_callback(self, *, interval: int) -> DynastyCallback | None:
-        """The callback; None for floating point. An interval among the method's options goes before `interval`."""
+        """The callback; None for floating point. An interval among the method's options goes before
+        `interval`.
+        """
         if self.is_float:
             return None
         options = {name: value for name, value in self.options if name not in _PLUGIN_OPTIONS}
         if self._fixed_bits is not None:
-            return DynastyCallback(**{"policy": "uniform", "bits": self._fixed_bits, "interval": interval, "table": False, **options})
-        return DynastyCallback(policy=self.name, target_speedup=self.target, **{"interval": interval, "table": False, **options})
+            return DynastyCallback(
+                **{
+                    "policy": "uniform",
+                    "bits": self._fixed_bits,
+                    "interval": interval,
+                    "table": False,
+                    **options,
+                }
+            )
+        return DynastyCallback(
+            policy=self.name,
+            target_speedup=self.target,
+            **{"interval": interval, "table": False, **options},
+        )
 
     @property
     def _fixed_bits(self) -> int | None:
         """Width of a uniform method."""
         for family in ("uniform", "mxint"):
             digits = self.name.removeprefix(family)
-            if self.name.startswith(family) and digits in {str(b) for b in range(MIN_BITS, MAX_BITS + 1)}:
+            if self.name.startswith(family) and digits in {
+                str(b) for b in range(MIN_BITS, MAX_BITS + 1)
+            }:
                 return int(digits)
         return None
 
 
 def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[Method]:
-    """Methods from comma-separated lists, each once; one that needs a target and names none gets each of `targets`.
+    """Methods from comma-separated lists, each once; one that needs a target and names none gets
+    each of `targets`.
 
-    Options are separated by commas too: a part that starts with `option=` goes on with the method before it.
+    Options are separated by commas too: a part that starts with `option=` goes on with the method
+    before it.
 
     Raises:
         ValueError: a wrong method, or none at all.
@@ -147,7 +200,11 @@ def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[M
     methods: list[Method] = []
     for word in words:
         method = Method.parse(word)
-        methods += [method.with_target(t) for t in targets] if method.needs_target and targets else [method]
+        methods += (
+            [method.with_target(t) for t in targets]
+            if method.needs_target and targets
+            else [method]
+        )
     if not methods:
         raise ValueError("no method is named: give --methods, e.g. float32,uniform8,dynasty@5.1")
     for method in methods:
@@ -157,7 +214,12 @@ def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[M
 
 def method_names() -> list[str]:
     """What a method may be called, for messages."""
-    return [*FLOATS, f"uniform{MIN_BITS} to uniform{MAX_BITS}", f"mxint{MIN_BITS} to mxint{MAX_BITS}", *POLICIES]
+    return [
+        *FLOATS,
+        f"uniform{MIN_BITS} to uniform{MAX_BITS}",
+        f"mxint{MIN_BITS} to mxint{MAX_BITS}",
+        *POLICIES,
+    ]
 
 
 def _option(part: str, text: str) -> tuple[str, Any]:
@@ -168,9 +230,14 @@ def _option(part: str, text: str) -> tuple[str, Any]:
 
 
 def _read(text: str) -> Any:
-    """A value: number, true, false, none, 4x4 (a tuple), a+b (several), X:4/W:3 (by name), else text."""
+    """A value: number, true, false, none, 4x4 (a tuple), a+b (several), X:4/W:3 (by name), else
+    text.
+    """
     if "/" in text or re.fullmatch(r"\w+:[^:]+", text):
-        return _Named((key, _read(value)) for key, _, value in (entry.partition(":") for entry in text.split("/")))
+        return _Named(
+            (key, _read(value))
+            for key, _, value in (entry.partition(":") for entry in text.split("/"))
+        )
     if re.fullmatch(r"\d+x\d+", text):
         return tuple(int(n) for n in text.split("x"))
     if "+" in text and not re.fullmatch(r"[-+.\deE]+", text):
@@ -195,9 +262,13 @@ class _Named(dict[str, Any]):
 def _written(value: Any) -> str:
     """What `_read` reads as the value again."""
     if isinstance(value, Mapping):
-        return "/".join(f"{k}:{_written(value[k])}" for k in sorted(value, key=lambda k: ("XWE".find(k) % 4, k)))
+        return "/".join(
+            f"{k}:{_written(value[k])}" for k in sorted(value, key=lambda k: ("XWE".find(k) % 4, k))
+        )
     if isinstance(value, tuple):
-        return ("x" if len(value) == 2 and all(type(v) is int for v in value) else "+").join(map(_written, value))
+        return ("x" if len(value) == 2 and all(type(v) is int for v in value) else "+").join(
+            map(_written, value)
+        )
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -8,7 +8,9 @@ from typing import Any, TextIO
 
 
 class ProgressBoard:
-    """On a terminal, a line for each running run that rewrites itself; elsewhere, a line for each quarter of a run."""
+    """On a terminal, a line for each running run that rewrites itself; elsewhere, a line for each
+    quarter of a run.
+    """
 
     def __init__(self, total: int, stream: TextIO) -> None:
         self._total, self._done, self._stream = total, 0, stream
@@ -19,9 +21,14 @@ class ProgressBoard:
         self._terminal = stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def update(self, progress: dict[str, Any]) -> None:
-        """Show where a run stands: label (or name and seed), step, steps, epoch, epochs, loss, speedup, seconds."""
+        """Show where a run stands: label (or name and seed), step, steps, epoch, epochs, loss,
+        speedup, seconds.
+        """
         label = _label(progress)
-        parts = [f"{label}  epoch {progress['epoch']:>3}/{progress['epochs']}", f"step {progress['step']:>5}/{progress['steps']}"]
+        parts = [
+            f"{label}  epoch {progress['epoch']:>3}/{progress['epochs']}",
+            f"step {progress['step']:>5}/{progress['steps']}",
+        ]
         parts.append(f"loss {progress['loss']:.3f}")
         if progress["speedup"] is not None:
             parts.append(f"speedup now {progress['speedup']:.2f}x")
@@ -42,11 +49,21 @@ class ProgressBoard:
         self._note = note
         text = f"[{self._done}/{self._total}] {_label(record)}  "
         if record.get("error"):
-            text += f"{record.get('status', 'failed').upper()}: " + record["error"].strip().splitlines()[-1]
+            text += (
+                f"{record.get('status', 'failed').upper()}: "
+                + record["error"].strip().splitlines()[-1]
+            )
         else:
             text += "DIVERGED  " if record.get("status") == "diverged" else ""
-            text += f"accuracy {100 * record['accuracy']:6.2f} %  loss {math.nan if record['loss'] is None else record['loss']:.3f}"
-            text += f"  speedup {record['speedup_charged']:.2f}x" if record.get("speedup_charged") is not None else ""
+            text += (
+                f"accuracy {100 * record['accuracy']:6.2f} %  loss "
+                f"{math.nan if record['loss'] is None else record['loss']:.3f}"
+            )
+            text += (
+                f"  speedup {record['speedup_charged']:.2f}x"
+                if record.get("speedup_charged") is not None
+                else ""
+            )
             text += f"  {record['seconds']:.1f} s"
         self._print(text + (f"  ({note})" if note and not self._terminal else ""))
         for message in record.get("warnings", []):

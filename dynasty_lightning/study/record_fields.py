@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record of a run may hold, as a table: an odd one is told by file and line and left out, and never breaks what reads it."""
+"""What a record of a run may hold, as a table: an odd one is told by file and line and left out,
+and never breaks what reads it.
+"""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -32,13 +34,22 @@ def _is_text(value: Any, most: int = _MOST_TEXT) -> bool:
 
 def _mapping(holds: Callable[[Any], bool], of: str) -> Field:
     def check(value: Any) -> bool:
-        return isinstance(value, Mapping) and len(value) <= _MOST_WORDS and all(_is_text(k, 200) and holds(v) for k, v in value.items())
+        return (
+            isinstance(value, Mapping)
+            and len(value) <= _MOST_WORDS
+            and all(_is_text(k, 200) and holds(v) for k, v in value.items())
+        )
 
     return Field(rule=f"an object of {of}", holds=check)
 
 
 def _is_figure(value: Any) -> bool:
-    return value is None or isinstance(value, bool) or number(-1e18, 1e18).holds(value) or _LINE.holds(value)
+    return (
+        value is None
+        or isinstance(value, bool)
+        or number(-1e18, 1e18).holds(value)
+        or _LINE.holds(value)
+    )
 
 
 _LINE: Final = matching(r"[^\x00-\x1f\ud800-\udfff]{0,1000}", "a text of one line")
@@ -49,9 +60,14 @@ _RATIO: Final = number(1e-6, 1e6)
 _SECONDS: Final = number(0, 1e12)
 _PAIR: Final = Field(
     rule="two whole numbers from 1 on",
-    holds=lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(whole(1, 1 << 30).holds, v)),
+    holds=lambda v: (
+        isinstance(v, list | tuple) and len(v) == 2 and all(map(whole(1, 1 << 30).holds, v))
+    ),
 )
-_TEXTS: Final = Field(rule="a list of texts", holds=lambda v: isinstance(v, list) and len(v) <= _MOST_WORDS and all(map(_is_text, v)))
+_TEXTS: Final = Field(
+    rule="a list of texts",
+    holds=lambda v: isinstance(v, list) and len(v) <= _MOST_WORDS and all(map(_is_text, v)),
+)
 
 CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "method": _WORD,
@@ -72,14 +88,26 @@ CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "evaluate_on": _WORD,
 }
 """Of a run's settings; what is there must be so, and `method` must be there."""
-REPORTED_SETTINGS: Final = ("data", "model", "epochs", "batch_size", "train_samples", "validation_samples", "learning_rate", "evaluate_on")
+REPORTED_SETTINGS: Final = (
+    "data",
+    "model",
+    "epochs",
+    "batch_size",
+    "train_samples",
+    "validation_samples",
+    "learning_rate",
+    "evaluate_on",
+)
 
 RECORD_FIELDS: Final[Mapping[str, Field]] = {
     "key": _WORD,
     "config": _mapping(lambda v: True, "settings"),
     "status": one_of(COMPLETE, DIVERGED, FAILED),
     "seed": whole(0, (1 << 32) - 1),
-    "command": Field(rule="a command of `compare` with --methods and a whole --seed", holds=lambda v: options_of(v) is not None),
+    "command": Field(
+        rule="a command of `compare` with --methods and a whole --seed",
+        holds=lambda v: options_of(v) is not None,
+    ),
     "started": _WORD,
     "commit": _optional(_WORD),
     "versions": _mapping(_is_figure, "texts"),
@@ -104,15 +132,25 @@ RECORD_FIELDS: Final[Mapping[str, Field]] = {
 """Of a record; it may hold more, which nothing reads."""
 
 
-_FILE_NAME: Final = matching(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", "the name of a file in the same folder")
+_FILE_NAME: Final = matching(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", "the name of a file in the same folder"
+)
 _BITS: Final = _mapping(number(0, 64).holds, "mean widths")
 
-DEMO_ARGS: Final[Mapping[str, Field]] = {"data": _WORD, "model": _WORD, "epochs": whole(1, 1 << 30), "data_dir": _optional(_TEXT)}
+DEMO_ARGS: Final[Mapping[str, Field]] = {
+    "data": _WORD,
+    "model": _WORD,
+    "epochs": whole(1, 1 << 30),
+    "data_dir": _optional(_TEXT),
+}
 DEMO_RUN: Final[Mapping[str, Field]] = {
     "name": _WORD,
     **{name: RECORD_FIELDS[name] for name in ("seed", "bits", "seconds", "analytics_share")},
     "accuracy": _SHARE,
-    **dict.fromkeys(("speedup_ideal", "energy_ratio_compute", "energy_ratio_sram", "energy_ratio_total"), _optional(_RATIO)),
+    **dict.fromkeys(
+        ("speedup_ideal", "energy_ratio_compute", "energy_ratio_sram", "energy_ratio_total"),
+        _optional(_RATIO),
+    ),
     "speedup_charged": _optional(_RATIO),
     "steps": whole(0, 1 << 40),
     "warmup_steps": whole(0, 1 << 40),
@@ -177,7 +215,9 @@ def last_line(error: str | None) -> str:
     return (error or "").strip().split("\n")[-1].strip() or "it does not say why"
 
 
-def _check(where: str, values: Mapping[str, Any], fields: Mapping[str, Field], required: tuple[str, ...]) -> None:
+def _check(
+    where: str, values: Mapping[str, Any], fields: Mapping[str, Field], required: tuple[str, ...]
+) -> None:
     for name in required:
         if name not in values:
             raise ValueError(f"{where} lacks {name!r}")
@@ -186,7 +226,9 @@ def _check(where: str, values: Mapping[str, Any], fields: Mapping[str, Field], r
 
 
 def options_of(command: Any) -> dict[str, str] | None:
-    """Options of the `compare` command that repeats a run, in order; None if it is no such command."""
+    """Options of the `compare` command that repeats a run, in order; None if it is no such
+    command.
+    """
     if not _is_text(command, 10_000):
         return None
     try:
@@ -194,11 +236,19 @@ def options_of(command: Any) -> dict[str, str] | None:
     except ValueError:  # a quotation that does not end
         return None
     names, values = words[2::2], words[3::2]
-    if words[1:2] != ["compare"] or len(names) != len(values) or not all(name.startswith("--") for name in names):
+    if (
+        words[1:2] != ["compare"]
+        or len(names) != len(values)
+        or not all(name.startswith("--") for name in names)
+    ):
         return None
     options = dict(zip(names, values, strict=True))
     seed = options.get("--seed", "")
-    return options if "--methods" in options and seed.isascii() and seed.isdigit() and len(seed) < 20 else None
+    return (
+        options
+        if "--methods" in options and seed.isascii() and seed.isdigit() and len(seed) < 20
+        else None
+    )
 
 
 __all__ = [

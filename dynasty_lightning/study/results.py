@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of results, one JSON line a run: only ever appended to, by one process at a time, whole lines or none.
+"""A file of results, one JSON line a run: only ever appended to, by one process at a time, whole
+lines or none.
 
-Neither a kill, nor a full disk, nor a file that is replaced while it is open loses a finished run's record. Each line carries its digest,
-not the file: lines come one by one, files are put together from several, and damage costs the line that it hit.
+Neither a kill, nor a full disk, nor a file that is replaced while it is open loses a finished run's
+record. Each line carries its digest,
+not the file: lines come one by one, files are put together from several, and damage costs the line
+that it hit.
 """
 
 import fcntl
@@ -28,9 +31,11 @@ class FileInUse(OSError):
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The last record of each key, in the order in which keys came first; the digests that were compared are not in them.
+    """The last record of each key, in the order in which keys came first; the digests that were
+    compared are not in them.
 
-    Lines that are no records, or damaged, are left out, with a warning. Lines of a version before there were digests are taken.
+    Lines that are no records, or damaged, are left out, with a warning. Lines of a version before
+    there were digests are taken.
     """
     records, odd = sift_records(path)
     for text in odd:
@@ -38,11 +43,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def sift_records(path: Path, *checks: Callable[[dict[str, Any]], object]) -> tuple[list[dict[str, Any]], list[str]]:
+def sift_records(
+    path: Path, *checks: Callable[[dict[str, Any]], object]
+) -> tuple[list[dict[str, Any]], list[str]]:
     """What `read_records` gives, and a line of text for each line that is left out.
 
     Args:
-        checks: what a record must be beside what `record_fields.check_record` says; they raise ValueError.
+        checks: what a record must be beside what `record_fields.check_record` says; they raise
+            ValueError.
     """
     records: dict[str, dict[str, Any]] = {}
     odd = []
@@ -59,7 +67,10 @@ def sift_records(path: Path, *checks: Callable[[dict[str, Any]], object]) -> tup
                 if isinstance(error, _DamagedLine)
                 else ("is no record", str(error))
             )
-            odd.append(f"{path}, line {number} {what} and is left out, so that its run is to do again: {text}")
+            odd.append(
+                f"{path}, line {number} {what} and is left out, so that its run is to do again: "
+                f"{text}"
+            )
         else:
             records[record["key"]] = record
     return list(records.values()), odd
@@ -72,7 +83,8 @@ class ResultsFile:
 
     Attributes:
         records: by key, the last of each.
-        unsaved: records that could not be written yet, as for a full disk; each `add` and `settle` tries again.
+        unsaved: records that could not be written yet, as for a full disk; each `add` and `settle`
+            tries again.
 
     Raises:
         FileInUse: another process has it open.
@@ -91,7 +103,12 @@ class ResultsFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -121,7 +138,9 @@ class ResultsFile:
             if self.unsaved and self._is_replaced():
                 self._move_to_the_new_file()
             while self.unsaved:
-                self._append((json.dumps(seal_record(self.unsaved[0]), allow_nan=False) + "\n").encode())
+                self._append(
+                    (json.dumps(seal_record(self.unsaved[0]), allow_nan=False) + "\n").encode()
+                )
                 self._mine.append(self.unsaved.pop(0))
         except OSError as error:
             self.error = error
@@ -131,13 +150,17 @@ class ResultsFile:
     def _append(self, line: bytes) -> None:
         """The whole line or nothing of it."""
         end = os.fstat(self._file).st_size
-        if end and os.pread(self._file, 1, end - 1) != b"\n":  # an attempt that could not even be taken back
+        if (
+            end and os.pread(self._file, 1, end - 1) != b"\n"
+        ):  # an attempt that could not even be taken back
             self._mend(self._file)
             end = os.fstat(self._file).st_size
         try:
             written = os.write(self._file, line)
             if written < len(line):
-                raise OSError(f"only {written} of {len(line)} bytes could be written to {self.path}")
+                raise OSError(
+                    f"only {written} of {len(line)} bytes could be written to {self.path}"
+                )
             os.fsync(self._file)
         except BaseException:
             os.ftruncate(self._file, end)
@@ -149,7 +172,10 @@ class ResultsFile:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FileInUse(f"{self.path} is in use: another process appends to it; wait for it, or name another --out") from None
+                raise FileInUse(
+                    f"{self.path} is in use: another process appends to it; wait for it, or "
+                    f"name another --out"
+                ) from None
             self._mend(file)
             self.records |= {r["key"]: r for r in read_records(self.path)}
         except BaseException:
@@ -175,11 +201,15 @@ class ResultsFile:
         os.ftruncate(file, begin)
         os.fsync(file)
         warnings.warn(
-            f"the last line of {self.path} was not written to its end; it is in {torn} now, and its run starts again", stacklevel=2
+            f"the last line of {self.path} was not written to its end; it is in {torn} now, and "
+            f"its run starts again",
+            stacklevel=2,
         )
 
     def _is_replaced(self) -> bool:
-        """The path names another file than the one opened, or none: somebody checked out or moved the file."""
+        """The path names another file than the one opened, or none: somebody checked out or moved
+        the file.
+        """
         try:
             there = self.path.stat()
         except FileNotFoundError:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training run: what fixes it, its key, how it is trained and tested, and the record that it leaves."""
+"""One training run: what fixes it, its key, how it is trained and tested, and the record that it
+leaves.
+"""
 
 import functools
 import hashlib
@@ -40,7 +42,8 @@ from .record_fields import DIVERGED as DIVERGED
 from .record_fields import FAILED as FAILED
 
 Send = Callable[[dict[str, Any]], None]
-"""Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds."""
+"""Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds.
+"""
 
 _PACKAGE: Final = Path(__file__).parents[1]
 _REPORT_SECONDS: Final = 0.5
@@ -55,18 +58,22 @@ _CHANCE_DEVIATIONS: Final = 3.0  # of the share that a guess gets right
 class RunConfig:
     """Everything that fixes one run, but for machine and code.
 
-    The key of a run is made of what differs from the defaults here: a new field with a default changes no key, a changed default gives
-    old results another meaning.
+    The key of a run is made of what differs from the defaults here: a new field with a default
+    changes no key, a changed default gives old results another meaning.
 
     Attributes:
         method: one word, see `methods`.
         seed: of network, order of images, augmentation and rounding.
         data, model: as `build_task` has them.
-        train_samples, validation_samples: None for all; held back from training. The choice does not depend on the seed.
+        train_samples, validation_samples: None for all; held back from training. The choice does
+            not depend on the seed.
         learning_rate: highest of the run; None for the model's own.
-        decay: of the learning rate, "cosine" or "steps" (a tenth after half and again after three quarters of the run).
-        accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what fixes a run.
-        mode, block_shape, width_group, interval: of blocks, where the method says nothing else; without effect for floating point.
+        decay: of the learning rate, "cosine" or "steps" (a tenth after half and again after three
+            quarters of the run).
+        accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what
+            fixes a run.
+        mode, block_shape, width_group, interval: of blocks, where the method says nothing else;
+            without effect for floating point.
         evaluate_on: "test", or "validation" for choices that must not see the test set.
 
     Raises:
@@ -93,17 +100,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_pair(data=self.data, model=self.model)
         for name, known in (
-            ("mode", ("fast", "exact")), ("evaluate_on", ("test", "validation")), ("accelerator", ("cpu", "gpu")),
-        ):  # fmt: skip
+            ("mode", ("fast", "exact")),
+            ("evaluate_on", ("test", "validation")),
+            ("accelerator", ("cpu", "gpu")),
+        ):
             if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}"
+                )
         check_decay(data=self.data, decay=self.decay)
-        for name, least in (("epochs", 1), ("batch_size", 1), ("interval", 1), ("validation_samples", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("interval", 1),
+            ("validation_samples", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if self.train_samples is not None and self.train_samples < 1:
             raise ValueError(f"train_samples must be at least 1, not {self.train_samples}")
-        if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+        if self.learning_rate is not None and not (
+            self.learning_rate > 0 and math.isfinite(self.learning_rate)
+        ):
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
@@ -117,7 +135,11 @@ class RunConfig:
 
     def canonical(self) -> dict[str, Any]:
         """What the key is made of: fields that differ from their defaults and have an effect."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default}
+        values = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.default is MISSING or getattr(self, f.name) != f.default
+        }
         if self.method in FLOATS:
             values = {name: value for name, value in values.items() if name not in _OF_BLOCKS}
         return values
@@ -135,7 +157,16 @@ class RunConfig:
 
     def command(self) -> str:
         """What repeats this one run, with data where $DYNASTY_DATA says."""
-        words = ["dynasty-lightning", "compare", "--methods", self.method, "--seed", self.seed, "--seeds", 1]
+        words = [
+            "dynasty-lightning",
+            "compare",
+            "--methods",
+            self.method,
+            "--seed",
+            self.seed,
+            "--seeds",
+            1,
+        ]
         for name, value in self.canonical().items():
             if name in ("method", "seed"):
                 continue
@@ -157,40 +188,66 @@ class Trained:
 
 
 def train(
-    config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None, *, checkpoint: Path | None = None, every: float = 600.0
+    config: RunConfig,
+    data_dir: str | None = None,
+    progress: Send = lambda _: None,
+    *,
+    checkpoint: Path | None = None,
+    every: float = 600.0,
 ) -> Trained:
     """Train a network and test it with the numbers it was trained in.
 
     Args:
         data_dir: folder of the data files; None looks where `load_data` does.
-        checkpoint: file that the state of the run is kept in meanwhile, and gone on from where it is there already; None keeps none.
+        checkpoint: file that the state of the run is kept in meanwhile, and gone on from where it
+            is there already; None keeps none.
         every: seconds between two states.
 
     Raises:
-        FileNotFoundError, ValueError: data that is missing or damaged, or fewer images than asked for.
+        FileNotFoundError, ValueError: data that is missing or damaged, or fewer images than asked
+            for.
         KeyboardInterrupt: also where Lightning made SystemExit of it.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
     task = build_task(
-        data=config.data, model=config.model, data_dir=data_dir, batch_size=config.batch_size, train_samples=config.train_samples,
-        validation_samples=config.validation_samples, learning_rate=config.learning_rate, decay=config.decay, seed=config.seed,
-    )  # fmt: skip
+        data=config.data,
+        model=config.model,
+        data_dir=data_dir,
+        batch_size=config.batch_size,
+        train_samples=config.train_samples,
+        validation_samples=config.validation_samples,
+        learning_rate=config.learning_rate,
+        decay=config.decay,
+        seed=config.seed,
+    )
     module, data = task.module, task.data
     method = Method.parse(config.method)
-    plugin = method.make_plugin(seed=config.seed, mode=config.mode, block_shape=config.block_shape, width_group=config.width_group)
+    plugin = method.make_plugin(
+        seed=config.seed,
+        mode=config.mode,
+        block_shape=config.block_shape,
+        width_group=config.width_group,
+    )
     callback = method.make_callback(interval=config.interval)
     watch = _Watch(config, callback, progress)
     core = _CoreWatch(callback) if callback else None
-    kept = RunCheckpoint(checkpoint, seconds=every, identity=_identity(config)) if checkpoint else None
+    kept = (
+        RunCheckpoint(checkpoint, seconds=every, identity=_identity(config)) if checkpoint else None
+    )
     trainer = L.Trainer(
         max_epochs=config.epochs,
         accelerator=config.accelerator,
         devices=1,
         plugins=[SealedCheckpointIO(), *([] if plugin is None else [plugin])],
         precision=FLOATS.get(method.name) if plugin is None else None,  # type: ignore[arg-type]
-        callbacks=[*([callback] if callback else []), *([core] if core else []), watch, *([kept] if kept else [])],
+        callbacks=[
+            *([callback] if callback else []),
+            *([core] if core else []),
+            watch,
+            *([kept] if kept else []),
+        ],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -212,7 +269,10 @@ def train(
             if config.validation_samples:
                 # As a test: the Trainer has no validation batches in fit, and so none in validate.
                 validated = trainer.test(module, data.val_dataloader(), verbose=False)[0]
-                figures |= {"validation_accuracy": validated["test_accuracy"], "validation_loss": validated["test_loss"]}
+                figures |= {
+                    "validation_accuracy": validated["test_accuracy"],
+                    "validation_loss": validated["test_loss"],
+                }
                 tested = tested or validated
         except SystemExit as stop:  # what Lightning makes of Ctrl-C
             raise KeyboardInterrupt from stop
@@ -227,20 +287,36 @@ def train(
         "nonfinite_losses": watch.nonfinite_losses,
         "steps": trainer.global_step,
         "seconds": seconds,
-        # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's time.
-        "warnings": sorted({str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}),
+        # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a
+        # reader's time.
+        "warnings": sorted(
+            {str(w.message) for w in caught if _PACKAGE in Path(w.filename).parents}
+        ),
         **({"parts": kept.parts} if kept and kept.parts > 1 else {}),
     }
-    return Trained(figures=figures, trainer=trainer, task=task, callback=callback, core=core, earlier_seconds=watch.earlier_seconds)
+    return Trained(
+        figures=figures,
+        trainer=trainer,
+        task=task,
+        callback=callback,
+        core=core,
+        earlier_seconds=watch.earlier_seconds,
+    )
 
 
 def train_one(
-    config: RunConfig, data_dir: str | None = None, progress: Send = lambda _: None, *, checkpoint: Path | None = None, every: float = 600.0
+    config: RunConfig,
+    data_dir: str | None = None,
+    progress: Send = lambda _: None,
+    *,
+    checkpoint: Path | None = None,
+    every: float = 600.0,
 ) -> dict[str, Any]:
-    """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed", or "diverged" after NaN losses.
+    """Train, test, and say what came of it, JSON-ready. What a run raises is its result: "failed",
+    or "diverged" after NaN losses.
 
-    A checkpoint is there to outlive a kill. Whoever takes the record removes it once that is safe (`remove_checkpoint`), also of a run that
-    failed, which then starts over.
+    A checkpoint is there to outlive a kill. Whoever takes the record removes it once that is safe
+    (`remove_checkpoint`), also of a run that failed, which then starts over.
     """
     began = time.monotonic()
     record = record_of(config)
@@ -258,8 +334,11 @@ def train_one(
             **(done.core.figures() if done.core else {}),
         }
     except Exception as error:
-        # Losses that are not numbers may end in an error anywhere behind; too little memory or disk does not end so.
-        lost = getattr(error, "nonfinite_losses", 0) and not isinstance(error, OSError | MemoryError)
+        # Losses that are not numbers may end in an error anywhere behind; too little memory or disk
+        # does not end so.
+        lost = getattr(error, "nonfinite_losses", 0) and not isinstance(
+            error, OSError | MemoryError
+        )
         record |= failure(error, DIVERGED if lost else FAILED)
     record["wall_seconds"] = time.monotonic() - began + earlier
     clean: dict[str, Any] = finite(record)
@@ -267,11 +346,20 @@ def train_one(
 
 
 def _identity(config: RunConfig) -> dict[str, str]:
-    """What must be the same for a run to go on to the same figures; of changed files nobody knows whether they are the same changes."""
+    """What must be the same for a run to go on to the same figures; of changed files nobody knows
+    whether they are the same changes.
+    """
     code = commit() or "none"
     code += f" in process {os.getpid()}" if code.endswith("+changes") else ""
-    where = {name: value for name, value in machine().items() if value is not None} | {"threads": torch.get_num_threads()}
-    return {"run": config.key, "code": code, **versions(), **{name: str(value) for name, value in where.items()}}
+    where = {name: value for name, value in machine().items() if value is not None} | {
+        "threads": torch.get_num_threads()
+    }
+    return {
+        "run": config.key,
+        "code": code,
+        **versions(),
+        **{name: str(value) for name, value in where.items()},
+    }
 
 
 def record_of(config: RunConfig) -> dict[str, Any]:
@@ -305,12 +393,20 @@ def failure(error: BaseException | str, status: str = FAILED) -> dict[str, Any]:
     return {"status": status, "error": text, "trace": places[-12:]}
 
 
-def thinned(history: Sequence[Mapping[str, Any]], points: int = _HISTORY_POINTS) -> list[dict[str, Any]]:
-    """At most so many entries of a callback's history, evenly spread, first and last included; network means only."""
+def thinned(
+    history: Sequence[Mapping[str, Any]], points: int = _HISTORY_POINTS
+) -> list[dict[str, Any]]:
+    """At most so many entries of a callback's history, evenly spread, first and last included;
+    network means only.
+    """
     count = min(points, len(history))
     chosen = [history[round(i * (len(history) - 1) / max(count - 1, 1))] for i in range(count)]
     return [
-        {"step": h["step"], "bits": _rounded(h["mean_bits"]), **{n: _rounded(h.get(n)) for n in ("speedup_charged", "loss", "lambda")}}
+        {
+            "step": h["step"],
+            "bits": _rounded(h["mean_bits"]),
+            **{n: _rounded(h.get(n)) for n in ("speedup_charged", "loss", "lambda")},
+        }
         for h in chosen
     ]
 
@@ -323,7 +419,9 @@ def _rounded(value: Any) -> Any:
 
 
 def _has_diverged(done: Trained, config: RunConfig) -> bool:
-    """No numbers at the end, or numbers lost on the way and an accuracy that one answer to everything gives."""
+    """No numbers at the end, or numbers lost on the way and an accuracy that one answer to
+    everything gives.
+    """
     figures = done.figures
     if not all(math.isfinite(figures[name]) for name in ("accuracy", "loss", "train_loss")):
         return True
@@ -333,11 +431,15 @@ def _has_diverged(done: Trained, config: RunConfig) -> bool:
     loader = data.test_dataloader() if config.evaluate_on == "test" else data.val_dataloader()
     counts = torch.bincount(torch.cat([targets.flatten() for _, targets in loader]))
     commonest, total = float(counts.max()) / float(counts.sum()), float(counts.sum())
-    return bool(figures["accuracy"] <= commonest + _CHANCE_DEVIATIONS * math.sqrt(commonest * (1 - commonest) / total))
+    return bool(
+        figures["accuracy"]
+        <= commonest + _CHANCE_DEVIATIONS * math.sqrt(commonest * (1 - commonest) / total)
+    )
 
 
 class _CoreWatch(Callback):
-    """What a whole run would gain on the core over uniform 8 bits, a model: after warm-up, the run is cut into equal parts, and the step
+    """What a whole run would gain on the core over uniform 8 bits, a model: after warm-up, the run
+    is cut into equal parts, and the step
     in the middle of each stands for all of it. An error here is told and costs the run nothing."""
 
     def __init__(self, dynasty: DynastyCallback) -> None:
@@ -356,19 +458,37 @@ class _CoreWatch(Callback):
         part = (self._steps - self._warmup) / _CORE_PARTS
         due = {max(1, self._warmup + round((i + 0.5) * part)) for i in range(_CORE_PARTS)}
         ended = self._error is not None or (self._samples > 0 and not self._found)
-        self._due = [] if ended else sorted((step for step in due if step > trainer.global_step), reverse=True)
+        self._due = (
+            []
+            if ended
+            else sorted((step for step in due if step > trainer.global_step), reverse=True)
+        )
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self._samples, "found": self._found, "error": self._error, "seconds": self.seconds}
+        return {
+            "samples": self._samples,
+            "found": self._found,
+            "error": self._error,
+            "seconds": self.seconds,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples, self._error, self.seconds = (state_dict[name] for name in ("samples", "error", "seconds"))
+        self._samples, self._error, self.seconds = (
+            state_dict[name] for name in ("samples", "error", "seconds")
+        )
         self._found = [tuple(pair) for pair in state_dict["found"]]
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         if not self._due or trainer.global_step < self._due[-1]:
             return
         self._due.pop()
@@ -388,24 +508,33 @@ class _CoreWatch(Callback):
             self._found.append(found)
 
     def figures(self) -> dict[str, Any]:
-        """`speedup_core` of the run, with lock step, edges, loads and stores; `speedup_core_cycles` if memory were never waited for."""
+        """`speedup_core` of the run, with lock step, edges, loads and stores; `speedup_core_cycles`
+        if memory were never waited for.
+        """
         if self._error is not None:
             return {"speedup_core": None, "core_error": self._error}
         if not self._found:
             return {"speedup_core": None}
         rest = self._steps - self._warmup
         with_memory, cycles = (
-            self._steps / (self._warmup + rest / statistics.harmonic_mean(column)) for column in zip(*self._found, strict=True)
+            self._steps / (self._warmup + rest / statistics.harmonic_mean(column))
+            for column in zip(*self._found, strict=True)
         )
         return {
             "speedup_core": with_memory,
             "speedup_core_cycles": cycles,
-            "core_steps": {"board": DEFAULT_BOARD, "samples": self._samples, "steps": len(self._found)},
+            "core_steps": {
+                "board": DEFAULT_BOARD,
+                "samples": self._samples,
+                "steps": len(self._found),
+            },
         }
 
 
 class _Watch(Callback):
-    """Tells how far a run is, at most twice a second and at the end of each epoch; keeps its losses."""
+    """Tells how far a run is, at most twice a second and at the end of each epoch; keeps its
+    losses.
+    """
 
     def __init__(self, config: RunConfig, dynasty: DynastyCallback | None, send: Send) -> None:
         self._config, self._dynasty, self._send = config, dynasty, send
@@ -425,11 +554,18 @@ class _Watch(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": list(self._losses), "nonfinite_losses": self.nonfinite_losses, "seconds": self.seconds}
+        return {
+            "losses": list(self._losses),
+            "nonfinite_losses": self.nonfinite_losses,
+            "seconds": self.seconds,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses, self.nonfinite_losses = list(state_dict["losses"]), state_dict["nonfinite_losses"]
+        self._losses, self.nonfinite_losses = (
+            list(state_dict["losses"]),
+            state_dict["nonfinite_losses"],
+        )
         self.earlier_seconds = state_dict["seconds"]
 
     @property
@@ -442,7 +578,14 @@ class _Watch(Callback):
         self._losses.clear()
 
     @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         loss = float(outputs["loss"])
         self._losses.append(loss)
         self.nonfinite_losses += not math.isfinite(loss)
@@ -509,17 +652,26 @@ def machine() -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit that this package's files are of, with "+changes" if they differ from it; None outside a checkout.
+    """The commit that this package's files are of, with "+changes" if they differ from it; None
+    outside a checkout.
 
     Asked once a process, for the code that it has loaded.
     """
 
     def git(*words: str) -> str:
-        answer = subprocess.run(["git", "-C", str(_PACKAGE), *words], capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(
+            ["git", "-C", str(_PACKAGE), *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
         return answer.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # an installed package may lie in somebody else's checkout
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # an installed package may lie in somebody else's checkout
         head = git("rev-parse", "HEAD")
         return head + ("+changes" if git("status", "--porcelain", "--", ".", "../fpga") else "")
     except (OSError, subprocess.SubprocessError):
@@ -547,6 +699,19 @@ def finite(value: Any) -> Any:
 
 
 __all__ = [
-    "COMPLETE", "DIVERGED", "FAILED", "RunConfig", "Trained", "commit", "failure", "finite", "machine", "record_of", "thinned", "threads",
-    "train", "train_one", "versions",
-]  # fmt: skip
+    "COMPLETE",
+    "DIVERGED",
+    "FAILED",
+    "RunConfig",
+    "Trained",
+    "commit",
+    "failure",
+    "finite",
+    "machine",
+    "record_of",
+    "thinned",
+    "threads",
+    "train",
+    "train_one",
+    "versions",
+]

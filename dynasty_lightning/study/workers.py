@@ -17,24 +17,36 @@ _MALLOC: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-"""Has glibc keep the memory that each step of training frees, rather than ask the system for it again."""
+"""Has glibc keep the memory that each step of training frees, rather than ask the system for it
+again.
+"""
 
 _READY: Final = "ready"
 
 Take = Callable[[str, Any, Any], None]
-"""Takes what became of a job: ("progress" | "done" | "died", job, content); a dead worker's content says how it ended."""
+"""Takes what became of a job: ("progress" | "done" | "died", job, content); a dead worker's content
+says how it ended.
+"""
 
 
 def run_in_workers(
-    function: Callable[[Any, Callable[[Any], None]], Any], jobs: Sequence[Any], take: Take, *, count: int, silence: float | None = None
+    function: Callable[[Any, Callable[[Any], None]], Any],
+    jobs: Sequence[Any],
+    take: Take,
+    *,
+    count: int,
+    silence: float | None = None,
 ) -> None:
-    """Call `function(job, send)` for each job, in order, in so many processes at a time, and hand on what it sends and returns.
+    """Call `function(job, send)` for each job, in order, in so many processes at a time, and hand
+    on what it sends and returns.
 
-    A worker that is killed costs the job it was at, and the next job gets a new one. No worker outlives this call or its process.
+    A worker that is killed costs the job it was at, and the next job gets a new one. No worker
+    outlives this call or its process.
 
     Args:
         function: importable by name; what it raises ends its worker.
-        silence: seconds after which a loaded worker that sends nothing is taken to hang, and killed; None waits for ever.
+        silence: seconds after which a loaded worker that sends nothing is taken to hang, and
+            killed; None waits for ever.
 
     Raises:
         ValueError: a silence that is not positive.
@@ -51,14 +63,28 @@ def run_in_workers(
                 worker = idle.pop() if idle else _Worker(function)
                 worker.give(waiting.pop())
                 busy.append(worker)
-            patience = min(w.heard for w in busy) + silence - time.monotonic() if silence is not None else math.inf
-            ready = wait(
-                [end for w in busy for end in (w.messages, w.process.sentinel)], None if math.isinf(patience) else max(patience, 0.0)
+            patience = (
+                min(w.heard for w in busy) + silence - time.monotonic()
+                if silence is not None
+                else math.inf
             )
-            for worker in [w for w in busy if silence is not None and time.monotonic() - w.heard > silence and not w.has_more()]:
+            ready = wait(
+                [end for w in busy for end in (w.messages, w.process.sentinel)],
+                None if math.isinf(patience) else max(patience, 0.0),
+            )
+            for worker in [
+                w
+                for w in busy
+                if silence is not None and time.monotonic() - w.heard > silence and not w.has_more()
+            ]:
                 busy.remove(worker)
                 worker.end()
-                take("died", worker.job, f"nothing was heard of it for {silence:g} s, so it was ended: it hung, or one step takes longer")
+                take(
+                    "died",
+                    worker.job,
+                    f"nothing was heard of it for {silence:g} s, so it was ended: it hung, or "
+                    f"one step takes longer",
+                )
             for worker in [w for w in busy if w.messages in ready or w.process.sentinel in ready]:
                 job = worker.job
                 kind, content = worker.receive()
@@ -75,7 +101,9 @@ def run_in_workers(
 
 
 class _Worker:
-    """One process with a pipe of its own: a process that is killed may leave a lock of a shared queue closed for ever."""
+    """One process with a pipe of its own: a process that is killed may leave a lock of a shared
+    queue closed for ever.
+    """
 
     def __init__(self, function: Callable[[Any, Callable[[Any], None]], Any]) -> None:
         # Not fork: torch's threads do not survive it.
@@ -112,13 +140,16 @@ class _Worker:
         return bool(wait([self.messages, self.process.sentinel], 0))
 
     def end(self) -> None:
-        self.process.kill()  # Lightning has a handler for a gentler signal, which would take its time
+        # Lightning has a handler for a gentler signal, which would take its time
+        self.process.kill()
         self.process.join()
         self.messages.close()
 
 
 def _work(function: Callable[[Any, Callable[[Any], None]], Any], messages: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

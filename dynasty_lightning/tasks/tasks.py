@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set and a network by name, as the pair that a Trainer takes: whoever trains them needs no case for images or text."""
+"""A data set and a network by name, as the pair that a Trainer takes: whoever trains them needs no
+case for images or text.
+"""
 
 import functools
 import os
@@ -24,13 +26,15 @@ TASK_MODELS: Final = (*MODELS, *TEXT_MODELS)
 class Task:
     """What `Trainer.fit(task.module, task.data)` and `Trainer.test(task.module, task.data)` take.
 
-    Both modules have the attributes `network` and `learning_rate`, and both log `train_loss`, `val_loss`, `val_accuracy`, `test_loss` and
-    `test_accuracy`: of images, or of the next character (losses in nats). Without validation samples there is no validation loader, of
-    which Lightning warns unless it gets `limit_val_batches=0`.
+    Both modules have the attributes `network` and `learning_rate`, and both log `train_loss`,
+    `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`: of images, or of the next character
+    (losses in nats). Without validation samples there is no validation loader, of which Lightning
+    warns unless it gets `limit_val_batches=0`.
 
     Attributes:
-        facts: what a record of figures says about the pair, ready for JSON: `parameters`, `train_samples` (an epoch's),
-            `validation_samples`, `test_samples`; for text also `context` and the text's `sha256`.
+        facts: what a record of figures says about the pair, ready for JSON: `parameters`,
+            `train_samples` (an epoch's), `validation_samples`, `test_samples`; for text also
+            `context` and the text's `sha256`.
     """
 
     module: Classifier | LanguageModel
@@ -39,13 +43,17 @@ class Task:
 
 
 def check_pair(*, data: str, model: str) -> None:
-    """Raises ValueError for an unknown name and for a model that does not go with the data; reads no file."""
+    """Raises ValueError for an unknown name and for a model that does not go with the data; reads
+    no file.
+    """
     for what, value, known in (("data", data, TASK_DATA), ("model", model, TASK_MODELS)):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
     fitting = TEXT_MODELS if data in TEXT_DATA else MODELS
     if model not in fitting:
-        raise ValueError(f"model {model!r} does not go with data {data!r}: choose one of {', '.join(fitting)}")
+        raise ValueError(
+            f"model {model!r} does not go with data {data!r}: choose one of {', '.join(fitting)}"
+        )
 
 
 def check_decay(*, data: str, decay: str) -> None:
@@ -78,10 +86,12 @@ def build_task(
         validation_samples: training images held back, or windows of the text's own validation part.
         learning_rate: highest of the run; None for the module's own.
         decay: of the learning rate, as `Classifier` has it; text has "cosine" only.
-        seed: of the network's initial weights and the order of the samples. The state of torch's own generator stays as it is.
+        seed: of the network's initial weights and the order of the samples. The state of torch's
+            own generator stays as it is.
 
     Raises:
-        ValueError: an unknown name, a model that does not go with the data, or more samples than there are.
+        ValueError: an unknown name, a model that does not go with the data, or more samples than
+            there are.
         FileNotFoundError: missing data files.
     """
     check_pair(data=data, model=model)
@@ -91,27 +101,57 @@ def build_task(
         if data in TEXT_DATA:
             return _text_task(batch_size, train_samples, validation_samples, learning_rate, seed)
         images = _images(data, None if data_dir is None else os.fspath(data_dir))
-        return _image_task(images, model, batch_size, train_samples, validation_samples, learning_rate, decay, seed)
+        return _image_task(
+            images, model, batch_size, train_samples, validation_samples, learning_rate, decay, seed
+        )
 
 
 def _image_task(
-    images: ImageData, model: str, batch_size: int, train: int | None, validation: int, learning_rate: float | None, decay: Decay, seed: int
-) -> Task:  # fmt: skip
-    data = TensorDataModule(images, batch_size=batch_size, train_images=train, validation_images=validation, seed=seed)
-    network = build_model(model, in_channels=data.in_channels, image_size=images.train_images.shape[-1], classes=data.classes)
-    module = Classifier(network, classes=data.classes, decay=decay, **_given(learning_rate=learning_rate))
+    images: ImageData,
+    model: str,
+    batch_size: int,
+    train: int | None,
+    validation: int,
+    learning_rate: float | None,
+    decay: Decay,
+    seed: int,
+) -> Task:
+    data = TensorDataModule(
+        images, batch_size=batch_size, train_images=train, validation_images=validation, seed=seed
+    )
+    network = build_model(
+        model,
+        in_channels=data.in_channels,
+        image_size=images.train_images.shape[-1],
+        classes=data.classes,
+    )
+    module = Classifier(
+        network, classes=data.classes, decay=decay, **_given(learning_rate=learning_rate)
+    )
     return Task(module=module, data=data, facts=_facts(module, data, validation))
 
 
-def _text_task(batch_size: int, train: int | None, validation: int, learning_rate: float | None, seed: int) -> Task:
+def _text_task(
+    batch_size: int, train: int | None, validation: int, learning_rate: float | None, seed: int
+) -> Task:
     text = stdlib_docs()
-    data = TextDataModule(text, batch_size=batch_size, train_windows=train, validation_windows=validation, seed=seed)
+    data = TextDataModule(
+        text, batch_size=batch_size, train_windows=train, validation_windows=validation, seed=seed
+    )
     network = CharTransformer(vocabulary=data.vocabulary, context=data.context)
-    module = LanguageModel(network, vocabulary=data.vocabulary, **_given(learning_rate=learning_rate))
-    return Task(module=module, data=data, facts=_facts(module, data, validation) | {"context": data.context, "sha256": text.sha256})
+    module = LanguageModel(
+        network, vocabulary=data.vocabulary, **_given(learning_rate=learning_rate)
+    )
+    return Task(
+        module=module,
+        data=data,
+        facts=_facts(module, data, validation) | {"context": data.context, "sha256": text.sha256},
+    )
 
 
-def _facts(module: pl.LightningModule, data: TensorDataModule | TextDataModule, validation: int) -> dict[str, Any]:
+def _facts(
+    module: pl.LightningModule, data: TensorDataModule | TextDataModule, validation: int
+) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in module.parameters()),
         "train_samples": data.train_dataloader().samples,

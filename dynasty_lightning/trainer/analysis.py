@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One analysis: of as many steps as it takes until all layers that train have shown what they cost, and what their errors do.
+"""One analysis: of as many steps as it takes until all layers that train have shown what they cost,
+and what their errors do.
 
-Mostly it takes two. Layers that run in turns (two networks of a GAN by the parity of steps, tasks, experts) take more: those that run now
-and then are waited for, rarer ones are watched until they come. What a layer costs in the run is what it costs when it runs times how
-often it does. Knows no Trainer.
+Mostly it takes two. Layers that run in turns (two networks of a GAN by the parity of steps, tasks,
+experts) take more: those that run now and then are waited for, rarer ones are watched until they
+come. What a layer costs in the run is what it costs when it runs times how often it does. Knows no
+Trainer.
 """
 
 import math
@@ -36,16 +38,19 @@ class Phase(Enum):
 
 
 def patience(phase: Phase, interval: int) -> int:
-    """Steps that a phase may take: layers that run at least once in so many are waited for. Those with exact errors are dear."""
+    """Steps that a phase may take: layers that run at least once in so many are waited for. Those
+    with exact errors are dear.
+    """
     return max(interval // (10 if phase is Phase.STATISTICS else 5), _LEAST_PATIENCE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """What the blocks of the average step had and cost: mean bits by layer and role letter, over all layers, and shares of zero blocks.
+    """What the blocks of the average step had and cost: mean bits by layer and role letter, over
+    all layers, and shares of zero blocks.
 
-    `costs` has the layers that ran, and `cost` is their sum. `dropped`: of each layer's blocks of E, the share that its width made zero, of
-    those that were not zero before.
+    `costs` has the layers that ran, and `cost` is their sum. `dropped`: of each layer's blocks of
+    E, the share that its width made zero, of those that were not zero before.
     """
 
     costs: dict[str, StepCost]
@@ -69,17 +74,21 @@ class Finding:
     """What an analysis found.
 
     Attributes:
-        widths: of the average step since the last analysis, but for those that were exact; its cost is that of the map in force, as far
+        widths: of the average step since the last analysis, but for those that were exact; its cost
+            is that of the map in force, as far
             as it was seen: layers that were not keep what they were seen to have before.
         seen_cost: of this, the part of the layers that were.
-        mapped_cost: of this, the part of the layers that had a map; what a policy steers by. What has none is at 8 bits: the others cannot
-            make up for it, and would be squeezed to nothing if they tried.
-        layers: statistics of the layers that were seen to learn, in the order in which their forward ran.
+        mapped_cost: of this, the part of the layers that had a map; what a policy steers by. What
+            has none is at 8 bits: the others cannot make up for it, and would be squeezed to
+            nothing if they tried.
+        layers: statistics of the layers that were seen to learn, in the order in which their
+            forward ran.
         exact_cost: of the average step with E at 8 bits.
         exact_steps: how many there were.
         news: layers whose statistics lead to a map, and that had none.
         missing: layers that have run, and have no map.
-        owed: what the layers seen now cost in earlier steps, in which they ran unseen, with the map of now; in all of them.
+        owed: what the layers seen now cost in earlier steps, in which they ran unseen, with the map
+            of now; in all of them.
         analytics: what the statistics would cost.
     """
 
@@ -99,9 +108,11 @@ class Analysis:
     """Puts the looks at steps together.
 
     Attributes:
-        lead: steps that the last analysis needed for the widths; the next one begins as many steps before its statistics.
+        lead: steps that the last analysis needed for the widths; the next one begins as many steps
+            before its statistics.
         seen: layers that were in any step that was looked at.
-        shown: of these, the ones whose statistics ever led to a map, or that were not finite when they should have.
+        shown: of these, the ones whose statistics ever led to a map, or that were not finite when
+            they should have.
     """
 
     def __init__(self) -> None:
@@ -113,7 +124,9 @@ class Analysis:
         self._known: dict[str, LayerWidths] = {}  # of analyses before
         self._owed: dict[str, Uses] = {}  # what ran unseen since its map was made
         self._watched: set[str] = set()
-        self._pending: dict[str, Uses] = {}  # of this rank, before the layers counted what they have counted now
+        self._pending: dict[
+            str, Uses
+        ] = {}  # of this rank, before the layers counted what they have counted now
         self._absent: set[str] = set()  # without a map, and in no step of the last analysis
         self._names: list[str] = []
         self._begin()
@@ -149,22 +162,35 @@ class Analysis:
         return self._steps[phase]
 
     def wants(self, name: str, phase: Phase | None) -> bool:
-        """Whether a layer shall record the step that begins: outside of phases, one that is watched, until it ran."""
+        """Whether a layer shall record the step that begins: outside of phases, one that is
+        watched, until it ran.
+        """
         if phase is None:
             return name in self._watched
         return name not in (self._statistics if phase is Phase.STATISTICS else self._widths)
 
     def wants_only_headers(self, name: str, phase: Phase | None) -> bool:
-        """Whether second moments are left out of that record: not of a rare layer, whoever knows when it comes again."""
+        """Whether second moments are left out of that record: not of a rare layer, whoever knows
+        when it comes again.
+        """
         return phase is Phase.WIDTHS and name not in self._watched
 
     def is_to_look(self, layers: Mapping[str, DynamicLayer], ranks: Ranks) -> bool:
-        """Whether a step of no phase is looked at: a watched layer ran in it, or may have on another rank."""
-        return bool(self._watched) and (ranks.size > 1 or any(name in layers and layers[name].has_records for name in self._watched))
+        """Whether a step of no phase is looked at: a watched layer ran in it, or may have on
+        another rank.
+        """
+        return bool(self._watched) and (
+            ranks.size > 1
+            or any(name in layers and layers[name].has_records for name in self._watched)
+        )
 
     def met_stranger(self, layers: Mapping[str, DynamicLayer]) -> bool:
-        """Whether a layer ran on this rank that has no map, after a time without it: better look at it soon."""
-        strangers = [name for name in self._absent if name in layers and layers[name].uses[Gemm.FORWARD]]
+        """Whether a layer ran on this rank that has no map, after a time without it: better look at
+        it soon.
+        """
+        strangers = [
+            name for name in self._absent if name in layers and layers[name].uses[Gemm.FORWARD]
+        ]
         self._absent -= set(strangers)
         return bool(strangers)
 
@@ -180,7 +206,8 @@ class Analysis:
         interval: int,
         ranks: Ranks,
     ) -> Look:
-        """Take in what the layers recorded in the step that ended, on all ranks; the layers forget it.
+        """Take in what the layers recorded in the step that ended, on all ranks; the layers forget
+        it.
 
         Args:
             layers: all converted layers by name.
@@ -192,12 +219,21 @@ class Analysis:
             interval: steps from one analysis to the next.
             ranks: all of them call this.
         """
-        mine = {name: add_uses(tuple(map(float, layer.take_uses())), self._pending.get(name)) for name, layer in layers.items()}
+        mine = {
+            name: add_uses(tuple(map(float, layer.take_uses())), self._pending.get(name))
+            for name, layer in layers.items()
+        }
         self._pending = {}
         look = self._reader.look(
-            layers, step=step, block_shape=block_shape, step_sizes=step_sizes, interval=interval, ranks=ranks, uses=mine,
+            layers,
+            step=step,
+            block_shape=block_shape,
+            step_sizes=step_sizes,
+            interval=interval,
+            ranks=ranks,
+            uses=mine,
             earlier=self._all_uses(),
-        )  # fmt: skip
+        )
         uses = self._exact_uses if exact else self._uses
         for name, counts in look.uses.items():
             uses[name] = add_uses(counts, uses.get(name))
@@ -210,15 +246,20 @@ class Analysis:
             self._nonfinite |= set(look.widths)
         found = self._exact if exact else self._widths
         for name, widths in look.widths.items():
-            # What passed unquantized has no blocks to count. The step is no cheaper than one at 8 bits.
+            # What passed unquantized has no blocks to count. The step is no cheaper than one at 8
+            # bits.
             found[name] = widths if look.finite else self._known.get(name, widths).at_baseline()
         self.seen |= set(look.widths)
         if not look.finite:
             self.shown |= set(look.layers)
         else:
-            all_uses, taken = self._all_uses(), self._statistics if phase is Phase.STATISTICS else self._inexact
+            all_uses, taken = (
+                self._all_uses(),
+                self._statistics if phase is Phase.STATISTICS else self._inexact,
+            )
             for place, (name, s) in enumerate(look.layers.items()):
-                # A layer that learns in some steps only (a discriminator, not in its generator's) tells little in the others.
+                # A layer that learns in some steps only (a discriminator, not in its generator's)
+                # tells little in the others.
                 if s.learns or not all_uses[name][Gemm.WGRAD]:
                     taken[name] = (self._looks, place, s)
         if phase is None:
@@ -226,7 +267,8 @@ class Analysis:
         return look
 
     def is_waiting(self, phase: Phase, *, steps: int, interval: int) -> bool:
-        """Whether the next step shall be looked at for the same: some layer that ran lately has not shown itself.
+        """Whether the next step shall be looked at for the same: some layer that ran lately has not
+        shown itself.
 
         Args:
             phase: what the last step was looked at for.
@@ -236,12 +278,18 @@ class Analysis:
         limit = patience(phase, interval)
         if self._steps[phase] >= limit:
             return False
-        seen = {*(self._statistics if phase is Phase.STATISTICS else self._widths), *self._nonfinite}
-        if not self._mapped and self.seen - seen:  # before the first map: what warm-up has seen shall have one, too
+        seen = {
+            *(self._statistics if phase is Phase.STATISTICS else self._widths),
+            *self._nonfinite,
+        }
+        if (
+            not self._mapped and self.seen - seen
+        ):  # before the first map: what warm-up has seen shall have one, too
             return True
         needed = Gemm.WGRAD if phase is Phase.STATISTICS else Gemm.FORWARD
         return any(
-            ((uses[needed] or uses[Gemm.FORWARD]) + 1) * limit >= steps  # one more: what comes every so often may be due just now
+            ((uses[needed] or uses[Gemm.FORWARD]) + 1) * limit
+            >= steps  # one more: what comes every so often may be due just now
             for name, uses in self._all_uses().items()
             if name not in seen and uses[Gemm.FORWARD]
         )
@@ -276,12 +324,25 @@ class Analysis:
         finding = Finding(
             widths=widths,
             seen_cost=sum(seen.values(), StepCost()),
-            mapped_cost=sum((cost for name, cost in seen.items() if name in mapped and name not in self._nonfinite), StepCost()),
+            mapped_cost=sum(
+                (
+                    cost
+                    for name, cost in seen.items()
+                    if name in mapped and name not in self._nonfinite
+                ),
+                StepCost(),
+            ),
             layers=_in_order(found, self._names),
             exact_cost=sum(exact_costs, StepCost()),
             exact_steps=self._exact_steps,
-            owed=sum((costs[name].cost(_rates(costs[name], uses, 1)) for name, uses in owed.items()), StepCost()),
-            analytics=sum((costs[name].analytics.scaled(r[Gemm.FORWARD]) for name, r in rates.items()), AnalyticsCost()),
+            owed=sum(
+                (costs[name].cost(_rates(costs[name], uses, 1)) for name, uses in owed.items()),
+                StepCost(),
+            ),
+            analytics=sum(
+                (costs[name].analytics.scaled(r[Gemm.FORWARD]) for name, r in rates.items()),
+                AnalyticsCost(),
+            ),
             news=set(found) - self._mapped if leads_to_map else set(),
             missing=(used | self.seen) - self._mapped - (set(found) if leads_to_map else set()),
         )
@@ -291,7 +352,9 @@ class Analysis:
         if leads_to_map:
             self.shown |= set(found)
             self._mapped |= set(found)
-        self._known |= {name: widths for name, widths in self._widths.items() if name not in self._nonfinite}
+        self._known |= {
+            name: widths for name, widths in self._widths.items() if name not in self._nonfinite
+        }
         self._watched = (self._watched | used) - (set(found) & set(seen)) - self._nonfinite
         self._absent = set(self._names) - used - self._mapped
         self.lead = max(self._steps[Phase.WIDTHS], 1)
@@ -301,21 +364,37 @@ class Analysis:
     def owed(self) -> StepCost:
         """What ran unseen, and is in no finding yet, as far as anything is known of it."""
         return sum(
-            (self._known[name].cost(_rates(self._known[name], uses, 1)) for name, uses in self._owed.items() if name in self._known),
+            (
+                self._known[name].cost(_rates(self._known[name], uses, 1))
+                for name, uses in self._owed.items()
+                if name in self._known
+            ),
             StepCost(),
         )
 
     def rest(self, layers: Mapping[str, DynamicLayer], *, ranks: int) -> StepCost:
-        """What ran since the last analysis, at what is known of it, in all its steps: a run ends, and no analysis comes any more.
+        """What ran since the last analysis, at what is known of it, in all its steps: a run ends,
+        and no analysis comes any more.
 
-        Ranks need not end together, so none is asked: the others are taken to have run what this one did since the last look.
+        Ranks need not end together, so none is asked: the others are taken to have run what this
+        one did since the last look.
         """
         mine = self.uses_since(layers)
         self.forget_uses(layers)
-        uses = {name: add_uses(tuple(ranks * n for n in counts), self._all_uses().get(name)) for name, counts in mine.items()}
+        uses = {
+            name: add_uses(tuple(ranks * n for n in counts), self._all_uses().get(name))
+            for name, counts in mine.items()
+        }
         known = self._exact | self._known | self._widths
         self._begin()
-        return sum((known[name].cost(_rates(known[name], counts, 1)) for name, counts in uses.items() if name in known), StepCost())
+        return sum(
+            (
+                known[name].cost(_rates(known[name], counts, 1))
+                for name, counts in uses.items()
+                if name in known
+            ),
+            StepCost(),
+        )
 
     def forget_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
         """What ran so far is none of the run's."""
@@ -340,7 +419,10 @@ class Analysis:
 
     def uses_since(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Uses]:
         """Of each layer on this rank since the last look."""
-        return {name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name)) for name, layer in layers.items()}
+        return {
+            name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name))
+            for name, layer in layers.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All but the uses since the last look, which the layers count."""
@@ -353,8 +435,17 @@ class Analysis:
             "watched": sorted(self._watched),
             "absent": sorted(self._absent),
             "names": list(self._names),
-            **{name: {k: w.to_state() for k, w in getattr(self, f"_{name}").items()} for name in _LAYER_WIDTHS},
-            **{name: {k: (*at, _statistics_state(s)) for k, (*at, s) in getattr(self, f"_{name}").items()} for name in _STATISTICS},
+            **{
+                name: {k: w.to_state() for k, w in getattr(self, f"_{name}").items()}
+                for name in _LAYER_WIDTHS
+            },
+            **{
+                name: {
+                    k: (*at, _statistics_state(s))
+                    for k, (*at, s) in getattr(self, f"_{name}").items()
+                }
+                for name in _STATISTICS
+            },
             "uses": [dict(self._uses), dict(self._exact_uses), dict(self._owed)],
             "steps": [self._steps[phase] for phase in Phase],
             "exact_steps": self._exact_steps,
@@ -364,22 +455,43 @@ class Analysis:
 
     def load_state_dict(self, state: Mapping[str, Any], uses: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; `uses` as `uses_since` said then."""
-        self.lead, self._exact_steps, self._nonfinite = int(state["lead"]), int(state["exact_steps"]), set(state["nonfinite"])
-        self.seen, self.shown, self._mapped = set(state["seen"]), set(state["shown"]), set(state["mapped"])
+        self.lead, self._exact_steps, self._nonfinite = (
+            int(state["lead"]),
+            int(state["exact_steps"]),
+            set(state["nonfinite"]),
+        )
+        self.seen, self.shown, self._mapped = (
+            set(state["seen"]),
+            set(state["shown"]),
+            set(state["mapped"]),
+        )
         self._watched, self._absent = set(state["watched"]), set(state["absent"])
         self._names, self._looks = list(state["names"]), int(state["looks"])
         self._reader.load_state_dict(state["reader"])
         for name in _LAYER_WIDTHS:
-            setattr(self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()})
+            setattr(
+                self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()}
+            )
         for name in _STATISTICS:
-            setattr(self, f"_{name}", {k: (look, place, _statistics_from(s)) for k, (look, place, s) in state[name].items()})
-        self._uses, self._exact_uses, self._owed = ({name: tuple(u) for name, u in part.items()} for part in state["uses"])
+            setattr(
+                self,
+                f"_{name}",
+                {
+                    k: (look, place, _statistics_from(s))
+                    for k, (look, place, s) in state[name].items()
+                },
+            )
+        self._uses, self._exact_uses, self._owed = (
+            {name: tuple(u) for name, u in part.items()} for part in state["uses"]
+        )
         self._steps = dict(zip(Phase, state["steps"], strict=True))
         self._pending = {name: tuple(u) for name, u in uses.items()}
 
     def _all_uses(self) -> dict[str, Uses]:
         """Since the last analysis."""
-        return self._uses | {name: add_uses(uses, self._uses.get(name)) for name, uses in self._exact_uses.items()}
+        return self._uses | {
+            name: add_uses(uses, self._uses.get(name)) for name, uses in self._exact_uses.items()
+        }
 
 
 _Placed = tuple[int, int, LayerStatistics]
@@ -389,10 +501,14 @@ _STATISTICS: Final = ("statistics", "inexact")
 
 
 def _in_order(found: Mapping[str, "_Placed"], names: Sequence[str]) -> dict[str, LayerStatistics]:
-    """In the order in which forward ran: that of the look that showed most, others behind the layer that was registered before them."""
+    """In the order in which forward ran: that of the look that showed most, others behind the layer
+    that was registered before them.
+    """
     looks = Counter(look for look, _, _ in found.values())
     main = max(looks, key=lambda look: (looks[look], -look), default=0)
-    order = sorted((name for name in found if found[name][0] == main), key=lambda name: found[name][1])
+    order = sorted(
+        (name for name in found if found[name][0] == main), key=lambda name: found[name][1]
+    )
     for i, name in enumerate(names):
         if name in found and name not in order:
             before = [n for n in names[:i] if n in order]
@@ -401,24 +517,36 @@ def _in_order(found: Mapping[str, "_Placed"], names: Sequence[str]) -> dict[str,
 
 
 def _rates(widths: LayerWidths, uses: Uses, steps: int) -> Uses:
-    """How often each GEMM runs in a step, over how often its cost was seen; 1 of a layer that every step uses alike."""
-    return tuple(u / (n * steps) if n and steps > 0 else 0.0 for u, n in zip(uses, widths.calls, strict=True))
+    """How often each GEMM runs in a step, over how often its cost was seen; 1 of a layer that every
+    step uses alike.
+    """
+    return tuple(
+        u / (n * steps) if n and steps > 0 else 0.0 for u, n in zip(uses, widths.calls, strict=True)
+    )
 
 
 def _widths(layers: Mapping[str, LayerWidths], rates: Mapping[str, Uses]) -> Widths:
-    """Of the average step, in which a layer's blocks are as many as it is used; one that has no rate keeps its bits and costs nothing."""
+    """Of the average step, in which a layer's blocks are as many as it is used; one that has no
+    rate keeps its bits and costs nothing.
+    """
     sums = {"blocks": [0.0] * len(Role), "bits": [0.0] * len(Role), "zeros": [0.0] * len(Role)}
     for name, rate in rates.items():
         for key, total in sums.items():
             for i, value in enumerate(getattr(layers[name], key)):
                 total[i] += rate[Gemm.FORWARD] * value
     mean_bits, zero_share = (
-        {r.letter: value / blocks if blocks else math.nan for r, value, blocks in zip(Role, sums[key], sums["blocks"], strict=True)}
+        {
+            r.letter: value / blocks if blocks else math.nan
+            for r, value, blocks in zip(Role, sums[key], sums["blocks"], strict=True)
+        }
         for key in ("bits", "zeros")
     )
     return Widths(
         costs={name: layers[name].cost(rate) for name, rate in rates.items()},
-        layers={name: {r.letter: b for r, b in layer.mean_bits.items()} for name, layer in layers.items()},
+        layers={
+            name: {r.letter: b for r, b in layer.mean_bits.items()}
+            for name, layer in layers.items()
+        },
         mean_bits=mean_bits,
         zero_share=zero_share,
         dropped={name: layer.dropped for name, layer in layers.items()},
@@ -434,7 +562,9 @@ def _statistics_state(s: LayerStatistics) -> dict[str, Any]:
 
 
 def _statistics_from(state: Mapping[str, Any]) -> LayerStatistics:
-    geometry: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["geometry"].items()}
+    geometry: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in state["geometry"].items()
+    }
     by_role = {name: {Role(r): v for r, v in state[name].items()} for name in _BY_ROLE}
     return LayerStatistics(
         **{
@@ -452,7 +582,9 @@ _BY_ROLE: Final = ("mean_bits", "backward_bits", "unlimited")
 
 
 class StepClock:
-    """Wall time of steps with and without analysis; from their difference, the share that analysis takes."""
+    """Wall time of steps with and without analysis; from their difference, the share that analysis
+    takes.
+    """
 
     def __init__(self) -> None:
         self._plain: list[float] = []
@@ -464,7 +596,9 @@ class StepClock:
         self._begin, self._is_observed = time.perf_counter(), observed
 
     def stop(self) -> None:
-        (self._observed if self._is_observed else self._plain).append(time.perf_counter() - self._begin)
+        (self._observed if self._is_observed else self._plain).append(
+            time.perf_counter() - self._begin
+        )
 
     def share(self) -> float:
         """Extra seconds of observed steps over all seconds; NaN before both kinds have run."""

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DynastyCallback`: when to analyse, when to apply a new map, what to log. No arithmetic of its own."""
+"""`DynastyCallback`: when to analyse, when to apply a new map, what to log. No arithmetic of its
+own.
+"""
 
 import copy
 import math
@@ -32,7 +34,15 @@ from ..numerics.roles import Role
 from ..policy.registry import make_policy
 from ..policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
 from ..policy.sensitivity import progress_and_share
-from ..policy.threshold import GREATEST_SPEEDUP, Entries, Measurement, Policy, UniformPolicy, check_policy, check_target
+from ..policy.threshold import (
+    GREATEST_SPEEDUP,
+    Entries,
+    Measurement,
+    Policy,
+    UniformPolicy,
+    check_policy,
+    check_target,
+)
 from .analysis import Analysis, Finding, Phase, StepClock
 from .checked_state import reading, replace_field, sealed_state
 from .look import Look
@@ -42,44 +52,61 @@ from .ranks import Ranks
 from .run_steps import RunSteps
 from .step_size import effective_step_sizes, layer_step_size
 
-_NEARLY_UNIFORM: Final = 1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
+_NEARLY_UNIFORM: Final = (
+    1.05  # a target that only 8 bits everywhere meet: no threshold needs to find its way there
+)
 _EARLY_PROBES: Final = (4, 6)
-_TARGET_SLACK: Final = 1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
-_TARGET_MARGIN: Final = 1.01  # nothing comes after the last interval to make up for it: aim above the target, to end at it or above
-_UNKNOWN_END: Final = 10  # of a run that nothing ends: as long again as it has been, this many intervals at least
-_RATE_JUMP: Final = 8.0  # a learning rate that grew so much since the last analysis makes the next one due: E was narrow for a small one
+_TARGET_SLACK: Final = (
+    1.3  # how far above the target the rest of a run may be asked to pay for its warm-up
+)
+# nothing comes after the last interval to make up for it: aim above the target, to end at it or
+# above
+_TARGET_MARGIN: Final = 1.01
+_UNKNOWN_END: Final = (
+    10  # of a run that nothing ends: as long again as it has been, this many intervals at least
+)
+# a learning rate that grew so much since the last analysis makes the next one due: E was narrow for
+# a small one
+_RATE_JUMP: Final = 8.0
 _STATE_VERSION: Final = 4
 _LOST: Final = (
-    "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the precision map and the figures with them: "
-    "summary() and precision_map() know nothing of this run then, and the model that comes back validates and tests at uniform 8 bits. "
+    "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the "
+    "precision map and the figures with them: "
+    "summary() and precision_map() know nothing of this run then, and the model that comes back "
+    "validates and tests at uniform 8 bits. "
     "Take the table, the loggers and a checkpoint (test(ckpt_path=...)), or strategy='ddp'"
 )
 
 
 class DynastyCallback(Callback):
-    """Chooses widths while training runs: `Trainer(plugins=[DynastyPrecision()], callbacks=[DynastyCallback(target_speedup=5.0)])`.
+    """Chooses widths while training runs: `Trainer(plugins=[DynastyPrecision()],
+    callbacks=[DynastyCallback(target_speedup=5.0)])`.
 
-    Whatever the run was promised and does not get (a map, its target, gradients that pass) is said in a `PromiseWarning`, and in the
-    table at the end of fit.
+    Whatever the run was promised and does not get (a map, its target, gradients that pass) is said
+    in a `PromiseWarning`, and in the table at the end of fit.
 
     Args:
-        target_speedup: whole-run cost target over uniform 8-bit blocks, zero blocks charged (`speedup_charged`), warm-up included.
+        target_speedup: whole-run cost target over uniform 8-bit blocks, zero blocks charged
+            (`speedup_charged`), warm-up included.
         noise_budget: instead of a cost target: predicted harm to steer to (docs/thresholds.md).
         policy: a name in `POLICIES` ("dynasty", "uniform", rivals), or a `Policy` object.
         bits: for "uniform" only: one width, or one for each of "X", "W", "E"; 8 where not given.
         interval: steps between analyses once the cost has settled.
         warmup_steps: steps at 8 bits before the first map.
-        probe_interval: analyses from one measurement of harm to the next, for a policy that is calibrated by them.
-        allocation: how cost is spread over the run at the same total: a name in `ALLOCATIONS`, or an `Allocation`.
-        loss_guard: raise widths when the mean loss exceeds its best by this factor; None never does.
+        probe_interval: analyses from one measurement of harm to the next, for a policy that is
+            calibrated by them.
+        allocation: how cost is spread over the run at the same total: a name in `ALLOCATIONS`, or
+            an `Allocation`.
+        loss_guard: raise widths when the mean loss exceeds its best by this factor; None never
+            does.
         energy_model: constants of the energy figures.
         table: print a summary at the end of fit.
         options: further arguments of the named policy.
 
     Raises:
         TypeError: an argument of a wrong type, or a policy object that lacks what a `Policy` has.
-        ValueError: both targets, none, or one out of range; an option that the policy does not have; at fit, a Trainer without
-            `DynastyPrecision`.
+        ValueError: both targets, none, or one out of range; an option that the policy does not
+            have; at fit, a Trainer without `DynastyPrecision`.
     """
 
     def __init__(
@@ -100,26 +127,43 @@ class DynastyCallback(Callback):
     ) -> None:
         if target_speedup is not None and noise_budget is not None:
             raise ValueError(
-                f"give target_speedup or noise_budget, not both ({target_speedup}, {noise_budget}): one steers cost, the other noise"
+                f"give target_speedup or noise_budget, not both ({target_speedup}, "
+                f"{noise_budget}): one steers cost, the other noise"
             )
         _check_numbers(noise_budget=noise_budget, loss_guard=loss_guard)
         _check_counts(interval=interval, warmup_steps=warmup_steps, probe_interval=probe_interval)
         self.target_speedup = None if target_speedup is None else check_target(target_speedup)
         if bits is not None and policy != "uniform":
-            raise ValueError(f"bits={bits!r} are fixed widths, which policy 'uniform' takes: {_named(policy)} chooses widths itself")
+            raise ValueError(
+                f"bits={bits!r} are fixed widths, which policy 'uniform' takes: "
+                f"{_named(policy)} chooses widths itself"
+            )
         if policy == "uniform":
             options = {"bits": 8 if bits is None else bits, **options}
         if isinstance(policy, str):
-            policy = make_policy(policy, target_speedup=self.target_speedup, noise_budget=noise_budget, **options)
+            policy = make_policy(
+                policy, target_speedup=self.target_speedup, noise_budget=noise_budget, **options
+            )
         elif options or noise_budget is not None:
-            raise ValueError(f"options of a Policy object are its own: give {', '.join(options) or 'noise_budget'} to its constructor")
+            raise ValueError(
+                f"options of a Policy object are its own: give "
+                f"{', '.join(options) or 'noise_budget'} to its constructor"
+            )
         self.policy: Policy = check_policy(policy)
         if type(policy) is UniformPolicy and self.target_speedup is not None:
-            raise ValueError(f"target_speedup={target_speedup} is met by choosing widths, and {policy} has fixed ones: give one of the two")
-        self._interval, self._warmup_steps = interval, warmup_steps if policy.needs_statistics else 0
+            raise ValueError(
+                f"target_speedup={target_speedup} is met by choosing widths, and {policy} has "
+                f"fixed ones: give one of the two"
+            )
+        self._interval, self._warmup_steps = (
+            interval,
+            warmup_steps if policy.needs_statistics else 0,
+        )
         self._loss_guard = loss_guard
         self._fresh_policy = copy.deepcopy(policy.state_dict())
-        self.allocation = allocation if isinstance(allocation, Allocation) else Allocation.named(allocation)
+        self.allocation = (
+            allocation if isinstance(allocation, Allocation) else Allocation.named(allocation)
+        )
         if probe_interval < 1:
             raise ValueError(f"probe_interval must be at least 1 analysis, not {probe_interval}")
         self.probe_interval = probe_interval
@@ -187,7 +231,12 @@ class DynastyCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        goes_on = self._run is not None and self._run[0]() is trainer and self._run[1]() is pl_module and trainer.global_step > 0
+        goes_on = (
+            self._run is not None
+            and self._run[0]() is trainer
+            and self._run[1]() is pl_module
+            and trainer.global_step > 0
+        )
         self._run = ref(trainer), ref(pl_module)
         if not self._restored and not goes_on:
             self._begin()
@@ -200,7 +249,11 @@ class DynastyCallback(Callback):
         self.promises.speaks = trainer.is_global_zero
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(_LOST)
-        if self._plugin is not None and self._plugin.report is not None and self._plugin.report.skipped:
+        if (
+            self._plugin is not None
+            and self._plugin.report is not None
+            and self._plugin.report.skipped
+        ):
             rank_zero_info(str(self._plugin.report))
 
     @override
@@ -212,40 +265,85 @@ class DynastyCallback(Callback):
         self._planned_steps = self._agree_on_steps(trainer, pl_module)
 
     def _check_ranks(self) -> None:
-        """Raise RuntimeError, which names the rank, where one has other options, weights or another past than the rest."""
+        """Raise RuntimeError, which names the rank, where one has other options, weights or another
+        past than the rest.
+        """
         ranks = self._ranks
         if ranks.size == 1:
             return
-        options = (self.policy.name, self.target_speedup, self.schedule.interval, self.schedule.warmup_steps, self.allocation)
-        ranks.check_same(str((*options, self._loss_guard, self.probe_interval)), what="DynastyCallback's options")
+        options = (
+            self.policy.name,
+            self.target_speedup,
+            self.schedule.interval,
+            self.schedule.warmup_steps,
+            self.allocation,
+        )
+        ranks.check_same(
+            str((*options, self._loss_guard, self.probe_interval)), what="DynastyCallback's options"
+        )
         ranks.check_same(self.precision_map().hash(), what="the first precision map")
         state = self.state_dict()
         ranks.check_same(
-            str([state[key] for key in ("schedule", "steps", "run_cost", "last_event_step", "analyses", "overhead", "history")]),
+            str(
+                [
+                    state[key]
+                    for key in (
+                        "schedule",
+                        "steps",
+                        "run_cost",
+                        "last_event_step",
+                        "analyses",
+                        "overhead",
+                        "history",
+                    )
+                ]
+            ),
             what="what DynastyCallback knows of the run so far: did they load the same checkpoint?",
         )
-        weights = {name: layer.weight for name, layer in self._layers.items() if not isinstance(layer.weight, DTensor)}
+        weights = {
+            name: layer.weight
+            for name, layer in self._layers.items()
+            if not isinstance(layer.weight, DTensor)
+        }
         ranks.check_same_tensors(weights, what="the weight of")
 
     def _agree_on_steps(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
-        """Steps of the whole run: of the rank that plans most, since loaders of different lengths say different things."""
+        """Steps of the whole run: of the rank that plans most, since loaders of different lengths
+        say different things.
+        """
         steps = torch.tensor([float(self._steps.last(trainer, pl_module))])
-        return float(self._ranks.table(steps, what=f"the number of steps planned at step {self._steps.done}").max())
+        return float(
+            self._ranks.table(
+                steps, what=f"the number of steps planned at step {self._steps.done}"
+            ).max()
+        )
 
     @override
-    def on_train_batch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
         if self._ranks.size > 1:
             _refuse_join(trainer)
         step = self._steps.done + 1
         if step + 1 < self.schedule.next_step and self._rate_jumped(trainer):
             self.schedule.postpone(step)
-        # What the widths in force cost is seen first. Steps whose second moments are wanted then have E at 8 bits in all layers: seen
-        # through E's own noise they would take it for sensitivity of X and W, and narrow E further.
-        due, near = step >= self.schedule.next_step, step + self._analysis.lead >= self.schedule.next_step
+        # What the widths in force cost is seen first. Steps whose second moments are wanted then
+        # have E at 8 bits in all layers: seen through E's own noise they would take it for
+        # sensitivity of X and W, and narrow E further.
+        due, near = (
+            step >= self.schedule.next_step,
+            step + self._analysis.lead >= self.schedule.next_step,
+        )
         self._phase = Phase.STATISTICS if due else Phase.WIDTHS if near else None
         probing = due and self._probe_is_due
-        self._exact = due and not probing and self._analysis.has_widths and step < self._planned_steps
-        sums_gradients = self._ranks.size > 1 or trainer.accumulate_grad_batches > 1 or not pl_module.automatic_optimization
+        self._exact = (
+            due and not probing and self._analysis.has_widths and step < self._planned_steps
+        )
+        sums_gradients = (
+            self._ranks.size > 1
+            or trainer.accumulate_grad_batches > 1
+            or not pl_module.automatic_optimization
+        )
         for name, layer in self._layers.items():
             layer.observing = self._analysis.wants(name, self._phase)
             layer.headers_only = self._analysis.wants_only_headers(name, self._phase)
@@ -255,19 +353,31 @@ class DynastyCallback(Callback):
 
     @property
     def _probe_is_due(self) -> bool:
-        """Twice while the cost settles, so that the first long interval has a calibrated map, and then every `probe_interval` analyses."""
-        return self.policy.wants_probes and (self._analyses in _EARLY_PROBES or self._analyses % self.probe_interval == 0)
+        """Twice while the cost settles, so that the first long interval has a calibrated map, and
+        then every `probe_interval` analyses.
+        """
+        return self.policy.wants_probes and (
+            self._analyses in _EARLY_PROBES or self._analyses % self.probe_interval == 0
+        )
 
     @override
-    def on_before_zero_grad(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: torch.optim.Optimizer) -> None:
-        # Gradients begin anew: so does what a step shows, also where a closure is evaluated several times a step (LBFGS, SAM).
+    def on_before_zero_grad(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        # Gradients begin anew: so does what a step shows, also where a closure is evaluated several
+        # times a step (LBFGS, SAM).
         self._evaluations += 1
         for layer in self._layers.values():
             if layer.observing:
                 layer.clear_observation()
 
     @override
-    def on_before_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", loss: Tensor
+    ) -> None:
         loss = loss.detach().double()  # Lightning has divided by the number of micro-batches
         self._loss_sum = self._loss_sum + loss
         parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
@@ -275,8 +385,16 @@ class DynastyCallback(Callback):
         self._loss_count += 1
 
     @override
-    def on_train_batch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Gradients that accumulate end several batches at one step: what they show belongs to the step they lead to.
+    def on_train_batch_end(
+        self,
+        trainer: "pl.Trainer",
+        pl_module: "pl.LightningModule",
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        # Gradients that accumulate end several batches at one step: what they show belongs to the
+        # step they lead to.
         if self._steps.after_batch(trainer, pl_module):
             step = self._steps.done
             if step >= self.schedule.next_step:
@@ -284,7 +402,9 @@ class DynastyCallback(Callback):
             elif step + self._analysis.lead >= self.schedule.next_step:
                 self._weigh(trainer, step)
             else:
-                if self._ranks.size == 1 and self._analysis.met_stranger(self._layers):  # what one rank alone knows decides nothing
+                if self._ranks.size == 1 and self._analysis.met_stranger(
+                    self._layers
+                ):  # what one rank alone knows decides nothing
                     self.schedule.bring_forward(step + 2)
                 if self._analysis.is_to_look(self._layers, self._ranks):
                     self._look(trainer, None)
@@ -292,7 +412,9 @@ class DynastyCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._plugin is not None:  # gradients that somebody takes there train nothing
+        if (
+            trainer.state.fn == TrainerFn.FITTING and self._plugin is not None
+        ):  # gradients that somebody takes there train nothing
             self._analysis.hold_uses(self._layers)
             for layer in self._layers.values():  # until the next batch says otherwise
                 layer.observing = False
@@ -310,23 +432,31 @@ class DynastyCallback(Callback):
             self.run_cost.add(StepCost(), step - self._last_event_step)
             self.run_cost.catch_up(self._analysis.rest(self._layers, ranks=self._ranks.size))
             self._last_event_step = step
-        unseen = {name: layer for name, layer in self._layers.items() if name not in self._analysis.seen}
+        unseen = {
+            name: layer for name, layer in self._layers.items() if name not in self._analysis.seen
+        }
         self.promises.layers_unseen(
             learning=[name for name, layer in unseen.items() if layer.weight.requires_grad],
             frozen=[name for name, layer in unseen.items() if not layer.weight.requires_grad],
-            rare=sorted(self._analysis.seen - self._analysis.shown) if self.promises.maps and self.policy.needs_statistics else [],
+            rare=sorted(self._analysis.seen - self._analysis.shown)
+            if self.promises.maps and self.policy.needs_statistics
+            else [],
         )
         lines = self.promises.at_end(self._outcome()) if step else []
         if self.table and step and trainer.is_global_zero:
             print(self._table(lines))
 
     @override
-    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
+    ) -> None:
         self._failed = True  # the other ranks may not come to anything any more
         if self._ranks.size > 1:
             exception.add_note(
-                f"on rank {self._ranks.rank} of {self._ranks.size} after step {self._steps.done}. A rank whose training ends or fails "
-                "leaves the others waiting for its gradients: what its own process says is the cause"
+                f"on rank {self._ranks.rank} of {self._ranks.size} after step "
+                f"{self._steps.done}. A rank whose training ends or fails "
+                "leaves the others waiting for its gradients: what its own process says is the "
+                "cause"
             )
         if self._plugin is not None and self._plugin.report is not None:
             self._observe_nothing()
@@ -337,8 +467,11 @@ class DynastyCallback(Callback):
             layer.clear_observation()
 
     @override
-    def on_save_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
-        # What is saved is rank 0's. The loss since the last analysis, and the layers' uses since the last look, are not alike on all ranks.
+    def on_save_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
+        # What is saved is rank 0's. The loss since the last analysis, and the layers' uses since
+        # the last look, are not alike on all ranks.
         if self._ranks.size > 1 and not self._failed:
             mean, above = self._mean_loss(f"the checkpoint of step {trainer.global_step}")
             self._loss_sum, self._losses_above = mean * self._losses, above * self._loss_count
@@ -347,7 +480,10 @@ class DynastyCallback(Callback):
             replace_field(state, "loss", loss)
             mine = self._analysis.uses_since(self._layers)
             what = f"the uses of layers in the checkpoint of step {trainer.global_step}"
-            total = self._ranks.total(torch.tensor(list(mine.values()), dtype=torch.float64), what=what) / self._ranks.size
+            total = (
+                self._ranks.total(torch.tensor(list(mine.values()), dtype=torch.float64), what=what)
+                / self._ranks.size
+            )
             replace_field(state, "uses", dict(zip(mine, map(tuple, total.tolist()), strict=True)))
 
     @override
@@ -362,7 +498,12 @@ class DynastyCallback(Callback):
             "run_cost": self.run_cost.state_dict(),
             "last_cost": None if self._last_cost is None else self._last_cost.to_list(),
             "last_event_step": self._last_event_step,
-            "loss": (float(self._loss_sum), self._loss_count, float(self._losses_above), self._evaluations),
+            "loss": (
+                float(self._loss_sum),
+                self._loss_count,
+                float(self._losses_above),
+                self._evaluations,
+            ),
             "nonfinite": self._nonfinite,
             "analyses": self._analyses,
             "analysis": self._analysis.state_dict(),
@@ -378,17 +519,24 @@ class DynastyCallback(Callback):
         return sealed_state(_STATE_VERSION, fields)
 
     @override
-    def on_load_checkpoint(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", checkpoint: dict[str, Any]
+    ) -> None:
         self._source = str(trainer.ckpt_path)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with reading(state_dict, version=_STATE_VERSION, owner="DynastyCallback", source=self._source) as state:
+        with reading(
+            state_dict, version=_STATE_VERSION, owner="DynastyCallback", source=self._source
+        ) as state:
             name = state["policy_name"]
             if name == self.policy.name:
                 self._load(state)
         if name != self.policy.name:
-            raise ValueError(f"the checkpoint was trained with policy {name!r}, this run has {self.policy.name!r}")
+            raise ValueError(
+                f"the checkpoint was trained with policy {name!r}, this run has "
+                f"{self.policy.name!r}"
+            )
         self._restored = True
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -398,14 +546,20 @@ class DynastyCallback(Callback):
         self.promises.load_state_dict(state["promises"])
         self.guard.load_state_dict(state["guard"])
         self.run_cost.load_state_dict(state["run_cost"])
-        self._last_cost = None if state["last_cost"] is None else StepCost.from_list(state["last_cost"])
+        self._last_cost = (
+            None if state["last_cost"] is None else StepCost.from_list(state["last_cost"])
+        )
         self._last_event_step = state["last_event_step"]
         loss_sum, self._loss_count, self._losses_above, self._evaluations = state["loss"]
         self._loss_sum = torch.tensor(loss_sum, dtype=torch.float64)
         self._nonfinite, self._raised = state["nonfinite"], state["raised"]
         self._analysis.load_state_dict(state["analysis"], state["uses"])
         self._analytics = AnalyticsCost(**state["analytics"])
-        self._analyses, self._overhead, self._exact_steps = state["analyses"], state["overhead"], int(state["exact_steps"])
+        self._analyses, self._overhead, self._exact_steps = (
+            state["analyses"],
+            state["overhead"],
+            int(state["exact_steps"]),
+        )
         self._unmapped = float(state["unmapped"])
         rates, self._rate = state["rates"]
         self._largest_rates = dict(rates)
@@ -415,11 +569,14 @@ class DynastyCallback(Callback):
 
     @property
     def cost_so_far(self) -> StepCost:
-        """Of all steps that were counted; of layers that ran unseen since they were seen last, what they cost then."""
+        """Of all steps that were counted; of layers that ran unseen since they were seen last, what
+        they cost then.
+        """
         return self.run_cost.sum + self._analysis.owed()
 
     def summary(self) -> dict[str, Any]:
-        """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis, share of time spent on analysis.
+        """Figures of the whole run so far: speedups, energy ratios, mean bits of the last analysis,
+        share of time spent on analysis.
 
         `target_reached` is None where no cost was to be steered to.
         """
@@ -452,7 +609,9 @@ class DynastyCallback(Callback):
         )
 
     def _analytics_hardware(self) -> dict[str, float]:
-        """What statistics, maps and widths would add to a step on hardware, as shares of its operations, off-chip bytes and energy."""
+        """What statistics, maps and widths would add to a step on hardware, as shares of its
+        operations, off-chip bytes and energy.
+        """
         share = analytics_share(self._analytics, self._last_cost or StepCost(), self.energy_model)
         return {"operations": share.operations, "bytes": share.bytes, "energy": share.energy}
 
@@ -471,8 +630,10 @@ class DynastyCallback(Callback):
     def _table(self, promises: list[str]) -> str:
         s = self.summary()
         lines = [
-            f"Dynamic precision over {s['steps']} steps{self._where} (whole run, warm-up included; 1.0 = uniform 8-bit blocks)",
-            f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x with zero blocks charged",
+            f"Dynamic precision over {s['steps']} steps{self._where} (whole run, warm-up "
+            f"included; 1.0 = uniform 8-bit blocks)",
+            f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x "
+            f"with zero blocks charged",
             *promises,
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
@@ -486,7 +647,9 @@ class DynastyCallback(Callback):
 
     @property
     def _where(self) -> str:
-        """Where the run began, if that was not the Trainer's first step: what a checkpoint without our state says of the steps before."""
+        """Where the run began, if that was not the Trainer's first step: what a checkpoint without
+        our state says of the steps before.
+        """
         return f" from step {self._steps.before} on" if self._steps.before else ""
 
     # -- Analysis
@@ -498,31 +661,41 @@ class DynastyCallback(Callback):
     def _require_plugin(self) -> DynastyPrecision:
         if self._plugin is None:
             raise RuntimeError(
-                "DynastyCallback is not attached to a running Trainer: call trainer.fit first (what ddp_spawn, ddp_fork and ddp_notebook "
+                "DynastyCallback is not attached to a running Trainer: call trainer.fit first "
+                "(what ddp_spawn, ddp_fork and ddp_notebook "
                 "trained with has ended with their processes)"
             )
         return self._plugin
 
     def _rate_jumped(self, trainer: "pl.Trainer") -> bool:
-        """Whether the learning rate has left that of the last analysis far behind, as at a restart of its schedule."""
+        """Whether the learning rate has left that of the last analysis far behind, as at a restart
+        of its schedule.
+        """
         return _largest_rate(trainer) > _RATE_JUMP * self._rate
 
     def _weigh(self, trainer: "pl.Trainer", step: int) -> None:
-        """What the widths in force cost: of this step's layers, and of those that run in others if they come in time."""
+        """What the widths in force cost: of this step's layers, and of those that run in others if
+        they come in time.
+        """
         self._look(trainer, Phase.WIDTHS)
         last = step + 1 == self.schedule.next_step
         if last and step + 1 < self._planned_steps and self._is_waiting(Phase.WIDTHS, step):
             self.schedule.postpone(step + 1)
 
     def _is_waiting(self, phase: Phase, step: int) -> bool:
-        return self._analysis.is_waiting(phase, steps=step - self._last_event_step, interval=self.schedule.interval)
+        return self._analysis.is_waiting(
+            phase, steps=step - self._last_event_step, interval=self.schedule.interval
+        )
 
     def _analyse(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         self._look(trainer, Phase.STATISTICS)
         last_step = self._planned_steps = self._agree_on_steps(trainer, pl_module)
         analysis = self._analysis
         if not analysis.has_statistics and analysis.finite:
-            self.promises.analysis_missed("the analysed step ran no converted layer backward, or on a smaller batch than the one before")
+            self.promises.analysis_missed(
+                "the analysed step ran no converted layer backward, or on a smaller batch than "
+                "the one before"
+            )
             if not analysis.has_widths or step < last_step:
                 self.schedule.postpone(step)
                 return
@@ -539,7 +712,9 @@ class DynastyCallback(Callback):
         found = analysis.close(steps=since, mapped=mapped, leads_to_map=leads_to_map)
         cost = found.widths.cost
         if self.promises.maps and mapped:
-            unmapped = sum(c.products_charged for name, c in found.widths.costs.items() if name not in mapped)
+            unmapped = sum(
+                c.products_charged for name, c in found.widths.costs.items() if name not in mapped
+            )
             self._unmapped += unmapped * (since - found.exact_steps)
         if found.exact_steps:
             self.run_cost.add(found.exact_cost, found.exact_steps)
@@ -560,26 +735,45 @@ class DynastyCallback(Callback):
             self._raise_widths(reason)
         elif found.layers and leads_to_map:
             self._raised = False
-            self._update(found, Measurement(
-                layers={name: replace(s, mean_bits=found.widths.of(name, s)) for name, s in found.layers.items()}, loss=abs(loss),
-                speedup=steered, target_speedup=target, step=step, steps=last_step,
-                run_speedup=self.cost_so_far.speedup_charged,
-            ))  # fmt: skip
-            self._ranks.check_same(self.precision_map().hash(), what=f"the precision map of step {step}")
+            self._update(
+                found,
+                Measurement(
+                    layers={
+                        name: replace(s, mean_bits=found.widths.of(name, s))
+                        for name, s in found.layers.items()
+                    },
+                    loss=abs(loss),
+                    speedup=steered,
+                    target_speedup=target,
+                    step=step,
+                    steps=last_step,
+                    run_speedup=self.cost_so_far.speedup_charged,
+                ),
+            )
+            self._ranks.check_same(
+                self.precision_map().hash(), what=f"the precision map of step {step}"
+            )
         error = math.log(max(cost.speedup_charged, 1e-6) / target) if target else 0.0
         if found.news:
             self.schedule.settle_anew()
         if found.missing:  # whose cost is still to come down
             error = math.inf
-        self.schedule.advance(step, log_error=error, last_step=self.allocation.next_mark(step, last_step), looks=looks)
+        self.schedule.advance(
+            step, log_error=error, last_step=self.allocation.next_mark(step, last_step), looks=looks
+        )
         self._analyses += 1
         self._observe_nothing()
         self._log(trainer, pl_module, step)
 
     def _update(self, found: Finding, measurement: Measurement) -> None:
         """A new map from the policy, put in force."""
-        gain = progress_and_share(found.layers, loss=measurement.loss)[0] / max(measurement.loss, 1e-30)
-        self.promises.errors_dropped({name: share for name, share in found.widths.dropped.items() if name in found.layers}, gain=gain)
+        gain = progress_and_share(found.layers, loss=measurement.loss)[0] / max(
+            measurement.loss, 1e-30
+        )
+        self.promises.errors_dropped(
+            {name: share for name, share in found.widths.dropped.items() if name in found.layers},
+            gain=gain,
+        )
         entries = _checked_entries(self.policy, self.policy.update(measurement), self._layers)
         target = measurement.target_speedup
         if target is None or target > _NEARLY_UNIFORM:
@@ -604,28 +798,40 @@ class DynastyCallback(Callback):
         )
         self._nonfinite += look.nonfinite
         if not look.finite:
-            self.promises.gradients_not_finite(n for n, o in look.observations.items() if any(o.nonfinite.values()))
+            self.promises.gradients_not_finite(
+                n for n, o in look.observations.items() if any(o.nonfinite.values())
+            )
         if not self._exact:
-            self._bits |= {name: {r: b.clone() for r, b in o.bits.items()} for name, o in look.observations.items()}
+            self._bits |= {
+                name: {r: b.clone() for r, b in o.bits.items()}
+                for name, o in look.observations.items()
+            }
         return look
 
     @property
     def _losses(self) -> int:
-        """Evaluations of the loss: each ends what begins with gradients of zero, where Lightning makes them so."""
+        """Evaluations of the loss: each ends what begins with gradients of zero, where Lightning
+        makes them so.
+        """
         return self._evaluations or self._loss_count
 
     def _mean_loss(self, what: str) -> tuple[float, float]:
-        """A step's loss on average since the last analysis, as training follows it: ranks count alike, whatever their batches.
+        """A step's loss on average since the last analysis, as training follows it: ranks count
+        alike, whatever their batches.
 
         With the share of losses above the guard's limit.
         """
         mean = torch.as_tensor(self._loss_sum, dtype=torch.float64) / max(self._losses, 1)
         above = torch.as_tensor(self._losses_above, dtype=torch.float64) / max(self._loss_count, 1)
-        loss, share = (self._ranks.total(torch.stack([mean.cpu(), above.cpu()]), what=what) / self._ranks.size).tolist()
+        loss, share = (
+            self._ranks.total(torch.stack([mean.cpu(), above.cpu()]), what=what) / self._ranks.size
+        ).tolist()
         return loss, share
 
     def _step_sizes(self, trainer: "pl.Trainer") -> dict[str, float]:
-        """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's holds."""
+        """Of each layer's weight, in the next step; NaN for one that no optimizer of the Trainer's
+        holds.
+        """
         with self._ranks.waiting(f"the step sizes of step {self._steps.done}"):
             sizes = effective_step_sizes(trainer.optimizers, self._largest_rates)
         return {name: layer_step_size(layer, sizes) for name, layer in self._layers.items()}
@@ -648,7 +854,9 @@ class DynastyCallback(Callback):
         )
 
     def _rest_target(self, step: int, last_step: float, cost: StepCost) -> float | None:
-        """Speedup that the next steps need so that the whole run, warm-up included, meets the target with the allocation's shape."""
+        """Speedup that the next steps need so that the whole run, warm-up included, meets the
+        target with the allocation's shape.
+        """
         if self.target_speedup is None:
             return None
         if not math.isfinite(last_step):
@@ -665,13 +873,16 @@ class DynastyCallback(Callback):
             return 1.0
         if budget <= 0:
             return planned * _TARGET_SLACK
-        # The plan for now, scaled to what is left over what the plan has left; one step an interval will cost more.
+        # The plan for now, scaled to what is left over what the plan has left; one step an interval
+        # will cost more.
         needed = cost.baseline * remaining * rest / (budget * now) * (1.0 + self._overhead)
         return min(max(needed, planned / _TARGET_SLACK, 1.0), planned * _TARGET_SLACK)
 
     def _raise_widths(self, reason: str) -> None:
         if not self._raised:
-            warnings.warn(f"loss guard: {reason}; all operands get 8 bits until it recovers", stacklevel=2)
+            warnings.warn(
+                f"loss guard: {reason}; all operands get 8 bits until it recovers", stacklevel=2
+            )
         self._raised = True
         self.promises.guard_raised()
         if not isinstance(self.policy, UniformPolicy):
@@ -680,18 +891,31 @@ class DynastyCallback(Callback):
             self._analysis.maps_are_gone()
 
     def _apply(self, entries: Entries, *, keep: bool = True) -> None:
-        """Put a map in force. With `keep`, operands that it leaves out (of layers that this step did not run) keep what they have."""
+        """Put a map in force. With `keep`, operands that it leaves out (of layers that this step
+        did not run) keep what they have.
+        """
         plugin = self._require_plugin()
         if keep:
             active = plugin.precision_map().entries
-            entries = {name: {**active.get(name, {}), **entries.get(name, {})} for name in plugin.structure.layers}
-        plugin.apply_map(PrecisionMap(structure=plugin.structure, entries={name: roles for name, roles in entries.items() if roles}))
+            entries = {
+                name: {**active.get(name, {}), **entries.get(name, {})}
+                for name in plugin.structure.layers
+            }
+        plugin.apply_map(
+            PrecisionMap(
+                structure=plugin.structure,
+                entries={name: roles for name, roles in entries.items() if roles},
+            )
+        )
 
     def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", step: int) -> None:
         if trainer.barebones:  # where nothing is logged, and whoever tries is told so
             return
         last = self.history[-1]
-        bar = {"dynasty/speedup_charged": last["speedup_charged"], "dynasty/bits_E": last["mean_bits"]["E"]}
+        bar = {
+            "dynasty/speedup_charged": last["speedup_charged"],
+            "dynasty/bits_E": last["mean_bits"]["E"],
+        }
         values = {
             "dynasty/bits_X": last["mean_bits"]["X"],
             "dynasty/bits_W": last["mean_bits"]["W"],
@@ -702,7 +926,8 @@ class DynastyCallback(Callback):
         }
         if last["lambda"] is not None:
             values |= {"dynasty/lambda": last["lambda"], "dynasty/noise_ratio": last["noise_ratio"]}
-        # To the loggers at once and at its own step: Lightning's own way keeps only what falls on a step of log_every_n_steps.
+        # To the loggers at once and at its own step: Lightning's own way keeps only what falls on a
+        # step of log_every_n_steps.
         for logger in trainer.loggers:
             logger.log_metrics({**bar, **values}, step=step + (self._steps.before or 0))
         pl_module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
@@ -710,27 +935,42 @@ class DynastyCallback(Callback):
 
 
 def _refuse_join(trainer: "pl.Trainer") -> None:
-    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not ours, and not Lightning's at each batch."""
+    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not ours, and
+    not Lightning's at each batch.
+    """
     config = getattr(trainer.strategy.model, "_join_config", None)
     if getattr(config, "enable", False):
         raise RuntimeError(
-            "join() is not supported: Lightning sends a signal to all ranks at each batch, which a rank that joined does not take. Give "
+            "join() is not supported: Lightning sends a signal to all ranks at each batch, "
+            "which a rank that joined does not take. Give "
             "all ranks as many steps (max_steps instead of max_epochs, or limit_train_batches)"
         )
 
 
 def _largest_rate(trainer: "pl.Trainer") -> float:
-    return max((float(group.get("lr", 0.0)) for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
+    return max(
+        (
+            float(group.get("lr", 0.0))
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        ),
+        default=0.0,
+    )
 
 
 def _checked_entries(policy: Policy, entries: Any, layers: Collection[str]) -> Entries:
-    """What a policy's `update` returned. Raises TypeError unless it is a map's entries, ValueError for a layer that there is not."""
+    """What a policy's `update` returned. Raises TypeError unless it is a map's entries, ValueError
+    for a layer that there is not.
+    """
     rule = f"policy {policy.name!r}: update returns {{layer name: {{Role: OperandPrecision}}}}"
     if not isinstance(entries, Mapping):
         raise TypeError(f"{rule}, not {entries!r}; {{}} leaves everything as it is")
     for name, roles in entries.items():
         if name not in layers:
-            raise ValueError(f"{rule}; there is no converted layer {name!r}: {', '.join(list(layers)[:8])}{', ...' * (len(layers) > 8)}")
+            raise ValueError(
+                f"{rule}; there is no converted layer {name!r}: "
+                f"{', '.join(list(layers)[:8])}{', ...' * (len(layers) > 8)}"
+            )
         if not isinstance(roles, Mapping):
             raise TypeError(f"{rule}; for {name!r} it returned {roles!r}")
         for role, precision in roles.items():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State of ours in a checkpoint, with a digest of each field: what is read back is what was written, or is refused by name.
+"""State of ours in a checkpoint, with a digest of each field: what is read back is what was
+written, or is refused by name.
 
-Nobody else looks: torch compares no checksum when it loads, so that a flipped bit becomes another number.
+Nobody else looks: torch compares no checksum when it loads, so that a flipped bit becomes another
+number.
 """
 
 import hashlib
@@ -15,13 +17,20 @@ from torch import Tensor
 
 from ..files import DIGEST_FIELD, DamagedFile
 
-_WAY_OUT: Final = "resume with the version that wrote it, or take the weights alone (load_from_checkpoint) and begin a run"
+_WAY_OUT: Final = (
+    "resume with the version that wrote it, or take the weights alone "
+    "(load_from_checkpoint) and begin a run"
+)
 _DAMAGED: Final = "the file is damaged or was changed. Resume from another checkpoint"
 
 
 def sealed_state(version: int, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What `reading` takes: the fields, the version of their form, and their digests."""
-    return {"version": version, **fields, DIGEST_FIELD: {name: state_digest(value) for name, value in fields.items()}}
+    return {
+        "version": version,
+        **fields,
+        DIGEST_FIELD: {name: state_digest(value) for name, value in fields.items()},
+    }
 
 
 def replace_field(state: dict[str, Any], name: str, value: Any) -> None:
@@ -32,7 +41,8 @@ def replace_field(state: dict[str, Any], name: str, value: Any) -> None:
 
 @contextmanager
 def reading(state: Any, *, version: int, owner: str, source: str) -> Iterator[Mapping[str, Any]]:
-    """The fields of a sealed state, to take them over inside; what fails there names the field that it was read from.
+    """The fields of a sealed state, to take them over inside; what fails there names the field that
+    it was read from.
 
     Args:
         version: the only one that is read.
@@ -47,20 +57,38 @@ def reading(state: Any, *, version: int, owner: str, source: str) -> Iterator[Ma
         raise DamagedFile(f"{where} is a {type(state).__name__}, not a dictionary: {_DAMAGED}")
     found = state.get("version", 1)
     if found != version:
-        raise ValueError(f"{where} is of version {found!r}, this package reads {version}: {_WAY_OUT}")
-    fields = _Fields({name: value for name, value in state.items() if name not in ("version", DIGEST_FIELD)}, where)
+        raise ValueError(
+            f"{where} is of version {found!r}, this package reads {version}: {_WAY_OUT}"
+        )
+    fields = _Fields(
+        {name: value for name, value in state.items() if name not in ("version", DIGEST_FIELD)},
+        where,
+    )
     digests = state.get(DIGEST_FIELD)
     if not isinstance(digests, Mapping):
         raise DamagedFile(f"{where} has no digests of its fields: {_DAMAGED}")
     for name in [*digests, *fields]:
         if name not in fields or digests.get(name) != state_digest(fields[name]):
-            raise DamagedFile(f"{where}: field {name!r} {'is not what was saved' if name in fields else 'is missing'}: {_DAMAGED}")
+            raise DamagedFile(
+                f"{where}: field {name!r} "
+                f"{'is not what was saved' if name in fields else 'is missing'}: {_DAMAGED}"
+            )
     try:
         yield fields
     except DamagedFile:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise DamagedFile(f"{where}: field {fields.last!r} cannot be taken over ({type(error).__name__}: {error}): {_WAY_OUT}") from error
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise DamagedFile(
+            f"{where}: field {fields.last!r} cannot be taken over ({type(error).__name__}: "
+            f"{error}): {_WAY_OUT}"
+        ) from error
 
 
 class _Fields(dict[str, Any]):
@@ -79,7 +107,9 @@ class _Fields(dict[str, Any]):
 
 
 def state_digest(value: Any) -> str:
-    """SHA-256 of tensors and plain values, whatever holds them; lists and tuples are alike. Of any other object, its type alone."""
+    """SHA-256 of tensors and plain values, whatever holds them; lists and tuples are alike. Of any
+    other object, its type alone.
+    """
     digest = hashlib.sha256()
     for part in _parts(value):
         digest.update(part)

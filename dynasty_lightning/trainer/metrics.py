@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchmetrics of widths, zero blocks, speedup and energy: sums over steps and ranks, each one scalar for `self.log`.
+"""torchmetrics of widths, zero blocks, speedup and energy: sums over steps and ranks, each one
+scalar for `self.log`.
 
-Call `update` once for each layer at each step that counts: with `observation.bits`, or with what `layer_cost` returned.
+Call `update` once for each layer at each step that counts: with `observation.bits`, or with what
+`layer_cost` returned.
 """
 
 from collections.abc import Mapping
@@ -23,7 +25,8 @@ EnergyKind: TypeAlias = Literal["compute", "sram", "total"]
 class _BlockMetric(Metric):
     """Sums over the blocks of each role, of the grids that `update` was given.
 
-    Every instance sums all that its relatives need: a MetricCollection lets metrics share states that look alike.
+    Every instance sums all that its relatives need: a MetricCollection lets metrics share states
+    that look alike.
     """
 
     full_state_update = False
@@ -35,11 +38,15 @@ class _BlockMetric(Metric):
         super().__init__(**kwargs)
         self.role = role
         for state in ("bits_sum", "zeros", "blocks"):
-            self.add_state(state, default=torch.zeros(len(Role), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                state, default=torch.zeros(len(Role), dtype=torch.float64), dist_reduce_fx="sum"
+            )
 
     @override
     def update(self, bits: Mapping[Role, Tensor]) -> None:
-        """Count the blocks of one layer: integer grids by role, of any shape; a role may be absent."""
+        """Count the blocks of one layer: integer grids by role, of any shape; a role may be
+        absent.
+        """
         for role, grid in bits.items():
             self.bits_sum[role] += grid.sum(dtype=torch.float64).to(self.bits_sum.device)
             self.zeros[role] += (grid == 0).sum().to(self.zeros.device)
@@ -52,7 +59,9 @@ class _BlockMetric(Metric):
 
 
 class BitWidth(_BlockMetric):
-    """Mean width of a block in bits, zero blocks as 0; of one role or, with `role=None`, all. NaN before any block."""
+    """Mean width of a block in bits, zero blocks as 0; of one role or, with `role=None`, all. NaN
+    before any block.
+    """
 
     @override
     def compute(self) -> Tensor:
@@ -60,7 +69,9 @@ class BitWidth(_BlockMetric):
 
 
 class ZeroShare(_BlockMetric):
-    """Share of blocks that are zero, 0 to 1; of one role, or with `role=None` of all blocks. NaN before any block."""
+    """Share of blocks that are zero, 0 to 1; of one role, or with `role=None` of all blocks. NaN
+    before any block.
+    """
 
     higher_is_better = True
 
@@ -78,13 +89,21 @@ class _CostMetric(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("counts", default=torch.zeros(len(fields(GemmCost)), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "counts",
+            default=torch.zeros(len(fields(GemmCost)), dtype=torch.float64),
+            dist_reduce_fx="sum",
+        )
 
     @override
     def update(self, cost: GemmCost | Mapping[Gemm, GemmCost]) -> None:
-        """Add the cost of a layer, as `layer_cost` returns it, or of anything that was summed already."""
+        """Add the cost of a layer, as `layer_cost` returns it, or of anything that was summed
+        already.
+        """
         for part in [cost] if isinstance(cost, GemmCost) else cost.values():
-            self.counts += torch.tensor(part.to_list(), dtype=torch.float64, device=self.counts.device)
+            self.counts += torch.tensor(
+                part.to_list(), dtype=torch.float64, device=self.counts.device
+            )
 
     @property
     def cost(self) -> GemmCost:
@@ -99,7 +118,8 @@ class Speedup(_CostMetric):
     """Bit products of the uniform 8-bit run over those of this one; NaN before anything is counted.
 
     Args:
-        kind: "charged" puts 4 bit products a MAC on zero blocks of this run, not of the baseline; "ideal" on neither.
+        kind: "charged" puts 4 bit products a MAC on zero blocks of this run, not of the baseline;
+            "ideal" on neither.
         kwargs: of `torchmetrics.Metric`.
 
     Raises:
@@ -114,14 +134,17 @@ class Speedup(_CostMetric):
 
     @override
     def compute(self) -> Tensor:
-        return self._result(self.cost.speedup_charged if self.kind == "charged" else self.cost.speedup_ideal)
+        return self._result(
+            self.cost.speedup_charged if self.kind == "charged" else self.cost.speedup_ideal
+        )
 
 
 class EnergyRatio(_CostMetric):
     """Energy of the uniform 8-bit run over this one's; NaN before anything is counted.
 
     Args:
-        kind: what counts: "compute", "sram" (compute and on-chip traffic) or "total" (off-chip traffic, too).
+        kind: what counts: "compute", "sram" (compute and on-chip traffic) or "total" (off-chip
+            traffic, too).
         model: the constants; None takes the defaults.
         kwargs: of `torchmetrics.Metric`.
 
@@ -129,7 +152,9 @@ class EnergyRatio(_CostMetric):
         ValueError: another kind.
     """
 
-    def __init__(self, *, kind: EnergyKind = "sram", model: EnergyModel | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, kind: EnergyKind = "sram", model: EnergyModel | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if kind not in ("compute", "sram", "total"):
             raise ValueError(f"kind must be 'compute', 'sram' or 'total', not {kind!r}")

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`DynastyPrecision`: the Lightning precision plugin. It converts the module and keeps maps and random stream in its state."""
+"""`DynastyPrecision`: the Lightning precision plugin. It converts the module and keeps maps and
+random stream in its state.
+"""
 
 import os
 import platform
@@ -34,18 +36,23 @@ _REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
 
 
 class DynastyPrecision(Precision):
-    """Trains every nn.Linear and nn.Conv in block-wise precision: `Trainer(plugins=[DynastyPrecision()])`.
+    """Trains every nn.Linear and nn.Conv in block-wise precision:
+    `Trainer(plugins=[DynastyPrecision()])`.
 
     Without `DynastyCallback` every operand has 8 bits.
 
     Args:
-        mode: "fast" multiplies on bf16 units or in float32; "exact" gives the bits that the core computes, about 7 times slower.
-        block_shape: rows x channels that share one exponent; (4, 4), (8, 8), (16, 16), (1, 16) or (1, 32).
+        mode: "fast" multiplies on bf16 units or in float32; "exact" gives the bits that the core
+            computes, about 7 times slower.
+        block_shape: rows x channels that share one exponent; (4, 4), (8, 8), (16, 16), (1, 16) or
+            (1, 32).
         width_group: rows x channels that share one width; None gives each block its own.
-        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1, 32) blocks of one width.
+        scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
+            32) blocks of one width.
         rest: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
-        unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their cost is counted as if they were.
+        unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
+            cost is counted as if they were.
         seed: of the random stream; None takes the one of `seed_everything`, else torch's.
 
     Raises:
@@ -80,10 +87,18 @@ class DynastyPrecision(Precision):
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
-        self._knows_widths: ref[Any] | None = None  # the Trainer that trained the module, loaded its widths, or was told that it has none
+        self._knows_widths: ref[Any] | None = (
+            # the Trainer that trained the module, loaded its widths, or was told that it has none
+            None
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None, "_layers": {}, "_knows_widths": None}  # the module travels on its own
+        return {
+            **self.__dict__,
+            "_module": None,
+            "_layers": {},
+            "_knows_widths": None,
+        }  # the module travels on its own
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -101,7 +116,9 @@ class DynastyPrecision(Precision):
             exclude=self.exclude,
             unquantized=self.unquantized,
             seed=_default_seed() if self.seed is None else self.seed,
-            rank=torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0,
+            rank=torch.distributed.get_rank()
+            if torch.distributed.is_available() and torch.distributed.is_initialized()
+            else 0,
         )
         self._module = ref(module)
         self._layers = WeakValueDictionary(dynamic_layers(module))
@@ -111,44 +128,70 @@ class DynastyPrecision(Precision):
         return module
 
     def take_in_new_layers(self) -> None:
-        """Convert what the module got since it was converted: layers added or replaced, copies. Called before each step."""
+        """Convert what the module got since it was converted: layers added or replaced, copies.
+        Called before each step.
+        """
         module, report = self._layers_owner(), self.report
         assert report is not None
         self.report = grow(
-            module, report, mode=self.mode, block_format=self.format, exclude=self.exclude, unquantized=self.unquantized
-        )  # fmt: skip
+            module,
+            report,
+            mode=self.mode,
+            block_format=self.format,
+            exclude=self.exclude,
+            unquantized=self.unquantized,
+        )
         if self.report is not report:
             known = self.layers
             self._layers = WeakValueDictionary(dynamic_layers(module))
             new = [name for name, layer in self._layers.items() if known.get(name) is not layer]
-            rank_zero_info(f"new layers train in blocks from here on, at 8 bits or as they were copied: {', '.join(new)}")
+            rank_zero_info(
+                f"new layers train in blocks from here on, at 8 bits or as they were copied: "
+                f"{', '.join(new)}"
+            )
 
     def _check_ranks(self, module: nn.Module) -> None:
-        """Raise RuntimeError, which names the rank, where one has other options or other layers than the rest."""
+        """Raise RuntimeError, which names the rank, where one has other options or other layers
+        than the rest.
+        """
         trainer = getattr(module, "_trainer", None)
-        if trainer is None or not torch.distributed.is_available() or not torch.distributed.is_initialized() or trainer.world_size == 1:
+        if (
+            trainer is None
+            or not torch.distributed.is_available()
+            or not torch.distributed.is_initialized()
+            or trainer.world_size == 1
+        ):
             return
         ranks = Ranks.of(trainer)
-        ranks.check_same(str((self.mode, self.format, self.rest, self.exclude, self.unquantized)), what="DynastyPrecision's options")
+        ranks.check_same(
+            str((self.mode, self.format, self.rest, self.exclude, self.unquantized)),
+            what="DynastyPrecision's options",
+        )
         ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
 
     def _look_for_widths(self, module: nn.Module) -> None:
         """Say so where a checkpoint is about to be loaded that has weights but no widths."""
         trainer = getattr(module, "_trainer", None)
-        loaded = getattr(getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None)
+        loaded = getattr(
+            getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None
+        )
         if loaded or (trainer is not None and trainer.state.fn is TrainerFn.FITTING):
             self._knows_widths = ref(trainer)
         if loaded and not loaded.get(type(self).__qualname__):
             widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
             rank_zero_warn(
-                f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or without "
-                f"DynastyPrecision): its weights run at {widths}, not at those that they were trained with"
+                f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or "
+                f"without "
+                f"DynastyPrecision): its weights run at {widths}, not at those that they were "
+                f"trained with"
             )
 
     def _look_for_map(self) -> None:
-        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for, and no map is in force.
+        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for,
+        and no map is in force.
 
-        Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this is no warning.
+        Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this
+        is no warning.
         """
         trainer = getattr(self._layers_owner(), "_trainer", None)
         if trainer is None or (self._knows_widths is not None and self._knows_widths() is trainer):
@@ -156,16 +199,20 @@ class DynastyPrecision(Precision):
         self._knows_widths = ref(trainer)
         if not self.precision_map().entries:
             rank_zero_info(
-                f"no map is in force and this Trainer has not trained the model: its {len(self._layers)} converted layers run at uniform "
-                f"8 bits. If it was trained with a map, pass that run's checkpoint (trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
-                "load_from_checkpoint reads the weights alone), or put a saved map in force with apply_map"
+                f"no map is in force and this Trainer has not trained the model: its "
+                f"{len(self._layers)} converted layers run at uniform "
+                f"8 bits. If it was trained with a map, pass that run's checkpoint "
+                f"(trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
+                "load_from_checkpoint reads the weights alone), or put a saved map in force "
+                "with apply_map"
             )
 
     @override
     def convert_output(self, data: Any) -> Any:
         # Of the two that know this class, Fabric alone asks for it.
         raise RuntimeError(
-            "Fabric does not serve DynastyPrecision, which is a Trainer's plugin: call report = dynasty_lightning.convert(model) before "
+            "Fabric does not serve DynastyPrecision, which is a Trainer's plugin: call report = "
+            "dynasty_lightning.convert(model) before "
             "fabric.setup, and report.stream.advance() after each backward pass"
         )
 
@@ -207,7 +254,9 @@ class DynastyPrecision(Precision):
 
     @property
     def layers(self) -> dict[str, DynamicLayer]:
-        """The converted layers by name, as of the last step. Raises RuntimeError before the module is converted."""
+        """The converted layers by name, as of the last step. Raises RuntimeError before the module
+        is converted.
+        """
         self._layers_owner()
         return dict(self._layers)
 
@@ -254,7 +303,9 @@ class DynastyPrecision(Precision):
         if not state_dict:
             return
         source = _checkpoint_of(self._layers_owner())
-        with reading(state_dict, version=_STATE_VERSION, owner=type(self).__name__, source=source) as state:
+        with reading(
+            state_dict, version=_STATE_VERSION, owner=type(self).__name__, source=source
+        ) as state:
             precision_map = PrecisionMap.from_state(state["map"], source=f"the map in {source}")
             stream, saved = state["stream"], dict(state["environment"])
         self.structure.check_equal(precision_map.structure, source)
@@ -263,14 +314,23 @@ class DynastyPrecision(Precision):
             self._knows_widths = ref(trainer)
         assert self.report is not None
         self.report.stream.load_state_dict(stream)
-        differing = {k: (v, environment()[k]) for k, v in saved.items() if environment().get(k) != v}
+        differing = {
+            k: (v, environment()[k]) for k, v in saved.items() if environment().get(k) != v
+        }
         if differing:
-            warnings.warn(f"resumed in another environment than the checkpoint's, so not bit for bit: {differing}", stacklevel=2)
+            warnings.warn(
+                f"resumed in another environment than the checkpoint's, so not bit for bit: "
+                f"{differing}",
+                stacklevel=2,
+            )
 
     def _layers_owner(self) -> nn.Module:
         module = self._module() if self._module is not None else None
         if module is None:
-            raise RuntimeError("DynastyPrecision has converted no module yet: pass it to a Trainer and call fit, validate, test or predict")
+            raise RuntimeError(
+                "DynastyPrecision has converted no module yet: pass it to a Trainer and call "
+                "fit, validate, test or predict"
+            )
         return module
 
 
@@ -280,7 +340,9 @@ def _checkpoint_of(module: nn.Module) -> str:
 
 
 class _TrainerWatch:
-    """Says once for each Trainer without the plugin that the layers it runs are quantized all the same."""
+    """Says once for each Trainer without the plugin that the layers it runs are quantized all the
+    same.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = ref(module)
@@ -293,8 +355,10 @@ class _TrainerWatch:
         self._seen = ref(trainer)
         if not isinstance(trainer.precision_plugin, DynastyPrecision):
             rank_zero_warn(
-                "this Trainer has no DynastyPrecision, but the model was converted by one and stays so: its layers run quantized at the "
-                "widths that they had last. Add plugins=[DynastyPrecision()], or use a model that was not converted "
+                "this Trainer has no DynastyPrecision, but the model was converted by one and "
+                "stays so: its layers run quantized at the "
+                "widths that they had last. Add plugins=[DynastyPrecision()], or use a model "
+                "that was not converted "
                 "(load_from_checkpoint makes one)"
             )
 
@@ -321,12 +385,19 @@ def _refuse_strategy(module: nn.Module) -> None:
     if any(name in kind for name in _REFUSED):
         raise ValueError(
             f"DynastyPrecision does not support {kind}: it brings its own precision handling; "
-            "use strategy='auto', 'ddp', a single device, or ModelParallelStrategy with fully_shard (FSDP2)"
+            "use strategy='auto', 'ddp', a single device, or ModelParallelStrategy with "
+            "fully_shard (FSDP2)"
         )
-    parts = strategy.device_mesh["tensor_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else 1
+    parts = (
+        strategy.device_mesh["tensor_parallel"].size()
+        if isinstance(strategy, ModelParallelStrategy)
+        else 1
+    )
     if parts > 1:
         raise ValueError(
-            f"DynastyPrecision does not support tensor parallelism ({kind} with tensor_parallel_size={parts}; by default it is all devices "
-            "of a node): blocks, statistics and maps are those of whole weights. Use tensor_parallel_size=1, data_parallel_size=devices "
+            f"DynastyPrecision does not support tensor parallelism ({kind} with "
+            f"tensor_parallel_size={parts}; by default it is all devices "
+            "of a node): blocks, statistics and maps are those of whole weights. Use "
+            "tensor_parallel_size=1, data_parallel_size=devices "
             "and fully_shard in configure_model"
         )

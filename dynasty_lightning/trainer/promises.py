@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run was promised, whether it got it, and the true reason if not: the one place that warns of a run that misses its purpose.
+"""What a run was promised, whether it got it, and the true reason if not: the one place that warns
+of a run that misses its purpose.
 
-A map is applied, the cost target is met, E is alive, gradients are finite, every layer's statistics are seen. Whoever finds out otherwise
-says so here; warnings come once for each reason while training runs, and the table at its end tells target, result and reasons.
+A map is applied, the cost target is met, E is alive, gradients are finite, every layer's statistics
+are seen. Whoever finds out otherwise says so here; warnings come once for each reason while
+training runs, and the table at its end tells target, result and reasons.
 """
 
 import math
@@ -15,7 +17,9 @@ from typing import Any, Final
 PATIENCE: Final = 3
 """Due analyses in a row that change no map before anybody is told."""
 DEAD_SHARE: Final = 0.98
-"""Of a layer's blocks of E that its widths made zero: more than that, and hardly anything below learns."""
+"""Of a layer's blocks of E that its widths made zero: more than that, and hardly anything below
+learns.
+"""
 SMALL_GAIN: Final = 1e-3
 """Of the loss, a step: less, and a run of 1,000 steps hardly learns."""
 _NAMED: Final = 6
@@ -34,7 +38,8 @@ class Outcome:
         steps: of the run so far.
         warmup_steps: at 8 bits before the first map.
         exact_steps: with E at 8 bits, because they were analysed.
-        unmapped_share: of the bit operations that were counted, what layers took that had no map yet, after the first one was made.
+        unmapped_share: of the bit operations that were counted, what layers took that had no map
+            yet, after the first one was made.
         target: the cost target; None without one.
         speedup: of the whole run, in the target's currency; NaN where nothing was counted.
         settled: of the last step, likewise.
@@ -85,34 +90,49 @@ class Promises:
             )
 
     def errors_dropped(self, shares: Mapping[str, float], *, gain: float) -> None:
-        """Of each layer's E, the share of blocks that widths made zero. Warns of layers below which hardly anything learns.
+        """Of each layer's E, the share of blocks that widths made zero. Warns of layers below which
+        hardly anything learns.
 
         `gain` is what a step takes off the loss, as a share of it.
         """
-        dead = [name for name, share in shares.items() if share > DEAD_SHARE and f"dead:{name}" not in self._warned]
+        dead = [
+            name
+            for name, share in shares.items()
+            if share > DEAD_SHARE and f"dead:{name}" not in self._warned
+        ]
         self._warned |= {f"dead:{name}" for name in dead}
         if dead:
             reason = "The target may ask for too much (lower target_speedup)"
             if gain < SMALL_GAIN:
-                reason = f"A step takes only {gain:.1g} of the loss off it, so that gradients hardly count (a higher learning rate)"
+                reason = (
+                    f"A step takes only {gain:.1g} of the loss off it, so that gradients "
+                    f"hardly count (a higher learning rate)"
+                )
             self._say(
-                f"nearly all blocks of E are zero in {_names(dead)}: hardly any gradient passes there. {reason}, or E needs a least width "
+                f"nearly all blocks of E are zero in {_names(dead)}: hardly any gradient passes "
+                f"there. {reason}, or E needs a least width "
                 "(least_bits={'E': 2})"
             )
 
     def gradients_not_finite(self, layers: Iterable[str]) -> None:
-        """Operands of a step were not finite, so that it told nothing and cost no less than 8 bits."""
+        """Operands of a step were not finite, so that it told nothing and cost no less than 8
+        bits.
+        """
         self._misses["operands were not finite (NaN or Inf)"] += 1
         self._warn(
             "nonfinite",
-            f"operands of {_names(list(layers)) or 'another rank'} are not finite (NaN or Inf): they pass unquantized and are charged as "
-            "8 bits; see dynasty/nonfinite, and Lightning's detect_anomaly or a lower learning rate for their cause",
+            f"operands of {_names(list(layers)) or 'another rank'} are not finite (NaN or Inf): "
+            f"they pass unquantized and are charged as "
+            "8 bits; see dynasty/nonfinite, and Lightning's detect_anomaly or a lower learning "
+            "rate for their cause",
         )
 
     def layers_unseen(self, *, learning: list[str], frozen: list[str], rare: list[str]) -> None:
-        """Layers that ran backward in no analysed step: of weights that learn, and of frozen ones, which may have no backward at all.
+        """Layers that ran backward in no analysed step: of weights that learn, and of frozen ones,
+        which may have no backward at all.
 
-        `rare`: those whose widths were seen, and are in the figures, but whose statistics never were.
+        `rare`: those whose widths were seen, and are in the figures, but whose statistics never
+        were.
         """
         self._unseen, self._frozen, self._rare = learning, frozen, rare
 
@@ -126,66 +146,107 @@ class Promises:
         if not self.maps:
             if outcome.steps <= outcome.warmup_steps:
                 found.append(
-                    f"the run had {outcome.steps} steps, the warm-up at 8 bits takes {outcome.warmup_steps} "
+                    f"the run had {outcome.steps} steps, the warm-up at 8 bits takes "
+                    f"{outcome.warmup_steps} "
                     "(warmup_steps=...): no map was made"
                 )
             elif not self._misses:
-                found.append(f"the run ended after {outcome.steps} steps, before an analysis was due")
-        found += [f"{reason} ({count} of the analyses)" for reason, count in self._misses.most_common()]
+                found.append(
+                    f"the run ended after {outcome.steps} steps, before an analysis was due"
+                )
+        found += [
+            f"{reason} ({count} of the analyses)" for reason, count in self._misses.most_common()
+        ]
         if outcome.unmapped_share > _MUCH:
             found.append(
-                f"layers that had no map yet (they ran rarely, or began late) took {100 * outcome.unmapped_share:.0f} % of bit operations"
+                f"layers that had no map yet (they ran rarely, or began late) took "
+                f"{100 * outcome.unmapped_share:.0f} % of bit operations"
             )
-        if self.maps and outcome.target is not None and outcome.settled >= outcome.target * (1.0 - outcome.slack):
+        if (
+            self.maps
+            and outcome.target is not None
+            and outcome.settled >= outcome.target * (1.0 - outcome.slack)
+        ):
             found.append(
-                f"steps at 8 bits (a warm-up of {outcome.warmup_steps}, and E in {outcome.exact_steps} that were analysed) could not be "
+                f"steps at 8 bits (a warm-up of {outcome.warmup_steps}, and E in "
+                f"{outcome.exact_steps} that were analysed) could not be "
                 f"made up for in {outcome.steps} steps; "
                 f"the last ones were at {outcome.settled:.2f}x"
             )
         elif self.maps:
             found.append(
-                f"widths were still on their way, or at their least, after a warm-up of {outcome.warmup_steps} steps at 8 bits: "
+                f"widths were still on their way, or at their least, after a warm-up of "
+                f"{outcome.warmup_steps} steps at 8 bits: "
                 f"the last steps of {outcome.steps} were at {outcome.settled:.2f}x"
             )
         return found
 
     def lines(self, outcome: Outcome) -> list[str]:
-        """For the table: the target, whether it was reached, and why not; what is not in the figures."""
+        """For the table: the target, whether it was reached, and why not; what is not in the
+        figures.
+        """
         lines = []
         if outcome.target is not None and outcome.target > 1.0:
             if outcome.reached:
-                short = "" if outcome.speedup >= outcome.target else f" within {100 * outcome.slack:.0f} %"
+                short = (
+                    ""
+                    if outcome.speedup >= outcome.target
+                    else f" within {100 * outcome.slack:.0f} %"
+                )
                 lines.append(f"  target          {outcome.target:6.2f}x reached{short}")
             else:
-                lines.append(f"  target          {outcome.target:6.2f}x NOT reached: {'; '.join(self.reasons(outcome))}")
+                lines.append(
+                    f"  target          {outcome.target:6.2f}x NOT reached: "
+                    f"{'; '.join(self.reasons(outcome))}"
+                )
         if self._unseen:
-            lines.append(f"  not analysed    {_names(self._unseen)}: in no analysed step, so at 8 bits and not in these figures")
+            lines.append(
+                f"  not analysed    {_names(self._unseen)}: in no analysed step, so at 8 bits "
+                f"and not in these figures"
+            )
         if self._rare:
-            lines.append(f"  never mapped    {_names(self._rare)}: no step of theirs led to a map, so at 8 bits")
+            lines.append(
+                f"  never mapped    {_names(self._rare)}: no step of theirs led to a map, so at "
+                f"8 bits"
+            )
         if self._frozen:
-            lines.append(f"  no backward     {_names(self._frozen)}: frozen, forward at 8 bits, not in these figures")
+            lines.append(
+                f"  no backward     {_names(self._frozen)}: frozen, forward at 8 bits, not in "
+                f"these figures"
+            )
         return lines
 
     def at_end(self, outcome: Outcome) -> list[str]:
         """`lines`, after a warning of each promise that was not kept."""
         if self._unseen and self.maps:
-            self._warn("unseen", f"{_names(self._unseen)}: in no analysed step, so at 8 bits throughout and not in the figures")
+            self._warn(
+                "unseen",
+                f"{_names(self._unseen)}: in no analysed step, so at 8 bits throughout and not "
+                f"in the figures",
+            )
         if self._rare:
             self._warn(
                 "rare",
-                f"{_names(self._rare)}: no step of theirs led to a map (they ran rarely, or in warm-up or at the end alone), so at 8 bits "
+                f"{_names(self._rare)}: no step of theirs led to a map (they ran rarely, or in "
+                f"warm-up or at the end alone), so at 8 bits "
                 "throughout",
             )
         if outcome.target is not None and outcome.target > 1.0 and not outcome.reached:
             self._warn(
                 "target",
-                f"target_speedup={outcome.target:g} was not reached: {_speedup(outcome.speedup)} over the whole run. "
+                f"target_speedup={outcome.target:g} was not reached: "
+                f"{_speedup(outcome.speedup)} over the whole run. "
                 + "; ".join(self.reasons(outcome)),
             )
         return self.lines(outcome)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"maps": self.maps, "misses": dict(self._misses), "in_a_row": self._in_a_row, "warned": sorted(self._warned)}
+        return {
+            "maps": self.maps,
+            "misses": dict(self._misses),
+            "in_a_row": self._in_a_row,
+            "warned": sorted(self._warned),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.maps, self._in_a_row = state["maps"], state["in_a_row"]

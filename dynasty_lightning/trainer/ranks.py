@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a run tell each other: tables of facts and sums, whose shapes no rank's data decide."""
+"""What the ranks of a run tell each other: tables of facts and sums, whose shapes no rank's data
+decide.
+"""
 
 import hashlib
 from collections import Counter
@@ -17,9 +19,11 @@ _HASH_BITS = 48  # what float64 holds, and some to spare
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The processes that train one model, each on its own part of a batch. All of them make the same calls, in the same order.
+    """The processes that train one model, each on its own part of a batch. All of them make the
+    same calls, in the same order.
 
-    A call ends with the process group's timeout at the latest (`DDPStrategy(timeout=...)`), in an error that names `what` was agreed on.
+    A call ends with the process group's timeout at the latest (`DDPStrategy(timeout=...)`), in an
+    error that names `what` was agreed on.
 
     Attributes:
         size: how many there are.
@@ -34,7 +38,9 @@ class Ranks:
     @classmethod
     def of(cls, trainer: "pl.Trainer") -> "Ranks":
         """Those of a Trainer whose process group has been made."""
-        return cls(size=trainer.world_size, rank=trainer.global_rank, device=trainer.strategy.root_device)
+        return cls(
+            size=trainer.world_size, rank=trainer.global_rank, device=trainer.strategy.root_device
+        )
 
     def table(self, facts: Tensor, *, what: str) -> Tensor:
         """float64 [size, n]: each rank's n facts, by rank; n is the same on all.
@@ -49,7 +55,9 @@ class Ranks:
         return self._gather(mine, what)
 
     def total(self, values: Tensor, *, what: str) -> Tensor:
-        """The sum over ranks, on the CPU, in the values' own type. Raises RuntimeError if a rank did not come."""
+        """The sum over ranks, on the CPU, in the values' own type. Raises RuntimeError if a rank
+        did not come.
+        """
         if self.size == 1:
             return values.cpu()
         sums = values.detach().contiguous().to(self.device, copy=True)
@@ -59,11 +67,16 @@ class Ranks:
         return sums.cpu()
 
     def _meet(self, what: str, count: int) -> None:
-        """Agree on what is exchanged next, and on how many values: sizes that differ end whole processes, in words of the backend's."""
-        intents = self._gather(torch.tensor([[_number(what), float(count)]], dtype=torch.float64), what).tolist()
+        """Agree on what is exchanged next, and on how many values: sizes that differ end whole
+        processes, in words of the backend's.
+        """
+        intents = self._gather(
+            torch.tensor([[_number(what), float(count)]], dtype=torch.float64), what
+        ).tolist()
         if others := [rank for rank, intent in enumerate(intents) if intent != intents[self.rank]]:
             raise RuntimeError(
-                f"rank {self.rank} came to {what} with {count} values, and {_named(others)} to something else or with another number of "
+                f"rank {self.rank} came to {what} with {count} values, and {_named(others)} to "
+                f"something else or with another number of "
                 "them: all ranks must run the same steps, with the same layers"
             )
 
@@ -77,21 +90,36 @@ class Ranks:
 
     def check_same(self, text: str, *, what: str) -> None:
         """Raise RuntimeError, which names the ranks, unless all ranks have the same text."""
-        numbers = self.table(torch.tensor([_number(text)], dtype=torch.float64), what=what).flatten().tolist()
+        numbers = (
+            self.table(torch.tensor([_number(text)], dtype=torch.float64), what=what)
+            .flatten()
+            .tolist()
+        )
         if odd := _minority(numbers):
-            raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what}; rank {self.rank} has {text[:200]}")
+            raise RuntimeError(
+                f"{_named(odd)} of {self.size} differ from the others in {what}; rank "
+                f"{self.rank} has {text[:200]}"
+            )
 
     def check_same_tensors(self, tensors: Mapping[str, Tensor], *, what: str) -> None:
-        """Raise RuntimeError, which names the ranks and the first tensor that differs; the names are the same on all ranks."""
+        """Raise RuntimeError, which names the ranks and the first tensor that differs; the names
+        are the same on all ranks.
+        """
         digests = [_number(hashlib.sha256(_bytes(t)).hexdigest()) for t in tensors.values()]
-        table = self.table(torch.tensor(digests, dtype=torch.float64), what=f"{what} {len(tensors)} layers")
+        table = self.table(
+            torch.tensor(digests, dtype=torch.float64), what=f"{what} {len(tensors)} layers"
+        )
         for name, numbers in zip(tensors, table.T.tolist(), strict=True):
             if odd := _minority(numbers):
-                raise RuntimeError(f"{_named(odd)} of {self.size} differ from the others in {what} {name}")
+                raise RuntimeError(
+                    f"{_named(odd)} of {self.size} differ from the others in {what} {name}"
+                )
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Around calls in which ranks wait for each other: raises RuntimeError, which says so, if one did not come."""
+        """Around calls in which ranks wait for each other: raises RuntimeError, which says so, if
+        one did not come.
+        """
         if self.size == 1:
             yield
             return
@@ -99,13 +127,17 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self.rank} of {self.size} came to {what}, and not all other ranks did: they ended or failed, run other steps, "
-                f"or were slower than the process group's timeout, DDPStrategy(timeout=...) ({error})"
+                f"rank {self.rank} of {self.size} came to {what}, and not all other ranks did: "
+                f"they ended or failed, run other steps, "
+                f"or were slower than the process group's timeout, DDPStrategy(timeout=...) "
+                f"({error})"
             ) from error
 
 
 def _number(text: str) -> float:
-    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - _HASH_BITS))
+    return float(
+        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> (64 - _HASH_BITS)
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -113,7 +145,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _minority(values: list[object]) -> list[int]:
-    """Indices of what differs from the most frequent value; of equally frequent ones the first counts."""
+    """Indices of what differs from the most frequent value; of equally frequent ones the first
+    counts.
+    """
     common = Counter(values).most_common(1)[0][0]
     return [i for i, value in enumerate(values) if value != common]
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run stands, in the steps that analyses are counted in, and where it will end; read from the Trainer, never assumed."""
+"""Where a run stands, in the steps that analyses are counted in, and where it will end; read from
+the Trainer, never assumed.
+"""
 
 import math
 from typing import Any, Final
@@ -13,12 +15,14 @@ _MOST_EPOCHS: Final = 100_000  # a scheduler's plan is added up epoch by epoch n
 class RunSteps:
     """Steps done, and the step at which training will end.
 
-    In automatic optimization a step is one of the optimizer (`trainer.global_step`). In manual optimization nobody but the user knows:
-    `global_step` counts every step of every optimizer that Lightning wraps, and none of a raw one. There each batch is one.
+    In automatic optimization a step is one of the optimizer (`trainer.global_step`). In manual
+    optimization nobody but the user knows: `global_step` counts every step of every optimizer that
+    Lightning wraps, and none of a raw one. There each batch is one.
 
     Attributes:
         done: steps of this run.
-        before: what the Trainer had counted when it began: steps of another module, or of a checkpoint that knows nothing of it.
+        before: what the Trainer had counted when it began: steps of another module, or of a
+            checkpoint that knows nothing of it.
     """
 
     def __init__(self) -> None:
@@ -38,19 +42,30 @@ class RunSteps:
         self._has_seen_batches = False
 
     def after_batch(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
-        """Count the batch that ended; whether a step ended with it, as it does not while gradients accumulate."""
+        """Count the batch that ended; whether a step ended with it, as it does not while gradients
+        accumulate.
+        """
         done, self._has_seen_batches = self.done, True
-        self.done = trainer.global_step - (self.before or 0) if pl_module.automatic_optimization else done + 1
+        self.done = (
+            trainer.global_step - (self.before or 0)
+            if pl_module.automatic_optimization
+            else done + 1
+        )
         return self.done > done
 
     def last(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
-        """The step after which training ends, infinite where nothing says so: a stream, or epochs without number.
+        """The step after which training ends, infinite where nothing says so: a stream, or epochs
+        without number.
 
-        Early stopping and limits of time are not foreseen. Called within an epoch, after `after_batch` or before the first batch.
+        Early stopping and limits of time are not foreseen. Called within an epoch, after
+        `after_batch` or before the first batch.
         """
         ends = [math.inf]
         if trainer.max_steps is not None and trainer.max_steps >= 0:
-            ends.append(self.done + (trainer.max_steps - trainer.global_step) / self._optimizer_steps_each(trainer))
+            ends.append(
+                self.done
+                + (trainer.max_steps - trainer.global_step) / self._optimizer_steps_each(trainer)
+            )
         batches, epochs = trainer.num_training_batches, trainer.max_epochs
         if epochs is not None and epochs >= 0 and math.isfinite(batches):
             ends.append(self.done + self._steps_ahead(trainer, pl_module, batches, epochs))
@@ -63,12 +78,15 @@ class RunSteps:
         counted = trainer.global_step - self._first_global_step
         return counted / steps if steps and counted else 1.0
 
-    def _steps_ahead(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batches: float, epochs: int) -> int:
+    def _steps_ahead(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batches: float, epochs: int
+    ) -> int:
         epoch = trainer.current_epoch
         progress: Any = trainer.fit_loop.epoch_progress.current
         seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # Where training goes on from the end of an epoch, batches are still those of that epoch until the next one has its first. Later
-        # the Trainer's epochs say nothing: it does not count the start of one that follows a checkpoint of the last batch's hook.
+        # Where training goes on from the end of an epoch, batches are still those of that epoch
+        # until the next one has its first. Later the Trainer's epochs say nothing: it does not
+        # count the start of one that follows a checkpoint of the last batch's hook.
         if not self._has_seen_batches and progress.started == progress.processed:
             seen = 0
         left = [max(batches - seen, 0)] + [batches] * min(max(epochs - epoch - 1, 0), _MOST_EPOCHS)

@@ -10,22 +10,34 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 RATE_FLOOR: Final = 0.01
-"""Least learning rate that counts, over the largest of its group: what a schedule lets fall to nothing comes back in its next cycle."""
-_NAMED_RATES: Final = ("initial_lr", "max_lr")  # what schedulers leave in a group: a warm-up that begins at 0 names its aim there
+"""Least learning rate that counts, over the largest of its group: what a schedule lets fall to
+nothing comes back in its next cycle.
+"""
+_NAMED_RATES: Final = (
+    "initial_lr",
+    "max_lr",
+)  # what schedulers leave in a group: a warm-up that begins at 0 names its aim there
 
 
-def effective_step_sizes(optimizers: Iterable[torch.optim.Optimizer], largest_rates: dict[str, float] | None = None) -> dict[int, float]:
-    """Sum over all later steps of a parameter's movement along one unit of gradient, by the parameter's `id`.
+def effective_step_sizes(
+    optimizers: Iterable[torch.optim.Optimizer], largest_rates: dict[str, float] | None = None
+) -> dict[int, float]:
+    """Sum over all later steps of a parameter's movement along one unit of gradient, by the
+    parameter's `id`.
 
-    SGD: lr (1 - dampening) / (1 - momentum), since a gradient is applied again with every later step's momentum. Adam and its kin divide
-    by the root of the second moment that they keep (`exp_avg_sq`, bias-corrected, averaged over the tensor); their first moment's weights
-    sum to one. Another optimizer counts with its lr alone. A learning rate counts as `RATE_FLOOR` of its group's largest at least.
+    SGD: lr (1 - dampening) / (1 - momentum), since a gradient is applied again with every later
+        step's momentum. Adam and its kin divide
+    by the root of the second moment that they keep (`exp_avg_sq`, bias-corrected, averaged over the
+    tensor); their first moment's weights sum to one. Another optimizer counts with its lr alone. A
+    learning rate counts as `RATE_FLOOR` of its group's largest at least.
 
     Args:
-        largest_rates: the largest learning rate of each group so far, "optimizer/group", brought up to date; None knows of none.
+        largest_rates: the largest learning rate of each group so far, "optimizer/group", brought up
+            to date; None knows of none.
 
     Returns:
-        NaN for a group whose learning rate has been 0 all the time: how far it will go is not known.
+        NaN for a group whose learning rate has been 0 all the time: how far it will go is not
+        known.
 
     Of sharded parameters (FSDP2) all ranks must call this, since each holds a part of the moments.
     """
@@ -34,7 +46,13 @@ def effective_step_sizes(optimizers: Iterable[torch.optim.Optimizer], largest_ra
     for i, optimizer in enumerate(optimizers):
         for j, group in enumerate(optimizer.param_groups):
             rate, key = float(group.get("lr", 0.0)), f"{i}/{j}"
-            largest[key] = max([rate, largest.get(key, 0.0), *(float(group.get(name) or 0.0) for name in _NAMED_RATES)])
+            largest[key] = max(
+                [
+                    rate,
+                    largest.get(key, 0.0),
+                    *(float(group.get(name) or 0.0) for name in _NAMED_RATES),
+                ]
+            )
             rate = max(rate, RATE_FLOOR * largest[key])
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})
@@ -43,9 +61,11 @@ def effective_step_sizes(optimizers: Iterable[torch.optim.Optimizer], largest_ra
 
 
 def layer_step_size(layer: nn.Module, sizes: Mapping[int, float]) -> float:
-    """Of a layer's weight, from `effective_step_sizes`: the largest of the parameters that it is, or is computed from.
+    """Of a layer's weight, from `effective_step_sizes`: the largest of the parameters that it is,
+    or is computed from.
 
-    Pruning, weight_norm and parametrizations make `weight` a computed tensor, whose parameters stand beside it or below.
+    Pruning, weight_norm and parametrizations make `weight` a computed tensor, whose parameters
+    stand beside it or below.
 
     Returns:
         NaN where no known optimizer holds any of them.
@@ -64,7 +84,9 @@ def _parameters_behind(layer: nn.Module) -> list[Tensor]:
 
 
 def _leaves(tensor: Any) -> list[Tensor]:
-    """The leaves of the graph that a tensor was computed by; nothing where it was computed without gradients."""
+    """The leaves of the graph that a tensor was computed by; nothing where it was computed without
+    gradients.
+    """
     leaves, seen, ahead = [], set(), [getattr(tensor, "grad_fn", None)]
     while ahead:
         node = ahead.pop()
@@ -88,7 +110,9 @@ def _step_size(group: Mapping[str, Any], rate: float, state: Mapping[str, Any]) 
 
 
 def _mean(moment: Tensor) -> float:
-    """Also of a state that is kept in a type of its own, as 8-bit optimizers keep it; NaN for one that shows no numbers."""
+    """Also of a state that is kept in a type of its own, as 8-bit optimizers keep it; NaN for one
+    that shows no numbers.
+    """
     if isinstance(moment, DTensor):  # a part of it is on each rank
         return float(cast(DTensor, moment.double().sum()).full_tensor()) / moment.numel()
     for read in (lambda: moment.double(), lambda: moment.dequantize().double()):

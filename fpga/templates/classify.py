@@ -1,8 +1,8 @@
 # %% [markdown]
 # # A trained network on $title
 #
-# The GEMMs run on the core, everything else in NumPy. As a script: `python3 classify.py [DEVICE]`; on the board
-# `sudo -E python3 classify.py pynq`, because its registers are the kernel's.
+# The GEMMs run on the core, everything else in NumPy. As a script: `python3 classify.py [DEVICE]`;
+# on the board `sudo -E python3 classify.py pynq`, because its registers are the kernel's.
 
 # %%
 import sys
@@ -22,8 +22,8 @@ from fpga.images import load_images
 from fpga.runtime import Program, Runner
 
 # %%
-# The one word to change: "pynq" is the board; "pynq-sim" simulates it under the pynq package, "csim" compiles the core with g++,
-# "reference" needs NumPy alone.
+# The one word to change: "pynq" is the board; "pynq-sim" simulates it under the pynq package,
+# "csim" compiles the core with g++, "reference" needs NumPy alone.
 DEVICE = "$device"
 
 if "__file__" in globals() and len(sys.argv) > 1:
@@ -56,7 +56,10 @@ right = classes == labels
 names = [program.labels[c] if program.labels else str(c) for c in classes]
 for index in range(min(8, count)):
     print(f"  image {index}: {names[index]}{'' if right[index] else '   (wrong)'}")
-print(f"{DEVICE}: {100 * right.mean():.2f} % of {count} images right, {count / seconds:.1f} images a second")
+print(
+    f"{DEVICE}: {100 * right.mean():.2f} % of {count} images right, {count / seconds:.1f} "
+    f"images a second"
+)
 cycles = sum(step.cycles for step in runner.report.values())
 moved = sum(step.bytes_moved for step in runner.report.values())
 print(f"core cycles an image: {cycles / count:.0f}; bytes moved an image: {moved / count:.0f}")

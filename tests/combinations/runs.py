@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every row of docs/combinations.md is tried with: one small task, one way to run it, one list of what must hold afterwards."""
+"""What every row of docs/combinations.md is tried with: one small task, one way to run it, one list
+of what must hold afterwards.
+"""
 
 import math
 import re
@@ -28,17 +30,32 @@ BATCH = 32
 @cache
 def digits() -> TensorDataset:
     data = load_data("digits")
-    return TensorDataset(torch.from_numpy(data.train_images).float() / 8.0 - 1.0, torch.from_numpy(data.train_labels).long())
+    return TensorDataset(
+        torch.from_numpy(data.train_images).float() / 8.0 - 1.0,
+        torch.from_numpy(data.train_labels).long(),
+    )
 
 
 def loader(batch_size: int = BATCH, **options: Any) -> DataLoader:
-    return DataLoader(digits(), batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(0), drop_last=True, **options)
+    return DataLoader(
+        digits(),
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+        drop_last=True,
+        **options,
+    )
 
 
 def network() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
 
 
 class Module(L.LightningModule):
@@ -110,23 +127,42 @@ class Sequences:
     def __iter__(self) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
         for i in range(STEPS):
-            yield torch.randint(16, (self.rows, self.lengths[i % len(self.lengths)]), generator=generator)
+            yield torch.randint(
+                16, (self.rows, self.lengths[i % len(self.lengths)]), generator=generator
+            )
 
 
 def dynasty(**options: Any) -> DynastyCallback:
-    return DynastyCallback(**{"target_speedup": TARGET, "interval": 10, "warmup_steps": 4, "table": False, **options})
+    return DynastyCallback(
+        **{"target_speedup": TARGET, "interval": 10, "warmup_steps": 4, "table": False, **options}
+    )
 
 
 QUIET: dict[str, Any] = {
-    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu",
-    "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+}
 
 
-def trainer(*, callbacks: Iterable[L.Callback] = (), plugin: DynastyPrecision | None = None, **options: Any) -> L.Trainer:
+def trainer(
+    *, callbacks: Iterable[L.Callback] = (), plugin: DynastyPrecision | None = None, **options: Any
+) -> L.Trainer:
     if "max_epochs" not in options:
         options = {"max_steps": STEPS, "max_epochs": -1, **options}
-    return L.Trainer(**{**QUIET, "plugins": [plugin or DynastyPrecision(seed=1)], "callbacks": list(callbacks), **options})
+    return L.Trainer(
+        **{
+            **QUIET,
+            "plugins": [plugin or DynastyPrecision(seed=1)],
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
 
 
 @dataclass(kw_only=True)
@@ -148,22 +184,37 @@ class Run:
 
 
 def fit(
-    make: Any, *, data: Any = None, callbacks: Any = (), options: Any = None, beside_uniform: bool = True, **trainer_options: Any
+    make: Any,
+    *,
+    data: Any = None,
+    callbacks: Any = (),
+    options: Any = None,
+    beside_uniform: bool = True,
+    **trainer_options: Any,
 ) -> Run:
-    """Train `make()` with the callback and, from the same start, at uniform 8 bits. `callbacks` and `data` are made afresh for each."""
+    """Train `make()` with the callback and, from the same start, at uniform 8 bits. `callbacks` and
+    `data` are made afresh for each.
+    """
     results = []
     for dynamic in (False, True) if beside_uniform else (True,):
         torch.manual_seed(0)
         module = make()
         callback, plugin = dynasty(**(options or {})), DynastyPrecision(seed=1)
         others = list(callbacks() if callable(callbacks) else callbacks)
-        t = trainer(callbacks=[*others, callback] if dynamic else others, plugin=plugin, **trainer_options)
+        t = trainer(
+            callbacks=[*others, callback] if dynamic else others, plugin=plugin, **trainer_options
+        )
         with promises() as said:
             t.fit(module, data() if callable(data) else loader() if data is None else data)
         results.append((module, t, callback, plugin))
     module, t, callback, plugin = results[-1]
     return Run(
-        module=module, trainer=t, callback=callback, plugin=plugin, uniform=results[0][0].losses if beside_uniform else [], said=said
+        module=module,
+        trainer=t,
+        callback=callback,
+        plugin=plugin,
+        uniform=results[0][0].losses if beside_uniform else [],
+        said=said,
     )
 
 
@@ -178,7 +229,9 @@ def promises() -> Iterator[list[str]]:
         if issubclass(warning.category, PromiseWarning):
             said.append(str(warning.message))
         else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def numbers(value: Any) -> Iterable[float]:
@@ -190,10 +243,18 @@ def numbers(value: Any) -> Iterable[float]:
 
 
 def check_dynamic(
-    run: Run, *, layers: Iterable[str] | None = None, target: float = TARGET, within: float = 0.14, missed: str = "", words: str = ""
+    run: Run,
+    *,
+    layers: Iterable[str] | None = None,
+    target: float = TARGET,
+    within: float = 0.14,
+    missed: str = "",
+    words: str = "",
 ) -> None:
-    """Maps were made and are in force, E has bits where gradients flow (in `layers`; all by default), figures are finite, the cost is the
-    target's. Where it is not, the run says so and why: `missed`, a pattern. `words` is one for what else is said; else nothing is."""
+    """Maps were made and are in force, E has bits where gradients flow (in `layers`; all by
+    default), figures are finite, the cost is the
+    target's. Where it is not, the run says so and why: `missed`, a pattern. `words` is one for what
+    else is said; else nothing is."""
     assert run.plugin.precision_map().entries, "no map was ever applied"
     last = run.callback.history[-1]
     assert min(last["mean_bits"].values()) < 7, f"all operands have 8 bits: {last['mean_bits']}"
@@ -206,14 +267,20 @@ def check_dynamic(
     others = [s for s in run.said if not s.startswith("target_speedup")]
     assert [bool(re.search(words, s)) for s in others] == [True] * bool(words), others
     if missed:
-        assert re.search(missed, "".join(run.said)), f"{summary['speedup_charged']:.2f}x of {target}x, said: {run.said}"
+        assert re.search(missed, "".join(run.said)), (
+            f"{summary['speedup_charged']:.2f}x of {target}x, said: {run.said}"
+        )
     else:
-        assert abs(math.log(summary["speedup_charged"] / target)) < within, f"{summary['speedup_charged']:.2f}x of {target}x: {run.said}"
+        assert abs(math.log(summary["speedup_charged"] / target)) < within, (
+            f"{summary['speedup_charged']:.2f}x of {target}x: {run.said}"
+        )
 
 
 def check_learns(run: Run, *, window: int = 15, factor: float = 1.3, slack: float = 0.1) -> None:
     """The loss ends near that of uniform 8 bits, and fell."""
-    ours, theirs = (sum(losses[-window:]) / len(losses[-window:]) for losses in (run.module.losses, run.uniform))
+    ours, theirs = (
+        sum(losses[-window:]) / len(losses[-window:]) for losses in (run.module.losses, run.uniform)
+    )
     assert math.isfinite(ours)
     assert ours < factor * theirs + slack, f"loss {ours:.3f} where uniform 8 bits have {theirs:.3f}"
     assert ours < 0.7 * sum(run.module.losses[:3]) / 3

@@ -30,13 +30,20 @@ from .runs import (
     loader,
     promises,
     trainer,
-)  # fmt: skip
+)
 
 # -- Trainers
 
 
 def test_overfit_batches():
-    check(fit(Module, data=lambda: DataLoader(digits(), batch_size=32), overfit_batches=2, max_epochs=30))
+    check(
+        fit(
+            Module,
+            data=lambda: DataLoader(digits(), batch_size=32),
+            overfit_batches=2,
+            max_epochs=30,
+        )
+    )
 
 
 @pytest.mark.parametrize("limit", [15, 0.25])
@@ -52,11 +59,19 @@ def test_validation_within_epochs():
     def run_with(**options):
         torch.manual_seed(0)
         module, callback, plugin = Evaluated(), dynasty(), DynastyPrecision(seed=1)
-        t = trainer(callbacks=[callback], plugin=plugin, max_epochs=4, limit_train_batches=15, **options)
+        t = trainer(
+            callbacks=[callback], plugin=plugin, max_epochs=4, limit_train_batches=15, **options
+        )
         t.fit(module, loader(), DataLoader(digits(), batch_size=500))
         return Run(module=module, trainer=t, callback=callback, plugin=plugin)
 
-    run = run_with(limit_val_batches=2, val_check_interval=5, num_sanity_val_steps=1, limit_test_batches=1, limit_predict_batches=1)
+    run = run_with(
+        limit_val_batches=2,
+        val_check_interval=5,
+        num_sanity_val_steps=1,
+        limit_test_batches=1,
+        limit_predict_batches=1,
+    )
     check_dynamic(run)
     # Validation moves nothing: neither the random stream nor what is observed.
     without = run_with(limit_val_batches=0)
@@ -66,13 +81,23 @@ def test_validation_within_epochs():
 
 
 def test_fast_dev_run():
-    with pytest.warns(PromiseWarning, match="was not reached.* the run had 1 steps.* no map was made"):
+    with pytest.warns(
+        PromiseWarning, match="was not reached.* the run had 1 steps.* no map was made"
+    ):
         trainer(callbacks=[dynasty()], fast_dev_run=True).fit(Module(), loader())
 
 
 def test_a_trainer_without_anything_else():
     """`barebones` warns of everybody who logs."""
-    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing", "num_sanity_val_steps"))
+    off = dict.fromkeys(
+        (
+            "logger",
+            "enable_progress_bar",
+            "enable_model_summary",
+            "enable_checkpointing",
+            "num_sanity_val_steps",
+        )
+    )
     check_dynamic(fit(Module, beside_uniform=False, barebones=True, **off))
 
 
@@ -83,7 +108,13 @@ def test_evaluation_before_fit_changes_nothing(verb):
     for first in (True, False):
         torch.manual_seed(0)
         module, callback, plugin = Evaluated(), dynasty(), DynastyPrecision(seed=1)
-        t = trainer(callbacks=[callback], plugin=plugin, limit_val_batches=1, limit_test_batches=1, limit_predict_batches=1)
+        t = trainer(
+            callbacks=[callback],
+            plugin=plugin,
+            limit_val_batches=1,
+            limit_test_batches=1,
+            limit_predict_batches=1,
+        )
         if first:
             getattr(t, verb)(module, data)
             assert not plugin.precision_map().entries
@@ -137,9 +168,13 @@ def test_a_second_model_in_the_same_trainer():
         assert callback.history[1]["mean_bits"]["E"] > 7  # it warms up
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*holds no widths")
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`", "ignore:.*holds no widths"
+)
 def test_a_callback_that_joins_at_a_checkpoint(tmp_path):
-    """A run that began without it is none of its steps: they are neither charged nor its warm-up."""
+    """A run that began without it is none of its steps: they are neither charged nor its
+    warm-up.
+    """
     torch.manual_seed(0)
     t = L.Trainer(**{**QUIET, "max_epochs": 2, "limit_train_batches": 20})
     t.fit(Module(), loader())
@@ -153,7 +188,9 @@ def test_a_callback_that_joins_at_a_checkpoint(tmp_path):
     assert [h["mean_bits"]["E"] > 7 for h in callback.history[:3]] == [True, True, False]
 
 
-@pytest.mark.filterwarnings("ignore:(?s).*(jsonargparse|deprecated)")  # by jsonargparse, in Lightning's calls
+@pytest.mark.filterwarnings(
+    "ignore:(?s).*(jsonargparse|deprecated)"
+)  # by jsonargparse, in Lightning's calls
 def test_lightning_cli(monkeypatch):
     pytest.importorskip("jsonargparse", reason="needs jsonargparse")
     from lightning.pytorch.cli import LightningCLI
@@ -167,7 +204,8 @@ def test_lightning_cli(monkeypatch):
             super().__init__()
 
     arguments = [
-        "tests", "fit",
+        "tests",
+        "fit",
         "--trainer.plugins=dynasty_lightning.DynastyPrecision",
         "--trainer.callbacks=dynasty_lightning.DynastyCallback",
         f"--trainer.callbacks.target_speedup={TARGET}",
@@ -175,22 +213,39 @@ def test_lightning_cli(monkeypatch):
         "--trainer.callbacks.warmup_steps=4",
         "--trainer.callbacks.table=false",
         f"--trainer.max_steps={STEPS}",
-        *(f"--trainer.{k}={str(v).lower()}" for k, v in {
-            "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False,
-            "accelerator": "cpu", "devices": 1, "limit_val_batches": 0,
-        }.items()),
-    ]  # fmt: skip
+        *(
+            f"--trainer.{k}={str(v).lower()}"
+            for k, v in {
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "enable_checkpointing": False,
+                "accelerator": "cpu",
+                "devices": 1,
+                "limit_val_batches": 0,
+            }.items()
+        ),
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     cli = LightningCLI(Learner, Data, save_config_callback=None, seed_everything_default=0)
     (callback,) = (c for c in cli.trainer.callbacks if type(c).__name__ == "DynastyCallback")
-    check_dynamic(Run(module=cli.model, trainer=cli.trainer, callback=callback, plugin=cli.trainer.precision_plugin))
+    check_dynamic(
+        Run(
+            module=cli.model,
+            trainer=cli.trainer,
+            callback=callback,
+            plugin=cli.trainer.precision_plugin,
+        )
+    )
 
 
 def test_fabric_is_refused_by_name():
     net = nn.Linear(4, 4)
     fabric = Fabric(accelerator="cpu", devices=1, plugins=[DynastyPrecision()])
     model, _ = fabric.setup(net, torch.optim.SGD(net.parameters(), 0.1))
-    with pytest.raises(RuntimeError, match=r"Fabric does not serve DynastyPrecision.* dynasty_lightning\.convert"):
+    with pytest.raises(
+        RuntimeError, match=r"Fabric does not serve DynastyPrecision.* dynasty_lightning\.convert"
+    ):
         model(torch.randn(2, 4))
 
 
@@ -202,7 +257,12 @@ def test_batches_of_two_loaders():
         def training_step(self, batch, batch_idx):
             return self.loss(batch["large"]) + 0.5 * self.loss(batch["small"])
 
-    run = fit(Both, data=lambda: {"large": loader(), "small": loader(16)}, max_epochs=2, limit_train_batches=30)
+    run = fit(
+        Both,
+        data=lambda: {"large": loader(), "small": loader(16)},
+        max_epochs=2,
+        limit_train_batches=30,
+    )
     check(run)
 
 
@@ -229,7 +289,9 @@ def test_an_iterable_without_a_length():
     """Lightning cannot tell how many steps are to come."""
     run = fit(Module, data=lambda: stream(20), max_steps=-1, max_epochs=4)
     assert run.trainer.global_step == 80
-    check(run, within=0.2)  # nobody says which step is the last, so nothing is made up for at the end
+    check(
+        run, within=0.2
+    )  # nobody says which step is the last, so nothing is made up for at the end
 
 
 def test_a_stream_that_a_callback_ends():
@@ -237,7 +299,10 @@ def test_a_stream_that_a_callback_ends():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.should_stop = batch_idx + 1 == 80
 
-    check(fit(Module, data=stream, callbacks=lambda: [Stop()], max_steps=-1, max_epochs=-1), within=0.2)
+    check(
+        fit(Module, data=stream, callbacks=lambda: [Stop()], max_steps=-1, max_epochs=-1),
+        within=0.2,
+    )
 
 
 class Batches:
@@ -255,14 +320,22 @@ class Batches:
         for _, (rows, side) in zip(range(self.count), itertools.cycle(self.shapes), strict=False):
             cut = [(at + i) % len(labels) for i in range(rows)]
             at += rows
-            yield [nn.functional.interpolate(images[cut], size=(side, side), mode="nearest"), labels[cut]]
+            yield [
+                nn.functional.interpolate(images[cut], size=(side, side), mode="nearest"),
+                labels[cut],
+            ]
 
 
 def pooled():
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
         nn.Linear(128, 10),
-    )  # fmt: skip
+    )
 
 
 def test_images_of_any_size():
@@ -271,21 +344,36 @@ def test_images_of_any_size():
 
 
 def test_batches_of_any_size_and_a_large_one_first():
-    run = fit(lambda: Module(), data=lambda: Batches((64, 8), *[(24, 8), (32, 8), (17, 8), (5, 8)] * 7))
+    run = fit(
+        lambda: Module(), data=lambda: Batches((64, 8), *[(24, 8), (32, 8), (17, 8), (5, 8)] * 7)
+    )
     check(run)
     assert len(run.callback.history) > 6
 
 
 def test_a_last_batch_that_is_smaller():
     """24 steps an epoch; an analysis that falls on the small one does not count it for all."""
-    run = fit(Module, data=lambda: DataLoader(torch.utils.data.Subset(digits(), range(32 * 5 + 3)), batch_size=32), max_epochs=12)
+    run = fit(
+        Module,
+        data=lambda: DataLoader(
+            torch.utils.data.Subset(digits(), range(32 * 5 + 3)), batch_size=32
+        ),
+        max_epochs=12,
+    )
     assert run.trainer.global_step == 72
     check(run)
 
 
 def test_sequences_of_any_length():
     def make():
-        net = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+        net = nn.Sequential(
+            nn.Embedding(16, 32),
+            nn.Linear(32, 64),
+            nn.ReLU(),
+            nn.Linear(64, 32),
+            nn.ReLU(),
+            nn.Linear(32, 16),
+        )
         return Tokens(net, lr=1.5e-3)
 
     check(fit(make, data=lambda: Sequences(8, lengths=(5, 12, 19, 26)), max_epochs=1))
@@ -297,7 +385,11 @@ def test_empty_batches():
     class Mixture(nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk, self.experts, self.head = nn.Linear(64, 64), nn.ModuleList([nn.Linear(64, 64) for _ in range(3)]), nn.Linear(64, 10)
+            self.trunk, self.experts, self.head = (
+                nn.Linear(64, 64),
+                nn.ModuleList([nn.Linear(64, 64) for _ in range(3)]),
+                nn.Linear(64, 10),
+            )
 
         def forward(self, images):
             hidden = self.trunk(images.flatten(1)).relu()
@@ -314,4 +406,8 @@ def test_empty_batches():
 
     run = fit(lambda: Module(Mixture()))
     assert run.module.net.experts[2].weight.grad.abs().max() == 0
-    check(run, layers=["net.trunk", "net.experts.0", "net.head"], words=r"net\.experts\.2: in no analysed step")
+    check(
+        run,
+        layers=["net.trunk", "net.experts.0", "net.head"],
+        words=r"net\.experts\.2: in no analysed step",
+    )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, what is trained: frozen, shared, computed and copied weights, graphs, several networks."""
+"""docs/combinations.md, what is trained: frozen, shared, computed and copied weights, graphs,
+several networks.
+"""
 
 import copy
 import pickle
@@ -16,7 +18,21 @@ from dynasty_lightning import DynastyPrecision, Role
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
 
-from .runs import STEPS, Module, Run, Sequences, Tokens, check, check_dynamic, digits, dynasty, fit, loader, network, trainer
+from .runs import (
+    STEPS,
+    Module,
+    Run,
+    Sequences,
+    Tokens,
+    check,
+    check_dynamic,
+    digits,
+    dynasty,
+    fit,
+    loader,
+    network,
+    trainer,
+)
 
 # -- Frozen weights and networks in eval mode
 
@@ -24,9 +40,15 @@ from .runs import STEPS, Module, Run, Sequences, Tokens, check, check_dynamic, d
 def residual():
     """With BatchNorm, whose eval mode is why such networks are put into it."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16),
-        nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -47,7 +69,9 @@ def test_a_pretrained_network_in_eval_mode(frozen):
 
 @pytest.mark.parametrize("place", [0, 2, 5])
 def test_a_frozen_layer(place):
-    """In the middle and at the end, E still carries the gradient of what lies below; the first one's is not wanted."""
+    """In the middle and at the end, E still carries the gradient of what lies below; the first
+    one's is not wanted.
+    """
 
     def make():
         module = Module()
@@ -61,7 +85,14 @@ def test_only_an_input_embedding_is_trained():
     """Prompt tuning: no converted layer learns, and all of them carry the gradient."""
 
     def make():
-        net = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+        net = nn.Sequential(
+            nn.Embedding(16, 32),
+            nn.Linear(32, 64),
+            nn.ReLU(),
+            nn.Linear(64, 64),
+            nn.ReLU(),
+            nn.Linear(64, 16),
+        )
         net[1:].requires_grad_(False)
         return Tokens(net, lr=0.3)
 
@@ -73,7 +104,10 @@ class Lora(nn.Module):
     def __init__(self, inputs, outputs, rank=4):
         super().__init__()
         self.base = nn.Linear(inputs, outputs).requires_grad_(False)
-        self.down, self.up = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=False)
+        self.down, self.up = (
+            nn.Linear(inputs, rank, bias=False),
+            nn.Linear(rank, outputs, bias=False),
+        )
 
     def forward(self, x):
         return self.base(x) + self.up(self.down(x))
@@ -81,7 +115,9 @@ class Lora(nn.Module):
 
 def test_low_rank_adapters():
     def make():
-        net = nn.Sequential(nn.Flatten(), Lora(64, 64), nn.ReLU(), Lora(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        net = nn.Sequential(
+            nn.Flatten(), Lora(64, 64), nn.ReLU(), Lora(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
         return Module(net, optimizer=lambda p: torch.optim.Adam(p, 5e-3))
 
     run = fit(make)
@@ -95,7 +131,9 @@ def test_tied_weights():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.a, self.b, self.head = (nn.Linear(i, o) for i, o in [(64, 48), (48, 48), (48, 48), (48, 10)])
+            self.stem, self.a, self.b, self.head = (
+                nn.Linear(i, o) for i, o in [(64, 48), (48, 48), (48, 48), (48, 10)]
+            )
             self.b.weight = self.a.weight
 
         def forward(self, images):
@@ -129,7 +167,9 @@ class Doubled(nn.Module):
 
 
 def test_a_layer_that_is_parametrized_after_conversion():
-    """Its weight is computed from a parameter that the optimizer holds: the same network, the same widths."""
+    """Its weight is computed from a parameter that the optimizer holds: the same network, the same
+    widths.
+    """
 
     def make():
         module = Module()
@@ -175,7 +215,9 @@ def test_an_exported_network_takes_batches_of_any_size():
     convert(net, seed=1)
     net.eval()
     images = digits().tensors[0]
-    program = torch.export.export(net, (images[:8],), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    program = torch.export.export(
+        net, (images[:8],), dynamic_shapes=({0: torch.export.Dim("rows")},)
+    )
     for rows in (1, 8, 30):
         torch.testing.assert_close(program.module()(images[:rows]), net(images[:rows]))
 
@@ -201,7 +243,10 @@ def test_a_network_made_on_meta():
         module.net.load_state_dict(weights)
         return module
 
-    run, plain = (fit(lambda on_meta=on_meta: make(on_meta), beside_uniform=False) for on_meta in (True, False))
+    run, plain = (
+        fit(lambda on_meta=on_meta: make(on_meta), beside_uniform=False)
+        for on_meta in (True, False)
+    )
     check_dynamic(run)
     assert run.module.losses == plain.module.losses
     assert run.bits == plain.bits
@@ -219,7 +264,9 @@ def test_weights_that_are_assigned():
         module.net.load_state_dict({k: v.clone() for k, v in weights.items()}, assign=assign)
         return module
 
-    run, plain = (fit(lambda assign=assign: make(assign), beside_uniform=False) for assign in (True, False))
+    run, plain = (
+        fit(lambda assign=assign: make(assign), beside_uniform=False) for assign in (True, False)
+    )
     check_dynamic(run)
     assert run.module.losses == plain.module.losses
 
@@ -237,14 +284,18 @@ def test_a_copied_plugin_callback_and_model_train_as_the_first(way):
 
     first, second = make(False), make(True)
     assert first.module.losses == second.module.losses
-    assert repr(first.callback.history) == repr(second.callback.history)  # NaN where nothing was measured
+    assert repr(first.callback.history) == repr(
+        second.callback.history
+    )  # NaN where nothing was measured
     # And what has trained is copied with its state.
     twin, plugin, callback = way(first.module.net), way(first.plugin), way(first.callback)
     images = digits().tensors[0][:8]
     assert torch.equal(twin.eval()(images), first.module.net.eval()(images))
     for name, layer in dynamic_layers(twin).items():
         for role in Role:
-            assert (layer.get_precision(role) is None) == (dynamic_layers(first.module.net)[name].get_precision(role) is None)
+            assert (layer.get_precision(role) is None) == (
+                dynamic_layers(first.module.net)[name].get_precision(role) is None
+            )
     assert repr(callback.history) == repr(first.callback.history)
     assert plugin.mode == first.plugin.mode
 
@@ -266,7 +317,9 @@ EPOCHS = {"max_epochs": 4, "limit_train_batches": 15}
 
 
 class Growing(Module):
-    """From the second epoch on with a layer more in the middle, of the next one's old place and name."""
+    """From the second epoch on with a layer more in the middle, of the next one's old place and
+    name.
+    """
 
     def on_train_epoch_start(self):
         if self.current_epoch == 1:
@@ -285,7 +338,9 @@ def test_a_layer_that_is_added_on_the_way():
 
 def test_an_added_layer_trains_in_blocks_without_the_callback():
     module = Growing()
-    trainer(plugin=DynastyPrecision(seed=1), max_epochs=2, limit_train_batches=2).fit(module, loader())
+    trainer(plugin=DynastyPrecision(seed=1), max_epochs=2, limit_train_batches=2).fit(
+        module, loader()
+    )
     assert set(dynamic_layers(module)) == {"net.0", "net.2", "net.5", "net.7"}
 
 
@@ -302,7 +357,9 @@ def test_a_head_of_another_size_in_the_old_ones_place():
 
 
 def test_a_target_network_that_is_copied_on_the_way():
-    """As in Q-learning: the copy of a converted network has widths of its own and takes nobody's name."""
+    """As in Q-learning: the copy of a converted network has widths of its own and takes nobody's
+    name.
+    """
 
     class Target(Module):
         def training_step(self, batch, batch_idx):
@@ -350,7 +407,10 @@ class Gan(L.LightningModule):
         self.losses.append(float(d_loss.detach()))
 
     def configure_optimizers(self):
-        return [torch.optim.Adam(m.parameters(), 1e-3, betas=(0.5, 0.999)) for m in (self.generator, self.discriminator)]
+        return [
+            torch.optim.Adam(m.parameters(), 1e-3, betas=(0.5, 0.999))
+            for m in (self.generator, self.discriminator)
+        ]
 
 
 def test_two_networks_and_two_optimizers():
@@ -366,8 +426,12 @@ class Perceptual(L.LightningModule):
     def __init__(self, loss_network_first):
         super().__init__()
         torch.manual_seed(1)
-        generator = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1))
-        frozen = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)).requires_grad_(False)
+        generator = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 1, 3, padding=1)
+        )
+        frozen = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        ).requires_grad_(False)
         if loss_network_first:
             self.frozen, self.generator = frozen, generator
         else:
@@ -376,7 +440,9 @@ class Perceptual(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         images = batch[0]
-        noisy = images + 0.5 * torch.randn(images.shape, generator=torch.Generator().manual_seed(batch_idx))
+        noisy = images + 0.5 * torch.randn(
+            images.shape, generator=torch.Generator().manual_seed(batch_idx)
+        )
         loss = F.mse_loss(self.frozen(self.generator(noisy)), self.frozen(images))
         self.losses.append(float(loss.detach()))
         return loss
@@ -386,10 +452,14 @@ class Perceptual(L.LightningModule):
 
 
 def test_a_frozen_loss_network_in_any_order_of_registration():
-    runs = [fit(lambda first=first: Perceptual(first), options={"target_speedup": 2.5}) for first in (True, False)]
+    runs = [
+        fit(lambda first=first: Perceptual(first), options={"target_speedup": 2.5})
+        for first in (True, False)
+    ]
     for run in runs:
         check(run, target=2.5)
     for name, bits in runs[0].bits.items():
         for letter, width in bits.items():
-            # The stream is keyed by the order of conversion: not the same bits, but the same map but for noise.
+            # The stream is keyed by the order of conversion: not the same bits, but the same map
+            # but for noise.
             assert runs[1].bits[name][letter] == pytest.approx(width, abs=1.0), (name, letter)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of loss and gradient."""
+"""docs/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of loss and
+gradient.
+"""
 
 import math
 import re
@@ -26,8 +28,11 @@ def test_gradients_accumulate():
 
 def test_accumulation_changes_on_the_way():
     run = fit(
-        Module, callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 4})], max_epochs=6, limit_train_batches=24
-    )  # fmt: skip
+        Module,
+        callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 4})],
+        max_epochs=6,
+        limit_train_batches=24,
+    )
     assert run.trainer.global_step == 24 + 5 * 6
     assert run.callback.history[-1]["step"] > 40  # maps are made after the change too
     check(run)
@@ -40,7 +45,10 @@ def test_optimizers_alternate_under_manual_optimization():
         automatic_optimization = False
 
         def configure_optimizers(self):
-            return [torch.optim.Adam(self.net[0].parameters(), 2e-3), torch.optim.Adam(self.net[1:].parameters(), 2e-3)]
+            return [
+                torch.optim.Adam(self.net[0].parameters(), 2e-3),
+                torch.optim.Adam(self.net[1:].parameters(), 2e-3),
+            ]
 
         def training_step(self, batch, batch_idx):
             for optimizer in self.optimizers():
@@ -78,9 +86,13 @@ def test_manual_optimization():
 def test_a_raw_optimizer_under_manual_optimization(fused):
     """A fused step raises no version of the weights; they must be read anew all the same."""
     run = fit(
-        lambda: Raw(optimizer=lambda p: torch.optim.AdamW(p, 2e-3, fused=fused)), max_epochs=2, limit_train_batches=STEPS // 2
-    )  # fmt: skip
-    assert sum(run.uniform[-10:]) / 10 < 0.5  # what stale weights do to it would be found in both runs
+        lambda: Raw(optimizer=lambda p: torch.optim.AdamW(p, 2e-3, fused=fused)),
+        max_epochs=2,
+        limit_train_batches=STEPS // 2,
+    )
+    assert (
+        sum(run.uniform[-10:]) / 10 < 0.5
+    )  # what stale weights do to it would be found in both runs
     check(run)
 
 
@@ -96,8 +108,16 @@ def test_an_optimizer_with_states_of_8_bits():
 
     def make():
         # States of at least 4096 elements are quantized.
-        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
-        # With the usual eps of 1e-8 second moments that are rounded to 0 make steps of 10^5, in plain torch too.
+        net = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, 128),
+            nn.ReLU(),
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        )
+        # With the usual eps of 1e-8 second moments that are rounded to 0 make steps of 10^5, in
+        # plain torch too.
         return Module(net, optimizer=lambda p: optim.AdamW8bit(p, 5e-3, eps=1e-3))
 
     run = fit(make)
@@ -147,8 +167,13 @@ def test_a_learning_rate_that_begins_at_zero():
     class WarmUp(Module):
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.8)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(max(step - 12, 0) / 12, 1.0))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: min(max(step - 12, 0) / 12, 1.0)
+            )
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+            }
 
     run = fit(WarmUp)
     at_zero = [h for h in run.callback.history if 4 <= h["step"] <= 12]
@@ -159,8 +184,13 @@ def test_a_learning_rate_that_begins_at_zero():
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-12, 1e-40])
 def test_a_learning_rate_of_next_to_nothing_is_as_one_of_nothing(rate):
-    """A step that gains less than float32 can tell: what gradients are worth is not known, and E keeps its bits."""
-    run = fit(lambda: Module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate)), beside_uniform=False)
+    """A step that gains less than float32 can tell: what gradients are worth is not known, and E
+    keeps its bits.
+    """
+    run = fit(
+        lambda: Module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate)),
+        beside_uniform=False,
+    )
     check_dynamic(run)
 
 
@@ -168,7 +198,9 @@ def test_a_small_learning_rate_is_named_where_it_is_why_e_is_dropped():
     def make():
         return Module(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=3e-7))
 
-    rates = fit(make, options={"target_speedup": 6.0, "interval": 20}, beside_uniform=False, max_steps=120)
+    rates = fit(
+        make, options={"target_speedup": 6.0, "interval": 20}, beside_uniform=False, max_steps=120
+    )
     said = [text for text in rates.said if "nearly all blocks of E are zero" in text]
     assert said
     assert all(re.search(r"A step takes only \de-0\d of the loss off it", text) for text in said)
@@ -204,5 +236,8 @@ def test_short_runs_reach_their_target_or_say_why_not(steps):
     assert summary["steps"] == (steps if steps > 1 else 0)  # in a run of one nothing was looked at
     assert math.isnan(summary["speedup_charged"]) == (steps == 1)
     reached = summary["speedup_charged"] > 0.97 * TARGET
-    assert reached != any(s.startswith("target_speedup=4 was not reached") and re.search(rf"\b{steps}\b", s) for s in run.said), run.said
+    assert reached != any(
+        s.startswith("target_speedup=4 was not reached") and re.search(rf"\b{steps}\b", s)
+        for s in run.said
+    ), run.said
     assert bool(run.plugin.precision_map().entries) == (steps > 4)

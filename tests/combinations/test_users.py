@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, training steps of other people: inner loops, recurrence, skipped batches, hooks, boxes, caches."""
+"""docs/combinations.md, training steps of other people: inner loops, recurrence, skipped batches,
+hooks, boxes, caches.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from .runs import STEPS, Module, Sequences, Tokens, check, fit, loader, trainer
 
 
 def mlp():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 def test_an_inner_loop_on_other_weights():
@@ -26,10 +30,14 @@ def test_an_inner_loop_on_other_weights():
             weights = dict(self.net.named_parameters())
 
             def loss(weights, rows):
-                return F.cross_entropy(torch.func.functional_call(self.net, weights, (images[rows],)), labels[rows])
+                return F.cross_entropy(
+                    torch.func.functional_call(self.net, weights, (images[rows],)), labels[rows]
+                )
 
             gradients = torch.autograd.grad(loss(weights, slice(half)), list(weights.values()))
-            moved = {name: w - 0.1 * g for (name, w), g in zip(weights.items(), gradients, strict=True)}
+            moved = {
+                name: w - 0.1 * g for (name, w), g in zip(weights.items(), gradients, strict=True)
+            }
             outer = loss(moved, slice(half, None))
             self.optimizers().zero_grad()
             self.manual_backward(outer)
@@ -45,7 +53,11 @@ def test_one_layer_at_every_step_of_a_sequence():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
-            self.read, self.cell, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+            self.read, self.cell, self.head = (
+                nn.Linear(16, 32),
+                nn.Linear(32, 32),
+                nn.Linear(32, 10),
+            )
 
         def forward(self, images):
             hidden = images.new_zeros(len(images), 32)
@@ -58,7 +70,9 @@ def test_one_layer_at_every_step_of_a_sequence():
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_batches_that_the_training_step_skips():
-    """None, as for a loss that is not finite: no step, no analysis, and the next one is looked at."""
+    """None, as for a loss that is not finite: no step, no analysis, and the next one is looked
+    at.
+    """
 
     class Skipping(Module):
         def training_step(self, batch, batch_idx):
@@ -76,7 +90,9 @@ def test_batches_that_the_training_step_skips():
 
 
 def test_gradients_that_hooks_change():
-    """Scaled by hand and unscaled before the step; hooks on modules, on weights and around forward."""
+    """Scaled by hand and unscaled before the step; hooks on modules, on weights and around
+    forward.
+    """
 
     class Hooked(Module):
         def __init__(self):
@@ -104,16 +120,25 @@ def test_gradients_that_hooks_change():
 
 
 def test_heads_that_read_as_many_boxes_as_there_are():
-    """Also none at all, in one batch of four; whose loss, a fraction of the others', is nothing that the loss guard holds them to."""
+    """Also none at all, in one batch of four; whose loss, a fraction of the others', is nothing
+    that the loss guard holds them to.
+    """
 
     class Detector(Module):
         def __init__(self):
             super().__init__()
-            self.net = nn.ModuleDict({
-                "features": nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
-                "score": nn.Conv2d(16, 1, 1),
-                "label": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
-            })  # fmt: skip
+            self.net = nn.ModuleDict(
+                {
+                    "features": nn.Sequential(
+                        nn.Conv2d(1, 16, 3, padding=1),
+                        nn.ReLU(),
+                        nn.Conv2d(16, 16, 3, padding=1),
+                        nn.ReLU(),
+                    ),
+                    "score": nn.Conv2d(16, 1, 1),
+                    "label": nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)),
+                }
+            )
 
         def training_step(self, batch, batch_idx):
             images, labels = batch
@@ -166,32 +191,46 @@ class Reader(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.table, self.qkv, self.out, self.head = nn.Embedding(16, 32), nn.Linear(32, 96), nn.Linear(32, 32), nn.Linear(32, 16)
+        self.table, self.qkv, self.out, self.head = (
+            nn.Embedding(16, 32),
+            nn.Linear(32, 96),
+            nn.Linear(32, 32),
+            nn.Linear(32, 16),
+        )
 
     def forward(self, tokens, cache=None):
         x = self.table(tokens)
         q, k, v = self.qkv(x).chunk(3, -1)
         if cache is not None:
-            k, v = (torch.cat([*old, new], 1) for old, new in zip(cache or ((), ()), (k, v), strict=True))
+            k, v = (
+                torch.cat([*old, new], 1)
+                for old, new in zip(cache or ((), ()), (k, v), strict=True)
+            )
             cache[:] = [(k,), (v,)]
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         return self.head(x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)))
 
 
 def test_a_cache_of_keys_and_values():
-    """In eval mode a token's blocks are its own: read one by one or all at once, with 8 bits it is the same to the bit."""
+    """In eval mode a token's blocks are its own: read one by one or all at once, with 8 bits it is
+    the same to the bit.
+    """
     run = fit(lambda: Tokens(Reader(), lr=1.5e-3), data=lambda: Sequences(16), max_epochs=1)
     check(run)
     module, plugin = Tokens(Reader()), DynastyPrecision(seed=1)
     trainer(plugin=plugin, max_steps=5).fit(module, Sequences(16))
     net, tokens, cache = module.net.eval(), next(iter(Sequences(4))), []
     with torch.no_grad():
-        one_by_one = torch.cat([net(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])], 1)
+        one_by_one = torch.cat(
+            [net(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])], 1
+        )
         torch.testing.assert_close(one_by_one, net(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_a_penalty_on_gradients():
-    """Of gradients themselves there is no derivative: refused by name, unless the layers that they pass are excluded."""
+    """Of gradients themselves there is no derivative: refused by name, unless the layers that they
+    pass are excluded.
+    """
 
     class Penalty(Module):
         def training_step(self, batch, batch_idx):
@@ -200,7 +239,10 @@ def test_a_penalty_on_gradients():
             (gradient,) = torch.autograd.grad(critic, images, create_graph=True)
             return super().training_step(batch, batch_idx) + gradient.square().mean()
 
-    with pytest.raises(RuntimeError, match=r"double backward through a converted layer is not supported.* exclude the layer"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"double backward through a converted layer is not supported.* exclude the layer",
+    ):
         trainer(max_steps=1).fit(Penalty(mlp()), loader())
     module = Penalty(mlp())
     trainer(plugin=DynastyPrecision(seed=1, exclude=("net.1",)), max_steps=30).fit(module, loader())

@@ -1,4 +1,5 @@
-"""The core in Python integers, written from docs/core.md alone: sums, rounding, packed words, cycles and traffic by walking them.
+"""The core in Python integers, written from docs/core.md alone: sums, rounding, packed words,
+cycles and traffic by walking them.
 
 Slow and literal on purpose. It shares with `fpga` only the containers it is given.
 """
@@ -15,15 +16,22 @@ def positions(shape: tuple[int, int, int]) -> list[tuple[int, int, int]]:
     return list(itertools.product(*map(range, shape)))
 
 
-def input_of(geometry: Any, q: tuple[int, int, int], t: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    place = tuple(q[x] * geometry.stride[x] - geometry.padding[x] + t[x] * geometry.dilation[x] for x in range(3))
+def input_of(
+    geometry: Any, q: tuple[int, int, int], t: tuple[int, int, int]
+) -> tuple[int, int, int] | None:
+    place = tuple(
+        q[x] * geometry.stride[x] - geometry.padding[x] + t[x] * geometry.dilation[x]
+        for x in range(3)
+    )
     return place if all(0 <= place[x] < geometry.input[x] for x in range(3)) else None  # type: ignore[return-value]
 
 
 def element(operand: Any, row: int, position: int, channel: int) -> Fraction:
     edge = operand.block_edge
     block = (row if operand.row_exponents else row // edge, position, channel // edge)
-    return int(operand.mantissas[row, position, channel]) * Fraction(2) ** int(operand.scale_exponents[block])
+    return int(operand.mantissas[row, position, channel]) * Fraction(2) ** int(
+        operand.scale_exponents[block]
+    )
 
 
 def gemm(job: Any) -> dict[tuple[int, int, int], Fraction]:
@@ -49,9 +57,13 @@ def gemm(job: Any) -> dict[tuple[int, int, int], Fraction]:
             place = input_of(g, q, t)
             if place is not None:
                 for i, o in itertools.product(range(b.shape[2]), range(a.shape[2])):
-                    result[n, index_in[place], i] += element(a, n, index_out[q], o) * element(b, o, k, i)
+                    result[n, index_in[place], i] += element(a, n, index_out[q], o) * element(
+                        b, o, k, i
+                    )
     else:
-        for o, (k, t), i in itertools.product(range(a.shape[2]), list(enumerate(taps)), range(b.shape[2])):
+        for o, (k, t), i in itertools.product(
+            range(a.shape[2]), list(enumerate(taps)), range(b.shape[2])
+        ):
             total = Fraction(0)
             for n, q in itertools.product(range(a.shape[0]), outs):
                 place = input_of(g, q, t)
@@ -91,10 +103,18 @@ def bases(operand: Any) -> list[int] | int:
     grid = operand.bits.shape
 
     def smallest(rows: range) -> int:
-        live = [int(operand.scale_exponents[k]) for k in itertools.product(rows, range(grid[1]), range(grid[2])) if operand.bits[k]]
+        live = [
+            int(operand.scale_exponents[k])
+            for k in itertools.product(rows, range(grid[1]), range(grid[2]))
+            if operand.bits[k]
+        ]
         return min(live, default=0)
 
-    return [smallest(range(r, r + 1)) for r in range(grid[0])] if operand.row_exponents else smallest(range(grid[0]))
+    return (
+        [smallest(range(r, r + 1)) for r in range(grid[0])]
+        if operand.row_exponents
+        else smallest(range(grid[0]))
+    )
 
 
 def blocks_of(operand: Any) -> tuple[int, int, int]:
@@ -111,9 +131,13 @@ def headers_of(operand: Any, r: int, p: int, c: int) -> list[int]:
         if row >= operand.bits.shape[0] or not operand.bits[row, p, c]:
             headers.append(0)
             continue
-        shift = int(operand.scale_exponents[row, p, c]) - (base[row] if isinstance(base, list) else base)
+        shift = int(operand.scale_exponents[row, p, c]) - (
+            base[row] if isinstance(base, list) else base
+        )
         assert 0 <= shift <= 31
-        headers.append(int(operand.bits[row, p, c]) | int(operand.signed[row, p, c]) << 4 | shift << 5)
+        headers.append(
+            int(operand.bits[row, p, c]) | int(operand.signed[row, p, c]) << 4 | shift << 5
+        )
     return headers
 
 
@@ -143,12 +167,19 @@ def segment(operand: Any, line: tuple[int, int], first: int, tile: int) -> list[
             count += 1
     plane_words = -(-count * edge * edge // 64)
     mask = (1 << 64) - 1
-    return [header_bits >> 64 * w & mask for w in range(header_words)] + [plane_bits >> 64 * w & mask for w in range(plane_words)]
+    return [header_bits >> 64 * w & mask for w in range(header_words)] + [
+        plane_bits >> 64 * w & mask for w in range(plane_words)
+    ]
 
 
 def pack(operand: Any, tile: int) -> list[int]:
     row_blocks, count, columns = blocks_of(operand)
-    pieces = [segment(operand, (r, p), first, tile) for r in range(row_blocks) for p in range(count) for first in range(0, columns, tile)]
+    pieces = [
+        segment(operand, (r, p), first, tile)
+        for r in range(row_blocks)
+        for p in range(count)
+        for first in range(0, columns, tile)
+    ]
     directory, words = [], []
     for piece in pieces:
         directory.append((len(pieces) + len(words)) | len(piece) << 32 if piece else 0)
@@ -177,14 +208,21 @@ def walk(job: Any, tile: int) -> Iterator[tuple[list[list[Any]], int]]:
     if job.gemm == "wgrad":
         lines = [(r, q) for r in range(a_rows) for q in outs]
         for t in taps:
-            for columns, rows in itertools.product(tiles(list(range(b_columns))), tiles(list(range(a_columns)))):
+            for columns, rows in itertools.product(
+                tiles(list(range(b_columns))), tiles(list(range(a_columns)))
+            ):
                 steps = []
                 for ks in tiles(lines):
                     places = [(r, input_of(g, q, t)) for r, q in ks]
                     a_blocks = [[(a, r, index_out[q], m) for r, q in ks] for m in rows]
-                    b_blocks = [[(b, r, index_in[p], n) if p is not None else None for r, p in places] for n in columns]
+                    b_blocks = [
+                        [(b, r, index_in[p], n) if p is not None else None for r, p in places]
+                        for n in columns
+                    ]
                     a_segments = [(a, (r, index_out[q]), rows[0]) for r, q in ks]
-                    b_segments = [(b, (r, index_in[p]), columns[0]) for r, p in places if p is not None]
+                    b_segments = [
+                        (b, (r, index_in[p]), columns[0]) for r, p in places if p is not None
+                    ]
                     steps.append([a_blocks, b_blocks, a_segments, b_segments])
                 yield steps, len(rows) * len(columns)
         return
@@ -197,19 +235,27 @@ def walk(job: Any, tile: int) -> Iterator[tuple[list[list[Any]], int]]:
             return None if place is None else index_in[place]
         return next((index_out[q] for q in outs if input_of(g, q, t) == p), None)
 
-    for columns, rows in itertools.product(tiles(list(range(b_rows if forward else b_columns))), tiles(lines)):
+    for columns, rows in itertools.product(
+        tiles(list(range(b_rows if forward else b_columns))), tiles(lines)
+    ):
         steps = []
         for (k, t), ks in itertools.product(list(enumerate(taps)), tiles(list(range(a_columns)))):
             found = [(r, source(p, t)) for r, p in rows]
             a_blocks = [[(a, r, p, c) if p is not None else None for c in ks] for r, p in found]
             b_blocks = [[(b, n, k, c) if forward else (b, c, k, n) for c in ks] for n in columns]
             a_segments = [(a, (r, p), ks[0]) for r, p in found if p is not None]
-            b_segments = [(b, (n, k), ks[0]) for n in columns] if forward else [(b, (c, k), columns[0]) for c in ks]
+            b_segments = (
+                [(b, (n, k), ks[0]) for n in columns]
+                if forward
+                else [(b, (c, k), columns[0]) for c in ks]
+            )
             steps.append([a_blocks, b_blocks, a_segments, b_segments])
         yield steps, len(rows) * len(columns)
 
 
-def registers(job: Any, tile: int, lanes: tuple[int, int], *, raw: bool) -> tuple[int, int, int, int]:
+def registers(
+    job: Any, tile: int, lanes: tuple[int, int], *, raw: bool
+) -> tuple[int, int, int, int]:
     """cycles, words_a, words_b, words_c of a job that runs in one part."""
     edge = job.a.block_edge
     drain = edge
@@ -223,7 +269,9 @@ def registers(job: Any, tile: int, lanes: tuple[int, int], *, raw: bool) -> tupl
         for a_blocks, b_blocks, a_segments, b_segments in steps:
             words_a += sum(1 + len(segment(*s, tile)) for s in a_segments)
             words_b += sum(1 + len(segment(*s, tile)) for s in b_segments)
-            a_widths, b_widths = ([[width(x) for x in line] for line in side] for side in (a_blocks, b_blocks))
+            a_widths, b_widths = (
+                [[width(x) for x in line] for line in side] for side in (a_blocks, b_blocks)
+            )
             fills.append(max(sum(map(len, a_widths)), sum(map(len, b_widths))))
             longest = 0
             for u, v in itertools.product(range(lanes[0]), range(lanes[1])):
@@ -239,6 +287,10 @@ def registers(job: Any, tile: int, lanes: tuple[int, int], *, raw: bool) -> tupl
                 longest = max(longest, own + drain)
             computes.append(longest)
         fills.append(0)
-        cycles += fills[0] + sum(max(c, f) for c, f in zip(computes, fills[1:], strict=True)) + blocks * edge
+        cycles += (
+            fills[0]
+            + sum(max(c, f) for c, f in zip(computes, fills[1:], strict=True))
+            + blocks * edge
+        )
     rows, count, channels = job.result_shape
     return cycles, words_a, words_b, rows * count * channels * (2 if raw else 1)

@@ -152,14 +152,24 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
     with tempfile.TemporaryDirectory(prefix="dpgemm-mutant-") as work:
         folder = Path(work)
         for name in ("fpga", "tests"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache"))
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*_cache")
+            )
         shutil.copy(ROOT / "pyproject.toml", folder)
         path = folder / "fpga" / mutation.path
         text = path.read_text()
         if text.count(mutation.old) != 1:
-            return "error", f"the text occurs {text.count(mutation.old)} times in {mutation.file}", 0.0
+            return (
+                "error",
+                f"the text occurs {text.count(mutation.old)} times in {mutation.file}",
+                0.0,
+            )
         path.write_text(text.replace(mutation.old, mutation.new))
-        environment = {**os.environ, "PYTHONPATH": str(folder), "DYNASTY_CACHE": str(folder / "cache")}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "DYNASTY_CACHE": str(folder / "cache"),
+        }
         # Before tests that would take a mutant that does not compile for one that they see.
         if mutation.tests is not LOCK_TESTS and (problem := _compile(folder, environment)):
             return "error", problem, time.monotonic() - begin
@@ -179,12 +189,23 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
             file,
         ]
         try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return "caught", f"tests did not end within {TIMEOUT_S} s", time.monotonic() - begin
         seconds = time.monotonic() - begin
         if done.returncode == 1:
-            failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+            failed = next(
+                (line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))),
+                "",
+            )
             return "caught", failed.split(" - ")[0].removeprefix(f"FAILED {file}::"), seconds
         if done.returncode < 0 or done.returncode > 100:
             return "caught", f"tests died with status {done.returncode}", seconds
@@ -203,16 +224,22 @@ def _compile(folder: Path, environment: dict[str, str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", metavar="NAME", help="mutations whose name contains NAME")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)"
+    )
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if not options.only or options.only in m.name]
     if not chosen:
         parser.error(f"no mutation's name contains {options.only!r}")
     with ThreadPoolExecutor(options.jobs) as pool:
         bad = 0
-        for mutation, (verdict, text, seconds) in zip(chosen, pool.map(try_mutation, chosen), strict=True):
+        for mutation, (verdict, text, seconds) in zip(
+            chosen, pool.map(try_mutation, chosen), strict=True
+        ):
             bad += verdict != "caught"
             print(f"{verdict:8s} {mutation.name:40s} {seconds:5.0f} s  {text}", flush=True)
     print(f"{len(chosen) - bad} of {len(chosen)} mutants caught")

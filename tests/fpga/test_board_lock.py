@@ -69,14 +69,23 @@ def test_another_users_lock_is_taken_and_waited_for(folder: Path) -> None:
         pass
     (folder / FILE).write_text("what another version wrote")
     (folder / FILE).chmod(0o444)
-    with as_another_user(), held(folder), pytest.raises(DeviceError, match=f"{NAME} is in use by process {os.getpid()}: close that one"):
+    with (
+        as_another_user(),
+        held(folder),
+        pytest.raises(
+            DeviceError, match=f"{NAME} is in use by process {os.getpid()}: close that one"
+        ),
+    ):
         _take_board(NAME, folder)
     assert (folder / FILE).read_text() == "what another version wrote"
 
 
 def test_a_lock_that_cannot_be_read_is_named(folder: Path) -> None:
     (folder / FILE).touch(mode=0o000)
-    message = re.escape(f"the lock of {NAME} cannot be opened: {folder / FILE}: Permission denied: remove what lies there")
+    message = re.escape(
+        f"the lock of {NAME} cannot be opened: {folder / FILE}: Permission denied: remove what "
+        f"lies there"
+    )
     with as_another_user(), pytest.raises(DeviceError, match=message):
         _take_board(NAME, folder)
 
@@ -88,16 +97,28 @@ def test_a_link_in_a_locks_place_is_not_followed(folder: Path, exists: bool) -> 
     if exists:
         victim.write_text("precious")
     (folder / FILE).symlink_to(victim)
-    with pytest.raises(DeviceError, match=r"cannot be opened: .*\.lock: Too many levels of symbolic links: remove what lies there"):
+    with pytest.raises(
+        DeviceError,
+        match=r"cannot be opened: .*\.lock: Too many levels of symbolic links: remove what lies "
+        r"there",
+    ):
         _take_board(NAME, folder)
     assert victim.read_text() == "precious" if exists else not victim.exists()
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: os.link(path.parent / "other", path)], ids=["folder", "fifo", "link"])
+@pytest.mark.parametrize(
+    "make",
+    [Path.mkdir, os.mkfifo, lambda path: os.link(path.parent / "other", path)],
+    ids=["folder", "fifo", "link"],
+)
 def test_what_is_no_lock_is_not_locked(folder: Path, make: Callable[[Path], object]) -> None:
     (folder / "other").touch()
     make(folder / FILE)
-    with pytest.raises(DeviceError, match=r"\.lock is no lock of ours, but a device, a folder or another name of some file: remove it"):
+    with pytest.raises(
+        DeviceError,
+        match=r"\.lock is no lock of ours, but a device, a folder or another name of some file: "
+        r"remove it",
+    ):
         _take_board(NAME, folder)
     with open(folder / "other") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,12 +133,23 @@ def test_a_name_is_a_file_name(folder: Path, name: str) -> None:
 
 def test_a_second_process_is_told_who_has_it_until_that_one_is_gone(folder: Path) -> None:
     take = f"b._take_board({NAME!r}, pathlib.Path({str(folder)!r}))"
-    code = f"import sys, pathlib, fpga.board as b; {take}; print('taken', flush=True); sys.stdin.read()"
+    code = (
+        f"import sys, pathlib, fpga.board as b; {take}; print('taken', flush=True); "
+        f"sys.stdin.read()"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "taken\n"
-        with pytest.raises(DeviceError, match=f"{NAME} is in use by process {other.pid}: close that one, or wait"):
+        with pytest.raises(
+            DeviceError, match=f"{NAME} is in use by process {other.pid}: close that one, or wait"
+        ):
             _take_board(NAME, folder)
         other.kill()
     with held(folder):
@@ -147,16 +179,25 @@ def test_a_common_folder_comes_first(folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     "make",
     [
-        lambda path: ((path.parent / "private").mkdir(mode=0o700), path.symlink_to(path.parent / "private")),
+        lambda path: (
+            (path.parent / "private").mkdir(mode=0o700),
+            path.symlink_to(path.parent / "private"),
+        ),
         Path.touch,
         lambda path: (path.mkdir(), path.chmod(0o777)),
         lambda path: (path.mkdir(), path.chmod(0o720)),
     ],
     ids=["link", "file", "writable by all", "writable by a group"],
 )
-def test_a_folder_that_others_can_change_is_not_used(own: Path, make: Callable[[Path], object]) -> None:
+def test_a_folder_that_others_can_change_is_not_used(
+    own: Path, make: Callable[[Path], object]
+) -> None:
     make(own)
-    with pytest.raises(DeviceError, match=r"dynasty-dpgemm-\d+, for locks, is no folder of this user's alone: remove it, or set TMPDIR"):
+    with pytest.raises(
+        DeviceError,
+        match=r"dynasty-dpgemm-\d+, for locks, is no folder of this user's alone: remove it, or "
+        r"set TMPDIR",
+    ):
         _lock_folder()
 
 

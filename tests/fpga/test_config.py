@@ -53,9 +53,15 @@ def test_a_configuration_survives_a_round_trip_and_names_unknown_keys() -> None:
 
 def test_every_field_changes_the_digest_that_the_core_shows() -> None:
     variants = [
-        GemmConfig(), GemmConfig(block_edge=8), GemmConfig(lanes=(4, 4)), GemmConfig(lanes=(4, 8)), GemmConfig(tile=32),
-        GemmConfig(width_group=(4, 4)), GemmConfig(stream_depth=16), GemmConfig(burst_words=32),
-    ]  # fmt: skip
+        GemmConfig(),
+        GemmConfig(block_edge=8),
+        GemmConfig(lanes=(4, 4)),
+        GemmConfig(lanes=(4, 8)),
+        GemmConfig(tile=32),
+        GemmConfig(width_group=(4, 4)),
+        GemmConfig(stream_depth=16),
+        GemmConfig(burst_words=32),
+    ]
     assert len({v.capability for v in variants}) == len(variants)
 
 
@@ -89,7 +95,11 @@ def test_every_error_code_has_a_text() -> None:
     ("line", "replacement", "message"),
     [
         ("constexpr int kEdge = 4;", "constexpr int kEdge = 6;", "block edges are 4, 8 or 16"),
-        ("constexpr int kTile = 16;", "constexpr int kTile = 65;", "a tile has 1 to 64 blocks a side"),
+        (
+            "constexpr int kTile = 16;",
+            "constexpr int kTile = 65;",
+            "a tile has 1 to 64 blocks a side",
+        ),
         ("constexpr int kLanesM = 8;", "constexpr int kLanesM = 5;", "lanes divide the tile"),
         ("constexpr int kMaxBits = 8;", "constexpr int kMaxBits = 9;", "widths of 2 to 8 bits"),
         ("constexpr int kAccBits = 48;", "constexpr int kAccBits = 40;", "48-bit accumulator"),
@@ -98,7 +108,9 @@ def test_every_error_code_has_a_text() -> None:
         ("constexpr int kGroupRows = 0;", "constexpr int kGroupRows = 6;", "whole blocks"),
     ],
 )
-def test_a_header_edited_by_hand_fails_to_compile_with_its_rule(tmp_path: Path, line: str, replacement: str, message: str) -> None:
+def test_a_header_edited_by_hand_fails_to_compile_with_its_rule(
+    tmp_path: Path, line: str, replacement: str, message: str
+) -> None:
     folder = tmp_path / "dpgemm"
     folder.mkdir()
     for path in (HLS / "include/dpgemm").glob("*.h"):

@@ -1,4 +1,6 @@
-"""The core never reads or writes where the job does not say: the emitted C++ under sanitizers (tests/fuzz/core.py)."""
+"""The core never reads or writes where the job does not say: the emitted C++ under sanitizers
+(tests/fuzz/core.py).
+"""
 
 from pathlib import Path
 

@@ -15,7 +15,15 @@ import pytest
 
 import fpga.csim as csim
 import fpga.device
-from fpga import CompileError, DeviceError, DeviceTimeout, GemmConfig, GemmJob, ToolMissing, open_device
+from fpga import (
+    CompileError,
+    DeviceError,
+    DeviceTimeout,
+    GemmConfig,
+    GemmJob,
+    ToolMissing,
+    open_device,
+)
 from fpga.csim import build_library, sources
 from fpga.device import CoreStatus
 from fpga.job import Walk, job_words
@@ -34,7 +42,9 @@ def script(path: Path, text: str) -> Path:
     return path
 
 
-def product(rows: int = 8, terms: int = 8, columns: int = 8, seed: int = 0, **options: object) -> GemmJob:
+def product(
+    rows: int = 8, terms: int = 8, columns: int = 8, seed: int = 0, **options: object
+) -> GemmJob:
     rng, config = np.random.default_rng(seed), GemmConfig()
     a = random_operand(rng, (rows, 1, terms), config, **options)
     return GemmJob(a=a, b=random_operand(rng, (columns, 1, terms), config, **options))
@@ -55,9 +65,18 @@ def bend(folder: Path, name: str, old: str, new: str) -> None:
     (folder / name).write_text(text.replace(old, new))
 
 
-def test_the_library_is_built_once_from_the_bytes_that_a_vendor_tool_would_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_built_once_from_the_bytes_that_a_vendor_tool_would_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "log"
-    monkeypatch.setenv("CXX", str(script(tmp_path / "cxx", f'[ "$1" = --version ] || echo "$PWD" >> {log}\nexec g++ "$@"\n')))
+    monkeypatch.setenv(
+        "CXX",
+        str(
+            script(
+                tmp_path / "cxx", f'[ "$1" = --version ] || echo "$PWD" >> {log}\nexec g++ "$@"\n'
+            )
+        ),
+    )
     first = build_library(GemmConfig(), cache=tmp_path / "cache")
     assert build_library(GemmConfig(), cache=tmp_path / "cache") == first
     assert len(log.read_text().splitlines()) == 1
@@ -66,7 +85,11 @@ def test_the_library_is_built_once_from_the_bytes_that_a_vendor_tool_would_get(t
     for path in [*csim.HLS.glob("kernel/*"), *csim.HLS.glob("include/dpgemm/*")]:
         name = path.relative_to(csim.HLS).as_posix()
         assert files[name] == path.read_bytes(), name
-    assert set(files) == {p.relative_to(csim.HLS).as_posix() for f in ("kernel", "include") for p in csim.HLS.glob(f"{f}/**/*.*")}
+    assert set(files) == {
+        p.relative_to(csim.HLS).as_posix()
+        for f in ("kernel", "include")
+        for p in csim.HLS.glob(f"{f}/**/*.*")
+    }
 
 
 def test_a_changed_source_is_another_library(copied_hls: Path, tmp_path: Path) -> None:
@@ -75,13 +98,21 @@ def test_a_changed_source_is_another_library(copied_hls: Path, tmp_path: Path) -
     assert build_library(GemmConfig(), cache=tmp_path / "cache") != first
 
 
-def test_without_a_compiler_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ToolMissing, match=r"no C\+\+ compiler 'no-such-compiler' on PATH: install g\+\+ \(Debian: apt-get install g\+\+\)"):
+    with pytest.raises(
+        ToolMissing,
+        match=r"no C\+\+ compiler 'no-such-compiler' on PATH: install g\+\+ \(Debian: apt-get "
+        r"install g\+\+\)",
+    ):
         open_device("csim", cache=tmp_path)
 
 
-def test_without_ap_types_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_ap_types_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(csim.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ToolMissing, match=r"pip install 'dynasty-lightning\[fpga\]'"):
         open_device("csim", cache=tmp_path)
@@ -90,15 +121,21 @@ def test_without_ap_types_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tm
         open_device("csim", cache=tmp_path)
 
 
-def test_a_failing_compile_shows_the_command_and_leaves_nothing_behind(copied_hls: Path, tmp_path: Path) -> None:
-    bend(copied_hls, "kernel/top.cpp", "*version = dp::kLayoutVersion;", "*version = no_such_thing;")
+def test_a_failing_compile_shows_the_command_and_leaves_nothing_behind(
+    copied_hls: Path, tmp_path: Path
+) -> None:
+    bend(
+        copied_hls, "kernel/top.cpp", "*version = dp::kLayoutVersion;", "*version = no_such_thing;"
+    )
     with pytest.raises(CompileError, match=r"(?s)g\+\+ .*in .*failed:.*no_such_thing"):
         open_device("csim", cache=tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*"))
 
 
 def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
-    """The compiler has written half of its output when compiler and Python are killed; the next build is whole."""
+    """The compiler has written half of its output when compiler and Python are killed; the next
+    build is whole.
+    """
     cache = tmp_path / "cache"
     slow = script(
         tmp_path / "slow",
@@ -106,8 +143,15 @@ def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
         f'echo half > "$2"; echo $$ > {tmp_path}/pid; touch {tmp_path}/half; exec sleep 3600\n',
     )
     code = f"from fpga import open_device; open_device('csim', cache={str(cache)!r})"
-    environment = {**os.environ, "CXX": str(slow), "PYTHONPATH": str(ROOT.parent), "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment, start_new_session=True)
+    environment = {
+        **os.environ,
+        "CXX": str(slow),
+        "PYTHONPATH": str(ROOT.parent),
+        "TMPDIR": str(tmp_path),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, start_new_session=True
+    )
     wait_until(lambda: (tmp_path / "half").exists() or process.poll() is not None)
     assert (tmp_path / "half").exists()
     os.killpg(process.pid, signal.SIGKILL)
@@ -120,7 +164,10 @@ def test_a_killed_compile_leaves_no_half_library(tmp_path: Path) -> None:
 
 
 def test_two_processes_that_build_at_once_both_get_a_whole_library(tmp_path: Path) -> None:
-    code = f"from fpga import open_device, GemmConfig; open_device('csim', GemmConfig(tile=4, lanes=(1, 1)), cache={str(tmp_path / 'c')!r})"
+    code = (
+        f"from fpga import open_device, GemmConfig; open_device('csim', GemmConfig(tile=4, "
+        f"lanes=(1, 1)), cache={str(tmp_path / 'c')!r})"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [p.wait(HANG_S) for p in processes] == [0, 0]
@@ -130,23 +177,39 @@ def test_two_processes_that_build_at_once_both_get_a_whole_library(tmp_path: Pat
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  cycles.write(total);", "  cycles.write(total);\n  cycles.write(total);", "Hls::stream 'cycles' contains leftover data"),
-        ("  cycles.write(total);", "  (void)total;\n  (void)cycles;", "Hls::stream 'cycles' is read while empty"),
+        (
+            "  cycles.write(total);",
+            "  cycles.write(total);\n  cycles.write(total);",
+            "Hls::stream 'cycles' contains leftover data",
+        ),
+        (
+            "  cycles.write(total);",
+            "  (void)total;\n  (void)cycles;",
+            "Hls::stream 'cycles' is read while empty",
+        ),
     ],
 )
-def test_what_a_stream_complains_about_is_a_failure(copied_hls: Path, tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_what_a_stream_complains_about_is_a_failure(
+    copied_hls: Path, tmp_path: Path, old: str, new: str, message: str
+) -> None:
     bend(copied_hls, "kernel/compute.cpp", old, new)
     with open_device("csim", cache=tmp_path) as device, pytest.raises(DeviceError, match=message):
         device.run(product())
 
 
-def test_a_core_of_another_configuration_or_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_core_of_another_configuration_or_layout_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with open_device("csim") as device:
         monkeypatch.setattr(device, "config", GemmConfig(stream_depth=64))
-        with pytest.raises(DeviceError, match="open the device with the configuration that the core was built for"):
+        with pytest.raises(
+            DeviceError, match="open the device with the configuration that the core was built for"
+        ):
             device.run(product())
     with pytest.raises(DeviceError, match="the core has layout version 7"):
-        device._check(CoreStatus(version=7, capability=0, cycles=0, words_a=0, words_b=0, words_c=0, error=0))
+        device._check(
+            CoreStatus(version=7, capability=0, cycles=0, words_a=0, words_b=0, words_c=0, error=0)
+        )
 
 
 def test_a_run_that_does_not_end_in_time_raises_and_the_next_one_works() -> None:
@@ -163,7 +226,9 @@ def test_a_run_that_does_not_end_in_time_raises_and_the_next_one_works() -> None
 def test_a_job_of_many_starts_looks_at_the_clock_between_them() -> None:
     with open_device("csim") as device:
         device.launch_blocks = 1
-        with pytest.raises(DeviceTimeout, match=r"not done in time; \d+ of 256 output tiles are|did not end within"):
+        with pytest.raises(
+            DeviceTimeout, match=r"not done in time; \d+ of 256 output tiles are|did not end within"
+        ):
             device.run(product(1024, 64, 1024, widths=(2,)), timeout_s=0.3)
 
 
@@ -191,7 +256,11 @@ def test_calls_side_by_side_do_not_disturb_one_another() -> None:
         expected = [reference.run(job).values for job in jobs]
 
         def work() -> None:
-            wrong.extend(i for i, job in enumerate(jobs) if not np.array_equal(device.run(job).values, expected[i]))
+            wrong.extend(
+                i
+                for i, job in enumerate(jobs)
+                if not np.array_equal(device.run(job).values, expected[i])
+            )
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
@@ -201,15 +270,31 @@ def test_calls_side_by_side_do_not_disturb_one_another() -> None:
     assert not wrong
 
 
-def launch(job: GemmJob, device: csim.CSimDevice, *, a: np.ndarray | None = None, b: np.ndarray | None = None, **words: int) -> CoreStatus:
+def launch(
+    job: GemmJob,
+    device: csim.CSimDevice,
+    *,
+    a: np.ndarray | None = None,
+    b: np.ndarray | None = None,
+    **words: int,
+) -> CoreStatus:
     """Start the core on a job, with operand memory or job words replaced."""
     walk = Walk(job, device.config)
-    packed = [pack(job.a, device.config).words if a is None else a, pack(job.b, device.config).words if b is None else b]
+    packed = [
+        pack(job.a, device.config).words if a is None else a,
+        pack(job.b, device.config).words if b is None else b,
+    ]
     c = np.zeros(int(np.prod(job.result_shape)), np.uint32)
     memory = job_words(
-        walk, raw=False, part=walk.whole, tile_begin=0, tile_count=walk.output_tiles,
-        words_a=packed[0].size, words_b=packed[1].size, words_c=c.size,
-    )  # fmt: skip
+        walk,
+        raw=False,
+        part=walk.whole,
+        tile_begin=0,
+        tile_count=walk.output_tiles,
+        words_a=packed[0].size,
+        words_b=packed[1].size,
+        words_c=c.size,
+    )
     names = [name for name, _ in JOB_WORDS]
     for name, value in words.items():
         memory[names.index(name)] = value
@@ -253,11 +338,16 @@ def test_the_core_refuses_a_job_that_makes_no_sense(words: dict[str, int], error
 
 @pytest.mark.parametrize("name", ["words_job", "words_a", "words_b", "words_c"])
 def test_a_job_that_claims_more_memory_than_there_is_is_not_started(name: str) -> None:
-    with open_device("csim") as device, pytest.raises(DeviceError, match=f"not started: {name} is 1048576, but there are"):
+    with (
+        open_device("csim") as device,
+        pytest.raises(DeviceError, match=f"not started: {name} is 1048576, but there are"),
+    ):
         launch(product(), device, **{name: 1 << 20})
 
 
-def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The core would read what lies behind the job."""
 
     def hostile(*arguments: Any, **options: Any) -> np.ndarray:
@@ -266,12 +356,19 @@ def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_na
         return words
 
     monkeypatch.setattr(fpga.device, "job_words", hostile)
-    with open_device("csim") as device, pytest.raises(DeviceError, match="csim: the core reports error 9, job_memory: the job's memory"):
+    with (
+        open_device("csim") as device,
+        pytest.raises(
+            DeviceError, match="csim: the core reports error 9, job_memory: the job's memory"
+        ),
+    ):
         device.run(product())
 
 
 def test_corrupt_operand_memory_never_goes_unseen_where_it_could_do_harm() -> None:
-    """Every bit of directory and headers flipped: an error by name, or another legal operand; nothing crashes, no stream runs dry."""
+    """Every bit of directory and headers flipped: an error by name, or another legal operand;
+    nothing crashes, no stream runs dry.
+    """
     job = product(9, 70, 5, seed=4, signed=1)
     seen = set()
     with open_device("csim") as device:
@@ -283,7 +380,9 @@ def test_corrupt_operand_memory_never_goes_unseen_where_it_could_do_harm() -> No
                 for bit in range(64):
                     corrupt = words.copy()
                     corrupt[word] ^= np.uint64(1 << bit)
-                    seen.add(error_text(launch(job, device, **{side: corrupt}).error).partition(":")[0])
+                    seen.add(
+                        error_text(launch(job, device, **{side: corrupt}).error).partition(":")[0]
+                    )
     assert seen == {"none", "header_a", "header_b", "segment_a", "segment_b"}
 
 
@@ -295,24 +394,58 @@ def test_a_device_reports_the_error_register_by_name(monkeypatch: pytest.MonkeyP
             return run(words, a ^ np.uint64(1 << 33), *rest)
 
         monkeypatch.setattr(device, "_launch", corrupting)
-        with pytest.raises(DeviceError, match=r"error 7, segment_a: a segment of A is not as long as its directory says"):
+        with pytest.raises(
+            DeviceError,
+            match=r"error 7, segment_a: a segment of A is not as long as its directory says",
+        ):
             device.run(product())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["undefined", "address"])
 def test_the_same_tests_pass_in_a_sanitized_build(sanitizer: str, tmp_path: Path) -> None:
-    library = subprocess.run([*find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
-    environment = {**os.environ, "DPGEMM_SANITIZER": sanitizer, "PYTHONPATH": str(ROOT.parent), "ASAN_OPTIONS": "detect_leaks=0"}
+    library = subprocess.run(
+        [*find_compiler(), "-print-file-name=libasan.so"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    environment = {
+        **os.environ,
+        "DPGEMM_SANITIZER": sanitizer,
+        "PYTHONPATH": str(ROOT.parent),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
     if sanitizer == "address":
         environment["LD_PRELOAD"] = library
     folder = Path(__file__).parent
     chosen = "csim or corrupt or makes_no_sense or side_by_side"
     # Not: the reference, tests of the build itself, and the millions, which take minutes here.
-    left_out = "reference or sanitized or ran_out or built or killed or build or complains or failing or changed or without or 2_and_3"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x"]
+    left_out = (
+        "reference or sanitized or ran_out or built or killed or build or complains or "
+        "failing or changed or without or 2_and_3"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-x",
+    ]
     command += [str(folder / "test_devices.py"), f"{folder / 'test_csim.py'}"]
     command += ["-k", f"({chosen}) and not ({left_out})"]
-    done = subprocess.run(command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S)
+    done = subprocess.run(
+        command,
+        cwd=ROOT.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=HANG_S,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

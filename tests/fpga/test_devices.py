@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpga import Device, DeviceError, DeviceTimeout, GemmConfig, GemmJob, Geometry, JobError, Operand, OperandError, open_device
+from fpga import (
+    Device,
+    DeviceError,
+    DeviceTimeout,
+    GemmConfig,
+    GemmJob,
+    Geometry,
+    JobError,
+    Operand,
+    OperandError,
+    open_device,
+)
 from fpga.config import ACCUMULATOR_BITS
 from fpga.cost import core_cost, core_cycles
 from fpga.job import Walk
@@ -27,10 +38,19 @@ CONFIGS = {
 }
 
 
-def geometry(size: tuple[int, ...], taps: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> Geometry:
+def geometry(
+    size: tuple[int, ...], taps: int, stride: int = 1, padding: int = 0, dilation: int = 1
+) -> Geometry:
     n = len(size)
     output = tuple((s + 2 * padding - dilation * (taps - 1) - 1) // stride + 1 for s in size)
-    return Geometry(input=size, output=output, taps=(taps,) * n, stride=(stride,) * n, padding=(padding,) * n, dilation=(dilation,) * n)
+    return Geometry(
+        input=size,
+        output=output,
+        taps=(taps,) * n,
+        stride=(stride,) * n,
+        padding=(padding,) * n,
+        dilation=(dilation,) * n,
+    )
 
 
 LAYERS = {
@@ -52,7 +72,9 @@ LAYERS = {
 
 
 class Opened(dict[str, Device]):
-    """Devices of one name by configuration, opened when first asked for: each may have to be compiled."""
+    """Devices of one name by configuration, opened when first asked for: each may have to be
+    compiled.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -105,7 +127,9 @@ def check(device: Device, job: GemmJob, *, registers: bool = True) -> None:
     if registers:
         for result, is_raw in ((rounded, False), (raw, True)):
             measured = (result.cycles, result.words_a, result.words_b, result.words_c)
-            assert measured == core_oracle.registers(job, device.config.tile, device.config.lanes, raw=is_raw)
+            assert measured == core_oracle.registers(
+                job, device.config.tile, device.config.lanes, raw=is_raw
+            )
         assert rounded.cycles == core_cycles(job, device.config)
 
 
@@ -118,14 +142,18 @@ def test_every_gemm_of_every_layer(device: Device, name: str, kind: str) -> None
 @pytest.mark.parametrize("kind", ["forward", "row exponents", "dgrad", "wgrad"])
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c != "edge 4"])
 def test_every_configuration(devices: dict[str, Device], config: str, kind: str) -> None:
-    unequal = ("more segments of X than of E", "more segments of E than of X") if kind == "wgrad" else ()
+    unequal = (
+        ("more segments of X than of E", "more segments of E than of X") if kind == "wgrad" else ()
+    )
     for name in ("k 3, stride 2, 7 wide", "linear", *unequal):
         check(devices[config], jobs_of(LAYERS[name], CONFIGS[config], seed=7)[kind])
 
 
 @pytest.mark.parametrize("groups", [2, 3, 12])
 def test_grouped_and_depthwise_weights_are_block_diagonal(device: Device, groups: int) -> None:
-    """12 channels in groups of 6, 4 and 1: zero blocks of W are skipped, blocks that a group cuts hold zeros."""
+    """12 channels in groups of 6, 4 and 1: zero blocks of W are skipped, blocks that a group cuts
+    hold zeros.
+    """
     g = geometry((5, 5), 3, padding=1)
     jobs = jobs_of(Layer(3, 12, 12, g), device.config, seed=groups)
     same_group = np.equal.outer(np.arange(12) * groups // 12, np.arange(12) * groups // 12)
@@ -133,15 +161,25 @@ def test_grouped_and_depthwise_weights_are_block_diagonal(device: Device, groups
         w = jobs[kind].b
         mantissas = np.where(same_group[:, None, :], w.mantissas, 0)
         live = np.abs(mantissas).reshape(3, 4, 9, 3, 4).max(axis=(1, 4)) > 0
-        check(device, replace(jobs[kind], b=replace(w, mantissas=mantissas, bits=np.where(live, w.bits, 0))))
+        check(
+            device,
+            replace(jobs[kind], b=replace(w, mantissas=mantissas, bits=np.where(live, w.bits, 0))),
+        )
 
 
 def column(values: np.ndarray, bits: int, *, signed: bool) -> Operand:
-    """One element a block row: [4 n, 1, 4] with the value in channel 0 of each block's first row."""
+    """One element a block row: [4 n, 1, 4] with the value in channel 0 of each block's first
+    row.
+    """
     mantissas = np.zeros((4 * len(values), 1, 4), np.int16)
     mantissas[::4, 0, 0] = values
     grid = (len(values), 1, 1)
-    return Operand(mantissas=mantissas, scale_exponents=np.zeros(grid, int), bits=np.full(grid, bits), signed=np.full(grid, signed))
+    return Operand(
+        mantissas=mantissas,
+        scale_exponents=np.zeros(grid, int),
+        bits=np.full(grid, bits),
+        signed=np.full(grid, signed),
+    )
 
 
 def legal(bits: int, *, signed: bool) -> np.ndarray:
@@ -153,7 +191,10 @@ def vectors(values: np.ndarray, bits: int, *, signed: bool) -> Operand:
     """One 4-element vector a row."""
     grid = (-(-len(values) // 4), 1, 1)
     return Operand(
-        mantissas=values[:, None, :], scale_exponents=np.zeros(grid, int), bits=np.full(grid, bits), signed=np.full(grid, signed)
+        mantissas=values[:, None, :],
+        scale_exponents=np.zeros(grid, int),
+        bits=np.full(grid, bits),
+        signed=np.full(grid, signed),
     )
 
 
@@ -178,8 +219,14 @@ def test_all_dot_products_of_four_at_2_and_3_bits(device: Device, bits_a: int, b
 def test_all_products_of_two_elements_at_every_pair_of_widths(device: Device, bits_a: int) -> None:
     for bits_b, signed_a, signed_b in itertools.product(range(2, 9), (False, True), (False, True)):
         a, b = legal(bits_a, signed=signed_a), legal(bits_b, signed=signed_b)
-        job = GemmJob(a=column(a, bits_a, signed=signed_a), b=column(b, bits_b, signed=signed_b), output="int64")
-        assert np.array_equal(device.run(job).values[::4, 0, ::4], np.multiply.outer(a.astype(np.int64), b))
+        job = GemmJob(
+            a=column(a, bits_a, signed=signed_a),
+            b=column(b, bits_b, signed=signed_b),
+            output="int64",
+        )
+        assert np.array_equal(
+            device.run(job).values[::4, 0, ::4], np.multiply.outer(a.astype(np.int64), b)
+        )
 
 
 @pytest.mark.parametrize("bits", [(a, b) for a in (0, *range(2, 9)) for b in (0, *range(2, 9))])
@@ -189,7 +236,9 @@ def test_every_pair_of_widths_over_random_blocks(device: Device, bits: tuple[int
     check(device, GemmJob(a=a, b=b))
 
 
-@pytest.mark.parametrize("exponent", [-300, -160, -150, -149, -148, -140, -127, -126, 90, 100, 120, 200])
+@pytest.mark.parametrize(
+    "exponent", [-300, -160, -150, -149, -148, -140, -127, -126, 90, 100, 120, 200]
+)
 def test_rounding_to_subnormals_zero_and_infinity(device: Device, exponent: int) -> None:
     rng = np.random.default_rng(exponent + 1000)
     a, b = (random_operand(rng, (9, 1, 13), device.config) for _ in range(2))
@@ -204,14 +253,18 @@ def test_rounding_to_subnormals_zero_and_infinity(device: Device, exponent: int)
 
 
 def test_the_ends_of_float32(device: Device) -> None:
-    """Around 2**127, the largest finite number and its tie with infinity; around half of the smallest subnormal."""
+    """Around 2**127, the largest finite number and its tie with infinity; around half of the
+    smallest subnormal.
+    """
     bits, signed = np.full((1, 1, 2), 8), np.zeros((1, 1, 2), bool)
     top = {"scale_exponents": np.array([[[104, 120]]]), "bits": bits, "signed": signed}
     bottom = {"scale_exponents": np.full((1, 1, 2), -152), "bits": bits, "signed": signed}
     one = Operand(
-        mantissas=np.array([[[1, 1, 1, 1, 1, 1, 1, 1]], [[-1] * 8]]), scale_exponents=np.zeros((1, 1, 2), int),
-        bits=np.full((1, 1, 2), 2), signed=np.ones((1, 1, 2), bool),
-    )  # fmt: skip
+        mantissas=np.array([[[1, 1, 1, 1, 1, 1, 1, 1]], [[-1] * 8]]),
+        scale_exponents=np.zeros((1, 1, 2), int),
+        bits=np.full((1, 1, 2), 2),
+        signed=np.ones((1, 1, 2), bool),
+    )
     for arrays, cases in (
         # m * 2**104 + n * 2**120: 2**127 is n = 128.
         (top, [(0, 127), (0, 128), (255, 128), (0, 255), (255, 255)]),
@@ -221,14 +274,25 @@ def test_the_ends_of_float32(device: Device) -> None:
             a = Operand(mantissas=np.array([[[low, 0, 0, 0, high, 0, 0, 0]]]), **arrays)
             check(device, GemmJob(a=a, b=one))
     largest = Operand(
-        mantissas=np.array([[[255, 0, 0, 0, 255, 0, 0, 0, 255, 1, 0, 0]]]), scale_exponents=np.array([[[104, 112, 120]]]),
-        bits=np.full((1, 1, 3), 8), signed=np.zeros((1, 1, 3), bool),
-    )  # fmt: skip
+        mantissas=np.array([[[255, 0, 0, 0, 255, 0, 0, 0, 255, 1, 0, 0]]]),
+        scale_exponents=np.array([[[104, 112, 120]]]),
+        bits=np.full((1, 1, 3), 8),
+        signed=np.zeros((1, 1, 3), bool),
+    )
     for last in ([1, 0, 0, 0], [0, 1, 0, 0]):
         pick = np.array([[[1, 0, 0, 0, 1, 0, 0, 0, *last]]])
-        b = Operand(mantissas=pick, scale_exponents=np.zeros((1, 1, 3), int), bits=np.full((1, 1, 3), 2), signed=np.ones((1, 1, 3), bool))
+        b = Operand(
+            mantissas=pick,
+            scale_exponents=np.zeros((1, 1, 3), int),
+            bits=np.full((1, 1, 3), 2),
+            signed=np.ones((1, 1, 3), bool),
+        )
         check(device, GemmJob(a=largest, b=b))
-    exact = device.run(GemmJob(a=largest, b=replace(b, mantissas=np.array([[[1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]]])))).values
+    exact = device.run(
+        GemmJob(
+            a=largest, b=replace(b, mantissas=np.array([[[1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0]]]))
+        )
+    ).values
     assert exact[0, 0, 0] == np.finfo(np.float32).max
 
 
@@ -237,11 +301,18 @@ def two_rows_of_blocks(channels: int, top: int, base: int) -> Operand:
     grid = (2, 1, -(-channels // 4))
     exponents = np.full(grid, base)
     exponents[0] += top
-    return Operand(mantissas=np.full((8, 1, channels), 255), scale_exponents=exponents, bits=np.full(grid, 8), signed=np.zeros(grid, bool))
+    return Operand(
+        mantissas=np.full((8, 1, channels), 255),
+        scale_exponents=exponents,
+        bits=np.full(grid, 8),
+        signed=np.zeros(grid, bool),
+    )
 
 
 def test_the_largest_sum_that_rounds_to_the_smallest_subnormal(device: Device) -> None:
-    """64 * 255**2 * 2**25, just below 2**47, in units of 2**-196: all of its 47 bits lie below float32's last place."""
+    """64 * 255**2 * 2**25, just below 2**47, in units of 2**-196: all of its 47 bits lie below
+    float32's last place.
+    """
     job = GemmJob(a=two_rows_of_blocks(64, 13, -98), b=two_rows_of_blocks(64, 12, -98))
     result = device.run(job)
     assert result.parts == 1
@@ -250,11 +321,23 @@ def test_the_largest_sum_that_rounds_to_the_smallest_subnormal(device: Device) -
 
 
 def test_shifts_of_both_operands_add_up_beyond_31(device: Device) -> None:
-    """Few bits far above the smallest block, as E and X of a network have them: (3 + 1 + 2) * 2**(22 + 18) beside 1."""
+    """Few bits far above the smallest block, as E and X of a network have them: (3 + 1 + 2) *
+    2**(22 + 18) beside 1.
+    """
     bits = np.full((1, 1, 2), 2)
     mantissas = np.array([[[3, 1, 0, 2, 1, 0, 0, 0]]])
-    a = Operand(mantissas=mantissas, scale_exponents=np.array([[[22, 0]]]), bits=bits, signed=np.zeros((1, 1, 2), bool))
-    b = Operand(mantissas=np.sign(mantissas), scale_exponents=np.array([[[18, 0]]]), bits=bits, signed=np.ones((1, 1, 2), bool))
+    a = Operand(
+        mantissas=mantissas,
+        scale_exponents=np.array([[[22, 0]]]),
+        bits=bits,
+        signed=np.zeros((1, 1, 2), bool),
+    )
+    b = Operand(
+        mantissas=np.sign(mantissas),
+        scale_exponents=np.array([[[18, 0]]]),
+        bits=bits,
+        signed=np.ones((1, 1, 2), bool),
+    )
     job = GemmJob(a=a, b=b)
     assert device.run(replace(job, output="int64")).values.tolist() == [[[(6 << 40) + 1]]]
     check(device, job)
@@ -270,10 +353,17 @@ def test_ties_go_to_even(device: Device) -> None:
         mantissas[4 * block : 4 * block + 4, 0, 0] = 128 + np.arange(4)
         mantissas[4 * block : 4 * block + 4, 0, 4] = value & 7
         exponents[block, 0, 0] = 17 + block
-    a = Operand(mantissas=mantissas, scale_exponents=exponents, bits=bits, signed=np.zeros((4, 1, 2), bool))
+    a = Operand(
+        mantissas=mantissas, scale_exponents=exponents, bits=bits, signed=np.zeros((4, 1, 2), bool)
+    )
     ones = np.zeros((4, 1, 8), np.int16)
     ones[:, 0, 0], ones[:, 0, 4] = [1, 1, -1, -1], [1, -1, 1, -1]
-    b = Operand(mantissas=ones, scale_exponents=np.zeros((1, 1, 2), int), bits=np.full((1, 1, 2), 2), signed=np.ones((1, 1, 2), bool))
+    b = Operand(
+        mantissas=ones,
+        scale_exponents=np.zeros((1, 1, 2), int),
+        bits=np.full((1, 1, 2), 2),
+        signed=np.ones((1, 1, 2), bool),
+    )
     check(device, GemmJob(a=a, b=b))
 
 
@@ -283,7 +373,10 @@ def extreme(rows: int, channels: int, top: int) -> Operand:
     exponents = np.full(grid, top)
     exponents[:, :, -1] = 0
     return Operand(
-        mantissas=np.full((rows, 1, channels), 255), scale_exponents=exponents, bits=np.full(grid, 8), signed=np.zeros(grid, bool)
+        mantissas=np.full((rows, 1, channels), 255),
+        scale_exponents=exponents,
+        bits=np.full(grid, 8),
+        signed=np.zeros(grid, bool),
     )
 
 
@@ -306,7 +399,9 @@ def test_sums_that_no_part_holds_are_refused_with_their_bound(device: Device) ->
 
 
 def test_a_step_has_no_more_terms_than_a_tap() -> None:
-    """Four channels at 81 taps: a step is 4 products, not a tile's, so that parts hold as many steps as the accumulator does."""
+    """Four channels at 81 taps: a step is 4 products, not a tile's, so that parts hold as many
+    steps as the accumulator does.
+    """
     config = GemmConfig()
     a, b = extreme(4, 4, 0), extreme(4, 4, 0)
     largest = 255 * 255 << 26
@@ -315,8 +410,13 @@ def test_a_step_has_no_more_terms_than_a_tap() -> None:
     def operand(like: Operand, positions: int) -> Operand:
         exponents = np.zeros((1, positions, 1), int)
         exponents[0, 0] = 13
-        repeat = {"mantissas": np.repeat(like.mantissas, positions, 1), "bits": np.full((1, positions, 1), 8)}
-        return Operand(**repeat, scale_exponents=exponents, signed=np.zeros((1, positions, 1), bool))
+        repeat = {
+            "mantissas": np.repeat(like.mantissas, positions, 1),
+            "bits": np.full((1, positions, 1), 8),
+        }
+        return Operand(
+            **repeat, scale_exponents=exponents, signed=np.zeros((1, positions, 1), bool)
+        )
 
     job = GemmJob(a=operand(a, 81), b=operand(b, 81), geometry=taps)
     assert job.largest_product == largest
@@ -324,13 +424,19 @@ def test_a_step_has_no_more_terms_than_a_tap() -> None:
     limit = 1 << (ACCUMULATOR_BITS - 1)
     assert 4 * largest < limit <= config.tile * config.block_edge * largest
     count = (limit - 1) // (4 * largest)
-    assert [(p.step_begin, p.step_count) for p in parts] == [(s, min(count, 81 - s)) for s in range(0, 81, count)]
+    assert [(p.step_begin, p.step_count) for p in parts] == [
+        (s, min(count, 81 - s)) for s in range(0, 81, count)
+    ]
 
 
 def test_the_cost_of_a_part_adds_up(device: Device) -> None:
-    """At infinite bandwidth the model's time is the cycle register, but for the writer; less bandwidth never takes less time."""
+    """At infinite bandwidth the model's time is the cycle register, but for the writer; less
+    bandwidth never takes less time.
+    """
     for _, job in random_jobs(device.config):
-        costs = [core_cost(job, device.config, bytes_per_cycle=b) for b in (float("inf"), 64, 21, 1)]
+        costs = [
+            core_cost(job, device.config, bytes_per_cycle=b) for b in (float("inf"), 64, 21, 1)
+        ]
         assert all(c.cycles == costs[0].cycles for c in costs)
         assert costs[0].time_cycles >= costs[0].cycles
         assert [c.time_cycles for c in costs] == sorted(c.time_cycles for c in costs)
@@ -377,10 +483,16 @@ def test_a_device_that_ran_out_of_time_works_after_reset(device: Device) -> None
     [
         ({"gemm": "backward"}, "gemm must be one of forward, dgrad, wgrad"),
         ({"output": "float64"}, "output must be 'float32' or 'int64'"),
-        ({"gemm": "dgrad"}, "B of this dgrad GEMM must be rows x positions x channels = 21 x 1 x any"),
+        (
+            {"gemm": "dgrad"},
+            "B of this dgrad GEMM must be rows x positions x channels = 21 x 1 x any",
+        ),
         ({"geometry": None}, "geometry must be a Geometry, not a NoneType"),
         ({"a": np.ones((4, 1, 4))}, "a must be an Operand, not a ndarray"),
-        ({"geometry": geometry((3,), 1)}, r"A of this forward GEMM must be .* = 13 x 3 x any, not \(13, 1, 21\)"),
+        (
+            {"geometry": geometry((3,), 1)},
+            r"A of this forward GEMM must be .* = 13 x 3 x any, not \(13, 1, 21\)",
+        ),
     ],
 )
 def test_operands_that_make_no_gemm_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -392,7 +504,11 @@ def test_operands_that_make_no_gemm_are_refused(changes: dict[str, Any], message
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("stride", (1.5,), r"stride must be a sequence of whole numbers, one for each axis, not \(1\.5,\)"),
+        (
+            "stride",
+            (1.5,),
+            r"stride must be a sequence of whole numbers, one for each axis, not \(1\.5,\)",
+        ),
         ("stride", (2.0,), "stride must be a sequence of whole numbers"),
         ("taps", (True,), "taps must be a sequence of whole numbers"),
         ("taps", ("3",), "taps must be a sequence of whole numbers"),
@@ -404,13 +520,17 @@ def test_operands_that_make_no_gemm_are_refused(changes: dict[str, Any], message
         ("input", (1, 1, 1, 1), "input has 4 axes; the core takes up to 3"),
     ],
 )
-def test_a_geometry_of_other_things_than_whole_numbers_is_refused(name: str, values: Any, message: str) -> None:
+def test_a_geometry_of_other_things_than_whole_numbers_is_refused(
+    name: str, values: Any, message: str
+) -> None:
     with pytest.raises(JobError, match=message):
         Geometry(**{name: values})
 
 
 def test_a_geometry_takes_numpys_integers() -> None:
-    assert Geometry(input=(np.int64(5),), output=(np.uint8(5),)) == Geometry(input=(5,), output=(5,))
+    assert Geometry(input=(np.int64(5),), output=(np.uint8(5),)) == Geometry(
+        input=(5,), output=(5,)
+    )
 
 
 def test_row_exponents_belong_to_forward_and_edges_must_agree() -> None:
@@ -418,9 +538,14 @@ def test_row_exponents_belong_to_forward_and_edges_must_agree() -> None:
     with pytest.raises(JobError, match="only A of a forward GEMM may have row exponents"):
         GemmJob(gemm="wgrad", a=jobs["row exponents"].a, b=jobs["forward"].a)
     with pytest.raises(JobError, match="A has blocks of edge 4, B of 8"):
-        GemmJob(a=jobs["forward"].a, b=jobs_of(LAYERS["linear"], GemmConfig(block_edge=8), 0)["forward"].b)
+        GemmJob(
+            a=jobs["forward"].a,
+            b=jobs_of(LAYERS["linear"], GemmConfig(block_edge=8), 0)["forward"].b,
+        )
 
 
 def test_an_unknown_device_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown device 'board': known are reference, csim, pynq-sim, pynq"):
+    with pytest.raises(
+        ValueError, match="unknown device 'board': known are reference, csim, pynq-sim, pynq"
+    ):
         open_device("board")

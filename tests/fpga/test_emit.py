@@ -1,4 +1,6 @@
-"""Build folders: complete, deterministic, guarded; their Makefile and Tcl run as far as they can without the vendor's tools."""
+"""Build folders: complete, deterministic, guarded; their Makefile and Tcl run as far as they can
+without the vendor's tools.
+"""
 
 import json
 import os
@@ -34,21 +36,32 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
-def tcl(folder: Path, script: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def tcl(
+    folder: Path, script: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     if not shutil.which("tclsh"):
         pytest.skip("needs tclsh")
     log = folder / "calls.log"
     done = subprocess.run(
-        ["tclsh", str(MOCK), script, str(log)], cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        ["tclsh", str(MOCK), script, str(log)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done, log.read_text().splitlines()
 
 
 def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    assert contents(emit(GemmConfig(), load_board("pynq-z2"), tmp_path / "again")) == contents(folder)
+    assert contents(emit(GemmConfig(), load_board("pynq-z2"), tmp_path / "again")) == contents(
+        folder
+    )
     other = contents(emit(GemmConfig(block_edge=8), load_board("pynq-z1"), tmp_path / "other"))
     assert other["include/dpgemm/config.h"] != contents(folder)["include/dpgemm/config.h"]
     assert other["kernel/compute.cpp"] == contents(folder)["kernel/compute.cpp"]
@@ -84,7 +97,13 @@ def test_a_folder_is_complete_and_its_readme_names_what_is_there(folder: Path) -
 
 
 def test_make_csim_in_the_folder_runs_the_recorded_vectors(copied: Path) -> None:
-    done = subprocess.run(["make", "csim", f"AP_TYPES={ap_types()}"], cwd=copied, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "csim", f"AP_TYPES={ap_types()}"],
+        cwd=copied,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "35 of 35 vectors equal" in done.stdout
     # A bench that cannot fail proves nothing.
@@ -92,7 +111,13 @@ def test_make_csim_in_the_folder_runs_the_recorded_vectors(copied: Path) -> None
     data = bytearray(vector.read_bytes())
     data[-1] ^= 1
     vector.write_bytes(data)
-    done = subprocess.run(["make", "csim", f"AP_TYPES={ap_types()}"], cwd=copied, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "csim", f"AP_TYPES={ap_types()}"],
+        cwd=copied,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0
     assert "34 of 35 vectors equal" in done.stdout
 
@@ -103,7 +128,13 @@ def test_make_says_what_is_missing(copied: Path) -> None:
         ("bitstream", "run make hls first"),
         ("csim", "no ap_int.h in AP_TYPES=/nowhere"),
     ):
-        done = subprocess.run(["make", target, "AP_TYPES=/nowhere"], cwd=copied, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["make", target, "AP_TYPES=/nowhere"],
+            cwd=copied,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode != 0
         assert message in done.stdout + done.stderr
 
@@ -112,17 +143,29 @@ def test_make_says_what_is_missing(copied: Path) -> None:
 def test_the_synthesis_script_runs_against_the_mock(board: str, tmp_path: Path) -> None:
     done, calls = tcl(emit(GemmConfig(), load_board(board), tmp_path / "out"), "csynth.tcl")
     assert done.returncode == 0, done.stderr
-    assert [c.split()[0] for c in calls if c.split()[0].endswith("_design")] == ["csim_design", "csynth_design", "export_design"]
+    assert [c.split()[0] for c in calls if c.split()[0].endswith("_design")] == [
+        "csim_design",
+        "csynth_design",
+        "export_design",
+    ]
     added = [c for c in calls if c.startswith("add_files")]
-    assert all(any(name in c for c in added) for name in ("kernel/compute.cpp", "kernel/top.cpp", "test/test_dpgemm.cpp", "vectors"))
+    assert all(
+        any(name in c for c in added)
+        for name in ("kernel/compute.cpp", "kernel/top.cpp", "test/test_dpgemm.cpp", "vectors")
+    )
     assert f"set_part {load_board(board).part}" in calls
-    assert ("config_interface -m_axi_addr64=false" in calls) == (load_board(board).address_bits == 32)
+    assert ("config_interface -m_axi_addr64=false" in calls) == (
+        load_board(board).address_bits == 32
+    )
 
 
 def test_the_steps_of_the_synthesis_script_can_be_chosen(copied: Path) -> None:
     done, calls = tcl(copied, "csynth.tcl", DPGEMM_STEPS="csynth cosim")
     assert done.returncode == 0, done.stderr
-    assert [c.split()[0] for c in calls if c.split()[0].endswith("_design")] == ["csynth_design", "cosim_design"]
+    assert [c.split()[0] for c in calls if c.split()[0].endswith("_design")] == [
+        "csynth_design",
+        "cosim_design",
+    ]
 
 
 @pytest.mark.parametrize("board", board_names())
@@ -152,13 +195,25 @@ def test_the_block_design_stops_where_it_must(copied: Path) -> None:
     ("script", "old", "new", "message"),
     [
         ("csynth.tcl", "csynth_design\n", "csynthdesign\n", "no command 'csynthdesign'"),
-        ("csynth.tcl", "-m_axi_addr64=false", "-maxi_addr64=false", "no option '-maxi_addr64=false'"),
+        (
+            "csynth.tcl",
+            "-m_axi_addr64=false",
+            "-maxi_addr64=false",
+            "no option '-maxi_addr64=false'",
+        ),
         ("csynth.tcl", "set_part $part", "set_part", "takes 1 to 1 arguments, not 0"),
-        ("block_design.tcl", "validate_bd_design", "validate_design", "no command 'validate_design'"),
+        (
+            "block_design.tcl",
+            "validate_bd_design",
+            "validate_design",
+            "no command 'validate_design'",
+        ),
         ("block_design.tcl", "$interrupt_pin", "$interupt_pin", "no such variable"),
     ],
 )
-def test_the_mock_sees_a_misspelt_script(copied: Path, script: str, old: str, new: str, message: str) -> None:
+def test_the_mock_sees_a_misspelt_script(
+    copied: Path, script: str, old: str, new: str, message: str
+) -> None:
     text = (copied / script).read_text()
     assert old in text
     (copied / script).write_text(text.replace(old, new, 1))
@@ -180,7 +235,9 @@ def test_an_untouched_folder_is_replaced_and_an_edited_one_is_not(copied: Path) 
     assert "kTile = 8;" in (copied / "include/dpgemm/config.h").read_text()
     (copied / "kernel/top.cpp").write_text("// mine\n")
     (copied / "notes.txt").write_text("mine\n")
-    with pytest.raises(FolderChanged, match=r"edited: kernel/top\.cpp; not ours: notes\.txt\): .*--force"):
+    with pytest.raises(
+        FolderChanged, match=r"edited: kernel/top\.cpp; not ours: notes\.txt\): .*--force"
+    ):
         emit(GemmConfig(), board, copied)
     assert (copied / "notes.txt").read_text() == "mine\n"
     with pytest.raises(FolderChanged, match=r"edited: kernel/top\.cpp"):
@@ -200,7 +257,9 @@ def test_a_folder_that_nobody_emitted_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
-def test_a_failure_in_the_middle_leaves_the_earlier_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_the_middle_leaves_the_earlier_folder(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(copied)
 
     def full(*_: object) -> None:
@@ -221,11 +280,16 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         emit(GemmConfig(), load_board("pynq-z2"), Path("/proc/nowhere/out"))
 
 
-def test_a_source_with_a_misspelt_pragma_is_not_emitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_with_a_misspelt_pragma_is_not_emitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bent = sources(GemmConfig())
     bent["kernel/top.cpp"] = bent["kernel/top.cpp"].replace(b"HLS DATAFLOW", b"HLS DATAFLW")
     monkeypatch.setattr(fpga.emit, "sources", lambda _: dict(bent))
-    with pytest.raises(ValueError, match=r"kernel/top.cpp, line \d+: unknown pragma HLS DATAFLW; did you mean 'DATAFLOW'"):
+    with pytest.raises(
+        ValueError,
+        match=r"kernel/top.cpp, line \d+: unknown pragma HLS DATAFLW; did you mean 'DATAFLOW'",
+    ):
         emit(GemmConfig(), load_board("pynq-z2"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -237,13 +301,39 @@ def test_a_clock_out_of_range_is_refused(clock: float, tmp_path: Path) -> None:
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["emit", "--board", "pynq-z1", "--out", str(tmp_path / "z1"), "--edge", "8", "--lanes", "4x4", "--clock-mhz", "80"]) == 0
+    assert (
+        main(
+            [
+                "emit",
+                "--board",
+                "pynq-z1",
+                "--out",
+                str(tmp_path / "z1"),
+                "--edge",
+                "8",
+                "--lanes",
+                "4x4",
+                "--clock-mhz",
+                "80",
+            ]
+        )
+        == 0
+    )
     assert "files for Digilent PYNQ-Z1" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "z1/manifest.json").read_text())
-    assert (manifest["config"]["block_edge"], manifest["config"]["lanes"], manifest["clock_mhz"]) == (8, [4, 4], 80)
+    assert (
+        manifest["config"]["block_edge"],
+        manifest["config"]["lanes"],
+        manifest["clock_mhz"],
+    ) == (8, [4, 4], 80)
     assert main(["emit", "--board", "pynq-z3", "--out", str(tmp_path / "z3")]) == 2
-    assert "unknown board 'pynq-z3': known are kv260, pynq-z1, pynq-z2, ultra96-v2, zcu104" in capsys.readouterr().err
-    assert main(["emit", "--board", "pynq-z1", "--out", str(tmp_path / "z4"), "--lanes", "3x4"]) == 2
+    assert (
+        "unknown board 'pynq-z3': known are kv260, pynq-z1, pynq-z2, ultra96-v2, zcu104"
+        in capsys.readouterr().err
+    )
+    assert (
+        main(["emit", "--board", "pynq-z1", "--out", str(tmp_path / "z4"), "--lanes", "3x4"]) == 2
+    )
     assert "both divide tile" in capsys.readouterr().err
     assert (
         main(
@@ -287,7 +377,9 @@ CONFIG_FILES = {
 
 
 @pytest.mark.parametrize("content", CONFIG_FILES.values(), ids=CONFIG_FILES)
-def test_a_bad_configuration_ends_in_one_line(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_configuration_ends_in_one_line(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     assert main(["csim", "--config", str(path)]) == 2
@@ -317,7 +409,10 @@ COMMANDS = {
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_a_command_that_cannot_be_done_ends_in_one_line(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("nothing")
@@ -329,9 +424,15 @@ def test_a_command_that_cannot_be_done_ends_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("body", "message"), [("sleep 3600", "(?s)test_dpgemm vectors.*not done after 2 s"), ("echo WRONG; exit 1", "WRONG")]
+    ("body", "message"),
+    [
+        ("sleep 3600", "(?s)test_dpgemm vectors.*not done after 2 s"),
+        ("echo WRONG; exit 1", "WRONG"),
+    ],
 )
-def test_a_bench_that_fails_or_hangs_is_told(body: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bench_that_fails_or_hangs_is_told(
+    body: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compile_script(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
         (folder / output).write_text(f"#!/bin/sh\n{body}\n")
         (folder / output).chmod(0o755)
@@ -363,7 +464,10 @@ def test_boards_are_checked_key_by_key(tmp_path: Path) -> None:
         ({"processor": "risc"}, "processor must be one of"),
         ({"clock_mhz": 0}, r"clock_mhz must be a whole number in \[10, 500\], not 0"),
         ({"clock_mhz": True}, "not True"),
-        ({"resources": {"LUT": 1}}, r"resources must be whole numbers in \[1, 100000000\] for LUT, FF"),
+        (
+            {"resources": {"LUT": 1}},
+            r"resources must be whole numbers in \[1, 100000000\] for LUT, FF",
+        ),
         ({"sources": []}, "sources must be a list of up to 100 texts"),
         ({"colour": "pink"}, "has the unknown key 'colour'"),
     ):

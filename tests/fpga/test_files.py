@@ -35,8 +35,12 @@ def zipped(**arrays: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"])
-def test_a_file_gets_its_content_and_the_mode_that_the_user_gives_new_files(tmp_path: Path, content: files.Content) -> None:
+@pytest.mark.parametrize(
+    "content", [b"new", "new", lambda file: file.write(b"new")], ids=["bytes", "text", "function"]
+)
+def test_a_file_gets_its_content_and_the_mode_that_the_user_gives_new_files(
+    tmp_path: Path, content: files.Content
+) -> None:
     before = os.umask(0o027)
     try:
         write_whole(tmp_path / "file", content)
@@ -47,7 +51,9 @@ def test_a_file_gets_its_content_and_the_mode_that_the_user_gives_new_files(tmp_
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, seen = tmp_path / "file", []
     path.write_bytes(b"old")
     sync, replace = os.fsync, os.replace
@@ -58,13 +64,17 @@ def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(tmp_path
         sync(handle)
 
     monkeypatch.setattr(os, "fsync", noted_sync)
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(f"over {path.read_bytes()!r}"), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append(f"over {path.read_bytes()!r}"), replace(a, b))
+    )
     write_whole(path, b"newer", sealed=True)
     assert seen == ["content of 78 bytes", "over b'old'", "folder"]
 
 
 @pytest.mark.parametrize("stage", ["write", "fsync", "replace"])
-def test_a_failure_leaves_the_old_file_alone_and_names_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_failure_leaves_the_old_file_alone_and_names_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -109,7 +119,8 @@ def test_a_flipped_bit_and_every_cut_of_a_sealed_file_is_found(tmp_path: Path) -
     assert read_sealed(path) == b"content"
     check_seal(path)
     for damaged in [whole[:cut] for cut in range(len(whole))] + [
-        whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :] for bit in range(0, 8 * len(whole), 3)
+        whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :]
+        for bit in range(0, 8 * len(whole), 3)
     ]:
         path.write_bytes(damaged)
         for read in (read_sealed, check_seal):
@@ -128,7 +139,15 @@ def test_files_that_are_too_large_or_none_are_refused_before_they_are_read(tmp_p
 
 @pytest.mark.parametrize(
     "text",
-    [b"[" * 100_000, b'{"a": ', b"\xff\xfe\xfa", b"", b"1" * 5000, b'["\\uD800"]', b'["\xed\xa0\x80"]'],
+    [
+        b"[" * 100_000,
+        b'{"a": ',
+        b"\xff\xfe\xfa",
+        b"",
+        b"1" * 5000,
+        b'["\\uD800"]',
+        b'["\xed\xa0\x80"]',
+    ],
     ids=["deep", "cut", "bytes", "empty", "long", "surrogate", "raw surrogate"],
 )
 def test_what_is_no_json_is_refused_by_name(tmp_path: Path, text: bytes) -> None:
@@ -145,7 +164,12 @@ def test_json_of_other_encodings_and_pairs_of_surrogates_are_read() -> None:
 
 def test_a_record_is_known_by_its_digest_however_it_is_written() -> None:
     record = seal_record({"b": [1.5e-7, "é"], "a": None})
-    check_record(parse_json(f'{{"a": null, "sha256": "{record["sha256"]}", "b": [0.00000015, "\\u00e9"]}}', "text"), "text")
+    check_record(
+        parse_json(
+            f'{{"a": null, "sha256": "{record["sha256"]}", "b": [0.00000015, "\\u00e9"]}}', "text"
+        ),
+        "text",
+    )
     for changed in (record | {"b": 2}, record | {"c": 1}, {"a": None, "sha256": record["sha256"]}):
         with pytest.raises(DamagedFile, match="line 3 is damaged"):
             check_record(changed, "line 3")
@@ -199,13 +223,19 @@ def test_damaged_archives_end_in_no_error_of_zipfile() -> None:
             parse_arrays(bytes(data), "the archive", 1 << 20)
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.delenv("DYNASTY_CACHE", raising=False)
     assert cache_folder() == Path("/home/somebody/.cache/dynasty-lightning")
-    for named, expected in ((".", tmp_path), ("~/c", Path("/home/somebody/c")), ("c", tmp_path / "c")):
+    for named, expected in (
+        (".", tmp_path),
+        ("~/c", Path("/home/somebody/c")),
+        ("c", tmp_path / "c"),
+    ):
         monkeypatch.setenv("DYNASTY_CACHE", named)
         assert cache_folder() == expected
     monkeypatch.delenv("DYNASTY_CACHE")

@@ -1,4 +1,6 @@
-"""A library is loaded only if it is whole and nobody else could have written it; a compiler may do what it likes."""
+"""A library is loaded only if it is whole and nobody else could have written it; a compiler may do
+what it likes.
+"""
 
 import ctypes
 import os
@@ -10,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from fpga import CompileError, ToolMissing, libraries
-from fpga.libraries import CacheError, cached_library, find_compiler, library_folder, load_cached, run, version_of
+from fpga.libraries import (
+    CacheError,
+    cached_library,
+    find_compiler,
+    library_folder,
+    load_cached,
+    run,
+    version_of,
+)
 
 OTHER_USER = 12345
 
@@ -19,7 +29,11 @@ OTHER_USER = 12345
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     (folder / "seven.c").write_text("int number() { return 7; }\n")
-    subprocess.run([*find_compiler(), "-x", "c", "seven.c", "-shared", "-fPIC", "-o", "seven.so"], cwd=folder, check=True)
+    subprocess.run(
+        [*find_compiler(), "-x", "c", "seven.c", "-shared", "-fPIC", "-o", "seven.so"],
+        cwd=folder,
+        check=True,
+    )
     return folder / "seven.so"
 
 
@@ -79,14 +93,21 @@ def test_a_library_that_was_cut_off_or_changed_is_never_loaded(cache: Cache) -> 
     path = cache.get()
     whole = path.read_bytes()
     assert whole[:-73] == cache.compiled.read_bytes()
-    flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(0, len(whole), len(whole) // 50)]
-    for number, damaged in enumerate([b"", *(whole[:at] for at in range(1000, len(whole), len(whole) // 9)), *flipped], start=2):
+    flipped = [
+        whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+        for at in range(0, len(whole), len(whole) // 50)
+    ]
+    for number, damaged in enumerate(
+        [b"", *(whole[:at] for at in range(1000, len(whole), len(whole) // 9)), *flipped], start=2
+    ):
         path.write_bytes(damaged)
         assert cache.get().read_bytes() == whole
         assert cache.count == number
 
 
-@pytest.mark.parametrize("planted", ["another's file", "a link", "a file that all may write", "a folder"])
+@pytest.mark.parametrize(
+    "planted", ["another's file", "a link", "a file that all may write", "a folder"]
+)
 def test_a_library_that_others_could_have_planted_is_replaced(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
 ) -> None:
@@ -96,7 +117,9 @@ def test_a_library_that_others_could_have_planted_is_replaced(
         if os.getuid() == 0:
             belongs_to_another(path, monkeypatch)
         else:
-            monkeypatch.setattr(libraries, "_owned", lambda status: not stat.S_ISREG(status.st_mode))
+            monkeypatch.setattr(
+                libraries, "_owned", lambda status: not stat.S_ISREG(status.st_mode)
+            )
     elif planted == "a file that all may write":
         path.chmod(0o666)
     else:
@@ -120,7 +143,9 @@ def test_a_folder_that_others_can_change_holds_no_library(cache: Cache, tmp_path
     for folder, mode in ((cache.folder, 0o777), (cache.folder, 0o775), (tmp_path, 0o777)):
         before = stat.S_IMODE(folder.stat().st_mode)
         folder.chmod(mode)
-        with pytest.raises(CacheError, match=r"other users can change what is in .*/cache.*: set DYNASTY_CACHE"):
+        with pytest.raises(
+            CacheError, match=r"other users can change what is in .*/cache.*: set DYNASTY_CACHE"
+        ):
             cache.get()
         folder.chmod(mode | stat.S_ISVTX)  # as /tmp
         assert cache.get()
@@ -138,15 +163,23 @@ def test_a_folder_that_is_not_safe_is_told_with_what_would_make_it_so(
         cache.get()
     folder.chmod(0o755)
     tmp_path.chmod(0o777)
-    with pytest.raises(CacheError, match=rf", or put another in its place: set DYNASTY_CACHE .*, or chmod o-w {tmp_path}$"):
+    with pytest.raises(
+        CacheError,
+        match=rf", or put another in its place: set DYNASTY_CACHE .*, or chmod o-w {tmp_path}$",
+    ):
         cache.get()
     tmp_path.chmod(0o755)
     belongs_to_another(folder, monkeypatch)
-    with pytest.raises(CacheError, match=rf"in {folder}, which belongs to user \d+: set DYNASTY_CACHE to a folder of your own$"):
+    with pytest.raises(
+        CacheError,
+        match=rf"in {folder}, which belongs to user \d+: set DYNASTY_CACHE to a folder of your own$",
+    ):
         cache.get()
 
 
-def test_users_of_one_cache_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_of_one_cache_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path))
     tmp_path.chmod(0o1777)
     assert library_folder("kernels") == tmp_path / "kernels"
@@ -170,12 +203,17 @@ def test_a_library_that_the_system_does_not_take_is_compiled_anew_once(cache: Ca
     assert (tried, cache.count) == ([False, True], 2)
 
 
-def test_a_full_disk_or_a_read_only_folder_is_told_with_the_way_out(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_or_a_read_only_folder_is_told_with_the_way_out(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(libraries, "write_whole", full)
-    with pytest.raises(CacheError, match=r"No space left on device.*: set DYNASTY_CACHE to a folder that can be written"):
+    with pytest.raises(
+        CacheError,
+        match=r"No space left on device.*: set DYNASTY_CACHE to a folder that can be written",
+    ):
         cache.get()
     cache.folder = Path("/proc/nowhere")
     with pytest.raises(CacheError, match="cannot write to /proc/nowhere"):
@@ -184,9 +222,16 @@ def test_a_full_disk_or_a_read_only_folder_is_told_with_the_way_out(cache: Cache
 
 @pytest.mark.parametrize(
     ("named", "words"),
-    [("env g++", ["env", "g++"]), ("'with space/g++' -m64", ["g++", "-m64"]), ("with space/g++", ["g++"]), ("", ["g++"])],
+    [
+        ("env g++", ["env", "g++"]),
+        ("'with space/g++' -m64", ["g++", "-m64"]),
+        ("with space/g++", ["g++"]),
+        ("", ["g++"]),
+    ],
 )
-def test_a_compiler_is_a_path_or_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, words: list[str]) -> None:
+def test_a_compiler_is_a_path_or_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, words: list[str]
+) -> None:
     (tmp_path / "with space").mkdir()
     script(tmp_path / "with space" / "g++", "exec g++ $@")
     monkeypatch.chdir(tmp_path)
@@ -196,7 +241,9 @@ def test_a_compiler_is_a_path_or_a_command(tmp_path: Path, monkeypatch: pytest.M
     assert ("with space" in found[0]) == ("with space" in named)
 
 
-@pytest.mark.parametrize("named", ["no-such-compiler", "'open quote", "ccache-that-is-not-there g++"])
+@pytest.mark.parametrize(
+    "named", ["no-such-compiler", "'open quote", "ccache-that-is-not-there g++"]
+)
 def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("CXX", named)
     with pytest.raises(ToolMissing, match=r"no C\+\+ compiler .*install g\+\+"):
@@ -205,7 +252,10 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 def test_what_cannot_be_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text").write_text("")
-    for named, told in ((tmp_path, "which is a folder; name one in CXX"), (tmp_path / "text", "which may not be run; chmod")):
+    for named, told in (
+        (tmp_path, "which is a folder; name one in CXX"),
+        (tmp_path / "text", "which may not be run; chmod"),
+    ):
         monkeypatch.setenv("CXX", str(named))
         with pytest.raises(ToolMissing, match=rf"no C\+\+ compiler: CXX names '{named}', {told}"):
             find_compiler()
@@ -215,7 +265,10 @@ def test_what_cannot_be_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.M
     ("does", "told"),
     [
         ("true", "it ended as if all were well, but wrote no seven.so"),
-        ("echo here it is > note; touch seven.so", "it ended as if all were well, but wrote no seven.so"),
+        (
+            "echo here it is > note; touch seven.so",
+            "it ended as if all were well, but wrote no seven.so",
+        ),
         ("mkdir seven.so", "it ended as if all were well, but wrote no seven.so"),
         ("echo no licence; exit 3", "no licence\nit ended with exit status 3"),
         ("kill -KILL $$", "it was ended by SIGKILL, as by a system that runs out of memory"),
@@ -224,7 +277,9 @@ def test_what_cannot_be_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_how_a_compiler_failed_is_told(tmp_path: Path, does: str, told: str) -> None:
-    """Also one that says nothing itself, and one that ends well and has compiled nothing: the cache is not to blame for that."""
+    """Also one that says nothing itself, and one that ends well and has compiled nothing: the cache
+    is not to blame for that.
+    """
     (tmp_path / "work").mkdir()
     compiler = script(tmp_path / "compiler", does)
 
@@ -236,9 +291,13 @@ def test_how_a_compiler_failed_is_told(tmp_path: Path, does: str, told: str) -> 
         cached_library("seven.so", compile_in, folder=tmp_path / "cache")
 
 
-def test_no_room_for_temporary_files_is_not_the_caches_fault(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_for_temporary_files_is_not_the_caches_fault(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(libraries.tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(CacheError, match=r"cannot compile in a temporary folder \(.*nowhere.*set TMPDIR"):
+    with pytest.raises(
+        CacheError, match=r"cannot compile in a temporary folder \(.*nowhere.*set TMPDIR"
+    ):
         cache.get()
     with pytest.raises(CompileError, match=r"no place for what it prints \(.*nowhere.*set TMPDIR"):
         run(["true"], seconds=60)
@@ -246,10 +305,18 @@ def test_no_room_for_temporary_files_is_not_the_caches_fault(cache: Cache, tmp_p
 
 def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    command = [script(tmp_path / "hangs", f"sleep 1000 & echo $! > {pid}.new; mv {pid}.new {pid}; cat\nwait\n")]
+    command = [
+        script(
+            tmp_path / "hangs", f"sleep 1000 & echo $! > {pid}.new; mv {pid}.new {pid}; cat\nwait\n"
+        )
+    ]
     with pytest.raises(CompileError, match=r"(?s)hangs.*not done after 2 s"):
         run(command, seconds=2)
-    for _ in range(600):  # a process that was killed takes its time to go; a busy machine may not have come so far as to start it
+    for _ in range(
+        600
+        # a process that was killed takes its time to go; a busy machine may not have come so far as
+        # to start it
+    ):
         if not (pid.exists() and alive(int(pid.read_text()))):
             return
         time.sleep(0.1)

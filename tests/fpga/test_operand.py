@@ -39,9 +39,13 @@ def plain(**changes: object) -> Operand:
     row_exponents=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_unpacking_gives_back_what_was_packed(shape: tuple[int, int, int], edge: int, tile: int, row_exponents: bool, seed: int) -> None:
+def test_unpacking_gives_back_what_was_packed(
+    shape: tuple[int, int, int], edge: int, tile: int, row_exponents: bool, seed: int
+) -> None:
     config = GemmConfig(block_edge=edge, tile=tile, lanes=(1, 1))
-    operand = random_operand(np.random.default_rng(seed), shape, config, row_exponents=row_exponents)
+    operand = random_operand(
+        np.random.default_rng(seed), shape, config, row_exponents=row_exponents
+    )
     packed = pack(operand, config)
     assert same(operand, unpack(packed, shape, config, row_exponents=row_exponents))
     segments = segment_words(operand, config)
@@ -64,18 +68,36 @@ def test_memory_follows_the_widths() -> None:
         ({"mantissas": np.ones((4, 8), np.int16)}, r"integers \[rows, positions, channels\]"),
         ({"mantissas": np.ones((4, 1, 8))}, "not float64"),
         ({"mantissas": np.ones((0, 1, 8), np.int16)}, "none empty"),
-        ({"mantissas": np.full((4, 1, 8), 8, np.int16)}, r"mantissa 8 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -7 to 7"),
-        ({"mantissas": np.full((4, 1, 8), -8, np.int16)}, "does not fit 4 signed bits"),  # the most negative code
+        (
+            {"mantissas": np.full((4, 1, 8), 8, np.int16)},
+            r"mantissa 8 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -7 to 7",
+        ),
+        (
+            {"mantissas": np.full((4, 1, 8), -8, np.int16)},
+            "does not fit 4 signed bits",
+        ),  # the most negative code
         ({"mantissas": np.full((4, 1, 8), 300, np.int16)}, r"\[-127, 255\]"),
-        ({"mantissas": np.full((4, 1, 8), -1, np.int16), "signed": np.zeros((1, 1, 2), bool)}, "4 unsigned bits: legal are 0 to 15"),
-        ({"bits": np.full((1, 1, 2), 1)}, r"bits must be 0 or in \[2, 8\], not 1 in block \(0, 0, 0\)"),
+        (
+            {"mantissas": np.full((4, 1, 8), -1, np.int16), "signed": np.zeros((1, 1, 2), bool)},
+            "4 unsigned bits: legal are 0 to 15",
+        ),
+        (
+            {"bits": np.full((1, 1, 2), 1)},
+            r"bits must be 0 or in \[2, 8\], not 1 in block \(0, 0, 0\)",
+        ),
         ({"bits": np.full((1, 1, 2), 9)}, "not 9"),
         ({"bits": np.zeros((1, 1, 2), int)}, "does not fit 0"),
         ({"bits": np.full((1, 1, 3), 4)}, r"grid's shape \(1, 1, 2\), not \(1, 1, 3\)"),
         ({"scale_exponents": np.zeros((1, 1, 2))}, "scale_exponents must be integers"),
-        ({"scale_exponents": np.full((1, 1, 2), 1 << 32)}, r"scale_exponents must lie in \[-2\*\*20, 2\*\*20\], not 4294967296 to"),
+        (
+            {"scale_exponents": np.full((1, 1, 2), 1 << 32)},
+            r"scale_exponents must lie in \[-2\*\*20, 2\*\*20\], not 4294967296 to",
+        ),
         ({"scale_exponents": np.full((1, 1, 2), -(1 << 20) - 1)}, "not -1048577 to -1048577"),
-        ({"signed": np.full((1, 1, 2), 0.5)}, "signed must be true or false for each block, not float64"),
+        (
+            {"signed": np.full((1, 1, 2), 0.5)},
+            "signed must be true or false for each block, not float64",
+        ),
         ({"signed": np.full((1, 1, 2), 2)}, "from 2 to 2"),
     ],
 )
@@ -100,15 +122,22 @@ def test_a_span_of_exponents_beyond_the_header_is_refused() -> None:
 def test_a_width_group_is_held_to_its_contract() -> None:
     config = GemmConfig(width_group=(8, 8))
     bits = np.array([[[4, 6]]])
-    with pytest.raises(OperandError, match=r"width group 8 x 8 at .*\(0, 0, 0\) holds blocks of different widths"):
+    with pytest.raises(
+        OperandError, match=r"width group 8 x 8 at .*\(0, 0, 0\) holds blocks of different widths"
+    ):
         pack(plain(bits=bits), config)
-    zero = plain(bits=np.array([[[4, 0]]]), mantissas=np.repeat([1, 0], 4).reshape(1, 1, 8) * np.ones((4, 1, 1), np.int16))
+    zero = plain(
+        bits=np.array([[[4, 0]]]),
+        mantissas=np.repeat([1, 0], 4).reshape(1, 1, 8) * np.ones((4, 1, 1), np.int16),
+    )
     pack(zero, config)  # a zero block may lie in any group
 
 
 def packed_example() -> tuple[Operand, PackedOperand, GemmConfig]:
     config = GemmConfig()
-    operand = random_operand(np.random.default_rng(3), (5, 2, 70), config, widths=(3, 4, 8), signed=1)
+    operand = random_operand(
+        np.random.default_rng(3), (5, 2, 70), config, widths=(3, 4, 8), signed=1
+    )
     return operand, pack(operand, config), config
 
 
@@ -119,7 +148,9 @@ def test_no_single_corrupt_bit_of_directory_or_headers_goes_unseen(word: int) ->
     for bit in range(64):
         words = packed.words.copy()
         # The directory, then the first segment's headers: 16 blocks in 4 words.
-        words[word if word < directory else directory + (word - directory) % 4] ^= np.uint64(1 << bit)
+        words[word if word < directory else directory + (word - directory) % 4] ^= np.uint64(
+            1 << bit
+        )
         corrupt = PackedOperand(words=words, bases=packed.bases)
         try:
             other = unpack(corrupt, operand.shape, config)
@@ -142,7 +173,9 @@ def test_truncated_and_overlong_memory_is_refused() -> None:
 @pytest.mark.parametrize("row_exponents", [False, True])
 def test_a_segment_shorter_than_its_headers_is_refused(row_exponents: bool) -> None:
     config = GemmConfig()
-    words = np.array([1 << 32 | 1, 0], np.uint64)  # one segment, of one word, which holds four headers
+    words = np.array(
+        [1 << 32 | 1, 0], np.uint64
+    )  # one segment, of one word, which holds four headers
     with pytest.raises(OperandError, match="segment 0 of line 0 has 1 words, too few for"):
         unpack(
             PackedOperand(words=words, bases=np.zeros(4 if row_exponents else (), np.int32)),
@@ -152,9 +185,15 @@ def test_a_segment_shorter_than_its_headers_is_refused(row_exponents: bool) -> N
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 1 << 33, -1), (0, 1, 8), (4, 1), (4.0, 1, 8), (True, 1, 8), (1 << 20, 1 << 10, 2), "418"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1 << 33, -1), (0, 1, 8), (4, 1), (4.0, 1, 8), (True, 1, 8), (1 << 20, 1 << 10, 2), "418"],
+)
 def test_a_shape_that_no_operand_has_is_refused_before_it_is_believed(shape: object) -> None:
-    with pytest.raises(OperandError, match=r"an operand's shape is rows, positions, channels|an operand of shape .* has"):
+    with pytest.raises(
+        OperandError,
+        match=r"an operand's shape is rows, positions, channels|an operand of shape .* has",
+    ):
         unpack(PackedOperand(words=np.zeros(0, np.uint64), bases=np.int32(0)), shape, GemmConfig())  # type: ignore[arg-type]
 
 
@@ -168,7 +207,9 @@ def test_a_shape_that_no_operand_has_is_refused_before_it_is_believed(shape: obj
         (np.zeros(1, np.uint64), np.int64(1 << 33), "bases must lie in"),
     ],
 )
-def test_words_and_bases_are_what_pack_gives(words: np.ndarray, bases: np.ndarray, message: str) -> None:
+def test_words_and_bases_are_what_pack_gives(
+    words: np.ndarray, bases: np.ndarray, message: str
+) -> None:
     with pytest.raises(OperandError, match=message):
         unpack(PackedOperand(words=words, bases=bases), (4, 1, 8), GemmConfig())
 
@@ -177,7 +218,8 @@ def test_the_most_negative_code_is_refused_on_load() -> None:
     config = GemmConfig()
     operand = plain(mantissas=np.full((4, 1, 8), -7, np.int16))
     packed = pack(operand, config)
-    # Directory, one word of headers, then two blocks of four planes of 16 bits: clearing plane 0 of the first makes -7 into -8.
+    # Directory, one word of headers, then two blocks of four planes of 16 bits: clearing plane 0 of
+    # the first makes -7 into -8.
     words = packed.words.copy()
     words[2] &= ~np.uint64(0xFFFF)
     with pytest.raises(OperandError, match="mantissa -8 at"):

@@ -22,7 +22,11 @@ def messages(in_function: str = "", in_loop: str = "", after: str = "") -> list[
     return [p.message for p in lint(BODY % (in_function, in_loop, after))]
 
 
-@pytest.mark.parametrize("path", sorted([*HLS.glob("kernel/*.cpp"), *HLS.glob("include/dpgemm/*.h")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*HLS.glob("kernel/*.cpp"), *HLS.glob("include/dpgemm/*.h")]),
+    ids=lambda p: p.name,
+)
 def test_our_sources_pass(path: object) -> None:
     assert lint(path.read_text()) == []
 
@@ -57,21 +61,43 @@ def test_good_pragmas_pass() -> None:
         ("after", "UNROLL", "UNROLL must come before the first statement"),
         ("function", "UNROLL", "UNROLL belongs in the body of a loop"),
         ("loop", "INLINE", "INLINE belongs in the body of a function"),
-        ("function", "INTERFACE m_axi port=in bundle=gmem", "belongs in the body of the top function dpgemm, not in helper"),
-        ("function", "ARRAY_PARTITION variable=bufer complete", "names 'bufer', which helper has not declared before"),
+        (
+            "function",
+            "INTERFACE m_axi port=in bundle=gmem",
+            "belongs in the body of the top function dpgemm, not in helper",
+        ),
+        (
+            "function",
+            "ARRAY_PARTITION variable=bufer complete",
+            "names 'bufer', which helper has not declared before",
+        ),
         ("function", "ARRAY_PARTITION complete", "ARRAY_PARTITION needs variable="),
-        ("function", "ARRAY_PARTITION variable=buffer complete cyclic", "has one of cyclic, block, complete, not complete and cyclic"),
+        (
+            "function",
+            "ARRAY_PARTITION variable=buffer complete cyclic",
+            "has one of cyclic, block, complete, not complete and cyclic",
+        ),
         ("function", "ARRAY_PARTITION variable=buffer type=cycle", "did you mean 'cyclic'?"),
         ("function", "STREAM variable=later depth=2", "names 'later'"),
         ("function", "DATA_PACK variable=buffer", "DATA_PACK is deprecated: use AGGREGATE"),
-        ("function", "RESOURCE variable=buffer core=RAM_1P", "RESOURCE is deprecated: use BIND_OP or BIND_STORAGE"),
+        (
+            "function",
+            "RESOURCE variable=buffer core=RAM_1P",
+            "RESOURCE is deprecated: use BIND_OP or BIND_STORAGE",
+        ),
         ("function", "BIND_STORAGE variable=buffer type=ram_3p", "type must be one of"),
         ("loop", "LOOP_TRIPCOUNT min=1", "LOOP_TRIPCOUNT needs max="),
         ("loop", "", "a pragma without a name"),
     ],
 )
 def test_a_mistake_is_found(where: str, pragma: str, message: str) -> None:
-    found = messages(**{{"loop": "in_loop", "function": "in_function", "after": "after"}[where]: f"#pragma HLS {pragma}"})
+    found = messages(
+        **{
+            {"loop": "in_loop", "function": "in_function", "after": "after"}[
+                where
+            ]: f"#pragma HLS {pragma}"
+        }
+    )
     assert len(found) >= 1
     assert any(message in m for m in found), found
 
@@ -82,7 +108,10 @@ def test_a_problem_has_its_line() -> None:
 
 
 def test_loops_need_labels_and_comments_are_no_code() -> None:
-    text = "void f() {\n  // for (;;) {\n  /* #pragma HLS NONSENSE */\n  for (int i = 0; i < 2; ++i) {\n  }\n}\n"
+    text = (
+        "void f() {\n  // for (;;) {\n  /* #pragma HLS NONSENSE */\n  for (int i = 0; i < 2; "
+        "++i) {\n  }\n}\n"
+    )
     (problem,) = lint(text)
     assert (problem.line, "needs a label" in problem.message) == (4, True)
 

@@ -1,4 +1,6 @@
-"""Network programs: every field is checked at load, sizes before anything is read, and one changed byte is found."""
+"""Network programs: every field is checked at load, sizes before anything is read, and one changed
+byte is found.
+"""
 
 import copy
 import hashlib
@@ -37,16 +39,36 @@ def program() -> Program:
             signed=np.ones(grid, np.bool_),
         )
         packed = pack(weight, GemmConfig())
-        given = {"weight": packed.words, "weight_base": packed.bases, "request": np.full((1, 1, 1), 5, np.int16)}
+        given = {
+            "weight": packed.words,
+            "weight_base": packed.bases,
+            "request": np.full((1, 1, 1), 5, np.int16),
+        }
         given["bias"] = rng.normal(size=out).astype(np.float32)
         arrays.update({f"{name}/{kind}": value for kind, value in given.items()})
         names = {kind: f"{name}/{kind}" for kind in given}
-        return {"weight_shape": [out, taps, channels], "is_threshold": False, "least_bits": 0, "most_bits": 8, "arrays": names}
+        return {
+            "weight_shape": [out, taps, channels],
+            "is_threshold": False,
+            "least_bits": 0,
+            "most_bits": 8,
+            "arrays": names,
+        }
 
     arrays["half"] = np.array(0.5, np.float32)
     arrays["scale"] = arrays["shift"] = np.ones(6, np.float32)
     steps = [
-        step("c", "conv", "input", taps=[3, 3], stride=[1, 1], padding=[1, 1], dilation=[1, 1], output=[8, 8], **layer("c", 6, 9, 2)),
+        step(
+            "c",
+            "conv",
+            "input",
+            taps=[3, 3],
+            stride=[1, 1],
+            padding=[1, 1],
+            dilation=[1, 1],
+            output=[8, 8],
+            **layer("c", 6, 9, 2),
+        ),
         step("n", "affine", "c", arrays={"scale": "scale", "shift": "shift"}),
         step("r", "clip", "n", low=0.0, high=6.0),
         step("m", "max_pool", "r", taps=[2, 2], stride=[2, 2], padding=[0, 0]),
@@ -56,7 +78,13 @@ def program() -> Program:
         step("l", "linear", "f", **layer("l", 3, 1, 192)),
         step("s", "softmax", "l", axis=1),
     ]
-    return Program(steps=steps, arrays=arrays, input_shape=(2, 8, 8), config=GemmConfig(), labels=["a", "b", "c"])
+    return Program(
+        steps=steps,
+        arrays=arrays,
+        input_shape=(2, 8, 8),
+        config=GemmConfig(),
+        labels=["a", "b", "c"],
+    )
 
 
 def files(folder: Path, program: Program) -> tuple[Graph, dict[str, Any]]:
@@ -81,8 +109,15 @@ def test_every_kind_has_its_operation() -> None:
 def test_a_program_is_what_was_saved(program: Program, tmp_path: Path) -> None:
     program.save(tmp_path)
     loaded = Program.load(tmp_path)
-    assert (loaded.steps, loaded.labels, loaded.shapes) == (program.steps, program.labels, program.shapes)
-    assert all(np.array_equal(loaded.arrays[n], a) and loaded.arrays[n].dtype == a.dtype for n, a in program.arrays.items())
+    assert (loaded.steps, loaded.labels, loaded.shapes) == (
+        program.steps,
+        program.labels,
+        program.shapes,
+    )
+    assert all(
+        np.array_equal(loaded.arrays[n], a) and loaded.arrays[n].dtype == a.dtype
+        for n, a in program.arrays.items()
+    )
 
 
 def test_each_changed_byte_and_each_cut_is_found(program: Program, tmp_path: Path) -> None:
@@ -95,7 +130,8 @@ def test_each_changed_byte_and_each_cut_is_found(program: Program, tmp_path: Pat
             changed = bytearray(content)
             changed[place] ^= 1 << int(rng.integers(0, 8))
             path.write_bytes(changed)
-            try:  # of JSON some bytes mean nothing: the space that indents it, the case of an exponent
+            # of JSON some bytes mean nothing: the space that indents it, the case of an exponent
+            try:
                 assert json.loads(changed) == json.loads(content)
                 continue
             except (ValueError, AssertionError):
@@ -131,7 +167,10 @@ WRONG: dict[str, tuple[Callable[[Graph, dict[str, Any]], Any], str]] = {
     "no steps": (top(steps=[]), "needs a step"),
     "steps that are none": (top(steps=[3]), "step 0 must be an object"),
     "a step of no kind": (changes("r", op="erf"), "of a kind which this runtime does not know"),
-    "a kind that is no name": (changes("r", op=["relu"]), "of a kind which this runtime does not know"),
+    "a kind that is no name": (
+        changes("r", op=["relu"]),
+        "of a kind which this runtime does not know",
+    ),
     "a core of none": (top(config={"edge": 4}), "the core's configuration"),
     "an input of none": (top(input_shape=[0, 8]), "input_shape must be"),
     "a huge input": (top(input_shape=[2, 1 << 13, 1 << 13]), "more than 16777216 elements"),
@@ -144,39 +183,75 @@ WRONG: dict[str, tuple[Callable[[Graph, dict[str, Any]], Any], str]] = {
     "a missing field": (lambda g, a: g["steps"][2].pop("low"), "has no low"),
     "crossed limits": (changes("r", low=7.0), "low 7.0 must not exceed high 6.0"),
     "a limit that is NaN": (changes("r", low=float("nan")), "must be a finite number, not nan"),
-    "a negative stride": (changes("m", stride=[-1, 2]), r"wrong stride: it must be a list of 1 to 8 whole numbers in \[1, "),
+    "a negative stride": (
+        changes("m", stride=[-1, 2]),
+        r"wrong stride: it must be a list of 1 to 8 whole numbers in \[1, ",
+    ),
     "a true stride": (changes("m", stride=[True, 2]), "wrong stride"),
     "a padding of 1e5": (changes("m", padding=[100000, 100000]), "pads 100000 beside 2 taps"),
     "taps beyond the input": (changes("m", taps=[9, 9]), "makes no position"),
     "too few axes": (changes("m", taps=[2]), "taps must have 2 numbers"),
-    "other positions": (changes("c", output=[8, 7]), r"makes positions \[8, 7\], but its taps.*make \[8, 8\]"),
+    "other positions": (
+        changes("c", output=[8, 7]),
+        r"makes positions \[8, 7\], but its taps.*make \[8, 8\]",
+    ),
     "a padding of 1e5 under a dilation as large": (
         changes("m", padding=[50000, 50000], dilation=[100000, 100000]),
-        r"spans \[100008, 100008\] positions of 6 channels with its padding, more than 16777216 elements",
+        r"spans \[100008, 100008\] positions of 6 channels with its padding, more than 16777216 "
+        r"elements",
     ),
-    "huge padding of a convolution": (changes("c", padding=[1 << 22, 1], output=[8388614, 8]), "more than 16777216"),
-    "other channels": (changes("c", weight_shape=[6, 9, 3]), "weights for 3 channels and 9 taps, but reads 2 channels"),
-    "weights beyond all memory": (changes("c", weight_shape=[1 << 20, 9, 1 << 20]), "at most 134217728 weights"),
-    "widths that cross": (changes("c", least_bits=8, most_bits=4), "least_bits 8 must not exceed most_bits 4"),
+    "huge padding of a convolution": (
+        changes("c", padding=[1 << 22, 1], output=[8388614, 8]),
+        "more than 16777216",
+    ),
+    "other channels": (
+        changes("c", weight_shape=[6, 9, 3]),
+        "weights for 3 channels and 9 taps, but reads 2 channels",
+    ),
+    "weights beyond all memory": (
+        changes("c", weight_shape=[1 << 20, 9, 1 << 20]),
+        "at most 134217728 weights",
+    ),
+    "widths that cross": (
+        changes("c", least_bits=8, most_bits=4),
+        "least_bits 8 must not exceed most_bits 4",
+    ),
     "a width of 9": (changes("c", most_bits=9), r"whole number in \[2, 8\], not 9"),
     "an axis too many": (changes("j", axis=4), "axis 4 is not one of"),
-    "a bias that would broadcast": (array("c/bias", np.ones(1, np.float32)), r"must be float32 \(6,\), not float32 \(1,\)"),
+    "a bias that would broadcast": (
+        array("c/bias", np.ones(1, np.float32)),
+        r"must be float32 \(6,\), not float32 \(1,\)",
+    ),
     "a bias of float64": (array("c/bias", np.ones(6)), "not float64"),
     "a bias of NaN": (array("c/bias", np.full(6, np.nan, np.float32)), "holds NaN or Inf"),
-    "a scale of other channels": (array("scale", np.ones(5, np.float32)), r"must be float32 \(6,\)"),
-    "a request of other blocks": (array("c/request", np.full((1, 1, 2), 5, np.int16)), "axes whole or 1"),
-    "a request of width 1": (array("c/request", np.full((1, 1, 1), 1, np.int16)), "widths must be in"),
-    "an exponent of none": (array("c/weight_base", np.array(1 << 20, np.int32)), "weight_base must lie in"),
+    "a scale of other channels": (
+        array("scale", np.ones(5, np.float32)),
+        r"must be float32 \(6,\)",
+    ),
+    "a request of other blocks": (
+        array("c/request", np.full((1, 1, 2), 5, np.int16)),
+        "axes whole or 1",
+    ),
+    "a request of width 1": (
+        array("c/request", np.full((1, 1, 1), 1, np.int16)),
+        "widths must be in",
+    ),
+    "an exponent of none": (
+        array("c/weight_base", np.array(1 << 20, np.int32)),
+        "weight_base must lie in",
+    ),
     "an array that nobody reads": (array("more", np.zeros(1)), "no step reads the array 'more'"),
     "an array too large": (array("c/bias", np.ones(1 << 20, np.float32)), "unpacks to"),
     "an array that is missing": (lambda g, a: a.pop("scale"), "which program.npz lacks"),
     "objects": (array("scale", np.array([None] * 6)), "Python objects"),
     "an array of two steps": (changes("h", arrays={"value": "scale"}), "a name of its own"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_field_is_refused_at_load_by_its_name(name: str, program: Program, tmp_path: Path) -> None:
+def test_a_wrong_field_is_refused_at_load_by_its_name(
+    name: str, program: Program, tmp_path: Path
+) -> None:
     graph, arrays = files(tmp_path, program)
     graph = copy.deepcopy(graph)
     change, message = WRONG[name]

@@ -1,4 +1,6 @@
-"""Texts from files, names and arguments stay texts in every language that they are rendered into, and board files hold no others."""
+"""Texts from files, names and arguments stay texts in every language that they are rendered into,
+and board files hold no others.
+"""
 
 import ast
 import json
@@ -17,7 +19,14 @@ from fpga import GemmConfig
 from fpga.board_files import Board, load_board, read_board
 from fpga.csim import HLS
 from fpga.emit import settings_tcl
-from fpga.quoting import markdown_code, markdown_text, python_literal, shell_word, tcl_list, tcl_word
+from fpga.quoting import (
+    markdown_code,
+    markdown_text,
+    python_literal,
+    shell_word,
+    tcl_list,
+    tcl_word,
+)
 from fpga.selftest import CaseResult, write_junit
 
 MOCK = Path(__file__).with_name("vendor_mock.tcl")
@@ -71,7 +80,9 @@ def tclsh(script: str, folder: Path) -> str:
     if not shutil.which("tclsh"):
         pytest.skip("needs tclsh")
     (folder / "script.tcl").write_text(script, encoding="utf-8")
-    done = subprocess.run(["tclsh", "script.tcl"], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["tclsh", "script.tcl"], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert not (folder / "pwned").exists()
     return done.stdout
@@ -98,7 +109,10 @@ def test_a_tcl_word_is_its_text(tmp_path: Path) -> None:
 def test_settings_of_a_board_are_texts_to_tcl(field: str, tmp_path: Path) -> None:
     for number, text in enumerate(HOSTILE):
         (tmp_path / f"settings{number}.tcl").write_text(settings_tcl(bent(**{field: text}), 100))
-    script = SHOW + f"foreach n {{{' '.join(map(str, range(len(HOSTILE))))}}} {{ source settings$n.tcl; show ${field} }}"
+    script = (
+        SHOW + f"foreach n {{{' '.join(map(str, range(len(HOSTILE))))}}} {{ source settings$n.tcl; "
+        f"show ${field} }}"
+    )
     assert texts(tclsh(script, tmp_path)) == list(HOSTILE)
 
 
@@ -110,7 +124,13 @@ def test_the_vendor_scripts_get_a_hostile_board_part_as_one_word(tmp_path: Path)
     for script in ("csynth.tcl", "block_design.tcl"):
         if not shutil.which("tclsh"):
             pytest.skip("needs tclsh")
-        done = subprocess.run(["tclsh", str(MOCK), script, "calls"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["tclsh", str(MOCK), script, "calls"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert not (tmp_path / "pwned").exists()
         assert f"{{{part}}}" in (tmp_path / "calls").read_text()
@@ -119,12 +139,20 @@ def test_the_vendor_scripts_get_a_hostile_board_part_as_one_word(tmp_path: Path)
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_script_and_its_notebook_hold_a_boards_texts_as_texts(text: str) -> None:
     """Same statements, same cells, whatever the board is called."""
-    plain, script = (fpga.deploy._script(board) for board in (load_board("pynq-z2"), bent(title=text, name=text)))
-    assert ast.dump(ast.parse(script)) == ast.dump(ast.parse(plain)).replace("'pynq-z2'", repr(text))
-    first, second = (json.loads(json.dumps(fpga.deploy._notebook(s)))["cells"] for s in (plain, script))
+    plain, script = (
+        fpga.deploy._script(board) for board in (load_board("pynq-z2"), bent(title=text, name=text))
+    )
+    assert ast.dump(ast.parse(script)) == ast.dump(ast.parse(plain)).replace(
+        "'pynq-z2'", repr(text)
+    )
+    first, second = (
+        json.loads(json.dumps(fpga.deploy._notebook(s)))["cells"] for s in (plain, script)
+    )
     assert [(c["cell_type"], c["id"]) for c in first] == [(c["cell_type"], c["id"]) for c in second]
     for one, other in zip(first[1:], second[1:], strict=True):
-        assert "".join(other["source"]) == "".join(one["source"]).replace("'pynq-z2'", python_literal(text))
+        assert "".join(other["source"]) == "".join(one["source"]).replace(
+            "'pynq-z2'", python_literal(text)
+        )
 
 
 def test_python_shell_and_markdown_show_a_text_and_nothing_else(tmp_path: Path) -> None:
@@ -132,7 +160,9 @@ def test_python_shell_and_markdown_show_a_text_and_nothing_else(tmp_path: Path) 
         assert ast.literal_eval(python_literal(text)) == text
         word = shell_word(text)
         assert "\n" not in word
-        done = subprocess.run(["sh", "-c", f"printf %s {word}"], cwd=tmp_path, capture_output=True, check=True)
+        done = subprocess.run(
+            ["sh", "-c", f"printf %s {word}"], cwd=tmp_path, capture_output=True, check=True
+        )
         if text.isprintable():
             assert done.stdout.decode() == text
         line = markdown_text(text)
@@ -161,7 +191,12 @@ def test_make_takes_a_path_as_it_is(origin: str, tmp_path: Path) -> None:
         environment = {**os.environ} if origin == "argument" else {**os.environ, origin: path}
         for more in (["-n"], []):
             done = subprocess.run(
-                ["make", *more, "build/test_dpgemm", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+                ["make", *more, "build/test_dpgemm", *arguments],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert not (tmp_path / "pwned").exists(), path
         assert done.returncode != 0
@@ -171,7 +206,15 @@ def test_make_takes_a_path_as_it_is(origin: str, tmp_path: Path) -> None:
 
 def test_a_problem_with_control_characters_is_still_xml(tmp_path: Path) -> None:
     results = [
-        CaseResult(name=text, values=0, cycles=0, bytes_moved=0, seconds=0.0, problem=f"{text}\x1b[0m \ud800 {text}") for text in HOSTILE
+        CaseResult(
+            name=text,
+            values=0,
+            cycles=0,
+            bytes_moved=0,
+            seconds=0.0,
+            problem=f"{text}\x1b[0m \ud800 {text}",
+        )
+        for text in HOSTILE
     ]
     write_junit(tmp_path / "j.xml", "suite", results)
     cases = ElementTree.parse(tmp_path / "j.xml").getroot().findall("testsuite/testcase")
@@ -191,7 +234,9 @@ def test_a_board_file_with_a_hostile_text_is_refused_by_field(field: str, tmp_pa
             replace(load_board("pynq-z2"), **{field: text})
 
 
-@pytest.mark.parametrize("stem", ['x";import os;"', "a b", "$(touch pwned)", "-x", "x" * 65, "\N{SNOWMAN}"])
+@pytest.mark.parametrize(
+    "stem", ['x";import os;"', "a b", "$(touch pwned)", "-x", "x" * 65, "\N{SNOWMAN}"]
+)
 def test_a_board_file_with_a_hostile_name_is_refused(stem: str, tmp_path: Path) -> None:
     path = tmp_path / f"{stem}.json"
     shutil.copy(BOARDS / "pynq-z2.json", path)

@@ -1,4 +1,6 @@
-"""The self-test that `python -m fpga csim` runs: what it prints, what it writes, and that it sees what is wrong."""
+"""The self-test that `python -m fpga csim` runs: what it prints, what it writes, and that it sees
+what is wrong.
+"""
 
 import io
 import xml.etree.ElementTree as ElementTree
@@ -70,7 +72,13 @@ def test_the_jobs_hold_every_width_both_signs_and_both_ends_of_the_window() -> N
     seen, zero_rows = set(), False
     for _, job in random_jobs(GemmConfig()):
         for operand in (job.a, job.b):
-            seen |= set(zip(operand.bits.reshape(-1).tolist(), operand.signed.reshape(-1).tolist(), strict=True))
+            seen |= set(
+                zip(
+                    operand.bits.reshape(-1).tolist(),
+                    operand.signed.reshape(-1).tolist(),
+                    strict=True,
+                )
+            )
             zero_rows |= operand.row_exponents
     assert seen >= {(0, False)} | {(b, s) for b in range(2, 9) for s in (False, True)}
     assert zero_rows

@@ -25,13 +25,28 @@ sys.meta_path.insert(0, Block())
 
 
 def test_everything_imports_and_computes_where_torch_is_blocked() -> None:
-    paths = [p.relative_to(ROOT.parent).with_suffix("") for p in SOURCES if p.parent.name != "templates"]
+    paths = [
+        p.relative_to(ROOT.parent).with_suffix("") for p in SOURCES if p.parent.name != "templates"
+    ]
     modules = [path.as_posix().replace("/", ".") for path in paths]
-    code = BLOCKED + "".join(f"import {m.removesuffix('.__init__')}\n" for m in modules if not m.endswith(("__main__", "simboard")))
+    code = BLOCKED + "".join(
+        f"import {m.removesuffix('.__init__')}\n"
+        for m in modules
+        if not m.endswith(("__main__", "simboard"))
+    )
     code += "from fpga import open_device\nfrom fpga.selftest import run_cases\n"
-    code += "results = list(run_cases(open_device('reference')))\nassert results and not any(r.problem for r in results)\n"
+    code += (
+        "results = list(run_cases(open_device('reference')))\nassert results and not "
+        "any(r.problem for r in results)\n"
+    )
     code += "assert not {'torch', 'lightning'} & set(sys.modules)\nprint(len(results))\n"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 35
 
@@ -43,8 +58,12 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
-        allowed = ALLOWED | ({"pynq", "pynqmetadata"} if path.name in ("board.py", "simboard.py") else set())
-        allowed |= {"matplotlib"} if path.parent.name == "templates" else set()  # pictures in the notebook made of it
+        allowed = ALLOWED | (
+            {"pynq", "pynqmetadata"} if path.name in ("board.py", "simboard.py") else set()
+        )
+        allowed |= (
+            {"matplotlib"} if path.parent.name == "templates" else set()
+        )  # pictures in the notebook made of it
         for name in names:
             assert name.partition(".")[0] in allowed, f"line {node.lineno}: {name}"
 
@@ -61,8 +80,17 @@ def test_an_old_python_is_told_which_one_it_takes(version: tuple[int, ...], tmp_
     shutil.copy(ROOT / "templates/classify.py", tmp_path)
     for name in ("config.py", "device.py", "runtime.py"):
         (tmp_path / "fpga" / name).write_text("raise SyntaxError('an old Python')")
-    code = f"import sys, runpy; sys.version_info = {version}; runpy.run_path('classify.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    code = (
+        f"import sys, runpy; sys.version_info = {version}; runpy.run_path('classify.py', "
+        f"run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     found = f"{version[0]}.{version[1]}"
-    assert done.stderr == f"fpga needs Python 3.10 or later, and this is {found}: on a board, take PYNQ's image 3.0 or later\n"
+    assert (
+        done.stderr
+        == f"fpga needs Python 3.10 or later, and this is {found}: on a board, take PYNQ's "
+        f"image 3.0 or later\n"
+    )

@@ -40,13 +40,17 @@ def folder(tmp_path: Path) -> Path:
     return emit(GemmConfig(), load_board("pynq-z2"), tmp_path / "z2")
 
 
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, body: str, *, dsp: int = 32) -> Path:
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, body: str, *, dsp: int = 32
+) -> Path:
     """A vendor tool on a PATH of its own."""
     tools = tmp_path / f"tools-{name}"
     tools.mkdir()
     (tmp_path / "report.xml").write_text(XML % dsp)
     tool = tools / name
-    tool.write_text(f'#!/bin/bash\n[ "$1" = -version ] && {{ echo "{name} v2023.2 (64-bit)"; exit; }}\n{body}\n')
+    tool.write_text(
+        f'#!/bin/bash\n[ "$1" = -version ] && {{ echo "{name} v2023.2 (64-bit)"; exit; }}\n{body}\n'
+    )
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     return tools
@@ -54,13 +58,18 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, body: st
 
 def honest(tmp_path: Path) -> str:
     return (
-        f'echo "$@" > arguments; echo "$DPGEMM_STEPS" > steps; mkdir -p $(dirname {REPORT}); cp {tmp_path}/report.xml {REPORT}; echo done'
+        f'echo "$@" > arguments; echo "$DPGEMM_STEPS" > steps; mkdir -p $(dirname {REPORT}); '
+        f"cp {tmp_path}/report.xml {REPORT}; echo done"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("vitis-run", "--mode hls --tcl csynth.tcl"), ("vitis_hls", "-f csynth.tcl"), ("vivado_hls", "-f csynth.tcl")],
+    [
+        ("vitis-run", "--mode hls --tcl csynth.tcl"),
+        ("vitis_hls", "-f csynth.tcl"),
+        ("vivado_hls", "-f csynth.tcl"),
+    ],
 )
 def test_each_tool_is_run_its_own_way_and_its_report_read(
     name: str, arguments: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,23 +94,35 @@ def test_the_newest_tool_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", f"{old}:{new}")
     tool = find_tool()
     assert tool is not None
-    assert (tool.name, tool.version) == ("vitis-run", "unknown" if not os.access("/bin/bash", os.X_OK) else "2023.2")
+    assert (tool.name, tool.version) == (
+        "vitis-run",
+        "unknown" if not os.access("/bin/bash", os.X_OK) else "2023.2",
+    )
 
 
-def test_without_a_tool_the_way_out_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_tool_the_way_out_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ToolMissing, match=r"none of vitis-run, vitis_hls, vivado_hls is on PATH.*python -m fpga csim"):
+    with pytest.raises(
+        ToolMissing,
+        match=r"none of vitis-run, vitis_hls, vivado_hls is on PATH.*python -m fpga csim",
+    ):
         build(folder)
     assert main(["build", str(folder)]) == 1
 
 
-def test_a_failing_tool_shows_its_last_lines(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tool_shows_its_last_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, monkeypatch, "vitis_hls", 'echo "ERROR: [HLS 200-1] no licence"; exit 3')
     with pytest.raises(CompileError, match=r"(?s)vitis_hls -f csynth.tcl.*no licence"):
         build(folder, stream=io.StringIO())
 
 
-def test_a_tool_that_hangs_is_stopped_with_all_it_started(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_that_hangs_is_stopped_with_all_it_started(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, monkeypatch, "vitis_hls", "sleep 3600 & echo $! > child; wait")
     # On a busy machine a second is too short for the tool to start anything: then it gets more.
     for seconds in (1, 10, 100, 1000):
@@ -121,18 +142,30 @@ def test_a_tool_that_hangs_is_stopped_with_all_it_started(folder: Path, tmp_path
     wait_until(has_ended)
 
 
-def test_a_tool_gets_no_input_to_wait_for(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(tmp_path, monkeypatch, "vitis_hls", 'readlink /proc/self/fd/0 > input; read -r answer || echo "nobody answers"; exit 3')
+def test_a_tool_gets_no_input_to_wait_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(
+        tmp_path,
+        monkeypatch,
+        "vitis_hls",
+        'readlink /proc/self/fd/0 > input; read -r answer || echo "nobody answers"; exit 3',
+    )
     with pytest.raises(CompileError, match="nobody answers"):
         build(folder, stream=io.StringIO())
     assert (folder / "input").read_text() == "/dev/null\n"
 
 
-def test_a_version_is_read_from_any_bytes_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_version_is_read_from_any_bytes_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a tool leaves running holds its output open."""
     tools = install(tmp_path, monkeypatch, "vitis_hls", "")
     tool = tools / "vitis_hls"
-    tool.write_text(f"#!/bin/bash\nsleep 3600 &\necho $! > {tmp_path}/child\nprintf 'Vitis \\xff\\xa9 v2024.1\\n' >&2; exit 1\n")
+    tool.write_text(
+        f"#!/bin/bash\nsleep 3600 &\necho $! > {tmp_path}/child\nprintf 'Vitis \\xff\\xa9 "
+        f"v2024.1\\n' >&2; exit 1\n"
+    )
     try:
         found = find_tool()
     finally:
@@ -147,13 +180,17 @@ def test_an_edited_folder_is_not_built(folder: Path) -> None:
         build(folder)
 
 
-def test_what_a_build_leaves_does_not_count_as_an_edit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_build_leaves_does_not_count_as_an_edit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(tmp_path, monkeypatch, "vitis_hls", honest(tmp_path))
     build(folder, stream=io.StringIO())
     build(folder, ("csim",), stream=io.StringIO())
 
 
-def test_unknown_steps_and_missing_reports(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_steps_and_missing_reports(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="steps are csim, csynth, cosim, export, not simulate"):
         build(folder, ("simulate",))
     with pytest.raises(ValueError, match="not none"):
@@ -168,7 +205,12 @@ def test_unknown_steps_and_missing_reports(folder: Path, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("dsp", "status"), [(32, 0), (221, 1)])
 def test_the_command_says_whether_the_core_fits(
-    dsp: int, status: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dsp: int,
+    status: int,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     install(tmp_path, monkeypatch, "vitis_hls", honest(tmp_path), dsp=dsp)
     assert main(["build", str(folder)]) == status

@@ -20,16 +20,44 @@ def main() -> int:
         prog="python -m tests.fuzz",
         description=__doc__.split(": ", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="targets:\n" + "".join(f"  {t.name:14s} {t.text}\n" for t in TARGETS)
-        + "\nbeside these: `python -m tests.fuzz.geometries` compares convolutions of random geometries with float64",
-    )  # fmt: skip
-    parser.add_argument("--target", action="append", choices=[t.name for t in TARGETS], help="only this one; may be given again")
+        epilog="targets:\n"
+        + "".join(f"  {t.name:14s} {t.text}\n" for t in TARGETS)
+        + "\nbeside these: `python -m tests.fuzz.geometries` compares convolutions of random "
+        "geometries with float64",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=[t.name for t in TARGETS],
+        help="only this one; may be given again",
+    )
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--count", type=int, default=100_000, metavar="N", help="inputs in all, shared by the targets (default: 100000)")
-    amount.add_argument("--seconds", type=float, metavar="N", help="seconds in all, shared by the targets")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other inputs (default: 0)")
-    parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"), metavar="DIR", help="where failing inputs go")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="read this one input of --target, and say what comes of it")
+    amount.add_argument(
+        "--count",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="inputs in all, shared by the targets (default: 100000)",
+    )
+    amount.add_argument(
+        "--seconds", type=float, metavar="N", help="seconds in all, shared by the targets"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="another seed, other inputs (default: 0)"
+    )
+    parser.add_argument(
+        "--findings",
+        type=Path,
+        default=Path("fuzz-findings"),
+        metavar="DIR",
+        help="where failing inputs go",
+    )
+    parser.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE",
+        help="read this one input of --target, and say what comes of it",
+    )
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -57,7 +85,10 @@ def main() -> int:
         print(f"{name:14s} {_text(outcome)}")
     total = sum(o.inputs for o in outcomes.values())
     findings = sum(len(o.findings) for o in outcomes.values())
-    print(f"{total:,} inputs in {time.monotonic() - begin:.0f} s, seed {options.seed}: {findings} findings")
+    print(
+        f"{total:,} inputs in {time.monotonic() - begin:.0f} s, seed {options.seed}: {findings} "
+        f"findings"
+    )
     print("\n".join(save(outcomes, options.findings)), end="\n" if findings else "")
     return int(findings > 0)
 
@@ -75,13 +106,20 @@ class _Line:
         self._told = time.monotonic()
         goal = f" of {count:,}" if count < 1 << 40 else ""
         line = f"{name:14s} {_text(outcome)}{goal}"
-        print(f"\r{line:110s}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+        print(
+            f"\r{line:110s}" if sys.stdout.isatty() else line,
+            end="" if sys.stdout.isatty() else "\n",
+            flush=True,
+        )
 
 
 def _text(outcome: Outcome) -> str:
     rate = outcome.inputs / outcome.seconds if outcome.seconds else 0
     found = sum(f.count for f in outcome.findings.values())
-    return f"{outcome.inputs:9,} inputs: {outcome.accepted:8,} accepted, {outcome.refused:9,} refused, {found:5,} failed, {rate:6,.0f}/s"
+    return (
+        f"{outcome.inputs:9,} inputs: {outcome.accepted:8,} accepted, {outcome.refused:9,} "
+        f"refused, {found:5,} failed, {rate:6,.0f}/s"
+    )
 
 
 def _one(target, data: bytes) -> int:

@@ -1,7 +1,8 @@
 """Mutated jobs on the emitted C++ under AddressSanitizer and UndefinedBehaviorSanitizer.   python -m tests.fuzz.core [--count N]
 
-Recorded jobs are changed in their words, operands and sizes, and run on buffers that end where the job says: the core must refuse with an
-error code or compute, but never read or write elsewhere. Prints how often each code came.
+Recorded jobs are changed in their words, operands and sizes, and run on buffers that end where the
+job says: the core must refuse with an error code or compute, but never read or write elsewhere.
+Prints how often each code came.
 """
 
 import argparse
@@ -44,19 +45,51 @@ def compiled(config: GemmConfig, folder: Path) -> Path:
 
 
 def fuzz(binary: Path, *, seed: int, count: int) -> Counter[int]:
-    """How often each error code came. Raises AssertionError with the sanitizer's report, and the seed of its case."""
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    """How often each error code came. Raises AssertionError with the sanitizer's report, and the
+    seed of its case.
+    """
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     command = [str(binary), str(binary.parent / "vectors"), str(seed), str(count)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=WAIT_S)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=WAIT_S,
+    )
     at = (binary.parent / "vectors" / "seed").read_text().split()[:1]
-    assert done.returncode == 0, f"{' '.join(command)}: status {done.returncode} in the case of seed {at}\n{done.stderr[:3000]}"
-    return Counter({int(code): int(times) for code, times in (line.split() for line in done.stdout.splitlines())})
+    assert done.returncode == 0, (
+        f"{' '.join(command)}: status {done.returncode} in the case of seed "
+        f"{at}\n{done.stderr[:3000]}"
+    )
+    return Counter(
+        {
+            int(code): int(times)
+            for code, times in (line.split() for line in done.stdout.splitlines())
+        }
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000, metavar="N", help="jobs for each configuration (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first job (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        default=100_000,
+        metavar="N",
+        help="jobs for each configuration (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first job (default: %(default)s)"
+    )
     options = parser.parse_args()
     names = {NOT_RUN: "too long, not run", **{code: name for code, name, _ in ERRORS}}
     for label, config in CONFIGS.items():
@@ -64,8 +97,12 @@ def main() -> int:
             binary = compiled(config, Path(work))
             counts: Counter[int] = Counter()
             for first in range(0, options.count, CHUNK):
-                counts += fuzz(binary, seed=options.seed + first, count=min(CHUNK, options.count - first))
-        told = ", ".join(f"{names.get(code, code)} {times}" for code, times in sorted(counts.items()))
+                counts += fuzz(
+                    binary, seed=options.seed + first, count=min(CHUNK, options.count - first)
+                )
+        told = ", ".join(
+            f"{names.get(code, code)} {times}" for code, times in sorted(counts.items())
+        )
         print(f"{label}: {counts.total()} jobs, no sanitizer's report: {told}", flush=True)
     return 0
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feeds inputs to readers in a child process, under limits that are in force, and keeps the smallest of those that show a fault.
+"""Feeds inputs to readers in a child process, under limits that are in force, and keeps the
+smallest of those that show a fault.
 
-An input is fixed by target, seed and number. A reader may accept it, and then what it gave is used; or refuse it with an error of this
-package's own that names the file. Anything else is a finding: another exception, one in use, more memory or processor time than the
-limits, a process that ends.
+An input is fixed by target, seed and number. A reader may accept it, and then what it gave is used;
+or refuse it with an error of this package's own that names the file. Anything else is a finding:
+another exception, one in use, more memory or processor time than the limits, a process that ends.
 """
 
 import json
@@ -38,7 +39,9 @@ SECONDS = 5.0
 """Of processor time, for one input: a busy machine is no finding."""
 WARM = 3
 """Inputs of each target before the limits are set."""
-_PLACE: Final = struct.Struct("<qqqq")  # job, number of the input under way, and how many were accepted and refused before it
+_PLACE: Final = struct.Struct(
+    "<qqqq"
+)  # job, number of the input under way, and how many were accepted and refused before it
 _SILENCE: Final = 120.0  # seconds after which a child that began no other input is ended
 
 Use = Callable[[], object]
@@ -51,7 +54,8 @@ class Target:
     Attributes:
         text: what is read, in a line.
         make: an input from a generator.
-        read: reads an input, with a folder of its own to write files to; gives what uses the result.
+        read: reads an input, with a folder of its own to write files to; gives what uses the
+            result.
         share: inputs of it among those of all targets; slow ones get fewer.
         named: a refusal must name the folder's file.
     """
@@ -133,7 +137,9 @@ def examine(target: Target, data: bytes, folder: Path) -> tuple[str, str, str]:
 
 
 def is_own(error: BaseException) -> bool:
-    """Raised by a `raise` of this package: a class of its own, or ValueError itself. Running out of memory on the way is none."""
+    """Raised by a `raise` of this package: a class of its own, or ValueError itself. Running out of
+    memory on the way is none.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError | TooSlow):
@@ -144,7 +150,9 @@ def is_own(error: BaseException) -> bool:
     if type(error) is not ValueError:
         return False
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return _is_ours(frame.filename) and linecache.getline(frame.filename, frame.lineno or 0).strip().startswith("raise ")
+    return _is_ours(frame.filename) and linecache.getline(
+        frame.filename, frame.lineno or 0
+    ).strip().startswith("raise ")
 
 
 def _is_ours(filename: str) -> bool:
@@ -154,7 +162,9 @@ def _is_ours(filename: str) -> bool:
 def _place(error: BaseException) -> str:
     """The last line of this package that was under way."""
     frames = traceback.extract_tb(error.__traceback__)
-    last = next((f for f in reversed(frames) if _is_ours(f.filename)), frames[-1] if frames else None)
+    last = next(
+        (f for f in reversed(frames) if _is_ours(f.filename)), frames[-1] if frames else None
+    )
     return "nowhere" if last is None else f"{os.path.relpath(last.filename, ROOT)}:{last.lineno}"
 
 
@@ -179,21 +189,35 @@ def _alarm(seconds: float) -> Iterator[None]:
 def limit_memory(extra: int = EXTRA_BYTES) -> None:
     """Let this process have so much address space more than it has, from now on."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, resource.RLIM_INFINITY))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (pages * resource.getpagesize() + extra, resource.RLIM_INFINITY)
+    )
 
 
 # -- the child
 
 
-def work(targets: Sequence[Target], jobs: Sequence[tuple[str, int, int]], seed: int, seconds: float | None, place: Path, send) -> None:
-    """Go through jobs (target, first number, count), with the number under way in the file `place`, and send what comes of them.
+def work(
+    targets: Sequence[Target],
+    jobs: Sequence[tuple[str, int, int]],
+    seed: int,
+    seconds: float | None,
+    place: Path,
+    send,
+) -> None:
+    """Go through jobs (target, first number, count), with the number under way in the file `place`,
+    and send what comes of them.
 
     Args:
         seconds: for each job; None: until its count is reached.
         send: takes dicts, JSON-ready.
     """
     known = {target.name: target for target in targets}
-    with open(place, "r+b") as file, mmap.mmap(file.fileno(), _PLACE.size) as at, tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with (
+        open(place, "r+b") as file,
+        mmap.mmap(file.fileno(), _PLACE.size) as at,
+        tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
+    ):
         for name, _, _ in jobs:
             _once(known[name], Path(folder))
         limit_memory()
@@ -234,7 +258,8 @@ def run(
     module: str = "tests.fuzz",
     progress: Callable[[str, Outcome, int], None] = lambda name, outcome, count: None,
 ) -> dict[str, Outcome]:
-    """Run so many inputs of each target in a child; one that dies is replaced, from the next input on.
+    """Run so many inputs of each target in a child; one that dies is replaced, from the next input
+    on.
 
     Args:
         seconds: for each target, if that is less.
@@ -242,24 +267,37 @@ def run(
         progress: gets a target's name, what became of its inputs so far, and how many are to be.
     """
     outcomes = {target.name: Outcome() for target in targets}
-    base = dict.fromkeys(outcomes, (0, 0, 0.0))  # accepted, refused and seconds of children that died
+    base = dict.fromkeys(
+        outcomes, (0, 0, 0.0)
+    )  # accepted, refused and seconds of children that died
     jobs = [(target.name, 0, counts[target.name]) for target in targets]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         place, order = Path(folder) / "place", Path(folder) / "order"
         while jobs:
             place.write_bytes(_PLACE.pack(0, -1, 0, 0))
-            order.write_text(json.dumps({"jobs": jobs, "seed": seed, "seconds": seconds, "place": str(place)}))
+            order.write_text(
+                json.dumps({"jobs": jobs, "seed": seed, "seconds": seconds, "place": str(place)})
+            )
             status, errors = _child(module, order, place, outcomes, base, counts, progress)
             if status == 0:
                 break
             job, number, accepted, refused = _PLACE.unpack(place.read_bytes())
             if number < 0:
-                raise RuntimeError(f"the child ended before its first input, exit {status}: {errors[-2000:]}")
+                raise RuntimeError(
+                    f"the child ended before its first input, exit {status}: {errors[-2000:]}"
+                )
             name, first, count = jobs[job]
             target = next(t for t in targets if t.name == name)
-            what = "a process that says nothing" if status is None else f"a process that ends, exit {status}"
+            what = (
+                "a process that says nothing"
+                if status is None
+                else f"a process that ends, exit {status}"
+            )
             outcomes[name].add(Finding(name, what, errors[-4000:], target.input(seed, number)))
-            outcomes[name].accepted, outcomes[name].refused = base[name][0] + accepted, base[name][1] + refused
+            outcomes[name].accepted, outcomes[name].refused = (
+                base[name][0] + accepted,
+                base[name][1] + refused,
+            )
             base[name] = (outcomes[name].accepted, outcomes[name].refused, outcomes[name].seconds)
             jobs = [(name, number + 1, first + count - number - 1), *jobs[job + 1 :]]
     return outcomes
@@ -271,12 +309,17 @@ def _child(module, order, place, outcomes, base, counts, progress) -> tuple[int 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         pipes = {"stdout": subprocess.PIPE, "stderr": errors}
-        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as child, _watched(child, place):
+        with (
+            subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as child,
+            _watched(child, place),
+        ):
             try:
                 for line in child.stdout:
                     message = json.loads(line)
                     _take(message, outcomes, base)
-                    progress(message["target"], outcomes[message["target"]], counts[message["target"]])
+                    progress(
+                        message["target"], outcomes[message["target"]], counts[message["target"]]
+                    )
             except BaseException:
                 child.kill()
                 raise
@@ -285,7 +328,9 @@ def _child(module, order, place, outcomes, base, counts, progress) -> tuple[int 
         return (None if status == -signal.SIGKILL else status), errors.read()
 
 
-def _take(message: dict, outcomes: dict[str, Outcome], base: dict[str, tuple[int, int, float]]) -> None:
+def _take(
+    message: dict, outcomes: dict[str, Outcome], base: dict[str, tuple[int, int, float]]
+) -> None:
     """Enter what a child sent."""
     outcome, before = outcomes[message["target"]], base[message["target"]]
     if "tally" in message:
@@ -293,7 +338,11 @@ def _take(message: dict, outcomes: dict[str, Outcome], base: dict[str, tuple[int
         outcome.refused = before[1] + message["tally"].get("refused", 0)
         outcome.seconds = before[2] + message["seconds"]
     else:
-        outcome.add(Finding(message["target"], message["what"], message["trace"], bytes.fromhex(message["data"])))
+        outcome.add(
+            Finding(
+                message["target"], message["what"], message["trace"], bytes.fromhex(message["data"])
+            )
+        )
 
 
 @contextmanager
@@ -329,6 +378,9 @@ def save(outcomes: dict[str, Outcome], folder: Path) -> list[str]:
             path = folder / f"{name}-{number}.bin"
             path.write_bytes(finding.data)
             path.with_suffix(".txt").write_text(f"{finding.what}\n\n{finding.trace}")
-            lines.append(f"{name}: {finding.what} ({finding.count} inputs, the smallest of {len(finding.data)} bytes)")
+            lines.append(
+                f"{name}: {finding.what} ({finding.count} inputs, the smallest of "
+                f"{len(finding.data)} bytes)"
+            )
             lines.append(f"    python -m tests.fuzz --target {name} --input {path}")
     return lines

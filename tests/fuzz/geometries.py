@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random convolutions, fast types against float64, with freed memory poisoned: `python -m tests.fuzz.geometries --seconds 600`.
+"""Random convolutions, fast types against float64, with freed memory poisoned: `python -m
+tests.fuzz.geometries --seconds 600`.
 
-`--layers`: converted layers instead of bare GEMMs, in every mode and on every path (tests/fuzz/layers.py).
+`--layers`: converted layers instead of bare GEMMs, in every mode and on every path
+(tests/fuzz/layers.py).
 
-The library's fault (docs/upstream/onednn-conv-unwritten-memory.md) is memory that is never written, so a single look may pass by luck, and
-some shapes end the process. So each part runs in a child with glibc's MALLOC_PERTURB_ set, and freed blocks of like sizes hold NaN.
+The library's fault (docs/upstream/onednn-conv-unwritten-memory.md) is memory that is never written,
+so a single look may pass by luck, and some shapes end the process. So each part runs in a child
+with glibc's MALLOC_PERTURB_ set, and freed blocks of like sizes hold NaN.
 """
 
 import argparse
@@ -80,7 +83,11 @@ def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list
         expected = multiply(gemm, left, right, geometry, shape)
         sizes = multiply(gemm, left.abs(), right.abs(), geometry, shape)
         for dtype in (torch.bfloat16, torch.float32):
-            bound = 2.0**-12 * sizes + (2.0**-8 * expected.abs() if dtype is torch.bfloat16 else 0.0) + 1e-30
+            bound = (
+                2.0**-12 * sizes
+                + (2.0**-8 * expected.abs() if dtype is torch.bfloat16 else 0.0)
+                + 1e-30
+            )
             for innermost in (False, True):
                 a, b = (_ordered(t.to(dtype), innermost) for t in (left, right))
                 _poison(expected.numel(), x.numel(), w.numel())
@@ -103,22 +110,47 @@ def _poison(*sizes: int) -> None:
 
 
 def search(
-    first: int, count: int, axes: int | None = None, *, perturb: int = 165, threads: int = 1, flags: Sequence[str] = ()
+    first: int,
+    count: int,
+    axes: int | None = None,
+    *,
+    perturb: int = 165,
+    threads: int = 1,
+    flags: Sequence[str] = (),
 ) -> tuple[int, list[str]]:
-    """How many of `count` geometries, from seed `first` on, are on the fast path in all three GEMMs, and what is wrong with which.
+    """How many of `count` geometries, from seed `first` on, are on the fast path in all three
+    GEMMs, and what is wrong with which.
 
     Args:
         flags: of `--layers` and `--without-rule`.
     """
-    command = [sys.executable, "-m", "tests.fuzz.geometries", "--part", str(first), str(count), str(axes or 0), str(threads), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.geometries",
+        "--part",
+        str(first),
+        str(count),
+        str(axes or 0),
+        str(threads),
+        *flags,
+    ]
     environment = {**os.environ, "MALLOC_PERTURB_": str(perturb), "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    child = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
     lines = [json.loads(line) for line in child.stdout.splitlines()]
-    faults = [f"seed {r['seed']}: {', '.join(r['wrong'])}: {r['case']}" for r in lines if r["wrong"]]
+    faults = [
+        f"seed {r['seed']}: {', '.join(r['wrong'])}: {r['case']}" for r in lines if r["wrong"]
+    ]
     if child.returncode:
-        # A line is written before a geometry is tried, so the last one names what ended the process.
+        # A line is written before a geometry is tried, so the last one names what ended the
+        # process.
         begun = lines[-1] if lines else {}
-        faults.append(f"exit {child.returncode} at seed {begun.get('seed', first)}: {begun.get('case')} {child.stderr[-300:]}")
+        faults.append(
+            f"exit {child.returncode} at seed {begun.get('seed', first)}: {begun.get('case')} "
+            f"{child.stderr[-300:]}"
+        )
     return sum(r.get("trusted", False) for r in lines), faults
 
 
@@ -134,28 +166,60 @@ def _part(first: int, count: int, axes: int, threads: int, *, layers: bool, rule
         trusted = matmul.is_trusted(geometry, shape)
         if not trusted and seed % _UNTRUSTED:
             continue
-        print(json.dumps({"seed": seed, "case": case, "wrong": look(geometry, shape, seed=seed), "trusted": trusted}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "seed": seed,
+                    "case": case,
+                    "wrong": look(geometry, shape, seed=seed),
+                    "trusted": trusted,
+                }
+            ),
+            flush=True,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to search")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--axes", type=int, choices=(1, 2, 3), help="only convolutions of so many spatial axes")
-    parser.add_argument("--layers", action="store_true", help="converted layers, in every mode and on every path")
-    parser.add_argument("--without-rule", action="store_true", help="trust every shape: what the library itself does")
+    parser.add_argument(
+        "--axes", type=int, choices=(1, 2, 3), help="only convolutions of so many spatial axes"
+    )
+    parser.add_argument(
+        "--layers", action="store_true", help="converted layers, in every mode and on every path"
+    )
+    parser.add_argument(
+        "--without-rule",
+        action="store_true",
+        help="trust every shape: what the library itself does",
+    )
     parser.add_argument("--part", type=int, nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
         _part(*arguments.part, layers=arguments.layers, rule=not arguments.without_rule)
         return 0
-    flags = [f"--{name.replace('_', '-')}" for name in ("layers", "without_rule") if getattr(arguments, name)]
+    flags = [
+        f"--{name.replace('_', '-')}"
+        for name in ("layers", "without_rule")
+        if getattr(arguments, name)
+    ]
     end, seed, trusted, faults = time.monotonic() + arguments.seconds, arguments.seed, 0, 0
     part = _PART_OF_LAYERS if arguments.layers else _PART
     while time.monotonic() < end:
-        fast, found = search(seed, part, arguments.axes, perturb=1 + seed // part % 255, threads=1 + seed // part % 2, flags=flags)
+        fast, found = search(
+            seed,
+            part,
+            arguments.axes,
+            perturb=1 + seed // part % 255,
+            threads=1 + seed // part % 2,
+            flags=flags,
+        )
         seed, trusted, faults = seed + part, trusted + fast, faults + len(found)
-        found.append(f"{seed - arguments.seed} geometries, {trusted} of them on the fast path in all three GEMMs, {faults} faults")
+        found.append(
+            f"{seed - arguments.seed} geometries, {trusted} of them on the fast path in all "
+            f"three GEMMs, {faults} faults"
+        )
         print("\n".join(found), flush=True)
     return bool(faults)
 

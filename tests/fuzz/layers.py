@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A converted layer of any geometry in every mode and on every path, against float64: `python -m tests.fuzz.geometries --layers`."""
+"""A converted layer of any geometry in every mode and on every path, against float64: `python -m
+tests.fuzz.geometries --layers`.
+"""
 
 import functools
 import random
@@ -25,28 +27,50 @@ from dynasty_lightning.numerics.roles import Gemm, Role
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _EXECUTOR = "float64"
 _BLOCKS: tuple[dict[str, Any], ...] = (
-    *[{"block_shape": (4, 4)}] * 3, {"block_shape": (8, 8)}, {"block_shape": (16, 16)}, {"block_shape": (1, 16)}, {"block_shape": (1, 32)},
-    {"block_shape": (4, 4), "width_group": (8, 8)}, {"block_shape": (4, 4), "width_group": (4, 16)},
+    *[{"block_shape": (4, 4)}] * 3,
+    {"block_shape": (8, 8)},
+    {"block_shape": (16, 16)},
+    {"block_shape": (1, 16)},
+    {"block_shape": (1, 32)},
+    {"block_shape": (4, 4), "width_group": (8, 8)},
+    {"block_shape": (4, 4), "width_group": (4, 16)},
     {"block_shape": (1, 32), "scaling": "mx"},
-)  # fmt: skip
+)
 Results = dict[str, Tensor]
 
 
 @functools.cache
 def paths() -> dict[str, Any]:
-    """What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where nothing was compiled."""
-    return {"vectors": native.load(native.build()), "plain lanes": native.load(native.build(plain_lanes=True)), "no compiler": None}
+    """What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where
+    nothing was compiled.
+    """
+    return {
+        "vectors": native.load(native.build()),
+        "plain lanes": native.load(native.build(plain_lanes=True)),
+        "no compiler": None,
+    }
 
 
 def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list[str]:
-    """Which results of which mode, path, types and memory order are not what docs/numerics.md promises."""
+    """Which results of which mode, path, types and memory order are not what docs/numerics.md
+    promises.
+    """
     rng = random.Random(seed)
     torch.manual_seed(seed)
     module = _CONV[len(geometry.taps)](
-        geometry.in_channels, geometry.out_channels, geometry.taps, stride=geometry.stride, padding=geometry.padding,
-        dilation=geometry.dilation, groups=geometry.groups, bias=False,
-    )  # fmt: skip
-    models = {mode: nn.Sequential(module) if mode == "exact" else nn.Sequential(_copied(module)) for mode in ("fast", "exact")}
+        geometry.in_channels,
+        geometry.out_channels,
+        geometry.taps,
+        stride=geometry.stride,
+        padding=geometry.padding,
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=False,
+    )
+    models = {
+        mode: nn.Sequential(module) if mode == "exact" else nn.Sequential(_copied(module))
+        for mode in ("fast", "exact")
+    }
     x = torch.randn(shape) * torch.randn(shape).exp2()
     blocks = rng.choice(_BLOCKS)
     requests = (None, OperandPrecision(bits=4), OperandPrecision(lsb_exponent=-4))
@@ -65,15 +89,27 @@ def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list
         want, sizes = _reference(layers["exact"], x, e, training=training, observing=observing)
         for path in paths():
             for mode, layer in layers.items():
-                types = rng.choice((torch.bfloat16, torch.float32)) if mode == "fast" else torch.float64
+                types = (
+                    rng.choice((torch.bfloat16, torch.float32)) if mode == "fast" else torch.float64
+                )
                 innermost = rng.random() < 0.5
-                with _on(path), mock.patch.object(matmul, "fast_dtype", lambda _, types=types: types):
-                    got = _step(layer, x, e, training=training, observing=observing, innermost=innermost)
+                with (
+                    _on(path),
+                    mock.patch.object(matmul, "fast_dtype", lambda _, types=types: types),
+                ):
+                    got = _step(
+                        layer, x, e, training=training, observing=observing, innermost=innermost
+                    )
                 for name, value in got.items():
                     if not _fits(name, value, want, sizes, geometry, e.shape, types):
                         order = "channels innermost" if innermost else "contiguous"
-                        words = ("train" if training else "eval") + (", observed" if observing else "")
-                        found.append(f"{name} {mode} {words} {path} {str(types).removeprefix('torch.')} {order}")
+                        words = ("train" if training else "eval") + (
+                            ", observed" if observing else ""
+                        )
+                        found.append(
+                            f"{name} {mode} {words} {path} {str(types).removeprefix('torch.')} "
+                            f"{order}"
+                        )
     return found
 
 
@@ -90,13 +126,19 @@ def _on(path: str) -> Iterator[None]:
         yield
 
 
-def _step(layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, observing: bool, innermost: bool) -> Results:
-    """Y, dX, dW and, where observed, the mean squares of both gradients, of one step from the same point of the random stream."""
+def _step(
+    layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, observing: bool, innermost: bool
+) -> Results:
+    """Y, dX, dW and, where observed, the mean squares of both gradients, of one step from the same
+    point of the random stream.
+    """
     layer.train(training)
     layer.observing, layer.weight.grad = observing, None
     layer.clear_observation()
     layer.stream.calls.zero_()
-    x, e = (t.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else t.clone() for t in (x, e))
+    x, e = (
+        t.movedim(1, -1).contiguous().movedim(-1, 1) if innermost else t.clone() for t in (x, e)
+    )
     # An observed step computes dX for its statistics alone, a step in training all of it.
     x.requires_grad_(not observing)
     y = layer(x)
@@ -111,7 +153,9 @@ def _step(layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, observin
     return results | {name: observation.squares[name] for name in ("dx_square", "dw_square")}
 
 
-def _reference(layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, observing: bool) -> tuple[Results, Results]:
+def _reference(
+    layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, observing: bool
+) -> tuple[Results, Results]:
     """The same in float64 of the operands that the layer quantizes, and the sums of magnitudes."""
     want: Results = {}
     sizes: Results = {}
@@ -136,11 +180,21 @@ def _reference(layer: DynamicLayer, x: Tensor, e: Tensor, *, training: bool, obs
 
 
 def _fits(
-    name: str, got: Tensor, want: Results, sizes: Results, geometry: LayerGeometry, output_shape: torch.Size, types: torch.dtype
+    name: str,
+    got: Tensor,
+    want: Results,
+    sizes: Results,
+    geometry: LayerGeometry,
+    output_shape: torch.Size,
+    types: torch.dtype,
 ) -> bool:
     if name.endswith("square"):  # of results within their bound
         limit = 2.0**-5 * want[name] + 1e-30 if types is not torch.float64 else 1e-12 * want[name]
-        slack = float(sizes["dX" if name[1] == "x" else "dW"].max()) ** 2 * 2.0**-20 if types is not torch.float64 else 0.0
+        slack = (
+            float(sizes["dX" if name[1] == "x" else "dW"].max()) ** 2 * 2.0**-20
+            if types is not torch.float64
+            else 0.0
+        )
         return bool(((got - want[name]).abs() <= limit + slack).all())
     if types is torch.float64:
         return torch.equal(got, want[name].float() + 0.0)

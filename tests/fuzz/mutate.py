@@ -30,9 +30,58 @@ _WORDS: Final = (
     "`",
     _LONG,
 )
-_WHOLES: Final = (0, 1, -1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 127, 128, 255, 256, 1000, 65535, 65536, 10**5, 1 << 24, 10**8,
-                  (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 33, 1 << 40, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 10**400)  # fmt: skip
-_REALS: Final = (0.0, -0.0, 0.5, 1.0, 1.5, 3.4e38, 3.5e38, 1e308, -1e308, 5e-324, float("nan"), float("inf"), float("-inf"))
+_WHOLES: Final = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    4,
+    7,
+    8,
+    9,
+    16,
+    17,
+    31,
+    32,
+    33,
+    64,
+    127,
+    128,
+    255,
+    256,
+    1000,
+    65535,
+    65536,
+    10**5,
+    1 << 24,
+    10**8,
+    (1 << 31) - 1,
+    1 << 31,
+    1 << 32,
+    1 << 33,
+    1 << 40,
+    (1 << 63) - 1,
+    1 << 63,
+    1 << 64,
+    10**30,
+    10**400,
+)
+_REALS: Final = (
+    0.0,
+    -0.0,
+    0.5,
+    1.0,
+    1.5,
+    3.4e38,
+    3.5e38,
+    1e308,
+    -1e308,
+    5e-324,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+)
 
 
 def odd_value(rng: random.Random, depth: int = 0) -> Any:
@@ -51,7 +100,11 @@ def odd_value(rng: random.Random, depth: int = 0) -> Any:
         return [odd_value(rng, depth + 1) for _ in range(rng.randrange(5))]
     if kind < 11:
         return {rng.choice(_WORDS): odd_value(rng, depth + 1) for _ in range(rng.randrange(4))}
-    return DEEP if rng.random() < 0.1 else [rng.choice(_WHOLES[:12])] * rng.choice((1, 2, 3, 9, 100, 5000))
+    return (
+        DEEP
+        if rng.random() < 0.1
+        else [rng.choice(_WHOLES[:12])] * rng.choice((1, 2, 3, 9, 100, 5000))
+    )
 
 
 def near_value(rng: random.Random, value: Any) -> Any:
@@ -60,16 +113,55 @@ def near_value(rng: random.Random, value: Any) -> Any:
         return odd_value(rng)
     if isinstance(value, int):
         return rng.choice(
-            (value + 1, value - 1, -value, 2 * value, value // 2, value * 4, value + 4, float(value & 0xFFFF), str(value)[:50], [value])
+            (
+                value + 1,
+                value - 1,
+                -value,
+                2 * value,
+                value // 2,
+                value * 4,
+                value + 4,
+                float(value & 0xFFFF),
+                str(value)[:50],
+                [value],
+            )
         )
     if isinstance(value, float):
-        return rng.choice((value * 2, -value, value / 1e6, value * 1e6, int(value) if abs(value) < 1e300 else 0, str(value)))
+        return rng.choice(
+            (
+                value * 2,
+                -value,
+                value / 1e6,
+                value * 1e6,
+                int(value) if abs(value) < 1e300 else 0,
+                str(value),
+            )
+        )
     if isinstance(value, str):
         at = rng.randrange(len(value) + 1)
-        return rng.choice((value[:at] + rng.choice(_WORDS) + value[at:], value[:at], value[at:], value.upper(), value + value))
+        return rng.choice(
+            (
+                value[:at] + rng.choice(_WORDS) + value[at:],
+                value[:at],
+                value[at:],
+                value.upper(),
+                value + value,
+            )
+        )
     if isinstance(value, list):
-        return rng.choice((value + value[-1:], value[:-1], value[::-1], [value], value * 2, {str(i): v for i, v in enumerate(value)}))
-    return rng.choice(([list(pair) for pair in value.items()], [value], {**value, "more": odd_value(rng)}))
+        return rng.choice(
+            (
+                value + value[-1:],
+                value[:-1],
+                value[::-1],
+                [value],
+                value * 2,
+                {str(i): v for i, v in enumerate(value)},
+            )
+        )
+    return rng.choice(
+        ([list(pair) for pair in value.items()], [value], {**value, "more": odd_value(rng)})
+    )
 
 
 def mutate_json(rng: random.Random, value: Any, *, times: int | None = None) -> Any:
@@ -89,7 +181,11 @@ def mutate_json(rng: random.Random, value: Any, *, times: int | None = None) -> 
         elif kind < 9:
             other, name = rng.choice(spots)
             with_other = other[name] if _has(other, name) else None
-            holder[key] = json.loads(dumps(with_other)) if not isinstance(with_other, dict | list) or len(spots) < 4000 else None
+            holder[key] = (
+                json.loads(dumps(with_other))
+                if not isinstance(with_other, dict | list) or len(spots) < 4000
+                else None
+            )
         elif isinstance(holder, dict):
             holder[str(key) + rng.choice(_WORDS)] = holder.pop(key)
         else:
@@ -118,7 +214,11 @@ def to_json(value: Any) -> bytes:
     """The bytes of a JSON file, `DEEP` spelled out."""
     text = dumps(value)
     quoted = f'"{DEEP}"'
-    return text.replace(quoted, "[" * _DEPTH + "]" * _DEPTH, 1).encode() if quoted in text else text.encode()
+    return (
+        text.replace(quoted, "[" * _DEPTH + "]" * _DEPTH, 1).encode()
+        if quoted in text
+        else text.encode()
+    )
 
 
 def mutate_bytes(rng: random.Random, data: bytes, *, times: int | None = None) -> bytes:

@@ -66,10 +66,18 @@ def _deadly(data: bytes, folder: Path) -> Use:
 
 
 _READERS: Final[dict[str, Callable[[bytes, Path], Use]]] = {
-    "sound": _sound, "foreign": _foreign, "key": _key, "unnamed": _unnamed, "hungry": _hungry, "swallows": _swallows, "endless": _endless,
+    "sound": _sound,
+    "foreign": _foreign,
+    "key": _key,
+    "unnamed": _unnamed,
+    "hungry": _hungry,
+    "swallows": _swallows,
+    "endless": _endless,
     "deadly": _deadly,
-}  # fmt: skip
-TARGETS: Final = tuple(Target(name=name, text="planted", make=_make, read=read) for name, read in _READERS.items())
+}
+TARGETS: Final = tuple(
+    Target(name=name, text="planted", make=_make, read=read) for name, read in _READERS.items()
+)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
@@ -77,5 +85,12 @@ if __name__ == "__main__":
     order = json.loads(parser.parse_args().work.read_text())
     driver.SECONDS = 0.1
     driver.WARM = 0  # a planted fault ends a child that tries it beforehand
-    work(TARGETS, order["jobs"], order["seed"], order["seconds"], Path(order["place"]), lambda m: print(json.dumps(m), flush=True))
+    work(
+        TARGETS,
+        order["jobs"],
+        order["seed"],
+        order["seconds"],
+        Path(order["place"]),
+        lambda m: print(json.dumps(m), flush=True),
+    )
     sys.exit(0)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs: graphs and arrays changed by their tables of fields and byte by byte, with digests made anew or not; run on one image."""
+"""Programs: graphs and arrays changed by their tables of fields and byte by byte, with digests made
+anew or not; run on one image.
+"""
 
 import hashlib
 import io
@@ -29,7 +31,9 @@ Graph = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 _SMALL: Final = {"MAX_ELEMENTS": 1 << 14, "MAX_WEIGHTS": 1 << 16, "MAX_WINDOWS": 1 << 14}
-"""The limits of sizes, so scaled down that whatever they let through has to keep the limits of time and memory here."""
+"""The limits of sizes, so scaled down that whatever they let through has to keep the limits of time
+and memory here.
+"""
 
 
 def scale_limits() -> None:
@@ -68,19 +72,43 @@ class _Builder:
         )
         packed = pack(weight, self.config)
         bias = self.rng.normal(size=out).astype(np.float32)
-        given = {"weight": packed.words, "weight_base": packed.bases, "request": np.full((1, 1, 1), 5, np.int16), "bias": bias}
+        given = {
+            "weight": packed.words,
+            "weight_base": packed.bases,
+            "request": np.full((1, 1, 1), 5, np.int16),
+            "bias": bias,
+        }
         names = {kind: self.array(f"{name}/{kind}", value) for kind, value in given.items()}
-        return {"weight_shape": [out, taps, channels], "is_threshold": False, "least_bits": 0, "most_bits": 8, "arrays": names, **more}
+        return {
+            "weight_shape": [out, taps, channels],
+            "is_threshold": False,
+            "least_bits": 0,
+            "most_bits": 8,
+            "arrays": names,
+            **more,
+        }
 
     def array(self, name: str, value: Any) -> str:
         self.arrays[name] = np.asarray(value)
         return name
 
     def constant(self, name: str, *shape: int) -> Graph:
-        return {"arrays": {"value": self.array(name, np.asarray(self.rng.normal(size=shape) + 2, np.float32))}}
+        return {
+            "arrays": {
+                "value": self.array(name, np.asarray(self.rng.normal(size=shape) + 2, np.float32))
+            }
+        }
 
-    def done(self, steps: list[Graph], *input_shape: int, labels: list[str] | None = None) -> tuple[Graph, Arrays, bytes]:
-        program = Program(steps=steps, arrays=self.arrays, input_shape=input_shape, config=self.config, labels=labels or [])
+    def done(
+        self, steps: list[Graph], *input_shape: int, labels: list[str] | None = None
+    ) -> tuple[Graph, Arrays, bytes]:
+        program = Program(
+            steps=steps,
+            arrays=self.arrays,
+            input_shape=input_shape,
+            config=self.config,
+            labels=labels or [],
+        )
         graph = {
             "format": fpga.program.FORMAT,
             "input_shape": list(input_shape),
@@ -95,13 +123,35 @@ class _Builder:
 def _image_net() -> tuple[Graph, Arrays, bytes]:
     b = _Builder(GemmConfig(), 0)
     ones = np.ones(6, np.float32)
-    conv = {"taps": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "output": [8, 8]}
+    conv = {
+        "taps": [3, 3],
+        "stride": [1, 1],
+        "padding": [1, 1],
+        "dilation": [1, 1],
+        "output": [8, 8],
+    }
     steps = [
         _step("c", "conv", "input", **conv, **b.layer("c", 6, 9, 2)),
-        _step("n", "affine", "c", arrays={"scale": b.array("scale", ones), "shift": b.array("shift", ones)}),
+        _step(
+            "n",
+            "affine",
+            "c",
+            arrays={"scale": b.array("scale", ones), "shift": b.array("shift", ones)},
+        ),
         _step("r", "clip", "n", low=0.0, high=6.0),
-        _step("m", "max_pool", "r", taps=[2, 2], stride=[2, 2], padding=[0, 0], dilation=[1, 1], ceil=False),
-        _step("a", "average_pool", "r", taps=[3, 3], stride=[2, 2], padding=[1, 1], count_padding=True),
+        _step(
+            "m",
+            "max_pool",
+            "r",
+            taps=[2, 2],
+            stride=[2, 2],
+            padding=[0, 0],
+            dilation=[1, 1],
+            ceil=False,
+        ),
+        _step(
+            "a", "average_pool", "r", taps=[3, 3], stride=[2, 2], padding=[1, 1], count_padding=True
+        ),
         _step("h", "multiply_constant", "m", **b.constant("half")),
         _step("j", "concat", "h", "a", axis=1),
         _step("p", "pad", "j", padding=[[0, 0], [1, 0], [0, 1]], mode="constant", value=0.5),
@@ -137,7 +187,13 @@ def _thresholds_net() -> tuple[Graph, Arrays, bytes]:
     b = _Builder(GemmConfig(block_edge=16, lanes=(1, 1), tile=2), 2)
     layer = b.layer("l", 20, 1, 40, is_threshold=True, least_bits=2, most_bits=6)
     b.arrays["l/request"] = np.full((1, 1, 3), -3, np.int16)
-    conv = {"taps": [1, 2, 2], "stride": [1, 1, 1], "padding": [0, 0, 0], "dilation": [1, 2, 1], "output": [2, 2, 1]}
+    conv = {
+        "taps": [1, 2, 2],
+        "stride": [1, 1, 1],
+        "padding": [0, 0, 0],
+        "dilation": [1, 2, 1],
+        "output": [2, 2, 1],
+    }
     steps = [
         _step("c", "conv", "input", **conv, **b.layer("c", 10, 4, 1)),
         _step("f", "flatten", "c"),
@@ -146,14 +202,19 @@ def _thresholds_net() -> tuple[Graph, Arrays, bytes]:
     return b.done(steps, 1, 2, 4, 2)
 
 
-SEEDS: Final = tuple((json.dumps(graph), arrays, content) for graph, arrays, content in (_image_net(), _sequence_net(), _thresholds_net()))
+SEEDS: Final = tuple(
+    (json.dumps(graph), arrays, content)
+    for graph, arrays, content in (_image_net(), _sequence_net(), _thresholds_net())
+)
 
 
 # -- inputs
 
 
 def _make(rng: random.Random) -> bytes:
-    """A graph and arrays of which one or both are changed, with digests that fit, so that what lies behind them is reached."""
+    """A graph and arrays of which one or both are changed, with digests that fit, so that what lies
+    behind them is reached.
+    """
     text, arrays, content = rng.choice(SEEDS)
     graph = json.loads(text)
     if rng.random() < 0.35:
@@ -179,22 +240,34 @@ def _sealed(graph: Graph) -> Graph:
 
 def _change_graph(rng: random.Random, graph: Any) -> Any:
     steps = graph.get("steps") if isinstance(graph, dict) else None
-    if rng.random() < 0.2 or not isinstance(steps, list) or not steps or not all(isinstance(s, dict) for s in steps):
+    if (
+        rng.random() < 0.2
+        or not isinstance(steps, list)
+        or not steps
+        or not all(isinstance(s, dict) for s in steps)
+    ):
         return mutate_json(rng, graph, times=1)
     at = rng.randrange(len(steps))
     step, kind = steps[at], rng.randrange(10)
     table = STEP_KINDS.get(step["op"]) if isinstance(step.get("op"), str) else None
-    names = sorted({*(table.fields if table else ()), *(table.optional if table else ())}) or sorted(map(str, step))
+    names = sorted(
+        {*(table.fields if table else ()), *(table.optional if table else ())}
+    ) or sorted(map(str, step))
     if kind < 5:  # a field that its kind knows
         name = rng.choice(names)
         old = step.get(name, 1)
         inside = isinstance(old, list) and old and rng.random() < 0.8
         place, key = (old, rng.randrange(len(old))) if inside else (step, name)
-        place[key] = near_value(rng, place[key] if inside else old) if rng.random() < 0.6 else odd_value(rng)
+        place[key] = (
+            near_value(rng, place[key] if inside else old) if rng.random() < 0.6 else odd_value(rng)
+        )
     elif kind < 6:
         step["op"] = rng.choice(sorted(STEP_KINDS))
     elif kind < 7:
-        step["inputs"] = [rng.choice(["input", *(str(s.get("name")) for s in steps)]) for _ in range(rng.choice((1, 1, 2, 3)))]
+        step["inputs"] = [
+            rng.choice(["input", *(str(s.get("name")) for s in steps)])
+            for _ in range(rng.choice((1, 1, 2, 3)))
+        ]
     elif kind < 8:
         del steps[at]
     elif kind < 9:
@@ -216,15 +289,33 @@ def _change_array(rng: random.Random, arrays: Arrays) -> None:
         arrays[name] = flat.reshape(old.shape)
     elif kind < 4:
         arrays[name] = old.astype(
-            rng.choice(("int8", "int16", "int32", "int64", "uint8", "uint64", "float32", "float64", ">i4", "bool", "S3"))
+            rng.choice(
+                (
+                    "int8",
+                    "int16",
+                    "int32",
+                    "int64",
+                    "uint8",
+                    "uint64",
+                    "float32",
+                    "float64",
+                    ">i4",
+                    "bool",
+                    "S3",
+                )
+            )
         )
     elif kind < 5:
         arrays[name] = old.reshape(-1)[: rng.randrange(old.size + 1)]
     elif kind < 6:
-        arrays[name] = old.reshape(rng.choice(((1, *old.shape), (*old.shape, 1), (-1,), old.shape[::-1])))
+        arrays[name] = old.reshape(
+            rng.choice(((1, *old.shape), (*old.shape, 1), (-1,), old.shape[::-1]))
+        )
     elif kind < 7 and old.dtype.kind in "iuf":
         info = np.iinfo(old.dtype) if old.dtype.kind in "iu" else np.finfo(old.dtype)
-        arrays[name] = np.full_like(old, rng.choice((info.min, info.max, 0, 1, -1 if info.min < 0 else 2)))
+        arrays[name] = np.full_like(
+            old, rng.choice((info.min, info.max, 0, 1, -1 if info.min < 0 else 2))
+        )
     elif kind < 8 and old.dtype.kind == "f":
         arrays[name] = np.full_like(old, rng.choice((np.nan, np.inf, -np.inf, 0.0, 3e38, 1e-45)))
     elif kind < 9:
@@ -236,7 +327,9 @@ def _change_array(rng: random.Random, arrays: Arrays) -> None:
 
 
 def _make_damaged(rng: random.Random) -> bytes:
-    """Both files with changed bytes; one time in two the arrays' digest is made anew, so that the archive's reader meets them."""
+    """Both files with changed bytes; one time in two the arrays' digest is made anew, so that the
+    archive's reader meets them.
+    """
     text, _, content = rng.choice(SEEDS)
     graph = json.loads(text)
     if rng.random() < 0.7:
@@ -260,9 +353,16 @@ def _odd_archive(rng: random.Random) -> bytes:
         return _ZEROS[rng.choice(sorted(_ZEROS))].getvalue()
     arrays = rng.choice(SEEDS)[1]
     buffer = io.BytesIO()
-    with warnings_off(), zipfile.ZipFile(buffer, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    with (
+        warnings_off(),
+        zipfile.ZipFile(
+            buffer, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+        ) as archive,
+    ):
         for name, value in list(arrays.items())[: rng.randrange(1, 6)]:
-            archive.writestr(rng.choice((f"{name}.npy", name, "../x.npy", "c/weight.npy")), npy_bytes(rng, value))
+            archive.writestr(
+                rng.choice((f"{name}.npy", name, "../x.npy", "c/weight.npy")), npy_bytes(rng, value)
+            )
     data = buffer.getvalue()
     return mutate_bytes(rng, data, times=1) if rng.random() < 0.5 else data
 
@@ -270,22 +370,62 @@ def _odd_archive(rng: random.Random) -> bytes:
 def npy_bytes(rng: random.Random, value: np.ndarray) -> bytes:
     """An .npy file with a header made up."""
     shape: Any = rng.choice(
-        (value.shape, (1 << 40,), (2**33, 2**33), (-1,), (0, 1 << 62), (1 << 63,), "x", (1.5,), (True,), [3], (1,) * 70, None)
+        (
+            value.shape,
+            (1 << 40,),
+            (2**33, 2**33),
+            (-1,),
+            (0, 1 << 62),
+            (1 << 63,),
+            "x",
+            (1.5,),
+            (True,),
+            [3],
+            (1,) * 70,
+            None,
+        )
     )
-    descr = rng.choice((value.dtype.str, "|O", "<f8", ">i2", "<U1000000", "|V0", "|S0", "<M8[ns]", [("a", "<i4")], 7, "zz", "<f16"))
-    header = {"descr": descr, "fortran_order": rng.choice((False, False, True, None, 3)), "shape": shape}
+    descr = rng.choice(
+        (
+            value.dtype.str,
+            "|O",
+            "<f8",
+            ">i2",
+            "<U1000000",
+            "|V0",
+            "|S0",
+            "<M8[ns]",
+            [("a", "<i4")],
+            7,
+            "zz",
+            "<f16",
+        )
+    )
+    header = {
+        "descr": descr,
+        "fortran_order": rng.choice((False, False, True, None, 3)),
+        "shape": shape,
+    }
     if rng.random() < 0.2:
         header.pop(rng.choice(sorted(header)))
     text = (
         repr(header)
         if rng.random() < 0.9
-        else rng.choice(("(" * 9000, "__import__('os')", "1", "{", "\xe9", "{1:2}", "[" * 200 + "]" * 200))
+        else rng.choice(
+            ("(" * 9000, "__import__('os')", "1", "{", "\xe9", "{1:2}", "[" * 200 + "]" * 200)
+        )
     )
     raw = text.encode("latin1") + b"\n"
     version = rng.choice(((1, 0), (1, 0), (2, 0), (3, 0), (9, 9)))
     length = len(raw) if rng.random() < 0.9 else rng.choice((0, 65535))
     size = struct.pack("<H" if version == (1, 0) else "<I", length & 0xFFFF)
-    return b"\x93NUMPY" + bytes(version) + size + raw + value.tobytes()[: rng.choice((None, None, 0, 7))]
+    return (
+        b"\x93NUMPY"
+        + bytes(version)
+        + size
+        + raw
+        + value.tobytes()[: rng.choice((None, None, 0, 7))]
+    )
 
 
 def warnings_off() -> Any:
@@ -336,7 +476,9 @@ def _use(program: Program) -> None:
 
 
 def _make_images(rng: random.Random) -> bytes:
-    """Odd content under a seal that fits, and now and then a file that changed after it was sealed."""
+    """Odd content under a seal that fits, and now and then a file that changed after it was
+    sealed.
+    """
     images, labels = np.zeros((3, 1, 4, 4), np.float32), np.arange(3)
     arrays: Arrays = {"images": images, "labels": labels}
     kind = rng.random()
@@ -365,12 +507,18 @@ def _make_words(rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         edge, tile = rng.choice((4, 8, 16)), rng.choice((1, 2, 4, 16))
     if rng.random() < 0.2:
-        shape = [rng.choice((0, 1, -1, 2, 3, 8, 1 << 10, 1 << 33, True, 1.5, "3")) for _ in range(rng.choice((0, 2, 3, 3, 3, 4)))]
+        shape = [
+            rng.choice((0, 1, -1, 2, 3, 8, 1 << 10, 1 << 33, True, 1.5, "3"))
+            for _ in range(rng.choice((0, 2, 3, 3, 3, 4)))
+        ]
     elif rng.random() < 0.1:
         shape = [near_value(rng, n) for n in shape]
     if rng.random() < 0.8:
         words = mutate_bytes(rng, words) if rng.random() < 0.3 else _flipped(rng, words)
-    return _joined(json.dumps([shape, edge, tile, rng.random() < 0.1, rng.choice((0, -40, 1 << 30))]).encode(), words)
+    return _joined(
+        json.dumps([shape, edge, tile, rng.random() < 0.1, rng.choice((0, -40, 1 << 30))]).encode(),
+        words,
+    )
 
 
 def _flipped(rng: random.Random, words: bytes) -> bytes:
@@ -386,8 +534,15 @@ def _read_words(data: bytes, folder: Path) -> Callable[[], object]:
     shape, edge, tile, row_exponents, base = json.loads(text)
     config = GemmConfig(block_edge=edge, lanes=(1, 1), tile=tile)
     array = np.frombuffer(words[: len(words) // 8 * 8], np.uint64)
-    rows = shape[:1] if row_exponents and shape and type(shape[0]) is int and 0 < shape[0] < 99 else ()
-    operand = unpack(PackedOperand(words=array, bases=np.full(rows, base, np.int32)), tuple(shape), config, row_exponents=row_exponents)
+    rows = (
+        shape[:1] if row_exponents and shape and type(shape[0]) is int and 0 < shape[0] < 99 else ()
+    )
+    operand = unpack(
+        PackedOperand(words=array, bases=np.full(rows, base, np.int32)),
+        tuple(shape),
+        config,
+        row_exponents=row_exponents,
+    )
 
     def use() -> None:
         again = unpack(pack(operand, config), operand.shape, config, row_exponents=row_exponents)
@@ -415,9 +570,32 @@ def rng_limit(size: int) -> int:
 
 
 TARGETS: Final = (
-    Target(name="program", text="graph and arrays of a program, digests right", make=_make, read=_read, share=4),
-    Target(name="program-bytes", text="damaged bytes of a program, and archives that lie", make=_make_damaged, read=_read, share=4),
-    Target(name="words", text="packed weights", make=_make_words, read=_read_words, share=16, named=False),
-    Target(name="arrays", text="an archive of arrays", make=_make_arrays, read=_read_arrays, share=8),
-    Target(name="images", text="images beside a program", make=_make_images, read=_read_images, share=8),
+    Target(
+        name="program",
+        text="graph and arrays of a program, digests right",
+        make=_make,
+        read=_read,
+        share=4,
+    ),
+    Target(
+        name="program-bytes",
+        text="damaged bytes of a program, and archives that lie",
+        make=_make_damaged,
+        read=_read,
+        share=4,
+    ),
+    Target(
+        name="words",
+        text="packed weights",
+        make=_make_words,
+        read=_read_words,
+        share=16,
+        named=False,
+    ),
+    Target(
+        name="arrays", text="an archive of arrays", make=_make_arrays, read=_read_arrays, share=8
+    ),
+    Target(
+        name="images", text="images beside a program", make=_make_images, read=_read_images, share=8
+    ),
 )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps, configurations, boards, build folders, vendor files: each by its fields and byte by byte."""
+"""Maps, configurations, boards, build folders, vendor files: each by its fields and byte by
+byte.
+"""
 
 import copy
 import hashlib
@@ -43,8 +45,12 @@ X, W, E = Role
 def _network() -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, groups=8), nn.Conv2d(8, 8, 1, groups=2), nn.Flatten(), nn.Linear(72, 5)
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, stride=2, groups=8),
+        nn.Conv2d(8, 8, 1, groups=2),
+        nn.Flatten(),
+        nn.Linear(72, 5),
+    )
     convert(net)
     return net
 
@@ -60,11 +66,16 @@ def _example() -> PrecisionMap:
         entries={
             "0": {
                 X: OperandPrecision(lsb_exponent=torch.arange(-4, 4).view(1, 1, 2, 4)),
-                W: OperandPrecision(lsb_exponent=torch.full((2, 1, 3, 3), -9), least_bits=2, most_bits=6),
+                W: OperandPrecision(
+                    lsb_exponent=torch.full((2, 1, 3, 3), -9), least_bits=2, most_bits=6
+                ),
                 E: OperandPrecision(bits=torch.tensor([2, 3]).view(1, 2, 1, 1)),
             },
             "1": {X: OperandPrecision(lsb_exponent=-3, least_bits=2, backward_bits=3)},
-            "4": {W: OperandPrecision(bits=torch.full((2, 18), 5)), X: OperandPrecision(bits=5, backward_bits=2)},
+            "4": {
+                W: OperandPrecision(bits=torch.full((2, 18), 5)),
+                X: OperandPrecision(bits=5, backward_bits=2),
+            },
         },
     )
 
@@ -72,11 +83,16 @@ def _example() -> PrecisionMap:
 _MAP: Final = _example()
 _HEADER: Final = _MAP._header()
 _TENSORS: Final = _MAP._tensors()
-_WIDTHS: Final = {"0/W/bits": torch.full((2, 1, 3, 3), 4, dtype=torch.uint8), "4/X/bits": torch.full((2, 18), 3, dtype=torch.uint8)}
+_WIDTHS: Final = {
+    "0/W/bits": torch.full((2, 1, 3, 3), 4, dtype=torch.uint8),
+    "4/X/bits": torch.full((2, 18), 3, dtype=torch.uint8),
+}
 _WIDTHS_HEADER: Final = maps._render_header(maps._WIDTHS_FORMAT, _STRUCTURE)
 
 
-def _changed_map(rng: random.Random, header: str, tensors: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
+def _changed_map(
+    rng: random.Random, header: str, tensors: dict[str, torch.Tensor]
+) -> tuple[str, dict[str, torch.Tensor]]:
     """A header and tensors, one or both changed; the structure's hash fits one time in two."""
     fields, tensors = json.loads(header), dict(tensors)
     if rng.random() < 0.6:
@@ -89,7 +105,9 @@ def _changed_map(rng: random.Random, header: str, tensors: dict[str, torch.Tenso
         for _ in range(rng.choice((1, 1, 2))):
             _change_tensor(rng, tensors)
     if isinstance(fields, dict) and "structure" in fields and rng.random() < 0.9:
-        fields["structure_hash"] = hashlib.sha256(json.dumps(fields["structure"], sort_keys=True, skipkeys=True).encode()).hexdigest()
+        fields["structure_hash"] = hashlib.sha256(
+            json.dumps(fields["structure"], sort_keys=True, skipkeys=True).encode()
+        ).hexdigest()
     return to_json(fields).decode(), tensors
 
 
@@ -106,22 +124,44 @@ def _change_tensor(rng: random.Random, tensors: dict[str, torch.Tensor]) -> None
     elif kind < 3:
         tensors[key] = torch.full_like(old, rng.choice((0, 1, 5, 8, 9, 100)))
     elif kind < 4:
-        tensors[key] = old.to(rng.choice((torch.int8, torch.int64, torch.float32, torch.bool, torch.int16, torch.uint8, torch.bfloat16)))
+        tensors[key] = old.to(
+            rng.choice(
+                (
+                    torch.int8,
+                    torch.int64,
+                    torch.float32,
+                    torch.bool,
+                    torch.int16,
+                    torch.uint8,
+                    torch.bfloat16,
+                )
+            )
+        )
     elif kind < 5:
-        tensors[key] = torch.zeros(rng.choice(((), (0,), (1,), (1, 1, 1, 1), (1,) * 9, (3, 3), (1, 2, 0, 1))), dtype=old.dtype)
+        tensors[key] = torch.zeros(
+            rng.choice(((), (0,), (1,), (1, 1, 1, 1), (1,) * 9, (3, 3), (1, 2, 0, 1))),
+            dtype=old.dtype,
+        )
     elif kind < 6:
-        tensors[key] = old.reshape(rng.choice(((1, *old.shape), (*old.shape, 1), (-1,), tuple(old.shape)[::-1])))
+        tensors[key] = old.reshape(
+            rng.choice(((1, *old.shape), (*old.shape, 1), (-1,), tuple(old.shape)[::-1]))
+        )
     elif kind < 7:
         del tensors[key]
     else:
         tensors[
-            str(near_value(rng, key)) if kind < 8 else rng.choice(("0/X/bits", "9/W/bits", "0/Q/bits", "/", "", "0/W/lsb_exponent"))
+            str(near_value(rng, key))
+            if kind < 8
+            else rng.choice(("0/X/bits", "9/W/bits", "0/Q/bits", "/", "", "0/W/lsb_exponent"))
         ] = old
 
 
 def _map_bytes(rng: random.Random, header: str, tensors: dict[str, torch.Tensor]) -> bytes:
     text, changed = _changed_map(rng, header, tensors)
-    changed = {key.encode("utf-8", "replace").decode(): value.clone().contiguous() for key, value in changed.items()}
+    changed = {
+        key.encode("utf-8", "replace").decode(): value.clone().contiguous()
+        for key, value in changed.items()
+    }
     metadata = {"dynasty": text, "sha256": _digest_of(text, changed)}
     data = save_safetensors(changed, metadata=metadata)
     if rng.random() < 0.25:
@@ -165,12 +205,24 @@ def _use_map(found: PrecisionMap, path: Path | None) -> None:
 
 
 def _make_state(rng: random.Random) -> bytes:
-    """As torch.save leaves it in a checkpoint; what torch.load then gives is what `from_state` gets."""
+    """As torch.save leaves it in a checkpoint; what torch.load then gives is what `from_state`
+    gets.
+    """
     text, tensors = _changed_map(rng, _HEADER, _TENSORS)
     state: Any = {"header": text, "tensors": tensors}
     if rng.random() < 0.3:
         spot = rng.choice(("header", "tensors", "more", None))
-        odd = rng.choice((odd_value(rng), list(tensors), [(1, 2)], {1: 2}, {"0/X/bits": [1]}, text.encode(), torch.zeros(2)))
+        odd = rng.choice(
+            (
+                odd_value(rng),
+                list(tensors),
+                [(1, 2)],
+                {1: 2},
+                {"0/X/bits": [1]},
+                text.encode(),
+                torch.zeros(2),
+            )
+        )
         state = odd if spot is None else {**state, spot: odd}
         if rng.random() < 0.3 and isinstance(state, dict):
             state.pop(rng.choice(("header", "tensors")), None)
@@ -193,7 +245,9 @@ def _read_widths(data: bytes, folder: Path) -> Callable[[], object]:
     path = folder / "a.safetensors"
     path.write_bytes(data)
     found = BitWidthMap.load(path)
-    return lambda: [(found.mean_bits(role), found.zero_share(role), found.histogram(role)) for role in Role]
+    return lambda: [
+        (found.mean_bits(role), found.zero_share(role), found.histogram(role)) for role in Role
+    ]
 
 
 # -- JSON and configurations
@@ -205,7 +259,17 @@ def _make_json(rng: random.Random) -> bytes:
         return to_json(odd_value(rng))
     if kind == 1:
         return rng.choice(
-            (b"", b"\xff\xfe", b"{" * 100_000, b'{"a":' * 50_000, b"\xef\xbb\xbf{}", b"9" * 5000, b'"\xff"', b"\0" * 9, b"[1e999]")
+            (
+                b"",
+                b"\xff\xfe",
+                b"{" * 100_000,
+                b'{"a":' * 50_000,
+                b"\xef\xbb\xbf{}",
+                b"9" * 5000,
+                b'"\xff"',
+                b"\0" * 9,
+                b"[1e999]",
+            )
         )
     return mutate_bytes(rng, _CONFIG_TEXT)
 
@@ -256,7 +320,16 @@ def _read_config(data: bytes, folder: Path) -> Callable[[], object]:
     return use
 
 
-_METHODS: Final = ("uniform8", "dynasty@5.1", "dynasty@4:smoothing=0", "cpt@5.1:interval=10", "mxint8", "pfq", "per_layer@6", "float32")
+_METHODS: Final = (
+    "uniform8",
+    "dynasty@5.1",
+    "dynasty@4:smoothing=0",
+    "cpt@5.1:interval=10",
+    "mxint8",
+    "pfq",
+    "per_layer@6",
+    "float32",
+)
 
 
 def _make_method(rng: random.Random) -> bytes:
@@ -265,7 +338,8 @@ def _make_method(rng: random.Random) -> bytes:
         text = (
             str(near_value(rng, text))
             if rng.random() < 0.6
-            else text + rng.choice(("@", ":", "=", ":x=1", "@-1", "@nan", "@1e400", ":a=b=c", "@5@5"))
+            else text
+            + rng.choice(("@", ":", "=", ":x=1", "@-1", "@nan", "@1e400", ":a=b=c", "@5@5"))
         )
     return text.encode("utf-8", "replace")
 
@@ -273,7 +347,10 @@ def _make_method(rng: random.Random) -> bytes:
 def _read_method(data: bytes, folder: Path) -> Callable[[], object]:
     method = Method.parse(data.decode("utf-8", "replace"))
     method.check()
-    return lambda: str(Method.parse(str(method))) == str(method) or (_ for _ in ()).throw(AssertionError(str(method)))
+    return lambda: (
+        str(Method.parse(str(method))) == str(method)
+        or (_ for _ in ()).throw(AssertionError(str(method)))
+    )
 
 
 # -- boards and vendor files
@@ -309,7 +386,8 @@ def _read_bit(data: bytes, folder: Path) -> Callable[[], object]:
 
 _HWH: Final = hwh_text(_BOARD).encode()
 _XML: Final = (
-    b'<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">]><EDKSYSTEM>&c;</EDKSYSTEM>',
+    b'<!DOCTYPE a [<!ENTITY b "bbbbbbbbbb"><!ENTITY c '
+    b'"&b;&b;&b;&b;&b;&b;&b;&b;&b;&b;">]><EDKSYSTEM>&c;</EDKSYSTEM>',
     b"<a>" * 100_000,
     b'<?xml version="1.0" encoding="utf-7"?><EDKSYSTEM/>',
     b'<?xml version="1.0" encoding="utf-16"?><EDKSYSTEM/>',
@@ -335,7 +413,19 @@ _SYNTHESIS: Final = b"""<profile><UserAssignments><TargetClockPeriod>10.00</Targ
 <Worst-caseLatency>1234</Worst-caseLatency></SummaryOfOverallLatency><SummaryOfLoopLatency><L1><PipelineII>1</PipelineII><L2><PipelineII>2
 </PipelineII></L2></L1></SummaryOfLoopLatency></PerformanceEstimates><AreaEstimates><Resources><LUT>100</LUT><DSP>3</DSP></Resources>
 <AvailableResources><LUT>53200</LUT></AvailableResources></AreaEstimates></profile>"""
-_NUMBERS: Final = (b"-1", b"1e9", b"nan", b"9" * 5000, b"", b"\xd9\xa1\xd9\xa2", b"1.5.6", b"0x10", b"undef", b"<a/>", b"1_000")
+_NUMBERS: Final = (
+    b"-1",
+    b"1e9",
+    b"nan",
+    b"9" * 5000,
+    b"",
+    b"\xd9\xa1\xd9\xa2",
+    b"1.5.6",
+    b"0x10",
+    b"undef",
+    b"<a/>",
+    b"1_000",
+)
 
 
 def _make_synthesis(rng: random.Random) -> bytes:
@@ -343,8 +433,18 @@ def _make_synthesis(rng: random.Random) -> bytes:
     if kind < 0.4:
         return mutate_bytes(rng, _SYNTHESIS)
     if kind < 0.99:
-        return _SYNTHESIS.replace(rng.choice((b"10.00", b"7.3", b"1234", b">1<", b">100<", b"3</DSP")), rng.choice(_NUMBERS), 1)
-    return rng.choice((*_XML, b"<profile>" + b"<P" + b"><P" * 3000 + b">" + b"</P>" * 3001 + b"</profile>", b"<profile/>"))
+        return _SYNTHESIS.replace(
+            rng.choice((b"10.00", b"7.3", b"1234", b">1<", b">100<", b"3</DSP")),
+            rng.choice(_NUMBERS),
+            1,
+        )
+    return rng.choice(
+        (
+            *_XML,
+            b"<profile>" + b"<P" + b"><P" * 3000 + b">" + b"</P>" * 3001 + b"</profile>",
+            b"<profile/>",
+        )
+    )
 
 
 def _read_synthesis(data: bytes, folder: Path) -> Callable[[], object]:
@@ -382,16 +482,43 @@ def _read_manifest(data: bytes, folder: Path) -> Callable[[], object]:
 
 TARGETS: Final = (
     Target(name="map", text="a precision map's file", make=_make_map, read=_read_map, share=3),
-    Target(name="map-state", text="a precision map in a checkpoint", make=_make_state, read=_read_state, share=3),
-    Target(name="widths", text="a bit-width map's file", make=_make_widths, read=_read_widths, share=4),
-    Target(name="json", text="any JSON file", make=_make_json, read=_read_json, share=30),
-    Target(name="config", text="a core's configuration", make=_make_config, read=_read_config, share=20),
     Target(
-        name="method", text="the name of a method, with target and options", make=_make_method, read=_read_method, share=30, named=False
+        name="map-state",
+        text="a precision map in a checkpoint",
+        make=_make_state,
+        read=_read_state,
+        share=3,
+    ),
+    Target(
+        name="widths", text="a bit-width map's file", make=_make_widths, read=_read_widths, share=4
+    ),
+    Target(name="json", text="any JSON file", make=_make_json, read=_read_json, share=30),
+    Target(
+        name="config", text="a core's configuration", make=_make_config, read=_read_config, share=20
+    ),
+    Target(
+        name="method",
+        text="the name of a method, with target and options",
+        make=_make_method,
+        read=_read_method,
+        share=30,
+        named=False,
     ),
     Target(name="board", text="a board's JSON file", make=_make_board, read=_read_board, share=12),
     Target(name="bit", text="the header of a .bit file", make=_make_bit, read=_read_bit, share=25),
     Target(name="hwh", text="a hardware handoff (XML)", make=_make_hwh, read=_read_hwh, share=4),
-    Target(name="synthesis", text="a vendor tool's report (XML)", make=_make_synthesis, read=_read_synthesis, share=12),
-    Target(name="manifest", text="the manifest of a build folder", make=_make_manifest, read=_read_manifest, share=12),
+    Target(
+        name="synthesis",
+        text="a vendor tool's report (XML)",
+        make=_make_synthesis,
+        read=_read_synthesis,
+        share=12,
+    ),
+    Target(
+        name="manifest",
+        text="the manifest of a build folder",
+        make=_make_manifest,
+        read=_read_manifest,
+        share=12,
+    ),
 )

@@ -20,14 +20,28 @@ _PICTURES: Final = 300  # one report in so many is drawn too: that takes as long
 
 
 def _record(method: str, seed: int, accuracy: float, **figures: Any) -> dict[str, Any]:
-    config = RunConfig(data="cifar100", model="resnet8", epochs=10, batch_size=128, method=method, seed=seed)
+    config = RunConfig(
+        data="cifar100", model="resnet8", epochs=10, batch_size=128, method=method, seed=seed
+    )
     base = json.loads(json.dumps(finite(record_of(config))))
     return base | {
-        "status": "complete", "accuracy": accuracy, "loss": 1.5, "seconds": 100.0, "wall_seconds": 110.0, "warnings": ["careful"],
-        "task": {"train_samples": 50000, "test_samples": 10000, "context": 3}, "speedup_charged": 5.1, "speedup_ideal": 5.2,
-        "energy_ratio_compute": 2.0, "energy_ratio_sram": 2.0, "energy_ratio_total": 1.4, "bits": {"X": 3.0, "W": 4.0, "E": 2.0},
-        "speedup_core": 2.2, "history": [{"step": 1}], **figures,
-    }  # fmt: skip
+        "status": "complete",
+        "accuracy": accuracy,
+        "loss": 1.5,
+        "seconds": 100.0,
+        "wall_seconds": 110.0,
+        "warnings": ["careful"],
+        "task": {"train_samples": 50000, "test_samples": 10000, "context": 3},
+        "speedup_charged": 5.1,
+        "speedup_ideal": 5.2,
+        "energy_ratio_compute": 2.0,
+        "energy_ratio_sram": 2.0,
+        "energy_ratio_total": 1.4,
+        "bits": {"X": 3.0, "W": 4.0, "E": 2.0},
+        "speedup_core": 2.2,
+        "history": [{"step": 1}],
+        **figures,
+    }
 
 
 _GOOD: Final = [
@@ -68,7 +82,10 @@ def _read(data: bytes, folder: Path) -> Callable[[], object]:
         drawn = sum(data) % _PICTURES == 0
         before = compare_report.draw_setting, compare_report.draw_course
         if not drawn:
-            compare_report.draw_setting, compare_report.draw_course = (lambda *_: []), (lambda *_: None)
+            compare_report.draw_setting, compare_report.draw_course = (
+                (lambda *_: []),
+                (lambda *_: None),
+            )
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", "(?!.*is left out)", UserWarning)
@@ -89,13 +106,26 @@ _SUMMARY: Final = {
     "test_images": 50,
     "runs": [
         {
-            "name": name, "seed": seed, "accuracy": 0.9, "loss": 0.1, "seconds": 2.0, "steps": 200, "warmup_steps": 10,
-            "speedup_ideal": 5.0, "speedup_charged": 5.0, "energy_ratio_compute": 1.0, "energy_ratio_sram": 1.0, "energy_ratio_total": 1.0,
-            "bits": {"X": 8.0, "W": 8.0, "E": 8.0}, "analytics_share": 0.01, "history_file": "history.jsonl",
+            "name": name,
+            "seed": seed,
+            "accuracy": 0.9,
+            "loss": 0.1,
+            "seconds": 2.0,
+            "steps": 200,
+            "warmup_steps": 10,
+            "speedup_ideal": 5.0,
+            "speedup_charged": 5.0,
+            "energy_ratio_compute": 1.0,
+            "energy_ratio_sram": 1.0,
+            "energy_ratio_total": 1.0,
+            "bits": {"X": 8.0, "W": 8.0, "E": 8.0},
+            "analytics_share": 0.01,
+            "history_file": "history.jsonl",
         }
-        for name in ("float32", "uniform8", "dynasty") for seed in range(2)
+        for name in ("float32", "uniform8", "dynasty")
+        for seed in range(2)
     ],
-}  # fmt: skip
+}
 _SUMMARY_TEXT: Final = json.dumps(_SUMMARY)
 
 
@@ -117,14 +147,23 @@ def _read_summary(data: bytes, folder: Path) -> Callable[[], object]:
 
 
 _HISTORY: Final = [
-    {"step": step, "mean_bits": {"X": 3.0, "W": 4.5, "E": 2.25}, "bits": {"a": {"X": 2.0, "W": 3.0, "E": 4.0}}} for step in range(5)
+    {
+        "step": step,
+        "mean_bits": {"X": 3.0, "W": 4.5, "E": 2.25},
+        "bits": {"a": {"X": 2.0, "W": 3.0, "E": 4.0}},
+    }
+    for step in range(5)
 ]
 
 
 def _make_history(rng: random.Random) -> bytes:
     lines = [json.dumps(h).encode() for h in _HISTORY]
     at = rng.randrange(len(lines))
-    lines[at] = mutate_bytes(rng, lines[at]) if rng.random() < 0.2 else to_json(mutate_json(rng, json.loads(lines[at])))
+    lines[at] = (
+        mutate_bytes(rng, lines[at])
+        if rng.random() < 0.2
+        else to_json(mutate_json(rng, json.loads(lines[at])))
+    )
     return b"\n".join(lines)
 
 
@@ -141,7 +180,21 @@ def _read_history(data: bytes, folder: Path) -> Callable[[], object]:
 
 
 TARGETS: Final = (
-    Target(name="records", text="a file of results with odd records", make=_make, read=_read, share=2),
-    Target(name="summary", text="the summary of a run folder", make=_make_summary, read=_read_summary, share=6),
-    Target(name="history", text="the history of a run", make=_make_history, read=_read_history, share=12),
+    Target(
+        name="records", text="a file of results with odd records", make=_make, read=_read, share=2
+    ),
+    Target(
+        name="summary",
+        text="the summary of a run folder",
+        make=_make_summary,
+        read=_read_summary,
+        share=6,
+    ),
+    Target(
+        name="history",
+        text="the history of a run",
+        make=_make_history,
+        read=_read_history,
+        share=12,
+    ),
 )

@@ -13,7 +13,9 @@ COUNT = 6  # of the inputs of each planted reader
 
 
 def test_readers_refuse_or_read_mutated_files():
-    """A few hundred inputs over all targets; a finding is shown with the command that repeats it."""
+    """A few hundred inputs over all targets; a finding is shown with the command that repeats
+    it.
+    """
     command = [sys.executable, "-m", "tests.fuzz", "--count", "600", "--seed", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -21,13 +23,22 @@ def test_readers_refuse_or_read_mutated_files():
     assert last.endswith("seed 20: 0 findings")
     assert 580 < int(last.split(" inputs")[0].replace(",", "")) < 620
     table = [line for line in done.stdout.splitlines() if " inputs: " in line]
-    for what in ("accepted", "refused"):  # both are met: neither is all nothing but rubbish, nor does it all pass
-        assert sum(int(line.split(f" {what}")[0].split()[-1].replace(",", "")) for line in table) > 100
+    for what in (
+        "accepted",
+        "refused",
+    ):  # both are met: neither is all nothing but rubbish, nor does it all pass
+        assert (
+            sum(int(line.split(f" {what}")[0].split()[-1].replace(",", "")) for line in table) > 100
+        )
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return run(planted.TARGETS, counts={t.name: COUNT for t in planted.TARGETS}, module="tests.fuzz.planted")
+    return run(
+        planted.TARGETS,
+        counts={t.name: COUNT for t in planted.TARGETS},
+        module="tests.fuzz.planted",
+    )
 
 
 FOUND = {
@@ -54,7 +65,11 @@ def test_the_driver_finds_planted_faults(outcomes, name):
     (finding,) = outcomes[name].findings.values()
     assert finding.what.startswith(FOUND[name])
     target = next(t for t in planted.TARGETS if t.name == name)
-    failing = [d for d in (target.input(0, number) for number in range(COUNT)) if name != "deadly" or len(d) > 12]
+    failing = [
+        d
+        for d in (target.input(0, number) for number in range(COUNT))
+        if name != "deadly" or len(d) > 12
+    ]
     assert finding.count == len(failing)
     assert len(finding.data) == min(map(len, failing))
     assert finding.data in failing

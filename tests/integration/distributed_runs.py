@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs on several ranks for `test_distributed`: processes forked from one server that has imported everything, each run with a process
+"""Runs on several ranks for `test_distributed`: processes forked from one server that has imported
+everything, each run with a process
 group of its own, so that a run that fails or hangs leaves the others alone."""
 
 import json
@@ -25,10 +26,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 
 QUIET = {
-    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
     "use_distributed_sampler": False,
-}  # fmt: skip
-TIMEOUT = timedelta(seconds=60)  # generous: what a group waits for its members, on a machine that does other things, too
+}
+TIMEOUT = timedelta(
+    seconds=60
+)  # generous: what a group waits for its members, on a machine that does other things, too
 _PATIENCE = 240.0
 _ROOT = Path(__file__).parents[2]
 
@@ -59,11 +66,14 @@ class Stream(IterableDataset):
 def images(step: int, ranks: int, rank: int, *, size: int = 64, image: int = 8):
     """Rank `rank`'s share of the batch of a step: the same images whatever the number of ranks."""
     generator = torch.Generator().manual_seed(1000 + step)
-    x, y = torch.randn(size, 1, image, image, generator=generator), torch.randint(0, 4, (size,), generator=generator)
-    # Of very different sizes, as real images are: moments of ranks are not alike.
-    x = x * torch.logspace(-0.3, 0.3, size).view(-1, 1, 1, 1) + 0.3 * F.one_hot(y, 4).float().view(size, 1, 1, 4).repeat(
-        1, 1, image, image // 4
+    x, y = (
+        torch.randn(size, 1, image, image, generator=generator),
+        torch.randint(0, 4, (size,), generator=generator),
     )
+    # Of very different sizes, as real images are: moments of ranks are not alike.
+    x = x * torch.logspace(-0.3, 0.3, size).view(-1, 1, 1, 1) + 0.3 * F.one_hot(y, 4).float().view(
+        size, 1, 1, 4
+    ).repeat(1, 1, image, image // 4)
     share = size // ranks
     return x[rank * share : (rank + 1) * share], y[rank * share : (rank + 1) * share]
 
@@ -94,13 +104,27 @@ class Net(L.LightningModule):
 
 def dynamic(**options):
     """The callback as the runs have it: maps early and often."""
-    return DynastyCallback(**{"target_speedup": 4.0, "interval": 3, "warmup_steps": 4, "table": False, "loss_guard": None, **options})
+    return DynastyCallback(
+        **{
+            "target_speedup": 4.0,
+            "interval": 3,
+            "warmup_steps": 4,
+            "table": False,
+            "loss_guard": None,
+            **options,
+        }
+    )
 
 
-def trainer(ranks: int, callback, *, plugin=None, steps: int = 14, strategy=None, callbacks=(), **options):
+def trainer(
+    ranks: int, callback, *, plugin=None, steps: int = 14, strategy=None, callbacks=(), **options
+):
     settings = {"max_steps": steps, "max_epochs": -1, **QUIET, **options}
     if ranks > 1:
-        settings |= {"devices": ranks, "strategy": strategy or DDPStrategy(timeout=TIMEOUT, cluster_environment=Environment())}
+        settings |= {
+            "devices": ranks,
+            "strategy": strategy or DDPStrategy(timeout=TIMEOUT, cluster_environment=Environment()),
+        }
     plugins = [DynastyPrecision(seed=3) if plugin is None else plugin]
     return L.Trainer(callbacks=[callback, *callbacks], plugins=plugins, **settings)
 
@@ -144,7 +168,10 @@ def outcome(t, callback, module) -> dict:
         "steps": t.global_step,
         "speedup": s["speedup_charged"],
         "run": callback.run_cost.sum.to_list(),
-        "history": [{k: h[k] for k in ("step", "loss", "speedup_charged", "bits", "mean_bits")} for h in callback.history],
+        "history": [
+            {k: h[k] for k in ("step", "loss", "speedup_charged", "bits", "mean_bits")}
+            for h in callback.history
+        ],
         "weights": sum(float(_whole(p).double().abs().sum()) for p in module.parameters()),
     }
 
@@ -167,25 +194,43 @@ def _child(name: str, ranks: int, rank: int, folder: str, private: str) -> None:
     result: dict
     try:
         if ranks > 1:
-            dist.init_process_group("gloo", init_method=f"file://{private}/rendezvous", rank=rank, world_size=ranks, timeout=TIMEOUT)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{private}/rendezvous",
+                rank=rank,
+                world_size=ranks,
+                timeout=TIMEOUT,
+            )
         from tests.integration import distributed_settings
 
         result = {"value": getattr(distributed_settings, name)(ranks, rank, Path(folder))}
     except BaseException as error:  # a rank that fails says why; the others find out by themselves
-        result = {"error": "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])}
+        result = {
+            "error": "\n".join(
+                [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+            )
+        }
     (Path(private) / f"{rank}.json").write_text(json.dumps(result))
     os._exit(0)  # not through atexit handlers of a group whose other members may be gone
 
 
 def run(name: str, ranks: int, folder: Path | None = None) -> list[dict]:
-    """A setting of `distributed_settings` on so many ranks: what each of them returned ("value"), or why it did not ("error")."""
+    """A setting of `distributed_settings` on so many ranks: what each of them returned ("value"),
+    or why it did not ("error").
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.integration.distributed_settings"])
     with tempfile.TemporaryDirectory(dir=folder) as private:
         folder = folder or Path(private)
-        processes = [context.Process(target=_child, args=(name, ranks, rank, str(folder), private)) for rank in range(ranks)]
-        # The server, which the first process starts, has a path of its own, on which a package of others may be called "tests".
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])):
+        processes = [
+            context.Process(target=_child, args=(name, ranks, rank, str(folder), private))
+            for rank in range(ranks)
+        ]
+        # The server, which the first process starts, has a path of its own, on which a package of
+        # others may be called "tests".
+        with mock.patch.dict(
+            os.environ, PYTHONPATH=os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])
+        ):
             for process in processes:
                 process.start()
         for process in processes:
@@ -194,7 +239,21 @@ def run(name: str, ranks: int, folder: Path | None = None) -> list[dict]:
         for process in processes:
             process.kill()
         files = [Path(private) / f"{rank}.json" for rank in range(ranks)]
-        return [json.loads(f.read_text()) if f.is_file() else {"error": "hung" if r in hung else "died"} for r, f in enumerate(files)]
+        return [
+            json.loads(f.read_text()) if f.is_file() else {"error": "hung" if r in hung else "died"}
+            for r, f in enumerate(files)
+        ]
 
 
-__all__ = ["Batches", "DataLoader", "Net", "Stream", "dynamic", "fit", "images", "outcome", "run", "trainer"]
+__all__ = [
+    "Batches",
+    "DataLoader",
+    "Net",
+    "Stream",
+    "dynamic",
+    "fit",
+    "images",
+    "outcome",
+    "run",
+    "trainer",
+]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings that `test_distributed` runs: each a function of ranks, rank and a folder that all ranks share, in its own process."""
+"""The settings that `test_distributed` runs: each a function of ranks, rank and a folder that all
+ranks share, in its own process.
+"""
 
 import os
 import time
@@ -11,7 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -24,7 +32,18 @@ from dynasty_lightning import DynastyPrecision, convert
 from dynasty_lightning.tasks.data.loader import TensorLoader, WindowLoader
 from dynasty_lightning.trainer.ranks import Ranks
 
-from .distributed_runs import QUIET, TIMEOUT, Batches, DataLoader, Environment, Net, Stream, dynamic, fit, images
+from .distributed_runs import (
+    QUIET,
+    TIMEOUT,
+    Batches,
+    DataLoader,
+    Environment,
+    Net,
+    Stream,
+    dynamic,
+    fit,
+    images,
+)
 
 
 def ddp(**options):
@@ -38,11 +57,15 @@ def even(ranks, rank, folder, count=14, **options):
 
 def ragged(ranks, rank, folder):
     sizes = (32, 24, 16, 9)
-    return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[rank]), 14))
+    return fit(
+        ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[rank]), 14)
+    )
 
 
 def smaller_last_batch(ranks, rank, folder):
-    """Epochs of 5 batches, whose last one is smaller on the last rank: at steps 5 and 10 of 14, next to and at analyses."""
+    """Epochs of 5 batches, whose last one is smaller on the last rank: at steps 5 and 10 of 14,
+    next to and at analyses.
+    """
     sizes = [16] * 4 + [7 if rank == ranks - 1 else 16]
     return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[i]), 5))
 
@@ -67,7 +90,12 @@ def token_lengths(ranks, rank, folder):
 
 
 def image_sizes(ranks, rank, folder):
-    return fit(ranks, rank, Net(), Batches(lambda i: images(10 * i + rank, 1, 0, size=16, image=8 + 4 * rank), 14))
+    return fit(
+        ranks,
+        rank,
+        Net(),
+        Batches(lambda i: images(10 * i + rank, 1, 0, size=16, image=8 + 4 * rank), 14),
+    )
 
 
 class Choice(Net):
@@ -84,12 +112,24 @@ class Choice(Net):
 
 def unused_layer_on_one_rank(ranks, rank, folder):
     choose = Choice(lambda count: rank == 1)
-    return fit(ranks, rank, choose, Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(find_unused_parameters=True))
+    return fit(
+        ranks,
+        rank,
+        choose,
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=ddp(find_unused_parameters=True),
+    )
 
 
 def alternating_layers(ranks, rank, folder):
     choose = Choice(lambda count: (count + rank) % 2)
-    return fit(ranks, rank, choose, Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(find_unused_parameters=True))
+    return fit(
+        ranks,
+        rank,
+        choose,
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=ddp(find_unused_parameters=True),
+    )
 
 
 def static_graph(ranks, rank, folder):
@@ -101,20 +141,40 @@ def bucket_view(ranks, rank, folder):
 
 
 def broadcast_buffers(ranks, rank, folder):
-    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(broadcast_buffers=True))
+    return fit(
+        ranks,
+        rank,
+        Net(norm=True),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=ddp(broadcast_buffers=True),
+    )
 
 
 def own_buffers(ranks, rank, folder):
-    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), strategy=ddp(broadcast_buffers=False))
+    return fit(
+        ranks,
+        rank,
+        Net(norm=True),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=ddp(broadcast_buffers=False),
+    )
 
 
 def sync_batchnorm(ranks, rank, folder):
-    return fit(ranks, rank, Net(norm=True), Batches(lambda i: images(i, ranks, rank), 14), sync_batchnorm=True)
+    return fit(
+        ranks,
+        rank,
+        Net(norm=True),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        sync_batchnorm=True,
+    )
 
 
 def _micro(ranks, rank, pieces):
     """The batch of a step in so many micro-batches."""
-    return Batches(lambda i: images(i // pieces, ranks * pieces, rank * pieces + i % pieces), 14 * pieces)
+    return Batches(
+        lambda i: images(i // pieces, ranks * pieces, rank * pieces + i % pieces), 14 * pieces
+    )
 
 
 def accumulation(ranks, rank, folder):
@@ -123,7 +183,13 @@ def accumulation(ranks, rank, folder):
 
 def scheduled_accumulation(ranks, rank, folder):
     loader = Batches(lambda i: images(i, ranks, rank), 4)
-    return fit(ranks, rank, Net(), loader, callbacks=[GradientAccumulationScheduler(scheduling={0: 1, 1: 2, 4: 4})])
+    return fit(
+        ranks,
+        rank,
+        Net(),
+        loader,
+        callbacks=[GradientAccumulationScheduler(scheduling={0: 1, 1: 2, 4: 4})],
+    )
 
 
 class Manual(Net):
@@ -198,7 +264,13 @@ def nonfinite_on_one_rank(ranks, rank, folder):
 
 def loss_guard_on_one_rank(ranks, rank, folder):
     callback = dynamic(loss_guard=2.0, interval=2)
-    result = fit(ranks, rank, Spoiled(1, 50.0), Batches(lambda i: images(i, ranks, rank), 14), callback=callback)
+    result = fit(
+        ranks,
+        rank,
+        Spoiled(1, 50.0),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        callback=callback,
+    )
     return {**result, "raised": [h["step"] for h in callback.history if h["loss"] > 4]}
 
 
@@ -220,12 +292,20 @@ def saved(ranks, rank, folder):
 
 def resumed(ranks, rank, folder):
     """What is left of the run that `saved` left in the folder."""
-    return fit(ranks, rank, Net(), Batches(lambda i: images(9 + i, ranks, rank), 14), ckpt=folder / "run.ckpt")
+    return fit(
+        ranks,
+        rank,
+        Net(),
+        Batches(lambda i: images(9 + i, ranks, rank), 14),
+        ckpt=folder / "run.ckpt",
+    )
 
 
 def callback_without_plugin(ranks, rank, folder):
     settings = {"devices": ranks, "strategy": ddp(), "max_steps": 2, **QUIET}
-    L.Trainer(callbacks=[dynamic()], **settings).fit(Net(), Batches(lambda i: images(i, ranks, rank), 2))
+    L.Trainer(callbacks=[dynamic()], **settings).fit(
+        Net(), Batches(lambda i: images(i, ranks, rank), 2)
+    )
 
 
 def other_options_on_one_rank(ranks, rank, folder):
@@ -253,11 +333,18 @@ class Before(Callback):
 
 
 def other_weights_on_one_rank(ranks, rank, folder):
-    return even(ranks, rank, folder, callbacks=[Before(lambda net: net.body.weight.data[0, 0, 0, 0].add_(1e-6))])
+    return even(
+        ranks,
+        rank,
+        folder,
+        callbacks=[Before(lambda net: net.body.weight.data[0, 0, 0, 0].add_(1e-6))],
+    )
 
 
 def other_plugin_on_one_rank(ranks, rank, folder):
-    return even(ranks, rank, folder, plugin=DynastyPrecision(seed=3, mode="exact" if rank else "fast"))
+    return even(
+        ranks, rank, folder, plugin=DynastyPrecision(seed=3, mode="exact" if rank else "fast")
+    )
 
 
 def other_layers_on_one_rank(ranks, rank, folder):
@@ -267,11 +354,19 @@ def other_layers_on_one_rank(ranks, rank, folder):
 def other_past_on_one_rank(ranks, rank, folder):
     """As from files of two runs at the same path of two machines."""
     callback = dynamic()
-    return even(ranks, rank, folder, callback=callback, callbacks=[Before(lambda net: setattr(callback, "_last_event_step", 3))])
+    return even(
+        ranks,
+        rank,
+        folder,
+        callback=callback,
+        callbacks=[Before(lambda net: setattr(callback, "_last_event_step", 3))],
+    )
 
 
 class Slow(Callback):
-    """Between two layers of an analysis, rank 1 waits until rank 0 has given up. The group's time is cut short there and not before."""
+    """Between two layers of an analysis, rank 1 waits until rank 0 has given up. The group's time
+    is cut short there and not before.
+    """
 
     def __init__(self, given_up):
         self.given_up = given_up
@@ -283,7 +378,11 @@ class Slow(Callback):
         def slow(gradient):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), dist.group.WORLD)
             deadline = time.monotonic() + 100
-            while trainer.global_rank == 1 and not self.given_up.exists() and time.monotonic() < deadline:
+            while (
+                trainer.global_rank == 1
+                and not self.given_up.exists()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
             return squares(gradient)
 
@@ -302,7 +401,11 @@ class Maps(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         entries = self.callback.precision_map().entries
-        now = {f"{name}.{r.letter}": torch.as_tensor(p.lsb_exponent).tolist() for name, roles in entries.items() for r, p in roles.items()}
+        now = {
+            f"{name}.{r.letter}": torch.as_tensor(p.lsb_exponent).tolist()
+            for name, roles in entries.items()
+            for r, p in roles.items()
+        }
         if now and (not self.maps or now != self.maps[-1]):
             self.maps.append(now)
 
@@ -311,7 +414,10 @@ def exact(ranks, rank, folder, **options):
     callback = dynamic()
     maps = Maps(callback)
     plugin = DynastyPrecision(seed=3, mode="exact", **options)
-    return {**even(ranks, rank, folder, count=14, callback=callback, callbacks=[maps], plugin=plugin), "maps": maps.maps}
+    return {
+        **even(ranks, rank, folder, count=14, callback=callback, callbacks=[maps], plugin=plugin),
+        "maps": maps.maps,
+    }
 
 
 def exact_unrounded_errors(ranks, rank, folder):
@@ -327,7 +433,9 @@ def loaders_of_two_lengths(ranks, rank, folder):
 
 
 def streams_of_two_lengths(ranks, rank, folder):
-    return fit(ranks, rank, Net(), DataLoader(Stream(_own_images(rank, (9, 6)[rank])), batch_size=None))
+    return fit(
+        ranks, rank, Net(), DataLoader(Stream(_own_images(rank, (9, 6)[rank])), batch_size=None)
+    )
 
 
 def epochs_of_two_lengths(ranks, rank, folder):
@@ -351,7 +459,12 @@ def _fail(trainer):
 
 
 def stop_on_one_rank(ranks, rank, folder):
-    return even(ranks, rank, folder, callbacks=[At(6, lambda trainer: setattr(trainer, "should_stop", True))])
+    return even(
+        ranks,
+        rank,
+        folder,
+        callbacks=[At(6, lambda trainer: setattr(trainer, "should_stop", True))],
+    )
 
 
 def failure_on_one_rank(ranks, rank, folder):
@@ -407,18 +520,37 @@ class Timing(Callback):
 
 
 class Validated(Net):
-    """Ranks see other losses: that of rank 1 rises after the seventh epoch, that of rank 0 never does."""
+    """Ranks see other losses: that of rank 1 rises after the seventh epoch, that of rank 0 never
+    does.
+    """
 
     def validation_step(self, batch, index):
         epoch = self.trainer.current_epoch
-        self.log("loss", 0.0 if epoch == 6 and self.trainer.global_rank == 1 else -float(epoch), on_epoch=True, batch_size=1)
+        self.log(
+            "loss",
+            0.0 if epoch == 6 and self.trainer.global_rank == 1 else -float(epoch),
+            on_epoch=True,
+            batch_size=1,
+        )
 
 
 def early_stopping_between_validations(ranks, rank, folder):
     """Epochs of 2 steps; all ranks stop with the first that would."""
-    loader, val = Batches(lambda i: images(i, ranks, rank), 2), Batches(lambda i: images(50 + i, ranks, rank), 2)
+    loader, val = (
+        Batches(lambda i: images(i, ranks, rank), 2),
+        Batches(lambda i: images(50 + i, ranks, rank), 2),
+    )
     stopping = EarlyStopping("loss", patience=1)
-    return fit(ranks, rank, Validated(), loader, val=val, steps=-1, callbacks=[stopping], num_sanity_val_steps=0)
+    return fit(
+        ranks,
+        rank,
+        Validated(),
+        loader,
+        val=val,
+        steps=-1,
+        callbacks=[stopping],
+        num_sanity_val_steps=0,
+    )
 
 
 class Sharded(Net):
@@ -447,11 +579,20 @@ def _model_parallel(**options):
 
 def sharded(ranks, rank, folder, module=Sharded, **options):
     strategy = _model_parallel(data_parallel_size=ranks, tensor_parallel_size=1)
-    return fit(ranks, rank, module(), Batches(lambda i: images(i, ranks, rank), 14), strategy=strategy, **options)
+    return fit(
+        ranks,
+        rank,
+        module(),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=strategy,
+        **options,
+    )
 
 
 def clipped(ranks, rank, folder):
-    return fit(ranks, rank, Adam(), Batches(lambda i: images(i, ranks, rank), 14), gradient_clip_val=0.02)
+    return fit(
+        ranks, rank, Adam(), Batches(lambda i: images(i, ranks, rank), 14), gradient_clip_val=0.02
+    )
 
 
 def sharded_clipped(ranks, rank, folder):
@@ -469,7 +610,13 @@ def sharded_resumed(ranks, rank, folder):
 
 
 def tensor_parallel(ranks, rank, folder):
-    return fit(ranks, rank, Sharded(), Batches(lambda i: images(i, ranks, rank), 14), strategy=_model_parallel())
+    return fit(
+        ranks,
+        rank,
+        Sharded(),
+        Batches(lambda i: images(i, ranks, rank), 14),
+        strategy=_model_parallel(),
+    )
 
 
 class ShardedHalf(Sharded):
@@ -483,12 +630,23 @@ def sharded_bfloat16(ranks, rank, folder):
 
 
 def forked(ranks, rank, folder):
-    """As in a notebook: this process trains nothing itself. What is said, in it and in the others, and what it knows afterwards."""
+    """As in a notebook: this process trains nothing itself. What is said, in it and in the others,
+    and what it knows afterwards.
+    """
     warnings.simplefilter("always")
-    warnings.showwarning = lambda message, *_, **__: (folder / f"{os.getpid()}-{time.monotonic_ns()}").write_text(str(message))
+    warnings.showwarning = lambda message, *_, **__: (
+        folder / f"{os.getpid()}-{time.monotonic_ns()}"
+    ).write_text(str(message))
     callback, loader = dynamic(), Batches(lambda i: images(i, 1, 0), 6)
     strategy = DDPStrategy(start_method="fork", timeout=TIMEOUT)
-    t = L.Trainer(devices=2, strategy=strategy, max_steps=6, plugins=[DynastyPrecision(seed=3)], callbacks=[callback], **QUIET)
+    t = L.Trainer(
+        devices=2,
+        strategy=strategy,
+        max_steps=6,
+        plugins=[DynastyPrecision(seed=3)],
+        callbacks=[callback],
+        **QUIET,
+    )
     t.fit(Net(), loader)
     said = sorted(f.read_text() for f in folder.glob("*-*"))
     try:
@@ -498,9 +656,13 @@ def forked(ranks, rank, folder):
 
 
 def own_loaders(ranks, rank, folder):
-    """Numbers of the samples that the package's loaders show in two epochs of training and in evaluation, and where augmentation puts an
+    """Numbers of the samples that the package's loaders show in two epochs of training and in
+    evaluation, and where augmentation puts an
     image that all ranks have."""
-    images, labels = torch.arange(13.0).view(13, 1, 1, 1).expand(13, 1, 9, 9).contiguous(), torch.arange(13)
+    images, labels = (
+        torch.arange(13.0).view(13, 1, 1, 1).expand(13, 1, 9, 9).contiguous(),
+        torch.arange(13),
+    )
     train = TensorLoader(images, labels, batch_size=3, shuffle=True)
     windows = WindowLoader(np.arange(100, dtype=np.uint8), context=4, batch_size=3, shuffle=True)
     image = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -508,7 +670,9 @@ def own_loaders(ranks, rank, folder):
     return {
         "batches": len(train),
         "epochs": [[y.tolist() for _, y in train] for _ in range(2)],
-        "evaluation": [y.tolist() for _, y in TensorLoader(images, labels, batch_size=5, shuffle=False)],
+        "evaluation": [
+            y.tolist() for _, y in TensorLoader(images, labels, batch_size=5, shuffle=False)
+        ],
         "windows": [int(x) for batch, _ in windows for x in batch[:, 0]],
         "augmented": [next(iter(same))[0].flatten().tolist() for _ in range(4)],
     }
@@ -519,7 +683,9 @@ def rest_in_bfloat16(ranks, rank, folder):
 
 
 class Hook(Callback):
-    """A hook for DDP's gradients. Lightning's `ddp_comm_hook` is for CUDA alone: on a CPU the user registers it."""
+    """A hook for DDP's gradients. Lightning's `ddp_comm_hook` is for CUDA alone: on a CPU the user
+    registers it.
+    """
 
     def __init__(self, hook, state=None):
         self.hook, self.state = hook, state
@@ -537,7 +703,12 @@ def gradients_in_bfloat16(ranks, rank, folder):
 
 
 def gradients_of_low_rank(ranks, rank, folder):
-    state = PowerSGDState(process_group=None, matrix_approximation_rank=1, start_powerSGD_iter=2, min_compression_rate=1)
+    state = PowerSGDState(
+        process_group=None,
+        matrix_approximation_rank=1,
+        start_powerSGD_iter=2,
+        min_compression_rate=1,
+    )
     return even(ranks, rank, folder, callbacks=[Hook(powerSGD_hook, state)])
 
 
@@ -553,8 +724,13 @@ class Watched(Net):
 
 def validation_within_epochs(ranks, rank, folder):
     """Of more batches on one rank than on the other."""
-    loader, val = Batches(lambda i: images(i, ranks, rank), 14), Batches(lambda i: images(50 + i, 1, 0, size=9), 2 + rank)
-    return fit(ranks, rank, Watched(), loader, val=val, val_check_interval=2, num_sanity_val_steps=1)
+    loader, val = (
+        Batches(lambda i: images(i, ranks, rank), 14),
+        Batches(lambda i: images(50 + i, 1, 0, size=9), 2 + rank),
+    )
+    return fit(
+        ranks, rank, Watched(), loader, val=val, val_check_interval=2, num_sanity_val_steps=1
+    )
 
 
 class Sparse(Net):
@@ -567,7 +743,9 @@ class Sparse(Net):
 
 def empty_batches_on_one_rank(ranks, rank, folder):
     sizes = [16, 0, 16, 0, 0, 16] if rank else [16] * 6
-    return fit(ranks, rank, Sparse(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[i % 6]), 14))
+    return fit(
+        ranks, rank, Sparse(), Batches(lambda i: images(10 * i + rank, 1, 0, size=sizes[i % 6]), 14)
+    )
 
 
 class Recomputed(Net):
@@ -581,7 +759,14 @@ def gradient_checkpointing(ranks, rank, folder):
 
 def sharded_accumulation(ranks, rank, folder):
     strategy = _model_parallel(data_parallel_size=ranks, tensor_parallel_size=1)
-    return fit(ranks, rank, ShardedAdam(), _micro(ranks, rank, 2), accumulate_grad_batches=2, strategy=strategy)
+    return fit(
+        ranks,
+        rank,
+        ShardedAdam(),
+        _micro(ranks, rank, 2),
+        accumulate_grad_batches=2,
+        strategy=strategy,
+    )
 
 
 def join_without_a_trainer(ranks, rank, folder):
@@ -619,6 +804,12 @@ def layer_added_on_one_rank(ranks, rank, folder):
 
 
 def other_values_on_one_rank(ranks, rank, folder):
-    """What rank 0 sends for its analysis meets another number of values on rank 1, which saves a checkpoint."""
+    """What rank 0 sends for its analysis meets another number of values on rank 1, which saves a
+    checkpoint.
+    """
     both = Ranks(size=ranks, rank=rank)
-    return both.table(torch.zeros(5000), what="an analysis") if rank == 0 else both.total(torch.zeros(1), what="a checkpoint")
+    return (
+        both.table(torch.zeros(5000), what="an analysis")
+        if rank == 0
+        else both.total(torch.zeros(1), what="a checkpoint")
+    )

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's script, for `test_launchers` to start as Lightning's guides say: `python launched_script.py FOLDER DEVICES NODES`.
+"""A user's script, for `test_launchers` to start as Lightning's guides say: `python
+launched_script.py FOLDER DEVICES NODES`.
 
-Each process trains `distributed_settings.even`'s network on its part of the same images, and leaves in FOLDER what came of it."""
+Each process trains `distributed_settings.even`'s network on its part of the same images, and leaves
+in FOLDER what came of it."""
 
 import json
 import os
@@ -29,8 +31,18 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     callback, module = dynamic(), Net()
     trainer = L.Trainer(
-        devices=devices, num_nodes=nodes, strategy="ddp", max_steps=14, plugins=[DynastyPrecision(seed=3)], callbacks=[callback], **QUIET
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp",
+        max_steps=14,
+        plugins=[DynastyPrecision(seed=3)],
+        callbacks=[callback],
+        **QUIET,
     )
     trainer.fit(module, datamodule=Data())
-    result = {**outcome(trainer, callback, module), "address": os.environ.get("MASTER_ADDR"), "node": trainer.node_rank}
+    result = {
+        **outcome(trainer, callback, module),
+        "address": os.environ.get("MASTER_ADDR"),
+        "node": trainer.node_rank,
+    }
     (folder / f"{trainer.global_rank}.json").write_text(json.dumps(result))

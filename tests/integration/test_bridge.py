@@ -62,11 +62,16 @@ class Module(L.LightningModule):
 
 def loader(images: int = 44, batch: int = 8) -> DataLoader:
     generator = torch.Generator().manual_seed(5)
-    data = TensorDataset(torch.randn(images, 1, 7, 7, generator=generator), torch.randint(0, 5, (images,), generator=generator))
+    data = TensorDataset(
+        torch.randn(images, 1, 7, 7, generator=generator),
+        torch.randint(0, 5, (images,), generator=generator),
+    )
     return DataLoader(data, batch_size=batch)
 
 
-def fit_and_predict(device: str | None, steps: int) -> tuple[Module, list[Tensor], DeviceOffload | None]:
+def fit_and_predict(
+    device: str | None, steps: int
+) -> tuple[Module, list[Tensor], DeviceOffload | None]:
     torch.manual_seed(0)
     module = Module()
     extra = [DeviceOffload(device)] if device else []
@@ -96,7 +101,9 @@ def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact
     module, predictions, callback = fit_and_predict("csim", 24)
     assert len(module.losses) == 24
     assert module.losses == expected.losses
-    for (name, got), want in zip(module.state_dict().items(), expected.state_dict().values(), strict=True):
+    for (name, got), want in zip(
+        module.state_dict().items(), expected.state_dict().values(), strict=True
+    ):
         assert torch.equal(got, want), name
     assert all(torch.equal(a, b) for a, b in zip(predictions, expected_predictions, strict=True))
     assert callback is not None
@@ -105,14 +112,20 @@ def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact
     assert gemms["network.same1"] == set(Gemm)
     for (name, gemm), use in report.uses.items():
         # The stem's dX is computed in the steps that the analysis looks at, for its statistics.
-        assert use.calls == 24 if (name, gemm) != ("network.stem", Gemm.DGRAD) else 0 < use.calls < 24
+        assert (
+            use.calls == 24 if (name, gemm) != ("network.stem", Gemm.DGRAD) else 0 < use.calls < 24
+        )
         assert use.values > 0
         assert use.cycles > 0
         assert use.bytes_moved > 0
         assert use.host_calls == 0
     assert {g for _, g in callback.report.uses} == {Gemm.FORWARD}
     # Widths moved: the map was at work, not 8 bits everywhere.
-    widths = {(layer.layer_name, r): layer.get_precision(r) for layer in dynamic_layers(module).values() for r in Role}
+    widths = {
+        (layer.layer_name, r): layer.get_precision(r)
+        for layer in dynamic_layers(module).values()
+        for r in Role
+    }
     assert any(w is not None for w in widths.values())
 
 
@@ -126,7 +139,12 @@ def test_offloading_again_and_again_keeps_nothing() -> None:
         model.zero_grad()
         gc.collect()
         found = gc.get_objects()
-        kept.append((sum(type(o) is LayerPlan for o in found), sum(o.numel() for o in found if type(o) is Tensor)))
+        kept.append(
+            (
+                sum(type(o) is LayerPlan for o in found),
+                sum(o.numel() for o in found if type(o) is Tensor),
+            )
+        )
     assert kept[1:] == kept[:1] * 3
 
 
@@ -147,7 +165,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv3d": (lambda: nn.Conv3d(3, 5, 3, stride=2, padding=1), (5, 3, 4, 5, 6)),
     "depthwise": (lambda: nn.Conv2d(10, 10, 3, padding=1, groups=10), (5, 10, 7, 7)),
     "groups that cut blocks": (lambda: nn.Conv2d(18, 12, 3, stride=2, groups=3), (6, 18, 7, 7)),
-    "reflected padding": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 4, 6, 6)),
+    "reflected padding": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        (4, 4, 6, 6),
+    ),
     "Linear on tokens": (lambda: nn.Linear(11, 6), (5, 3, 2, 11)),
     "Linear": (lambda: nn.Linear(9, 17, bias=False), (7, 9)),
 }
@@ -162,7 +183,12 @@ def test_every_kind_of_layer_has_the_bits_of_exact_mode(name: str, block: int) -
     layer = next(iter(dynamic_layers(model).values()))
     for role, threshold in zip(Role, (-4, -6, -5), strict=True):
         limit = 8 if role is Role.ERROR else 3
-        layer.set_precision(role, OperandPrecision(lsb_exponent=torch.tensor(threshold), least_bits=0, most_bits=8, backward_bits=limit))
+        layer.set_precision(
+            role,
+            OperandPrecision(
+                lsb_exponent=torch.tensor(threshold), least_bits=0, most_bits=8, backward_bits=limit
+            ),
+        )
     x = torch.randn(shape).requires_grad_()
     outcomes = []
     for device in (None, "csim"):
@@ -250,7 +276,9 @@ def test_uniform_8_bits_have_a_speedup_of_one_and_narrow_blocks_more() -> None:
         model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
         convert(model)
         for role in Role:
-            dynamic_layers(model)["0"].set_precision(role, OperandPrecision(bits=torch.tensor(bits), least_bits=bits, most_bits=bits))
+            dynamic_layers(model)["0"].set_precision(
+                role, OperandPrecision(bits=torch.tensor(bits), least_bits=bits, most_bits=bits)
+            )
         with offload(model, "reference", bytes_per_cycle=21.0) as run:
             model(torch.randn(8, 16, 8, 8).requires_grad_()).sum().backward()
         speedups.append((run.report().speedup_core, run.report().speedup_cycles))
@@ -260,13 +288,21 @@ def test_uniform_8_bits_have_a_speedup_of_one_and_narrow_blocks_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_shape", "message"), [((1, 16), "1 x 16 are for emulation only"), ((8, 8), "blocks are 8 x 8, the device's core takes 4 x 4")]
+    ("block_shape", "message"),
+    [
+        ((1, 16), "1 x 16 are for emulation only"),
+        ((8, 8), "blocks are 8 x 8, the device's core takes 4 x 4"),
+    ],
 )
-def test_blocks_that_the_core_does_not_compute_are_refused(block_shape: tuple[int, int], message: str) -> None:
+def test_blocks_that_the_core_does_not_compute_are_refused(
+    block_shape: tuple[int, int], message: str
+) -> None:
     model = nn.Sequential(nn.Linear(32, 32))
     convert(model, block_shape=block_shape)
     with pytest.raises(ValueError, match=message):
-        offload(model, open_device("reference", GemmConfig()) if block_shape == (8, 8) else "reference")
+        offload(
+            model, open_device("reference", GemmConfig()) if block_shape == (8, 8) else "reference"
+        )
 
 
 def test_bad_requests_are_refused() -> None:
@@ -274,7 +310,9 @@ def test_bad_requests_are_refused() -> None:
         offload(nn.Linear(3, 3), "reference")
     model = nn.Sequential(nn.Linear(3, 3))
     convert(model)
-    with pytest.raises(ValueError, match=r"unknown device 'fpga': known are reference, csim, pynq-sim, pynq"):
+    with pytest.raises(
+        ValueError, match=r"unknown device 'fpga': known are reference, csim, pynq-sim, pynq"
+    ):
         offload(model, "fpga")
     with pytest.raises(ValueError, match="takes no options"):
         offload(model, open_device("reference"), sanitizer="undefined")

@@ -21,13 +21,23 @@ from fpga.reference import ReferenceDevice
 @pytest.fixture
 def network() -> nn.Module:
     model = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, stride=2), nn.Flatten(), nn.Linear(12 * 9, 10)
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(12 * 9, 10),
     )
     convert(model)
     for layer in dynamic_layers(model).values():
         for role in Role:
             layer.set_precision(
-                role, OperandPrecision(lsb_exponent=torch.tensor(-5 if role is not Role.ERROR else -9), least_bits=0, most_bits=8)
+                role,
+                OperandPrecision(
+                    lsb_exponent=torch.tensor(-5 if role is not Role.ERROR else -9),
+                    least_bits=0,
+                    most_bits=8,
+                ),
             )
     return model
 
@@ -46,12 +56,20 @@ def test_every_value_of_predictions_and_step_is_compared_and_equal(network: nn.M
     weights = sum(layer.weight.numel() for layer in dynamic_layers(network).values())
     gemms = 6 * forward[6] + 8 * forward[8] + 8 * (8 * 64 + 12 * 9) + weights
     # and the network's own: predictions, loss, gradients.
-    assert figures["bit_exact_values"] == gemms + 6 * 10 + 1 + sum(p.numel() for p in network.parameters())
+    assert figures["bit_exact_values"] == gemms + 6 * 10 + 1 + sum(
+        p.numel() for p in network.parameters()
+    )
     step = figures["gemms"]["training step"]
     assert {name: set(gemms) for name, gemms in step.items()} == {
-        "0": {"forward", "wgrad"}, "3": {"forward", "dgrad", "wgrad"}, "5": {"forward", "dgrad", "wgrad"},
-    }  # fmt: skip
-    assert figures["core_cycles"] == sum(g["cycles"] for layer in step.values() for g in layer.values()) > 0
+        "0": {"forward", "wgrad"},
+        "3": {"forward", "dgrad", "wgrad"},
+        "5": {"forward", "dgrad", "wgrad"},
+    }
+    assert (
+        figures["core_cycles"]
+        == sum(g["cycles"] for layer in step.values() for g in layer.values())
+        > 0
+    )
     assert 1 < figures["speedup_core"] < 16
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert all(not layer.plan.executor for layer in dynamic_layers(network).values())
@@ -74,7 +92,13 @@ def test_the_cost_of_a_step_leaves_random_numbers_alone() -> None:
     model = nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.5))
     convert(model)
     before = torch.random.get_rng_state()
-    assert core_speedups(model, (torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)))
+    assert core_speedups(
+        model,
+        (
+            torch.randn(8, 64, generator=torch.Generator().manual_seed(0)),
+            torch.zeros(8, dtype=torch.long),
+        ),
+    )
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -84,7 +108,9 @@ def test_no_core_no_cost() -> None:
     assert core_speedups(model, (torch.randn(4, 64), torch.zeros(4, dtype=torch.long))) is None
 
 
-def test_a_wrong_value_is_found_and_said(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_value_is_found_and_said(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     honest = ReferenceDevice._run
 
     def dishonest(self: ReferenceDevice, job: object, timeout_s: float) -> object:
@@ -99,7 +125,9 @@ def test_a_wrong_value_is_found_and_said(network: nn.Module, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", [ToolMissing, CompileError, CacheError, DeviceError])
-def test_without_a_compiler_the_reason_is_kept(kind: type[Exception], network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_reason_is_kept(
+    kind: type[Exception], network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: object) -> object:
         raise CompileError(["g++"], "here", "no g++") if kind is CompileError else kind("no g++")
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on several ranks, with gloo on 127.0.0.1: whatever differs between ranks, their maps and histories do not."""
+"""Training on several ranks, with gloo on 127.0.0.1: whatever differs between ranks, their maps and
+histories do not.
+"""
 
 import functools
 import json
@@ -21,7 +23,9 @@ def results_of(name, ranks):
 
 
 def alike(name, ranks=2, folder=None):
-    """What all ranks returned; a test fails where one did not, or where one has another map, history or weights than the rest."""
+    """What all ranks returned; a test fails where one did not, or where one has another map,
+    history or weights than the rest.
+    """
     results = run(name, ranks, folder) if folder else results_of(name, ranks)
     assert [r.get("error") for r in results] == [None] * ranks
     first, *others = (r["value"] for r in results)
@@ -35,14 +39,36 @@ def alike(name, ranks=2, folder=None):
 @pytest.mark.parametrize(
     "name",
     [
-        "ragged", "smaller_last_batch", "token_lengths", "image_sizes", "unused_layer_on_one_rank", "alternating_layers", "static_graph",
-        "bucket_view", "broadcast_buffers", "own_buffers",
-        "accumulation", "scheduled_accumulation", "manual_without_sync", "frozen_layer", "tied_weights", "gradient_checkpointing",
-        "nonfinite_on_one_rank", "loss_guard_on_one_rank", "empty_batches_on_one_rank",
-        "rest_in_bfloat16", "gradients_in_float16", "gradients_of_low_rank", "sharded_bfloat16", "sharded_accumulation",
-        "loaders_of_two_lengths", "streams_of_two_lengths", "time_limit", "early_stopping_between_validations",
+        "ragged",
+        "smaller_last_batch",
+        "token_lengths",
+        "image_sizes",
+        "unused_layer_on_one_rank",
+        "alternating_layers",
+        "static_graph",
+        "bucket_view",
+        "broadcast_buffers",
+        "own_buffers",
+        "accumulation",
+        "scheduled_accumulation",
+        "manual_without_sync",
+        "frozen_layer",
+        "tied_weights",
+        "gradient_checkpointing",
+        "nonfinite_on_one_rank",
+        "loss_guard_on_one_rank",
+        "empty_batches_on_one_rank",
+        "rest_in_bfloat16",
+        "gradients_in_float16",
+        "gradients_of_low_rank",
+        "sharded_bfloat16",
+        "sharded_accumulation",
+        "loaders_of_two_lengths",
+        "streams_of_two_lengths",
+        "time_limit",
+        "early_stopping_between_validations",
     ],
-)  # fmt: skip
+)
 def test_ranks_that_differ_get_the_same_map(name):
     alike(name)
 
@@ -124,14 +150,24 @@ def _differing(maps, others, *, shift):
     found = []
     for a, b in zip(maps, others, strict=True):
         assert a.keys() == b.keys()
-        found.append([n for n in a if not torch.equal(torch.tensor(a[n]) + (shift if n.endswith("E") else 0), torch.tensor(b[n]))])
+        found.append(
+            [
+                n
+                for n in a
+                if not torch.equal(
+                    torch.tensor(a[n]) + (shift if n.endswith("E") else 0), torch.tensor(b[n])
+                )
+            ]
+        )
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_exact_mode_gives_the_same_maps_on_every_number_of_ranks(ranks):
-    """A rank's loss is the mean over its own images, so its E is `ranks` times as large, and so are the thresholds for E. Beyond the first
-    map, E's rounding (each rank has random numbers of its own) leads to other weights: without it, all maps are the same."""
+    """A rank's loss is the mean over its own images, so its E is `ranks` times as large, and so are
+    the thresholds for E. Beyond the first
+    map, E's rounding (each rank has random numbers of its own) leads to other weights: without it,
+    all maps are the same."""
     for name, same in (("exact", 1), ("exact_unrounded_errors", 6)):
         one, more = alike(name, 1)["maps"], alike(name, ranks)["maps"]
         assert len(one) == 6
@@ -146,7 +182,9 @@ def test_a_rank_out_of_batches_joins_in_a_loop_without_a_trainer():
 
 @pytest.mark.parametrize("name", ["epochs_of_two_lengths", "stop_on_one_rank"])
 def test_a_rank_that_ends_early_is_complete_and_the_other_one_is_told(name):
-    """As without the callback: DDP waits for gradients until the connection closes, or the group's timeout ends."""
+    """As without the callback: DDP waits for gradients until the connection closes, or the group's
+    timeout ends.
+    """
     other, ended = run(name, 2)
     assert ended["value"]["entries"] > 0
     assert "by peer" in other["error"]
@@ -157,8 +195,14 @@ def test_a_rank_that_ends_early_is_complete_and_the_other_one_is_told(name):
     ("name", "told"),
     [
         ("failure_on_one_rank", "on rank 0 of 2 after step 6"),
-        ("failure_before_an_analysis", "rank 0 of 2 came to the analysis of step 6, and not all other ranks did"),
-        ("policy_fails_on_one_rank", "rank 0 of 2 came to the precision map of step 4, and not all other ranks did"),
+        (
+            "failure_before_an_analysis",
+            "rank 0 of 2 came to the analysis of step 6, and not all other ranks did",
+        ),
+        (
+            "policy_fails_on_one_rank",
+            "rank 0 of 2 came to the precision map of step 4, and not all other ranks did",
+        ),
     ],
 )
 def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, told):
@@ -170,8 +214,14 @@ def test_a_rank_that_fails_ends_the_others_in_an_error_that_says_where(name, tol
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("layer_added_on_one_rank", "came to the analysis of step 6 with (63|84) values, and rank {} to something else"),
-        ("other_values_on_one_rank", "came to (an analysis|a checkpoint) with [0-9]+ values, and rank {} to something else"),
+        (
+            "layer_added_on_one_rank",
+            "came to the analysis of step 6 with (63|84) values, and rank {} to something else",
+        ),
+        (
+            "other_values_on_one_rank",
+            "came to (an analysis|a checkpoint) with [0-9]+ values, and rank {} to something else",
+        ),
     ],
 )
 def test_ranks_that_exchange_other_things_are_told_before_the_backend_ends_them(name, told):
@@ -181,11 +231,17 @@ def test_ranks_that_exchange_other_things_are_told_before_the_backend_ends_them(
 
 def test_a_wait_ends_in_time_and_says_for_which_layer():
     for rank, result in enumerate(run("slow_rank", 2)):
-        assert f"rank {rank} of 2 came to the gradient of body at step 2, and not all other ranks did" in result["error"]
+        assert (
+            f"rank {rank} of 2 came to the gradient of body at step 2, and not all other ranks did"
+            in result["error"]
+        )
 
 
 def test_join_is_refused_by_name_before_the_first_step():
-    assert all("join() is not supported" in r["error"] and "after step 0" in r["error"] for r in run("join", 2))
+    assert all(
+        "join() is not supported" in r["error"] and "after step 0" in r["error"]
+        for r in run("join", 2)
+    )
 
 
 def test_weights_that_are_sharded_get_the_maps_and_history_of_whole_ones():
@@ -201,13 +257,18 @@ def test_sharded_weights_with_sharded_moments_get_the_maps_of_whole_ones():
 
 
 def test_a_sharded_run_resumes_exactly_and_on_another_number_of_ranks(tmp_path):
-    whole, same, more = (alike(*args, tmp_path) for args in (("sharded_saved", 2), ("sharded_resumed", 2), ("sharded_resumed", 4)))
+    whole, same, more = (
+        alike(*args, tmp_path)
+        for args in (("sharded_saved", 2), ("sharded_resumed", 2), ("sharded_resumed", 4))
+    )
     assert same == whole
     assert more["speedup"] == pytest.approx(whole["speedup"], rel=0.02)
 
 
 def test_layers_that_are_split_among_ranks_are_refused_by_name():
-    assert all("does not support tensor parallelism" in r["error"] for r in run("tensor_parallel", 2))
+    assert all(
+        "does not support tensor parallelism" in r["error"] for r in run("tensor_parallel", 2)
+    )
 
 
 def test_the_packages_loaders_share_an_epoch_out_and_evaluate_everything_on_each_rank():
@@ -220,7 +281,11 @@ def test_the_packages_loaders_share_an_epoch_out_and_evaluate_everything_on_each
         assert set(shown) == set(range(13))
     assert first["epochs"][0] != first["epochs"][1]
     assert first["batches"] == second["batches"] == 3
-    assert first["evaluation"] == second["evaluation"] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12]]
+    assert (
+        first["evaluation"]
+        == second["evaluation"]
+        == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12]]
+    )
     together = sorted(first["windows"] + second["windows"])
     assert len(first["windows"]) == len(second["windows"]) == 12
     assert together == list(range(together[0], together[0] + 4 * 24, 4))
@@ -229,10 +294,17 @@ def test_the_packages_loaders_share_an_epoch_out_and_evaluate_everything_on_each
 
 def test_every_test_that_the_docs_name_is_there():
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
-    code = "".join(Path(__file__).with_name(f"{name}.py").read_text() for name in ("test_distributed", "test_launchers", "test_lightning"))
+    code = "".join(
+        Path(__file__).with_name(f"{name}.py").read_text()
+        for name in ("test_distributed", "test_launchers", "test_lightning")
+    )
     named = re.findall(r"`(test_\w+)(?:`|\[)", page)
     settings = [name for name in re.findall(r"\[(\w+)\]`", page) if not name.isdigit()]
     assert len(named) > 20
     assert len(settings) > 20
-    assert [name for name in named if name not in ("test_launchers", "test_lightning") and f"def {name}(" not in code] == []
+    assert [
+        name
+        for name in named
+        if name not in ("test_launchers", "test_lightning") and f"def {name}(" not in code
+    ] == []
     assert [name for name in settings if f'"{name}"' not in code] == []

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts started as Lightning's guides say: by torchrun, on two hosts, and by a Trainer that forks. What comes of it is what
+"""Scripts started as Lightning's guides say: by torchrun, on two hosts, and by a Trainer that
+forks. What comes of it is what
 `distributed_runs` gets without any launcher."""
 
 import json
@@ -35,9 +36,22 @@ def environment(**more):
 
 
 def test_torchrun_on_one_host(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, str(tmp_path), "2", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        SCRIPT,
+        str(tmp_path),
+        "2",
+        "1",
+    ]
     env = environment(GLOO_SOCKET_IFNAME="lo")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=_PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert outcomes(tmp_path, 2)[0] == run("even", 2)[0]["value"]
 
@@ -55,7 +69,20 @@ def two_hosts():
             for name in names:
                 ip("netns", "add", name)
                 stack.callback(ip, "netns", "del", name)
-            ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+            ip(
+                "link",
+                "add",
+                "cable",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "cable",
+                "netns",
+                names[1],
+            )
             for name, address in zip(names, HOSTS, strict=True):
                 ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
                 ip("-n", name, "link", "set", "cable", "up")
@@ -66,13 +93,24 @@ def two_hosts():
 
 
 def test_two_hosts_of_two_devices(tmp_path):
-    """The script once on each host, told of the first one's address; each starts a process of its own for its second device."""
+    """The script once on each host, told of the first one's address; each starts a process of its
+    own for its second device.
+    """
     with two_hosts() as hosts, ExitStack() as stack:
         nodes = []
         for node, host in enumerate(hosts):
-            env = environment(MASTER_ADDR=HOSTS[0], MASTER_PORT="29500", NODE_RANK=str(node), GLOO_SOCKET_IFNAME="cable")
+            env = environment(
+                MASTER_ADDR=HOSTS[0],
+                MASTER_PORT="29500",
+                NODE_RANK=str(node),
+                GLOO_SOCKET_IFNAME="cable",
+            )
             command = ["ip", "netns", "exec", host, sys.executable, SCRIPT, str(tmp_path), "2", "2"]
-            nodes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+            nodes.append(
+                subprocess.Popen(
+                    command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+            )
             stack.callback(nodes[-1].kill)
         said = [node.communicate(timeout=_PATIENCE)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said[0][-2000:] + said[1][-2000:]
@@ -83,5 +121,11 @@ def test_two_hosts_of_two_devices(tmp_path):
 
 def test_processes_that_end_with_fit_say_that_map_and_figures_do():
     (result,) = run("forked", 1)
-    assert sum("ddp_spawn, ddp_fork and ddp_notebook train in end with fit" in text for text in result["value"]["said"]) == 1
+    assert (
+        sum(
+            "ddp_spawn, ddp_fork and ddp_notebook train in end with fit" in text
+            for text in result["value"]["said"]
+        )
+        == 1
+    )
     assert "has ended with their processes" in result["value"]["afterwards"]

@@ -1,4 +1,6 @@
-"""Converted layers against the oracle: Y, dX and dW of random Linear and Conv layers, exact to the bit and fast within its bound."""
+"""Converted layers against the oracle: Y, dX and dW of random Linear and Conv layers, exact to the
+bit and fast within its bound.
+"""
 
 import copy
 import dataclasses
@@ -25,13 +27,19 @@ from dynasty_lightning.numerics.roles import Gemm, Role
 from tests import oracle
 
 PATHS = {}
-"""What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where nothing was compiled."""
+"""What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where
+nothing was compiled.
+"""
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def paths():
-    PATHS.update(vectors=native.load(native.build()), plain=native.load(native.build(plain_lanes=True)), torch=None)
+    PATHS.update(
+        vectors=native.load(native.build()),
+        plain=native.load(native.build(plain_lanes=True)),
+        torch=None,
+    )
 
 
 def random_layer(g: np.random.Generator):
@@ -50,7 +58,10 @@ def random_layer(g: np.random.Generator):
     outputs = groups * int(g.integers(1, 4))
     if g.random() < 0.25:
         groups, per_group, outputs = 6, 1, 6  # depthwise
-    size = [d * (k - 1) + int(v) for d, k, v in zip(dilation, taps, g.integers(1, 4 if kind < 3 else 3, kind), strict=True)]
+    size = [
+        d * (k - 1) + int(v)
+        for d, k, v in zip(dilation, taps, g.integers(1, 4 if kind < 3 else 3, kind), strict=True)
+    ]
     padding = [int(v) for v in g.integers(0, 3, kind)]
     mode = str(g.choice(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"]))
     if mode != "zeros":
@@ -59,9 +70,16 @@ def random_layer(g: np.random.Generator):
         padding, stride = "same", [1] * kind
         mode = "zeros"
     conv = CONV[kind](
-        groups * per_group, outputs, tuple(taps), stride=tuple(stride), padding=padding if padding == "same" else tuple(padding),
-        dilation=tuple(dilation), groups=groups, padding_mode=mode, bias=bool(g.integers(2)),
-    )  # fmt: skip
+        groups * per_group,
+        outputs,
+        tuple(taps),
+        stride=tuple(stride),
+        padding=padding if padding == "same" else tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        padding_mode=mode,
+        bias=bool(g.integers(2)),
+    )
     return conv, (n, groups * per_group, *size)
 
 
@@ -79,8 +97,13 @@ def random_widths(g, layer: DynamicLayer, role: Role, shape):
     if role is not Role.WEIGHT:
         grid[0] = 1
     if g.random() < 0.4:
-        return OperandPrecision(bits=torch.from_numpy(g.choice([0, 2, 3, 4, 5, 6, 7, 8], size=grid)))
-    return OperandPrecision(lsb_exponent=torch.from_numpy(g.integers(-7, 1, size=grid)), least_bits=int(g.choice([0, 0, 2])))
+        return OperandPrecision(
+            bits=torch.from_numpy(g.choice([0, 2, 3, 4, 5, 6, 7, 8], size=grid))
+        )
+    return OperandPrecision(
+        lsb_exponent=torch.from_numpy(g.integers(-7, 1, size=grid)),
+        least_bits=int(g.choice([0, 0, 2])),
+    )
 
 
 def oracle_operands(layer, x, e):
@@ -89,9 +112,13 @@ def oracle_operands(layer, x, e):
     weight = oracle.embed_groups(layer.weight.detach().numpy(), geometry.groups)
     operands = {}
     for gemm, role, tensor in (
-        (Gemm.FORWARD, Role.ACTIVATION, x), (Gemm.WGRAD, Role.ACTIVATION, x), (Gemm.FORWARD, Role.WEIGHT, weight),
-        (Gemm.DGRAD, Role.WEIGHT, weight), (Gemm.DGRAD, Role.ERROR, e), (Gemm.WGRAD, Role.ERROR, e),
-    ):  # fmt: skip
+        (Gemm.FORWARD, Role.ACTIVATION, x),
+        (Gemm.WGRAD, Role.ACTIVATION, x),
+        (Gemm.FORWARD, Role.WEIGHT, weight),
+        (Gemm.DGRAD, Role.WEIGHT, weight),
+        (Gemm.DGRAD, Role.ERROR, e),
+        (Gemm.WGRAD, Role.ERROR, e),
+    ):
         precision = layer.get_precision(role)
         values = precision.values.numpy().astype(int)
         if role is Role.WEIGHT and geometry.groups > 1 and values.ndim:
@@ -100,20 +127,32 @@ def oracle_operands(layer, x, e):
         most = precision.most_bits
         if gemm is not Gemm.FORWARD:
             most = min(most, precision.backward_bits)
-            values = values if precision.bits is None else np.minimum(values, precision.backward_bits)
+            values = (
+                values if precision.bits is None else np.minimum(values, precision.backward_bits)
+            )
         quantized = oracle.quantize(
-            tensor, role.letter, block=plan.block_shape(role, gemm), axis=axis, group=plan.format.width_group,
-            least=precision.least_bits, most=most, stream={"layer": layer.layer_index, "seed": 17},
+            tensor,
+            role.letter,
+            block=plan.block_shape(role, gemm),
+            axis=axis,
+            group=plan.format.width_group,
+            least=precision.least_bits,
+            most=most,
+            stream={"layer": layer.layer_index, "seed": 17},
             **{"lsb" if precision.bits is None else "bits": values},
-        )  # fmt: skip
+        )
         operands[gemm, role] = quantized.values
     for gemm in (Gemm.FORWARD, Gemm.DGRAD):
-        operands[gemm, Role.WEIGHT] = oracle.extract_groups(operands[gemm, Role.WEIGHT], geometry.groups, layer.weight.shape[1])
+        operands[gemm, Role.WEIGHT] = oracle.extract_groups(
+            operands[gemm, Role.WEIGHT], geometry.groups, layer.weight.shape[1]
+        )
     return operands
 
 
 def spread_band(values, layer):
-    """A map over the band as a map over the whole block-diagonal matrix; what lies outside the band is zero anyway."""
+    """A map over the band as a map over the whole block-diagonal matrix; what lies outside the band
+    is zero anyway.
+    """
     _rows, channels = layer.plan.format.block_shape
     first = layer.plan.band.first_columns.numpy() // channels
     columns = -(-layer.geometry.in_channels // channels)
@@ -145,12 +184,18 @@ def test_three_gemms_equal_the_oracle(seed):
     padded = x
     if isinstance(module, nn.modules.conv._ConvNd) and pads_explicitly(module):
         padded = F.pad(
-            x, module._reversed_padding_repeated_twice, mode="constant" if module.padding_mode == "zeros" else module.padding_mode
+            x,
+            module._reversed_padding_repeated_twice,
+            mode="constant" if module.padding_mode == "zeros" else module.padding_mode,
         )
     layers = {mode: m[0] for mode, m in models.items()}
     output_shape = layers["exact"].plan.output_shape(tuple(padded.shape))
     e = torch.randn(output_shape) * 2.0 ** int(g.integers(-8, 3))
-    for role, s in ((Role.ACTIVATION, tuple(padded.shape)), (Role.WEIGHT, None), (Role.ERROR, output_shape)):
+    for role, s in (
+        (Role.ACTIVATION, tuple(padded.shape)),
+        (Role.WEIGHT, None),
+        (Role.ERROR, output_shape),
+    ):
         precision = random_precision(g, layers["exact"], role, s)
         for layer in layers.values():
             layer.set_precision(role, precision)
@@ -171,24 +216,40 @@ def test_three_gemms_equal_the_oracle(seed):
         for gemm, index in ((Gemm.FORWARD, 0), (Gemm.DGRAD, 1), (Gemm.WGRAD, 2)):
             read = {
                 role: o.get((gemm, role), np.zeros_like(o[other, role]))
-                for role, other in ((Role.ACTIVATION, Gemm.WGRAD), (Role.WEIGHT, Gemm.DGRAD), (Role.ERROR, Gemm.DGRAD))
+                for role, other in (
+                    (Role.ACTIVATION, Gemm.WGRAD),
+                    (Role.WEIGHT, Gemm.DGRAD),
+                    (Role.ERROR, Gemm.DGRAD),
+                )
             }
             arguments = (read[Role.ACTIVATION], read[Role.WEIGHT], read[Role.ERROR])
             if geometry.kind == "linear":
                 parts.append(oracle.linear_gemms(*arguments)[index])
             else:
-                parts.append(oracle.conv_gemms(*arguments, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)[index])
+                parts.append(
+                    oracle.conv_gemms(
+                        *arguments,
+                        geometry.stride,
+                        geometry.padding,
+                        geometry.dilation,
+                        geometry.groups,
+                    )[index]
+                )
         return parts
 
     exact = gemms(lambda v: v)
-    for name, want, *got in zip(("Y", "dX", "dW"), exact, *(results["exact", path] for path in PATHS), strict=True):
+    for name, want, *got in zip(
+        ("Y", "dX", "dW"), exact, *(results["exact", path] for path in PATHS), strict=True
+    ):
         want = oracle.rounded(want)
         for path, values in zip(PATHS, got, strict=True):
             np.testing.assert_array_equal(values.numpy(), want, err_msg=f"{name} of {path}")
     # docs/numerics.md, "Sums": K <= 10**4 here.
     magnitude = gemms(np.abs)
     relative = 2.0**-8 if fast_dtype(torch.device("cpu")) == torch.bfloat16 else 0.0
-    for name, want, size, *got in zip(("Y", "dX", "dW"), exact, magnitude, *(results["fast", path] for path in PATHS), strict=True):
+    for name, want, size, *got in zip(
+        ("Y", "dX", "dW"), exact, magnitude, *(results["fast", path] for path in PATHS), strict=True
+    ):
         want, size = want.astype(float), size.astype(float)
         terms = max(x.numel(), module.weight.numel(), e.numel())
         bound = terms * 2 * 2.0**-24 * size * (1 + relative) + relative * np.abs(want) + 1e-40
@@ -234,27 +295,50 @@ def _blocks(x, role, geometry):
     plan = LayerPlan(geometry=geometry)
     gemm = Gemm.FORWARD if role is not Role.ERROR else Gemm.DGRAD
     return quantize_blocks(
-        x, plan.layout(role, tuple(x.shape), gemm), bits=torch.tensor(8), lsb_exponent=None, role=role, least_bits=0, most_bits=8,
-        width_group=None, stochastic=False, force_signed=False, stream=StreamPosition(), scope="tensor",
-    )  # fmt: skip
+        x,
+        plan.layout(role, tuple(x.shape), gemm),
+        bits=torch.tensor(8),
+        lsb_exponent=None,
+        role=role,
+        least_bits=0,
+        most_bits=8,
+        width_group=None,
+        stochastic=False,
+        force_signed=False,
+        stream=StreamPosition(),
+        scope="tensor",
+    )
 
 
 @pytest.mark.parametrize("gemm", list(Gemm))
-@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 16), lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(24, 16), lambda: nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2)]
+)
 def test_splitting_k_changes_nothing(gemm, make):
     module = make()
     geometry = geometry_of(module)
     x = torch.randn((8, 24) if geometry.kind == "linear" else (8, 8, 7, 7)).relu() * 100
     plan = LayerPlan(geometry=geometry)
     output_shape = plan.output_shape(tuple(x.shape))
-    w_blocks = _blocks(module.weight.detach(), Role.WEIGHT, geometry) if geometry.groups == 1 else _unbanded(module, plan)
+    w_blocks = (
+        _blocks(module.weight.detach(), Role.WEIGHT, geometry)
+        if geometry.groups == 1
+        else _unbanded(module, plan)
+    )
     operands = {
         Role.ACTIVATION: _blocks(x, Role.ACTIVATION, geometry),
         Role.ERROR: _blocks(torch.randn(output_shape), Role.ERROR, geometry),
         Role.WEIGHT: w_blocks,
     }
     left, right = {Gemm.FORWARD: (0, 1), Gemm.DGRAD: (2, 1), Gemm.WGRAD: (2, 0)}[gemm]
-    arguments = (gemm, operands[Role(left)], operands[Role(right)], geometry, tuple(x.shape), output_shape)
+    arguments = (
+        gemm,
+        operands[Role(left)],
+        operands[Role(right)],
+        geometry,
+        tuple(x.shape),
+        output_shape,
+    )
     whole = exact_gemm(*arguments)
     assert torch.equal(exact_gemm(*arguments, limit_bits=36), whole)
     with pytest.raises(ValueError, match="must stay below"):
@@ -262,7 +346,9 @@ def test_splitting_k_changes_nothing(gemm, make):
 
 
 def _unbanded(module, plan):
-    banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(module.weight.detach())
+    banded = BandedWeight(plan.geometry.weight_shape, plan.geometry.groups, (4, 4)).embed(
+        module.weight.detach()
+    )
     return dataclasses.replace(_blocks(banded, Role.WEIGHT, plan.geometry), band=plan.band)
 
 
@@ -278,7 +364,13 @@ def test_sums_beyond_float64_are_split_and_exact():
     blocks = [_blocks(x, Role.ACTIVATION, geometry), _blocks(w, Role.WEIGHT, geometry)]
     want = sum(
         int(a) * int(b)
-        for a, b in zip(*(b.values(torch.float64, shift=-b.finest_exponent())[0].long().tolist() for b in blocks), strict=True)
+        for a, b in zip(
+            *(
+                b.values(torch.float64, shift=-b.finest_exponent())[0].long().tolist()
+                for b in blocks
+            ),
+            strict=True,
+        )
     )
     exponent = sum(b.finest_exponent() for b in blocks)
     from fractions import Fraction
@@ -294,11 +386,20 @@ def test_round_once_equals_fractions():
 
     g = np.random.default_rng(0)
     values = [int(g.integers(-(2**b), 2**b)) for b in range(1, 62) for _ in range(20)]
-    values += [2**61 - 1, -(2**61) + 1, (1 << 54) + 1, (1 << 60) + (1 << 36), (1 << 60) + (1 << 36) + 1, (3 << 59) + (1 << 36)]
+    values += [
+        2**61 - 1,
+        -(2**61) + 1,
+        (1 << 54) + 1,
+        (1 << 60) + (1 << 36),
+        (1 << 60) + (1 << 36) + 1,
+        (3 << 59) + (1 << 36),
+    ]
     total = torch.tensor(values)
     for exponent in (0, -60, -170, -200, -206, 70, 100):
         got = round_once(total, exponent).numpy()
-        want = np.array([oracle.to_float32(Fraction(v) * Fraction(2) ** exponent) for v in values], np.float32)
+        want = np.array(
+            [oracle.to_float32(Fraction(v) * Fraction(2) ** exponent) for v in values], np.float32
+        )
         np.testing.assert_array_equal(got, want)
 
 
@@ -311,10 +412,14 @@ def test_an_exact_zero_is_positive():
     assert not torch.signbit(y[1]).any()
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 7), lambda: nn.Conv1d(12, 6, 3, padding=1, groups=3)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(12, 7), lambda: nn.Conv1d(12, 6, 3, padding=1, groups=3)]
+)
 @pytest.mark.parametrize("path", ["vectors", "torch"])
 def test_gradients_in_eval_mode_are_those_of_train_mode(make, path):
-    """Y is a prediction's, of blocks and windows of one sample; WGRAD's X and E are those of training."""
+    """Y is a prediction's, of blocks and windows of one sample; WGRAD's X and E are those of
+    training.
+    """
     torch.manual_seed(3)
     model = nn.Sequential(make())
     convert(model, mode="exact", seed=5)
@@ -322,7 +427,9 @@ def test_gradients_in_eval_mode_are_those_of_train_mode(make, path):
     layer.set_precision(Role.ACTIVATION, OperandPrecision(bits=3))
     layer.set_precision(Role.ERROR, OperandPrecision(lsb_exponent=-2))
     shape = (6, 12) if isinstance(layer, nn.Linear) else (6, 12, 5)
-    x = torch.randn(shape) * torch.exp2(-6.0 * torch.arange(6)).view(-1, *[1] * (len(shape) - 1))  # samples far apart: the window shows
+    x = torch.randn(shape) * torch.exp2(-6.0 * torch.arange(6)).view(
+        -1, *[1] * (len(shape) - 1)
+    )  # samples far apart: the window shows
     results = {}
     for training in (True, False):
         layer.train(training)
@@ -368,7 +475,9 @@ def test_calls_that_no_gradient_may_be_taken_of_are_not_counted():
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "checkpointed", "copied"])
 def test_a_loop_that_never_advances_draws_new_numbers_at_every_step(way):
-    """Training calls are counted on: one batch at the same weights has E rounded anew each time, in mid-loop and after a resume, too."""
+    """Training calls are counted on: one batch at the same weights has E rounded anew each time, in
+    mid-loop and after a resume, too.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
@@ -397,4 +506,7 @@ def test_the_gradient_of_a_bias_is_a_float32_sum_in_some_order():
         layer[0].bias.grad = None
         layer(torch.randn(64, 4, 9, 9)).backward(e.contiguous(memory_format=memory))
         got, terms = layer[0].bias.grad.double(), 64 * 81
-        assert ((got - e.double().sum((0, 2, 3))).abs() <= terms * 2.0**-24 * e.double().abs().sum((0, 2, 3))).all()
+        assert (
+            (got - e.double().sum((0, 2, 3))).abs()
+            <= terms * 2.0**-24 * e.double().abs().sum((0, 2, 3))
+        ).all()

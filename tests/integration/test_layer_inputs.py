@@ -1,4 +1,6 @@
-"""What users do with converted layers: other devices, copies, transforms, empty batches, views; each right or refused by name."""
+"""What users do with converted layers: other devices, copies, transforms, empty batches, views;
+each right or refused by name.
+"""
 
 import copy
 import io
@@ -22,9 +24,13 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
 
 QUIET = {
-    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "devices": 1,
     "limit_val_batches": 0,
-}  # fmt: skip
+}
 
 
 def network(seed=0):
@@ -69,12 +75,17 @@ def test_converted_models_show_no_buffers_of_ours():
     assert set(model.state_dict()) == set(network().state_dict())
 
 
-@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.5), WeightAveraging], ids=["EMA", "SWA"])
+@pytest.mark.parametrize(
+    "average", [lambda: EMAWeightAveraging(decay=0.5), WeightAveraging], ids=["EMA", "SWA"]
+)
 def test_averages_of_weights_work(average, tmp_path):
     trainer = L.Trainer(
-        plugins=[DynastyPrecision(seed=1)], callbacks=[average(), DynastyCallback(target_speedup=3, interval=2, table=False)],
-        max_epochs=2, default_root_dir=tmp_path, **QUIET,
-    )  # fmt: skip
+        plugins=[DynastyPrecision(seed=1)],
+        callbacks=[average(), DynastyCallback(target_speedup=3, interval=2, table=False)],
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        **QUIET,
+    )
     trainer.fit(Task(), loader())
     assert trainer.global_step == 16
 
@@ -103,7 +114,11 @@ def test_copies_and_pickles_train_alike():
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+    for copied in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(file, weights_only=False),
+    ):
         model.zero_grad()
         for m in (model, copied):
             m[0].stream.calls.zero_()
@@ -115,7 +130,15 @@ def test_copies_and_pickles_train_alike():
 # -- Operands that are not plain
 
 
-@pytest.mark.parametrize("view", [torch._neg_view, lambda t: t.expand_as(t), lambda t: t.flip(0).flip(0), lambda t: t.mT.contiguous().mT])
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch._neg_view,
+        lambda t: t.expand_as(t),
+        lambda t: t.flip(0).flip(0),
+        lambda t: t.mT.contiguous().mT,
+    ],
+)
 def test_views_are_read_as_what_they_show(view):
     model = converted()
     x = images()
@@ -158,10 +181,19 @@ def test_a_negated_gradient_has_its_sign():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: torch.randn(4, 16, dtype=torch.float64), "float64: converted layers take float32, bfloat16 or float16"),
+        (
+            lambda: torch.randn(4, 16, dtype=torch.float64),
+            "float64: converted layers take float32, bfloat16 or float16",
+        ),
         (lambda: torch.randint(0, 3, (4, 16)), "int64: converted layers take"),
-        (lambda: torch.randn(4, 16).to_sparse(), r"Tensor \(sparse_coo\): converted layers take plain, dense tensors"),
-        (lambda: torch.nested.nested_tensor([torch.randn(2, 16)], layout=torch.jagged), r"NestedTensor \(nested\): converted layers take"),
+        (
+            lambda: torch.randn(4, 16).to_sparse(),
+            r"Tensor \(sparse_coo\): converted layers take plain, dense tensors",
+        ),
+        (
+            lambda: torch.nested.nested_tensor([torch.randn(2, 16)], layout=torch.jagged),
+            r"NestedTensor \(nested\): converted layers take",
+        ),
         (lambda: torch.randn(4, 16, dtype=torch.complex64), "complex64: converted layers take"),
     ],
 )
@@ -185,7 +217,9 @@ def test_a_layer_that_was_changed_after_its_conversion_is_refused():
 @pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    "layer", [nn.Linear(3, 5), nn.Conv2d(3, 4, 3, padding=1), nn.Conv1d(4, 4, 2, groups=2)], ids=["linear", "conv", "grouped"]
+    "layer",
+    [nn.Linear(3, 5), nn.Conv2d(3, 4, 3, padding=1), nn.Conv1d(4, 4, 2, groups=2)],
+    ids=["linear", "conv", "grouped"],
 )
 def test_an_empty_batch_has_torchs_empty_result_and_gradients(mode, training, layer):
     shape = {"Linear": (0, 7, 3), "Conv2d": (0, 3, 5, 5), "Conv1d": (0, 4, 6)}[type(layer).__name__]
@@ -208,16 +242,22 @@ def test_an_empty_batch_has_torchs_empty_result_and_gradients(mode, training, la
 
 
 def test_layers_in_eval_mode_that_train_are_analysed():
-    """As Lightning leaves pretrained networks: FORWARD reads blocks of one sample, backward those of the batch."""
+    """As Lightning leaves pretrained networks: FORWARD reads blocks of one sample, backward those
+    of the batch.
+    """
 
     class Evaluated(Task):
         def on_train_epoch_start(self):
             self.net.eval()
 
     callback = DynastyCallback(target_speedup=3, interval=2, table=False, loss_guard=None)
-    L.Trainer(plugins=[DynastyPrecision(seed=1)], callbacks=[callback], max_epochs=12, enable_checkpointing=False, **QUIET).fit(
-        Evaluated(), loader()
-    )
+    L.Trainer(
+        plugins=[DynastyPrecision(seed=1)],
+        callbacks=[callback],
+        max_epochs=12,
+        enable_checkpointing=False,
+        **QUIET,
+    ).fit(Evaluated(), loader())
     assert callback.promises.maps > 3
     assert 2.5 < callback.summary()["speedup_charged"] < 4
 
@@ -233,9 +273,15 @@ def test_the_cost_of_a_layer_in_eval_mode_is_that_of_its_blocks():
     o = layer.observation()
     assert {r: tuple(o.bits[r].shape) for r in Role} == dict.fromkeys(Role, (2, 2))
     cost = layer_cost(
-        o.geometry, input_shape=o.input_shape, output_shape=o.output_shape, bits=o.bits, occupied=o.occupied, block_shape=(4, 4),
-        has_dgrad=o.has_dgrad, backward_bits=o.backward_bits,
-    )  # fmt: skip
+        o.geometry,
+        input_shape=o.input_shape,
+        output_shape=o.output_shape,
+        bits=o.bits,
+        occupied=o.occupied,
+        block_shape=(4, 4),
+        has_dgrad=o.has_dgrad,
+        backward_bits=o.backward_bits,
+    )
     assert set(cost) == set(Gemm)
     assert all(c.products == 64 * 8 * 8 * 8 for c in cost.values())
 
@@ -262,13 +308,21 @@ def test_an_exported_network_takes_batches_of_any_size():
 
 def test_an_exported_prediction_refuses_gradients_by_name():
     program = torch.export.export(converted().eval(), (images(4),)).module()
-    with pytest.raises(RuntimeError, match="layer 1 kept nothing for a backward pass, as networks do that are exported in eval mode"):
+    with pytest.raises(
+        RuntimeError,
+        match="layer 1 kept nothing for a backward pass, as networks do that are exported in "
+        "eval mode",
+    ):
         program(images(4)).sum().backward()
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"])
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, lambda: torch.device("meta")], ids=["inference", "meta"]
+)
 def test_what_is_around_a_conversion_does_not_reach_into_training(around):
-    """Nor do torch's default device and mode at the first call, where layouts and bands are made."""
+    """Nor do torch's default device and mode at the first call, where layouts and bands are
+    made.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), nn.Conv2d(8, 3, 1))
     expected, x = copy.deepcopy(model), torch.randn(4, 8, 5, 5)
@@ -281,7 +335,10 @@ def test_what_is_around_a_conversion_does_not_reach_into_training(around):
     for m in (model, expected):
         m(x).square().sum().backward()
         m[0].stream.advance()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
 
 
 def test_shapes_and_operations_are_counted_without_memory():
@@ -302,7 +359,11 @@ def test_shapes_and_operations_are_counted_without_memory():
     ],
 )
 def test_transforms_are_refused_by_name(transform):
-    with pytest.raises(RuntimeError, match=r"torch\.func transforms, vmap, vectorized jacobians and is_grads_batched are not supported"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"torch\.func transforms, vmap, vectorized jacobians and is_grads_batched are not "
+        r"supported",
+    ):
         transform(converted(), images(4))
 
 
@@ -310,18 +371,29 @@ def test_transforms_are_refused_by_name(transform):
     "gradients",
     [
         lambda m, x: torch.autograd.functional.jacobian(m, x[:1], vectorize=True),
-        lambda m, x: torch.autograd.grad(m(x.requires_grad_()).sum((1, 2)), x, torch.eye(len(x)), is_grads_batched=True),
+        lambda m, x: torch.autograd.grad(
+            m(x.requires_grad_()).sum((1, 2)), x, torch.eye(len(x)), is_grads_batched=True
+        ),
     ],
 )
 def test_many_gradients_at_once_are_refused_by_name(gradients):
-    with pytest.raises(RuntimeError, match=r"vectorized jacobians and is_grads_batched are not supported"):
+    with pytest.raises(
+        RuntimeError, match=r"vectorized jacobians and is_grads_batched are not supported"
+    ):
         gradients(converted(), images(4))
 
 
-@pytest.mark.parametrize("way", [lambda m, x: torch.jit.trace(m, x), lambda m, x: torch.jit.script(m)], ids=["trace", "script"])
+@pytest.mark.parametrize(
+    "way",
+    [lambda m, x: torch.jit.trace(m, x), lambda m, x: torch.jit.script(m)],
+    ids=["trace", "script"],
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_torchscript_is_refused_by_name(way):
-    with pytest.raises(RuntimeError, match=r"0: torch\.jit\.trace and script, .* are not supported; use torch\.export"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"0: torch\.jit\.trace and script, .* are not supported; use torch\.export",
+    ):
         way(converted(), images(4))
 
 
@@ -338,8 +410,13 @@ def test_forward_mode_is_refused_by_name():
 
 
 def test_plugin_and_callback_travel_in_a_pickle_after_fit():
-    plugin, callback = DynastyPrecision(seed=1), DynastyCallback(target_speedup=3, interval=2, table=False)
-    trainer = L.Trainer(plugins=[plugin], callbacks=[callback], max_steps=8, enable_checkpointing=False, **QUIET)
+    plugin, callback = (
+        DynastyPrecision(seed=1),
+        DynastyCallback(target_speedup=3, interval=2, table=False),
+    )
+    trainer = L.Trainer(
+        plugins=[plugin], callbacks=[callback], max_steps=8, enable_checkpointing=False, **QUIET
+    )
     trainer.fit(Task(), loader())
     for copied in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
         assert copied.summary() == callback.summary()
@@ -347,32 +424,49 @@ def test_plugin_and_callback_travel_in_a_pickle_after_fit():
         assert copied.format == plugin.format
         with pytest.raises(RuntimeError, match="has converted no module yet"):
             _ = copied.layers
-        L.Trainer(plugins=[copied], max_steps=2, enable_checkpointing=False, **QUIET).fit(Task(), loader())
+        L.Trainer(plugins=[copied], max_steps=2, enable_checkpointing=False, **QUIET).fit(
+            Task(), loader()
+        )
         assert len(copied.layers) == 2
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader, .*:UserWarning")
 def test_a_trainer_without_the_plugin_is_told_that_the_model_stays_quantized(tmp_path):
     task = Task()
-    L.Trainer(plugins=[DynastyPrecision(seed=1)], max_steps=2, enable_checkpointing=False, **QUIET).fit(task, loader())
-    with pytest.warns(UserWarning, match="this Trainer has no DynastyPrecision, but the model was converted by one and stays so"):
+    L.Trainer(
+        plugins=[DynastyPrecision(seed=1)], max_steps=2, enable_checkpointing=False, **QUIET
+    ).fit(task, loader())
+    with pytest.warns(
+        UserWarning,
+        match="this Trainer has no DynastyPrecision, but the model was converted by one and "
+        "stays so",
+    ):
         L.Trainer(max_steps=2, enable_checkpointing=False, **QUIET).fit(task, loader())
 
 
 @pytest.mark.filterwarnings("ignore:The dataloader, .*:UserWarning")
 def test_a_checkpoint_without_widths_says_so(tmp_path):
     trainer = L.Trainer(
-        plugins=[DynastyPrecision(seed=1)], callbacks=[DynastyCallback(target_speedup=3, interval=2, table=False)], max_steps=8,
-        enable_checkpointing=False, **QUIET,
-    )  # fmt: skip
+        plugins=[DynastyPrecision(seed=1)],
+        callbacks=[DynastyCallback(target_speedup=3, interval=2, table=False)],
+        max_steps=8,
+        enable_checkpointing=False,
+        **QUIET,
+    )
     trainer.fit(Task(), loader())
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     trainer.save_checkpoint(tmp_path / "whole.ckpt")
-    with pytest.warns(UserWarning, match=r"weights\.ckpt holds no widths .*: its weights run at uniform 8 bits"):
-        L.Trainer(plugins=[DynastyPrecision()], **QUIET).test(Task(), loader(), ckpt_path=tmp_path / "weights.ckpt", verbose=False)
+    with pytest.warns(
+        UserWarning, match=r"weights\.ckpt holds no widths .*: its weights run at uniform 8 bits"
+    ):
+        L.Trainer(plugins=[DynastyPrecision()], **QUIET).test(
+            Task(), loader(), ckpt_path=tmp_path / "weights.ckpt", verbose=False
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
-        L.Trainer(plugins=[DynastyPrecision()], **QUIET).test(Task(), loader(), ckpt_path=tmp_path / "whole.ckpt", verbose=False)
+        L.Trainer(plugins=[DynastyPrecision()], **QUIET).test(
+            Task(), loader(), ckpt_path=tmp_path / "whole.ckpt", verbose=False
+        )
 
 
 class Scored(Task):
@@ -395,25 +489,38 @@ def said(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The dataloader, .*:UserWarning")
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_weights_that_are_evaluated_without_their_map_say_so_once(verb, said):
-    """As those of `load_from_checkpoint`, in a Trainer that is given no checkpoint: the map is not part of them."""
-    trainer = L.Trainer(plugins=[DynastyPrecision()], **QUIET | {"limit_val_batches": 2, "limit_test_batches": 2})
+    """As those of `load_from_checkpoint`, in a Trainer that is given no checkpoint: the map is not
+    part of them.
+    """
+    trainer = L.Trainer(
+        plugins=[DynastyPrecision()], **QUIET | {"limit_val_batches": 2, "limit_test_batches": 2}
+    )
     task = Scored()
     for _ in range(2):
         getattr(trainer, verb)(task, loader())
     (words,) = said
     assert (
-        f"its 2 converted layers run at uniform 8 bits. If it was trained with a map, pass that run's checkpoint (trainer.{verb}(" in words
+        f"its 2 converted layers run at uniform 8 bits. If it was trained with a map, pass that "
+        f"run's checkpoint (trainer.{verb}(" in words
     )
     getattr(trainer, verb)(Scored(), loader())
     assert len(said) == 2, "another model is another matter"
 
 
 @pytest.mark.filterwarnings(
-    "ignore:The dataloader, .*:UserWarning", "ignore:Be aware that when using `ckpt_path`", "ignore:.*holds no widths"
+    "ignore:The dataloader, .*:UserWarning",
+    "ignore:Be aware that when using `ckpt_path`",
+    "ignore:.*holds no widths",
 )
 def test_nothing_is_said_of_widths_where_they_are_known(tmp_path, said):
-    """In a fit and after it, where a map was put in force, and of checkpoints with widths, or with a warning of their own."""
-    quiet = QUIET | {"enable_checkpointing": False, "limit_val_batches": 1, "num_sanity_val_steps": 1}
+    """In a fit and after it, where a map was put in force, and of checkpoints with widths, or with
+    a warning of their own.
+    """
+    quiet = QUIET | {
+        "enable_checkpointing": False,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 1,
+    }
     callback = DynastyCallback(target_speedup=3, interval=2, table=False)
     plugin, task = DynastyPrecision(seed=1), Scored()
     made = L.Trainer(plugins=[plugin], callbacks=[callback], max_steps=8, **quiet)
@@ -469,7 +576,9 @@ def test_weights_in_formats_of_their_own_are_named():
     ]
     sparse = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4))
     sparse[0].weight = nn.Parameter(sparse[0].weight.detach().to_sparse())
-    assert [reason for *_, reason in convert(sparse).skipped] == ["its weight is sparse_coo: converted layers keep dense master weights"]
+    assert [reason for *_, reason in convert(sparse).skipped] == [
+        "its weight is sparse_coo: converted layers keep dense master weights"
+    ]
     model[1].weight = nn.Parameter(Wrapped(model[1].weight.detach()), requires_grad=False)
     with pytest.raises(TypeError, match=r"1: the weight is a Wrapped"):
         model[1](torch.randn(2, 4))
@@ -505,11 +614,19 @@ def test_the_report_names_what_multiplies_by_itself():
         def forward(self, x):
             return x + self.position
 
-    model = nn.ModuleDict({
-        "fc": nn.Linear(4, 4), "gpt": Conv1D(), "own": Own(), "operator": Operator(), "position": Position(),
-        "bag": nn.EmbeddingBag(4, 4), "pair": nn.Bilinear(4, 4, 4),
-        "table": nn.Embedding(4, 4), "attention": dnn.MultiheadAttention(4, 2),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "fc": nn.Linear(4, 4),
+            "gpt": Conv1D(),
+            "own": Own(),
+            "operator": Operator(),
+            "position": Position(),
+            "bag": nn.EmbeddingBag(4, 4),
+            "pair": nn.Bilinear(4, 4, 4),
+            "table": nn.Embedding(4, 4),
+            "attention": dnn.MultiheadAttention(4, 2),
+        }
+    )
     skipped = {name: reason for name, _, reason in convert(model).skipped}
     assert set(skipped) == {"gpt", "own", "operator", "bag", "pair"}
     assert "GPT-2" in skipped["gpt"]
@@ -517,7 +634,9 @@ def test_the_report_names_what_multiplies_by_itself():
 
 
 def test_networks_that_were_converted_apart_share_a_stream_and_no_name():
-    both = nn.ModuleDict({name: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for name in ("a", "b")})
+    both = nn.ModuleDict(
+        {name: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for name in ("a", "b")}
+    )
     for net in both.values():
         convert(net)
     report = convert(both)
@@ -557,13 +676,31 @@ def test_attention_is_torchs(batch_first, need_weights, mask, padding):
     n, t = 3, 5
     x = torch.randn(n, t, 8) if batch_first else torch.randn(t, n, 8)
     upper = torch.ones(t, t, dtype=torch.bool).triu(1)
-    masks = {None: None, "bool": upper, "float": torch.zeros(t, t).masked_fill(upper, -torch.inf), "heads": upper.expand(2 * n, t, t)}
+    masks = {
+        None: None,
+        "bool": upper,
+        "float": torch.zeros(t, t).masked_fill(upper, -torch.inf),
+        "heads": upper.expand(2 * n, t, t),
+    }
     ignored = torch.zeros(n, t, dtype=torch.bool)
     ignored[1, 3:] = True
-    paddings = {None: None, "bool": ignored, "float": torch.zeros(n, t).masked_fill(ignored, -torch.inf)}
-    options = {"attn_mask": masks[mask], "key_padding_mask": paddings[padding], "need_weights": need_weights}
-    if (mask == "float" and padding == "bool") or (mask in ("bool", "heads") and padding == "float"):
-        options["attn_mask"], options["key_padding_mask"] = masks["bool"], paddings["bool"]  # torch deprecates mixed kinds
+    paddings = {
+        None: None,
+        "bool": ignored,
+        "float": torch.zeros(n, t).masked_fill(ignored, -torch.inf),
+    }
+    options = {
+        "attn_mask": masks[mask],
+        "key_padding_mask": paddings[padding],
+        "need_weights": need_weights,
+    }
+    if (mask == "float" and padding == "bool") or (
+        mask in ("bool", "heads") and padding == "float"
+    ):
+        options["attn_mask"], options["key_padding_mask"] = (
+            masks["bool"],
+            paddings["bool"],
+        )  # torch deprecates mixed kinds
     expected, found = torchs(x, x, x, **options), ours(x, x, x, **options)
     assert torch.allclose(found[0], expected[0], atol=1e-6)
     assert (found[1] is None) == (expected[1] is None)
@@ -580,8 +717,9 @@ def test_causal_attention_with_padding_sees_no_future(need_weights):
     changed = x.clone()
     changed[:, 3:] += 1.0
     first, second = (
-        ours(v, v, v, key_padding_mask=padding, is_causal=True, need_weights=need_weights)[0] for v in (x, changed)
-    )  # fmt: skip
+        ours(v, v, v, key_padding_mask=padding, is_causal=True, need_weights=need_weights)[0]
+        for v in (x, changed)
+    )
     assert torch.equal(first[:, :3], second[:, :3])
     assert not torch.equal(first[:, 3:], second[:, 3:])
 
@@ -590,7 +728,10 @@ def test_attention_without_a_batch_is_torchs():
     torchs, ours = attention_pair(False)
     x = torch.randn(5, 8)
     padding = torch.tensor([False, False, False, False, True])
-    expected, found = torchs(x, x, x, key_padding_mask=padding), ours(x, x, x, key_padding_mask=padding)
+    expected, found = (
+        torchs(x, x, x, key_padding_mask=padding),
+        ours(x, x, x, key_padding_mask=padding),
+    )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
 
 
@@ -611,7 +752,9 @@ def test_torchs_encoder_layer_takes_our_attention(training):
 def test_torchs_encoder_takes_our_attention_with_padding(gradients):
     """In eval mode it would make nested tensors for its fused path."""
     torch.manual_seed(0)
-    expected = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    expected = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2
+    ).eval()
     encoder = copy.deepcopy(expected)
     for layer in encoder.layers:
         layer.self_attn = dnn.MultiheadAttention.from_torch(layer.self_attn)
@@ -628,7 +771,9 @@ def test_attention_refuses_shapes_that_are_none_of_torchs():
     x = torch.randn(2, 5, 8)
     with pytest.raises(ValueError, match="have 3 axes each, or 2 without a batch"):
         ours(x[None], x[None], x[None])
-    with pytest.raises(ValueError, match=r"attn_mask must be of shape \(5, 5\) or \(4, 5, 5\), not \(5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"attn_mask must be of shape \(5, 5\) or \(4, 5, 5\), not \(5, 4\)"
+    ):
         ours(x, x, x, attn_mask=torch.zeros(5, 4))
 
 

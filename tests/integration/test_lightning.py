@@ -1,4 +1,6 @@
-"""The plugin and the callback under a real Trainer: it learns, refuses what it must, resumes bit for bit."""
+"""The plugin and the callback under a real Trainer: it learns, refuses what it must, resumes bit
+for bit.
+"""
 
 import copy
 import math
@@ -33,13 +35,24 @@ QUIET = {
 
 
 def dynasty(**options):
-    return DynastyCallback(**{"target_speedup": 4.0, "interval": 4, "warmup_steps": 4, "table": False, **options})
+    return DynastyCallback(
+        **{"target_speedup": 4.0, "interval": 4, "warmup_steps": 4, "table": False, **options}
+    )
 
 
 def trainer(**options):
     plugin = options.pop("plugin", None) or DynastyPrecision(seed=1)
     callback = options.pop("callback", None) or dynasty()
-    return L.Trainer(**{**QUIET, "enable_checkpointing": False, "plugins": [plugin], "callbacks": [callback], "max_epochs": 1, **options})
+    return L.Trainer(
+        **{
+            **QUIET,
+            "enable_checkpointing": False,
+            "plugins": [plugin],
+            "callbacks": [callback],
+            "max_epochs": 1,
+            **options,
+        }
+    )
 
 
 def digits(**options):
@@ -54,27 +67,40 @@ def small_classifier(seed=0):
 def test_what_backward_reads_has_widths_and_a_price_of_its_own():
     """Of 5 x 4 bits in FORWARD, 6 x 2 in WGRAD and, but for the first layer, 6 x 3 in DGRAD."""
     callback = DynastyCallback(
-        policy="uniform", bits={"X": 5, "W": 4, "E": 6}, backward_bits={"X": 2, "W": 3}, interval=4, table=False
-    )  # fmt: skip
+        policy="uniform",
+        bits={"X": 5, "W": 4, "E": 6},
+        backward_bits={"X": 2, "W": 3},
+        interval=4,
+        table=False,
+    )
     model = BoringModel()
     model.layer = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 2))
     t = trainer(callback=callback, max_steps=8)
     t.fit(model, DataLoader(torch.randn(64, 32), batch_size=8))
-    first, second = 32 * 8, 8 * 4  # MACs a sample of a GEMM, the 2 outputs as the block of 4 that they fill
+    first, second = (
+        32 * 8,
+        8 * 4,
+    )  # MACs a sample of a GEMM, the 2 outputs as the block of 4 that they fill
     ours = first * (5 * 4 + 6 * 2) + second * (5 * 4 + 6 * 2 + 6 * 3)
-    assert callback.history[-1]["speedup_ideal"] == pytest.approx(64 * (2 * first + 3 * second) / ours)
+    assert callback.history[-1]["speedup_ideal"] == pytest.approx(
+        64 * (2 * first + 3 * second) / ours
+    )
     layer = next(iter(dynamic_layers(model).values()))
     layer.observing = True
     model(torch.randn(8, 32)).sum().backward()
     seen = layer.observation()
     assert [int(seen.bits[r].max()) for r in Role] == [5, 4, 6]
     assert [int(seen.backward_bits[r].max()) for r in (Role.ACTIVATION, Role.WEIGHT)] == [2, 3]
-    with pytest.raises(ValueError, match="backward_bits limits what backward reads of X and W: E takes none, not 3"):
+    with pytest.raises(
+        ValueError, match="backward_bits limits what backward reads of X and W: E takes none, not 3"
+    ):
         layer.set_precision(Role.ERROR, OperandPrecision(bits=4, backward_bits=3))
 
 
 def test_a_policy_is_told_what_backward_reads():
-    """At first what FORWARD does, since no limits are in force; later X at its limit everywhere, W at one that most blocks do not reach."""
+    """At first what FORWARD does, since no limits are in force; later X at its limit everywhere, W
+    at one that most blocks do not reach.
+    """
     seen = []
 
     class Watched(DynastyPolicy):
@@ -106,7 +132,9 @@ def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):
     assert 3.0 < summary["speedup_charged"] < 5.0
     assert summary["steps"] == t.global_step
     assert all(2 <= summary["bits"][letter] < 8 for letter in "XW")
-    assert 0.5 < summary["bits"]["E"] < 8  # with the learning rate at its end, E's noise matters little
+    assert (
+        0.5 < summary["bits"]["E"] < 8
+    )  # with the learning rate at its end, E's noise matters little
     assert summary["nonfinite"] == 0
     assert all(0 < share < 0.2 for share in summary["analytics_hardware"].values())
     table = capsys.readouterr().out
@@ -116,7 +144,9 @@ def test_a_network_learns_at_the_cost_that_was_asked_for(capsys):
 
 def test_the_table_says_that_a_long_warm_up_missed_the_target(capsys):
     callback = dynasty(target_speedup=4.0, warmup_steps=20, table=True)
-    with pytest.warns(PromiseWarning, match=r"target_speedup=4 was not reached: 1\.\d\dx over the whole run"):
+    with pytest.warns(
+        PromiseWarning, match=r"target_speedup=4 was not reached: 1\.\d\dx over the whole run"
+    ):
         trainer(callback=callback, max_steps=24, max_epochs=-1).fit(small_classifier(), digits())
     assert callback.summary()["speedup_charged"] < 2
     assert not callback.summary()["target_reached"]
@@ -133,10 +163,20 @@ def test_the_table_can_be_switched_off(capsys):
 def test_plugin_alone_trains_at_uniform_8_bits():
     model = small_classifier()
     before = model.network.head.weight.detach().clone()
-    t = L.Trainer(**QUIET, enable_checkpointing=False, plugins=[DynastyPrecision()], max_epochs=1, limit_train_batches=3)
+    t = L.Trainer(
+        **QUIET,
+        enable_checkpointing=False,
+        plugins=[DynastyPrecision()],
+        max_epochs=1,
+        limit_train_batches=3,
+    )
     t.fit(model, digits())
     assert not torch.equal(before, model.network.head.weight)
-    assert all(layer.get_precision(role) is None for layer in dynamic_layers(model).values() for role in Role)
+    assert all(
+        layer.get_precision(role) is None
+        for layer in dynamic_layers(model).values()
+        for role in Role
+    )
 
 
 def test_noise_budget_steers_predicted_harm():
@@ -159,7 +199,9 @@ def test_boring_model():
 class Tokens(Dataset):
     def __init__(self, vocabulary=32, count=64, length=8):
         self.vocab_size = vocabulary
-        self.tokens = torch.randint(vocabulary, (count, length + 1), generator=torch.Generator().manual_seed(0))
+        self.tokens = torch.randint(
+            vocabulary, (count, length + 1), generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self):
         return len(self.tokens)
@@ -168,13 +210,17 @@ class Tokens(Dataset):
         return self.tokens[index, :-1], self.tokens[index, 1:]
 
 
-@pytest.mark.parametrize(("make", "skipped"), [(LightningTransformer, "MultiheadAttention"), (LightningLSTM, "LSTM")])
+@pytest.mark.parametrize(
+    ("make", "skipped"), [(LightningTransformer, "MultiheadAttention"), (LightningLSTM, "LSTM")]
+)
 def test_lightning_demo_models(make, skipped):
     plugin = DynastyPrecision()
     callback = dynasty(target_speedup=3.0, loss_guard=None)  # the demo's learning rate is 20
     model = make(vocab_size=32)
     model.prepare_data = lambda: None  # it would download a text
-    trainer(plugin=plugin, callback=callback, limit_train_batches=12).fit(model, DataLoader(Tokens(), batch_size=8))
+    trainer(plugin=plugin, callback=callback, limit_train_batches=12).fit(
+        model, DataLoader(Tokens(), batch_size=8)
+    )
     assert callback.history
     assert any(skipped == kind for _, kind, _ in plugin.report.skipped)
     assert skipped in str(plugin.report)
@@ -194,7 +240,8 @@ class Gan(L.LightningModule):
         fake = self.generator(torch.randn(len(real), 8))
         d_optimizer.zero_grad()
         self.manual_backward(
-            loss(self.discriminator(real), torch.ones(len(real), 1)) + loss(self.discriminator(fake.detach()), torch.zeros(len(real), 1))
+            loss(self.discriminator(real), torch.ones(len(real), 1))
+            + loss(self.discriminator(fake.detach()), torch.zeros(len(real), 1))
         )
         d_optimizer.step()
         g_optimizer.zero_grad()
@@ -205,7 +252,9 @@ class Gan(L.LightningModule):
         pass
 
     def configure_optimizers(self):
-        return [torch.optim.Adam(m.parameters(), 1e-3) for m in (self.generator, self.discriminator)]
+        return [
+            torch.optim.Adam(m.parameters(), 1e-3) for m in (self.generator, self.discriminator)
+        ]
 
 
 def test_gan_with_manual_optimization():
@@ -225,7 +274,11 @@ def test_a_compiled_network_computes_what_the_eager_one_does():
         plugin.convert_module(model)
         if compiled:
             model.network = torch.compile(model.network, backend="aot_eager")
-        t = trainer(plugin=plugin, callback=DynastyCallback(policy="uniform", bits=4, interval=2, table=False), limit_train_batches=4)
+        t = trainer(
+            plugin=plugin,
+            callback=DynastyCallback(policy="uniform", bits=4, interval=2, table=False),
+            limit_train_batches=4,
+        )
         t.fit(model, digits())
         losses[compiled] = [p.detach().clone() for p in model.parameters()]
     for eager, other in zip(losses[False], losses[True], strict=True):
@@ -241,7 +294,9 @@ class Recorder(L.Callback):
 
 
 class Saver(L.Callback):
-    """Writes a checkpoint when `step` is reached, as a ModelCheckpoint would, in the middle of a run."""
+    """Writes a checkpoint when `step` is reached, as a ModelCheckpoint would, in the middle of a
+    run.
+    """
 
     def __init__(self, step, path):
         self.step, self.path = step, path
@@ -251,14 +306,21 @@ class Saver(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-# 2: before the warm-up's first analysis is used; 4: at the first map; 23: at an epoch's end; 31: between two analyses.
+# 2: before the warm-up's first analysis is used; 4: at the first map; 23: at an epoch's end; 31:
+# between two analyses.
 @pytest.mark.parametrize(("stop", "accumulate"), [(2, 1), (4, 1), (9, 1), (23, 1), (31, 1), (9, 2)])
 def test_resume_equals_an_unbroken_run(tmp_path, stop, accumulate):
     path = tmp_path / "at_stop.ckpt"
 
     def run(checkpoint=None):
         recorder, plugin, callback = Recorder(), DynastyPrecision(seed=5), dynasty(interval=7)
-        t = trainer(plugin=plugin, callback=callback, max_epochs=-1, max_steps=36, accumulate_grad_batches=accumulate)
+        t = trainer(
+            plugin=plugin,
+            callback=callback,
+            max_epochs=-1,
+            max_steps=36,
+            accumulate_grad_batches=accumulate,
+        )
         t.callbacks += [recorder, Saver(stop, path)]
         torch.manual_seed(0)
         model = Classifier(CifarResNet(8, in_channels=1, width=4), classes=10)
@@ -268,7 +330,9 @@ def test_resume_equals_an_unbroken_run(tmp_path, stop, accumulate):
     unbroken, every, plugin, callback = run()
     resumed, rest, resumed_plugin, resumed_callback = run(path)
     assert set(rest.losses) == set(range(stop + (accumulate == 1), 37))
-    assert {s: v for s, v in every.losses.items() if s > stop} == {s: v for s, v in rest.losses.items() if s > stop}
+    assert {s: v for s, v in every.losses.items() if s > stop} == {
+        s: v for s, v in rest.losses.items() if s > stop
+    }
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
     assert plugin.precision_map().hash() == resumed_plugin.precision_map().hash()
@@ -304,7 +368,10 @@ def test_resume_with_another_block_shape_is_refused(tmp_path):
     t = trainer(limit_train_batches=6)
     t.fit(small_classifier(), digits())
     t.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"was made for blocks \(4, 4\).*use DynastyPrecision\(block_shape=\(4, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"was made for blocks \(4, 4\).*use DynastyPrecision\(block_shape=\(4, 4\)",
+    ):
         trainer(plugin=DynastyPrecision(block_shape=(8, 8)), max_epochs=2).fit(
             small_classifier(), digits(), ckpt_path=tmp_path / "x.ckpt", weights_only=True
         )
@@ -317,7 +384,10 @@ def test_map_files_of_a_run(tmp_path):
     callback.precision_map().save(path)
     loaded = PrecisionMap.load(path, model=plugin.structure)
     assert loaded.hash() == plugin.precision_map().hash()
-    other, other_model = DynastyPrecision(), Classifier(CifarResNet(8, in_channels=1, width=4), classes=10)
+    other, other_model = (
+        DynastyPrecision(),
+        Classifier(CifarResNet(8, in_channels=1, width=4), classes=10),
+    )
     other.convert_module(other_model)
     with pytest.raises(ValueError, match=r"another model: layer 'network.stem'"):
         PrecisionMap.load(path, model=other.structure)
@@ -328,7 +398,9 @@ def test_map_files_of_a_run(tmp_path):
 
 def test_callback_without_plugin():
     with pytest.raises(ValueError, match=r"plugins=\[DynastyPrecision\(\)\]"):
-        L.Trainer(**QUIET, enable_checkpointing=False, callbacks=[dynasty()], max_epochs=1).fit(small_classifier(), digits())
+        L.Trainer(**QUIET, enable_checkpointing=False, callbacks=[dynasty()], max_epochs=1).fit(
+            small_classifier(), digits()
+        )
 
 
 def test_two_precisions():
@@ -338,7 +410,9 @@ def test_two_precisions():
         L.Trainer(**QUIET, plugins=[DynastyPrecision(), DynastyPrecision()])
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"])
+@pytest.mark.parametrize(
+    "name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"]
+)
 def test_strategies_with_a_precision_of_their_own(name):
     """The real class where it can be made here."""
     strategy = FSDPStrategy() if name == "FSDPStrategy" else type(name, (), {})()
@@ -412,7 +486,9 @@ def test_double_backward_wide_types_and_transforms():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     plugin.convert_module(model)
     x = torch.randn(8, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="double backward through a converted layer is not supported"):
+    with pytest.raises(
+        RuntimeError, match="double backward through a converted layer is not supported"
+    ):
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(TypeError, match=r"not torch\.float64"):
         model(torch.randn(4, 4, dtype=torch.float64))
@@ -433,7 +509,9 @@ def test_nonfinite_operands_are_counted_and_passed_on():
     model = Poison(CifarResNet(8, in_channels=1, width=4), classes=10)
     with (
         pytest.warns(UserWarning, match="loss guard: the training loss is nan"),
-        pytest.warns(PromiseWarning, match=r"operands of network.stem, .* and 4 more are not finite"),
+        pytest.warns(
+            PromiseWarning, match=r"operands of network.stem, .* and 4 more are not finite"
+        ),
     ):
         trainer(callback=callback, limit_train_batches=3).fit(model, digits())
     assert callback.summary()["nonfinite"] > 0
@@ -470,4 +548,6 @@ def test_deepcopy_and_pickle_of_a_converted_model(tmp_path):
         assert layers[0].stream is layers[1].stream
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
-    assert list(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).state_dict()) == list(model.state_dict())
+    assert list(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).state_dict()
+    ) == list(model.state_dict())

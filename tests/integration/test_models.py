@@ -1,4 +1,6 @@
-"""Models at large: causality, attention, conversion and its report, gradient accumulation, two ranks."""
+"""Models at large: causality, attention, conversion and its report, gradient accumulation, two
+ranks.
+"""
 
 import copy
 
@@ -66,7 +68,8 @@ def test_the_last_token_changes_no_earlier_output(training, mode):
     model.train(training)
     x = torch.randn(6, 9, 12)
     other = x.clone()
-    # In training the tensor's exponent window is common (docs/decisions/0001): a change inside it, not a change of scale.
+    # In training the tensor's exponent window is common (docs/decisions/0001): a change inside it,
+    # not a change of scale.
     other[:, -1] = other[:, -1].flip(0) if training else other[:, -1] * 1e5
     first, second = model(x), model(other)
     assert torch.equal(first[:, :-1], second[:, :-1])
@@ -96,9 +99,16 @@ def test_the_report_says_what_was_skipped_and_why():
     assert [name for name, _ in report.converted] == ["plain"]
     reasons = {name: reason for name, _, reason in report.skipped}
     for name, part in {
-        "own": "subclass", "parametrized": "parametrized", "lazy": "lazy", "transposed": "transposed", "attention": "drop-in replacement",
-        "lstm": "recurrent", "bilinear": "bilinear layers", "wide": "float64", "left_out": "excluded",
-    }.items():  # fmt: skip
+        "own": "subclass",
+        "parametrized": "parametrized",
+        "lazy": "lazy",
+        "transposed": "transposed",
+        "attention": "drop-in replacement",
+        "lstm": "recurrent",
+        "bilinear": "bilinear layers",
+        "wide": "float64",
+        "left_out": "excluded",
+    }.items():
         assert part in reasons[name], name
         assert name in str(report)
     assert not any(name.startswith("attention.") for name in reasons)
@@ -169,15 +179,20 @@ def test_bf16_around_converted_layers():
     plugin = DynastyPrecision(rest="bf16")
     model = Classifier(CifarResNet(8, in_channels=1, width=8), classes=10, learning_rate=0.05)
     t = L.Trainer(
-        accelerator="cpu", plugins=[plugin], callbacks=[DynastyCallback(target_speedup=3.0, interval=5, table=False)], max_epochs=3,
+        accelerator="cpu",
+        plugins=[plugin],
+        callbacks=[DynastyCallback(target_speedup=3.0, interval=5, table=False)],
+        max_epochs=3,
         **QUIET,
-    )  # fmt: skip
+    )
     t.fit(model, TensorDataModule(load_data("digits"), batch_size=64))
     assert float(t.callback_metrics["train_loss"]) < 1.0
 
 
 def _two_ranks(folder):
-    """Runs in a process of its own: two gloo ranks train, rank-dependent data, and every rank writes its map's hash."""
+    """Runs in a process of its own: two gloo ranks train, rank-dependent data, and every rank
+    writes its map's hash.
+    """
     import warnings
 
     warnings.filterwarnings("ignore")
@@ -187,10 +202,15 @@ def _two_ranks(folder):
     plugin = DynastyPrecision(seed=3)
     callback = DynastyCallback(target_speedup=4.0, interval=3, warmup_steps=3, table=False)
     t = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", plugins=[plugin], callbacks=[callback, _WriteHash(folder)], max_steps=14,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        plugins=[plugin],
+        callbacks=[callback, _WriteHash(folder)],
+        max_steps=14,
         **QUIET,
         use_distributed_sampler=False,
-    )  # fmt: skip
+    )
     t.fit(model, RankData(load_data("digits"), batch_size=32))
 
 
@@ -207,7 +227,11 @@ class _WriteHash(L.Callback):
 
     def on_train_end(self, trainer, pl_module):
         layers = dynamic_layers(pl_module)
-        thresholds = sum(float(layer.get_precision(r).values.float().sum()) for layer in layers.values() for r in Role)
+        thresholds = sum(
+            float(layer.get_precision(r).values.float().sum())
+            for layer in layers.values()
+            for r in Role
+        )
         weight = float(pl_module.network.head.weight.detach().double().sum())
         seeds = next(iter(layers.values())).stream.counters.tolist()
         text = f"{trainer.precision_plugin.precision_map().hash()} {thresholds} {weight} {seeds[1]}"

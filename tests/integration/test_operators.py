@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a converted layer saves, keeps, records and returns: memory, changed weights, memory formats, autocast, compilation."""
+"""What a converted layer saves, keeps, records and returns: memory, changed weights, memory
+formats, autocast, compilation.
+"""
 
 import copy
 
@@ -32,7 +34,11 @@ def saved_bytes(forward):
 
 
 @pytest.mark.parametrize(
-    ("make", "shape"), [(lambda: nn.Conv2d(16, 16, 3, padding=1, bias=False), (16, 16, 16, 16)), (lambda: nn.Linear(256, 256), (128, 256))]
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(16, 16, 3, padding=1, bias=False), (16, 16, 16, 16)),
+        (lambda: nn.Linear(256, 256), (128, 256)),
+    ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_layer_saves_at_most_three_tenths_of_float32(make, shape, channels_last):
@@ -84,7 +90,9 @@ def test_every_optimizer_is_seen_also_a_fused_one_that_raises_no_version(accumul
         model = ManualSteps(accumulate=accumulate, **options)
         x = torch.randn(64, 8)
         data = DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=16)
-        L.Trainer(**QUIET, enable_checkpointing=False, plugins=[DynastyPrecision(seed=1)], max_epochs=8).fit(model, data)
+        L.Trainer(
+            **QUIET, enable_checkpointing=False, plugins=[DynastyPrecision(seed=1)], max_epochs=8
+        ).fit(model, data)
         losses.append(model.losses)
     assert losses[1] == losses[0]
     assert losses[2] == pytest.approx(losses[0], rel=0.02)  # its kernel rounds elsewhere
@@ -92,7 +100,9 @@ def test_every_optimizer_is_seen_also_a_fused_one_that_raises_no_version(accumul
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8, bias=False), lambda: nn.Conv1d(8, 8, 1, groups=2, bias=False)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(8, 8, bias=False), lambda: nn.Conv1d(8, 8, 1, groups=2, bias=False)]
+)
 def test_a_changed_weight_is_noticed_however_it_was_changed(training, make):
     layer = nn.Sequential(make()).train(training)
     convert(layer)
@@ -125,7 +135,9 @@ def test_results_keep_the_memory_format_and_do_not_depend_on_it(mode, kernels, m
         convert(layer, mode=mode, seed=4)
         x = torch.randn(6, 8, 7, 5).contiguous(memory_format=memory_format).requires_grad_()
         y = layer(x)
-        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=memory_format))
+        y.backward(
+            torch.linspace(-1, 1, y.numel()).view(y.shape).contiguous(memory_format=memory_format)
+        )
         assert y.is_contiguous(memory_format=memory_format)
         assert x.grad.is_contiguous(memory_format=memory_format)
         assert layer[0].weight.grad.is_contiguous()
@@ -135,14 +147,22 @@ def test_results_keep_the_memory_format_and_do_not_depend_on_it(mode, kernels, m
 
 
 def test_kernels_change_no_training(monkeypatch):
-    """Four steps with maps, drops and observations: the same parameters and statistics to the last bit, with the kernels and without."""
+    """Four steps with maps, drops and observations: the same parameters and statistics to the last
+    bit, with the kernels and without.
+    """
     results = []
     for kernels in (True, False):
         with monkeypatch.context() as patch:
             if not kernels:
                 patch.setattr(native, "_library", lambda: None)
             torch.manual_seed(0)
-            model = nn.Sequential(nn.Conv2d(3, 10, 3, stride=2, padding=1), nn.BatchNorm2d(10), nn.ReLU(), nn.Flatten(), nn.Linear(160, 6))
+            model = nn.Sequential(
+                nn.Conv2d(3, 10, 3, stride=2, padding=1),
+                nn.BatchNorm2d(10),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(160, 6),
+            )
             report = convert(model, seed=3)
             for layer in dynamic_layers(model).values():
                 layer.observing = True
@@ -154,7 +174,9 @@ def test_kernels_change_no_training(monkeypatch):
                 model(torch.randn(9, 3, 8, 8)).square().mean().backward()
                 report.stream.advance()
                 optimizer.step()
-            squares = [layer.observation().squares["dx_square"] for layer in dynamic_layers(model).values()]
+            squares = [
+                layer.observation().squares["dx_square"] for layer in dynamic_layers(model).values()
+            ]
             results.append([p.detach().clone() for p in model.parameters()] + squares)
     for with_kernels, without in zip(*results, strict=True):
         assert torch.equal(with_kernels, without)
@@ -191,7 +213,9 @@ def test_a_dilated_single_tap_is_a_plain_one():
 def test_a_network_compiles_to_one_graph(observing, backward_bits):
     torch._dynamo.reset()  # other tests' graphs of nn.Sequential count against one limit
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
     report = convert(model)
     eager = copy.deepcopy(model)
     eager_stream = next(iter(dynamic_layers(eager).values())).stream
@@ -212,9 +236,13 @@ def test_a_network_compiles_to_one_graph(observing, backward_bits):
         record, wanted = layer.observation(), dynamic_layers(eager)[name].observation()
         assert (record is not None) == observing
         if observing:
-            torch.testing.assert_close(record.squares["dw_square"], wanted.squares["dw_square"], rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(
+                record.squares["dw_square"], wanted.squares["dw_square"], rtol=1e-3, atol=1e-6
+            )
             assert torch.equal(record.bits[Role.ACTIVATION], wanted.bits[Role.ACTIVATION])
-            assert {r: int(b.max()) for r, b in record.backward_bits.items()} == ({} if backward_bits == 8 else dict.fromkeys(SHARED, 3))
+            assert {r: int(b.max()) for r, b in record.backward_bits.items()} == (
+                {} if backward_bits == 8 else dict.fromkeys(SHARED, 3)
+            )
 
 
 @pytest.mark.parametrize("value", [1.0, float("nan")])

@@ -24,7 +24,9 @@ LSB = {X: -2, W: -5, E: -9}
 
 
 def rounded(values, rows_axis_block, lsb, *, signed, most=8):
-    """Nearest multiples of an LSB that no block goes below, by float64 and a loop over 4x4 blocks: p bits from the block's own exponent."""
+    """Nearest multiples of an LSB that no block goes below, by float64 and a loop over 4x4 blocks:
+    p bits from the block's own exponent.
+    """
     out = torch.zeros_like(values, dtype=torch.float64)
     v = values.double()
     for i in range(0, v.shape[0], 4):
@@ -68,14 +70,27 @@ def test_a_probe_of_a_linear_layer_against_float64():
             W: 0.5 * ((16 * ed * (xd @ w_error.t())).sum(1) ** 2).mean(),
         }
         for role, value in expected_loss.items():
-            assert float(probe.loss[role, column]) == pytest.approx(float(value), rel=0.05), (role, shift)  # GEMMs on bf16 units
-        assert float(probe.forward[X, column]) == pytest.approx(float(((x_error @ wd.t()) ** 2).sum() / (y**2).sum()), rel=0.05)
-        assert float(probe.forward[W, column]) == pytest.approx(float(((xd @ w_error.t()) ** 2).sum() / (y**2).sum()), rel=0.05)
-    # E rounds at random: coarser is worse, and the order of size is that of uniform noise, LSB**2 / 6 for each element.
+            assert float(probe.loss[role, column]) == pytest.approx(float(value), rel=0.05), (
+                role,
+                shift,
+            )  # GEMMs on bf16 units
+        assert float(probe.forward[X, column]) == pytest.approx(
+            float(((x_error @ wd.t()) ** 2).sum() / (y**2).sum()), rel=0.05
+        )
+        assert float(probe.forward[W, column]) == pytest.approx(
+            float(((xd @ w_error.t()) ** 2).sum() / (y**2).sum()), rel=0.05
+        )
+    # E rounds at random: coarser is worse, and the order of size is that of uniform noise, LSB**2 /
+    # 6 for each element.
     assert 0 < float(probe.wgrad[E, 0]) < float(probe.wgrad[E, 1])
     noise = 4.0 ** (LSB[E] - 1) / 6 * e.numel()
     assert float(probe.wgrad[E, 0]) == pytest.approx(noise / float((ed**2).sum()), rel=1.0)
-    assert float(probe.loss[E].abs().max()) == float(probe.forward[E].abs().max()) == float(probe.wgrad[:2].abs().max()) == 0.0
+    assert (
+        float(probe.loss[E].abs().max())
+        == float(probe.forward[E].abs().max())
+        == float(probe.wgrad[:2].abs().max())
+        == 0.0
+    )
     assert bool((probe.bits[:, 0] > probe.bits[:, 1]).all())
     assert float(probe.zeros[W, 0]) <= float(probe.zeros[W, 1]) < 1
 
@@ -83,7 +98,11 @@ def test_a_probe_of_a_linear_layer_against_float64():
 @pytest.mark.parametrize("groups", [1, 4])
 def test_a_convolution_is_probed_on_its_first_samples(groups):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=groups), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=groups))
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=groups),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, groups=groups),
+    )
     convert(model)
     for layer in dynamic_layers(model).values():
         for role in Role:
@@ -111,10 +130,15 @@ def test_without_thresholds_there_is_no_probe():
 
 def test_figures_in_a_row_and_back():
     values = [torch.rand(3, 2, dtype=torch.float64) for _ in range(5)]
-    record = ProbeRecord(loss=values[0], forward=values[1], wgrad=values[2], bits=values[3], zeros=values[4])
+    record = ProbeRecord(
+        loss=values[0], forward=values[1], wgrad=values[2], bits=values[3], zeros=values[4]
+    )
     found = ProbeRecord.from_flat(ProbeRecord.flat(record, present=True))
     assert found is not None
-    assert all(torch.equal(getattr(found, n), getattr(record, n)) for n in ("loss", "forward", "wgrad", "bits", "zeros"))
+    assert all(
+        torch.equal(getattr(found, n), getattr(record, n))
+        for n in ("loss", "forward", "wgrad", "bits", "zeros")
+    )
     assert ProbeRecord.flat(record, present=False).numel() == 0
     missing = ProbeRecord.flat(None, present=True)
     assert missing.numel() == 30  # ranks add up rows of one length
@@ -122,7 +146,9 @@ def test_figures_in_a_row_and_back():
 
 
 def losses_of(**options):
-    callback = DynastyCallback(target_speedup=4.0, interval=4, warmup_steps=4, probe_interval=1, table=False, **options)
+    callback = DynastyCallback(
+        target_speedup=4.0, interval=4, warmup_steps=4, probe_interval=1, table=False, **options
+    )
     model = small_classifier()
     seen = []
     original = model.training_step
@@ -135,7 +161,9 @@ def losses_of(**options):
         return loss
 
     model.training_step = step
-    trainer(plugin=DynastyPrecision(seed=1), callback=callback, limit_train_batches=20).fit(model, digits())
+    trainer(plugin=DynastyPrecision(seed=1), callback=callback, limit_train_batches=20).fit(
+        model, digits()
+    )
     assert calls == list(range(20))  # nothing of the user's runs twice
     return seen, callback
 
@@ -176,7 +204,12 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch, batches
     added = []
     original = RunCost.add
     monkeypatch.setattr(
-        RunCost, "add", lambda self, cost, steps: (added.append((cost.speedup_ideal, steps)), original(self, cost, steps))[1]
+        RunCost,
+        "add",
+        lambda self, cost, steps: (
+            added.append((cost.speedup_ideal, steps)),
+            original(self, cost, steps),
+        )[1],
     )
     kinds = set()
     look = DynastyCallback._look
@@ -189,12 +222,24 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch, batches
     monkeypatch.setattr(DynastyCallback, "_look", spy)
     callback = DynastyCallback(target_speedup=4.0, interval=20, warmup_steps=4, table=False)
     epochs = 4 * batches
-    trainer(plugin=DynastyPrecision(seed=1), callback=callback, max_epochs=epochs, accumulate_grad_batches=batches).fit(
-        small_classifier(), digits()
+    trainer(
+        plugin=DynastyPrecision(seed=1),
+        callback=callback,
+        max_epochs=epochs,
+        accumulate_grad_batches=batches,
+    ).fit(small_classifier(), digits())
+    assert (
+        sum(steps for _, steps in added)
+        == callback.run_cost.steps
+        == epochs * math.ceil(23 / batches)
     )
-    assert sum(steps for _, steps in added) == callback.run_cost.steps == epochs * math.ceil(23 / batches)
-    # Steps alone cost more, E at 8 bits; what stands for an interval is the step before, and the history shows that one.
-    pairs = [(alone[0], rest[0]) for alone, rest in itertools.pairwise(added) if alone[1] == 1 and rest[1] > 10]
+    # Steps alone cost more, E at 8 bits; what stands for an interval is the step before, and the
+    # history shows that one.
+    pairs = [
+        (alone[0], rest[0])
+        for alone, rest in itertools.pairwise(added)
+        if alone[1] == 1 and rest[1] > 10
+    ]
     assert len(pairs) >= 2
     assert {True, False} <= kinds  # with second moments, and widths alone
     assert all(alone < rest for alone, rest in pairs)

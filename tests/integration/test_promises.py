@@ -1,4 +1,6 @@
-"""A run cannot miss its purpose silently: widths are right where a network, a loop or a schedule is unusual, and what is missed is said."""
+"""A run cannot miss its purpose silently: widths are right where a network, a loop or a schedule is
+unusual, and what is missed is said.
+"""
 
 import copy
 import pickle
@@ -22,9 +24,14 @@ from dynasty_lightning.policy.threshold import DynastyPolicy, UniformPolicy
 from dynasty_lightning.trainer.promises import PromiseWarning
 
 QUIET = {
-    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu",
-    "devices": 1, "limit_val_batches": 0,
-}  # fmt: skip
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "limit_val_batches": 0,
+}
 
 
 def data(samples=1024, batch=16, features=16):
@@ -35,7 +42,9 @@ def data(samples=1024, batch=16, features=16):
 
 def mlp():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    return nn.Sequential(
+        nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)
+    )
 
 
 class Task(L.LightningModule):
@@ -53,17 +62,23 @@ class Task(L.LightningModule):
         return loss * self.scale
 
     def configure_optimizers(self):
-        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=self.rate, momentum=0.9)
+        return torch.optim.SGD(
+            (p for p in self.parameters() if p.requires_grad), lr=self.rate, momentum=0.9
+        )
 
 
 def dynasty(**options):
-    return DynastyCallback(**{"target_speedup": 4.0, "interval": 10, "table": False, "loss_guard": None, **options})
+    return DynastyCallback(
+        **{"target_speedup": 4.0, "interval": 10, "table": False, "loss_guard": None, **options}
+    )
 
 
 def fit(task, callback=None, loader=None, callbacks=(), **options):
     callback = callback or dynasty()
     options = {"max_epochs": 1, **QUIET, **options}
-    trainer = L.Trainer(plugins=[DynastyPrecision(seed=1)], callbacks=[callback, *callbacks], **options)
+    trainer = L.Trainer(
+        plugins=[DynastyPrecision(seed=1)], callbacks=[callback, *callbacks], **options
+    )
     trainer.fit(task, loader if loader is not None else data())
     return callback
 
@@ -82,7 +97,12 @@ def has_map(callback):
 def test_a_pruned_network_learns():
     """Pruning makes each weight a computed tensor, which no optimizer holds."""
     task = Task()
-    pruning = ModelPruning("l1_unstructured", amount=0.2, use_lottery_ticket_hypothesis=False, apply_pruning=lambda epoch: epoch == 0)
+    pruning = ModelPruning(
+        "l1_unstructured",
+        amount=0.2,
+        use_lottery_ticket_hypothesis=False,
+        apply_pruning=lambda epoch: epoch == 0,
+    )
     callback = fit(task, callbacks=[pruning], max_epochs=3)
     assert all(bits > 1 for bits in bits_of_errors(callback).values())
     assert sum(task.losses[-30:]) / 30 < 0.2
@@ -114,7 +134,10 @@ def test_a_frozen_loss_network_passes_gradients_wherever_it_is_registered(frozen
         def __init__(self):
             super().__init__(nn.Identity())
             torch.manual_seed(0)
-            critic, generator = mlp().requires_grad_(False), nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+            critic, generator = (
+                mlp().requires_grad_(False),
+                nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)),
+            )
             networks = {"critic": critic, "generator": generator}
             for name in networks if frozen_first else reversed(networks):
                 setattr(self, name, networks[name])
@@ -145,14 +168,26 @@ def test_the_order_of_registration_does_not_change_the_map():
 
     orders, maps = [], {}
     for names in ("abc", "cab"):
-        # The streams of stochastic rounding go by the index of registration. With E unquantized both runs train alike; what its blocks
-        # would have cost still differs a little, and moves lambda by as much.
+        # The streams of stochastic rounding go by the index of registration. With E unquantized
+        # both runs train alike; what its blocks would have cost still differs a little, and moves
+        # lambda by as much.
         callback = dynasty(policy=Seen())
-        trainer = L.Trainer(plugins=[DynastyPrecision(seed=1, unquantized=("E",))], callbacks=[callback], max_epochs=1, **QUIET)
+        trainer = L.Trainer(
+            plugins=[DynastyPrecision(seed=1, unquantized=("E",))],
+            callbacks=[callback],
+            max_epochs=1,
+            **QUIET,
+        )
         trainer.fit(Task(Ordered(names)), data())
         maps[names] = callback.precision_map().entries
     assert all(order == ["net.a", "net.b", "net.c"] for order in orders)
-    differences = torch.cat([(maps["abc"][n][r].values - p.values).flatten() for n, rs in maps["cab"].items() for r, p in rs.items()])
+    differences = torch.cat(
+        [
+            (maps["abc"][n][r].values - p.values).flatten()
+            for n, rs in maps["cab"].items()
+            for r, p in rs.items()
+        ]
+    )
     assert differences.abs().max() <= 1
     assert (differences == 0).double().mean() > 0.9
 
@@ -193,7 +228,12 @@ def test_a_learning_rate_of_zero_takes_no_width_from_errors():
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            seen.append((trainer.global_step, [p.history[-1]["mean_bits"]["E"] for p in [callback] if p.history]))
+            seen.append(
+                (
+                    trainer.global_step,
+                    [p.history[-1]["mean_bits"]["E"] for p in [callback] if p.history],
+                )
+            )
 
     callback = dynasty()
     task = Warmed()
@@ -229,7 +269,9 @@ def test_a_layer_that_the_analysed_step_did_not_run_keeps_its_widths():
             return F.cross_entropy(self.net[(batch_idx // 13) % 2](batch[0]), batch[1])
 
     callback = fit(Alternating(), max_epochs=3)
-    assert set(callback.precision_map().entries) == set(dynamic_layers(callback._plugin._layers_owner()))
+    assert set(callback.precision_map().entries) == set(
+        dynamic_layers(callback._plugin._layers_owner())
+    )
     assert callback.summary()["speedup_charged"] > 3.4
 
 
@@ -250,10 +292,19 @@ class TimeIsUp(L.Callback):
             timer._duration = 0.0
 
 
-@pytest.mark.parametrize("limits", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": 60}, {"max_epochs": -1, "max_time": "01:00:00:00"}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_epochs": 1},
+        {"max_epochs": -1, "max_steps": 60},
+        {"max_epochs": -1, "max_time": "01:00:00:00"},
+    ],
+)
 def test_data_without_length_gets_a_map(limits):
     callbacks = [TimeIsUp()] if "max_time" in limits else []
-    callback = fit(Task(), loader=DataLoader(Stream(), batch_size=16), callbacks=callbacks, **limits)
+    callback = fit(
+        Task(), loader=DataLoader(Stream(), batch_size=16), callbacks=callbacks, **limits
+    )
     assert has_map(callback)
     assert callback.history[-1]["mean_bits"]["X"] < 7
 
@@ -276,7 +327,10 @@ class Manual(Task):
 
     def configure_optimizers(self):
         layers = list(self.net.parameters())
-        optimizers = [torch.optim.AdamW(layers[:2], lr=1e-2, fused=True), torch.optim.AdamW(layers[2:], lr=1e-2, fused=True)]
+        optimizers = [
+            torch.optim.AdamW(layers[:2], lr=1e-2, fused=True),
+            torch.optim.AdamW(layers[2:], lr=1e-2, fused=True),
+        ]
         if not self.raw:
             return optimizers
         self.own = optimizers
@@ -314,7 +368,9 @@ def test_scheduled_accumulation_goes_on_making_maps():
 def test_a_second_trainer_begins_anew_and_a_second_fit_goes_on():
     callback = fit(Task())
     first = callback.summary()
-    trainer = L.Trainer(plugins=[DynastyPrecision(seed=1)], callbacks=[callback], max_epochs=1, **QUIET)
+    trainer = L.Trainer(
+        plugins=[DynastyPrecision(seed=1)], callbacks=[callback], max_epochs=1, **QUIET
+    )
     trainer.fit(Task(), data())
     assert callback.summary()["steps"] == first["steps"] == 64
     assert callback.summary()["speedup_charged"] == first["speedup_charged"]
@@ -336,7 +392,10 @@ def test_short_runs_get_maps(steps):
 
 
 def test_a_run_shorter_than_its_warm_up_says_so():
-    with pytest.warns(PromiseWarning, match=r"1\.00x over the whole run\. the run had 5 steps, the warm-up at 8 bits takes 6"):
+    with pytest.warns(
+        PromiseWarning,
+        match=r"1\.00x over the whole run\. the run had 5 steps, the warm-up at 8 bits takes 6",
+    ):
         callback = fit(Task(), max_steps=5)
     assert not callback.promises.maps
     assert "NOT reached: the run had 5 steps" in callback.format_table()
@@ -352,8 +411,14 @@ def test_a_run_whose_analysed_steps_show_nothing_says_so():
             return F.cross_entropy(batch[0] @ self.used, batch[1])
 
     with (
-        pytest.warns(PromiseWarning, match="3 analyses in a row made no precision map.*8 bits.*ran no converted layer backward"),
-        pytest.warns(PromiseWarning, match="was not reached: no step was analysed over the whole run"),
+        pytest.warns(
+            PromiseWarning,
+            match="3 analyses in a row made no precision map.*8 bits.*ran no converted layer "
+            "backward",
+        ),
+        pytest.warns(
+            PromiseWarning, match="was not reached: no step was analysed over the whole run"
+        ),
     ):
         callback = fit(Unused())
     assert "net.0, net.2, net.4: in no analysed step" in callback.format_table()
@@ -363,9 +428,16 @@ def test_dead_errors_are_said_with_their_layers():
     class Zero(DynastyPolicy):
         def update(self, measurement):
             super().update(measurement)
-            return {"net.2": {Role.ERROR: OperandPrecision(lsb_exponent=torch.tensor(100), least_bits=0)}}
+            return {
+                "net.2": {
+                    Role.ERROR: OperandPrecision(lsb_exponent=torch.tensor(100), least_bits=0)
+                }
+            }
 
-    with pytest.warns(PromiseWarning, match=r"nearly all blocks of E are zero in net\.2: hardly any gradient passes there"):
+    with pytest.warns(
+        PromiseWarning,
+        match=r"nearly all blocks of E are zero in net\.2: hardly any gradient passes there",
+    ):
         fit(Task(), dynasty(policy=Zero()))
 
 
@@ -401,10 +473,15 @@ def test_a_run_that_keeps_its_promises_warns_of_nothing(capsys):
 def test_every_analysis_reaches_the_logger_at_its_own_step(tmp_path):
     logger = CSVLogger(tmp_path)
     callback = fit(Task(), max_epochs=2, logger=logger)
-    rows = [line.split(",") for line in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()]
+    rows = [
+        line.split(",")
+        for line in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    ]
     steps, bits = rows[0].index("step"), rows[0].index("dynasty/bits_E")
     logged = {int(row[steps]): float(row[bits]) for row in rows[1:] if row[bits]}
-    assert logged == pytest.approx({entry["step"]: entry["mean_bits"]["E"] for entry in callback.history})
+    assert logged == pytest.approx(
+        {entry["step"]: entry["mean_bits"]["E"] for entry in callback.history}
+    )
 
 
 def test_plugin_and_callback_travel():
@@ -415,7 +492,9 @@ def test_plugin_and_callback_travel():
         with pytest.raises(RuntimeError, match=r"call trainer\.fit first"):
             copied.precision_map()
     plugin = pickle.loads(pickle.dumps(callback._plugin))
-    trainer = L.Trainer(plugins=[plugin], callbacks=[copy.deepcopy(callback)], max_steps=12, max_epochs=-1, **QUIET)
+    trainer = L.Trainer(
+        plugins=[plugin], callbacks=[copy.deepcopy(callback)], max_steps=12, max_epochs=-1, **QUIET
+    )
     trainer.fit(Task(), data())
     assert trainer.callbacks[0].summary()["steps"] == 12
 
@@ -423,27 +502,75 @@ def test_plugin_and_callback_travel():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_speedup": 5, "bits": 4}, ValueError, "bits=4 are fixed widths, which policy 'uniform' takes: policy 'dynasty' chooses"),
+        (
+            {"target_speedup": 5, "bits": 4},
+            ValueError,
+            "bits=4 are fixed widths, which policy 'uniform' takes: policy 'dynasty' chooses",
+        ),
         ({"target_speedup": "5"}, TypeError, "target_speedup must be a number, not '5'"),
         ({"target_speedup": True}, TypeError, "target_speedup must be a number, not True"),
         ({"noise_budget": "1"}, TypeError, "noise_budget must be a number or None, not '1'"),
-        ({"target_speedup": 5, "interval": "50"}, TypeError, "interval must be a whole number, not '50'"),
-        ({"target_speedup": 5, "warmup_steps": 2.5}, TypeError, "warmup_steps must be a whole number, not 2.5"),
-        ({"target_speedup": 5, "intervall": 5}, ValueError, "policy 'dynasty': no option 'intervall', did you mean 'interval'"),
-        ({"target_speedup": 5, "least_bit": 5}, ValueError, "no option 'least_bit', did you mean 'least_bits'"),
-        ({"target_speedup": 5, "policy": DynastyPolicy}, TypeError, r"policy takes an object: DynastyPolicy\(...\), not the class"),
-        ({"target_speedup": 5, "policy": object()}, TypeError, "object is no Policy: it lacks name, needs_statistics"),
-        ({"target_speedup": 5, "allocation": 3}, ValueError, "allocation must be one of constant, .* not 3"),
-        ({"target_speedup": 5, "energy_model": "board"}, TypeError, "energy_model must be an EnergyModel or None, not 'board'"),
+        (
+            {"target_speedup": 5, "interval": "50"},
+            TypeError,
+            "interval must be a whole number, not '50'",
+        ),
+        (
+            {"target_speedup": 5, "warmup_steps": 2.5},
+            TypeError,
+            "warmup_steps must be a whole number, not 2.5",
+        ),
+        (
+            {"target_speedup": 5, "intervall": 5},
+            ValueError,
+            "policy 'dynasty': no option 'intervall', did you mean 'interval'",
+        ),
+        (
+            {"target_speedup": 5, "least_bit": 5},
+            ValueError,
+            "no option 'least_bit', did you mean 'least_bits'",
+        ),
+        (
+            {"target_speedup": 5, "policy": DynastyPolicy},
+            TypeError,
+            r"policy takes an object: DynastyPolicy\(...\), not the class",
+        ),
+        (
+            {"target_speedup": 5, "policy": object()},
+            TypeError,
+            "object is no Policy: it lacks name, needs_statistics",
+        ),
+        (
+            {"target_speedup": 5, "allocation": 3},
+            ValueError,
+            "allocation must be one of constant, .* not 3",
+        ),
+        (
+            {"target_speedup": 5, "energy_model": "board"},
+            TypeError,
+            "energy_model must be an EnergyModel or None, not 'board'",
+        ),
         ({"target_speedup": 5, "smoothing": "a"}, TypeError, "smoothing must be a number, not 'a'"),
-        ({"target_speedup": 5, "hysteresis": None}, TypeError, "hysteresis must be a number, not None"),
+        (
+            {"target_speedup": 5, "hysteresis": None},
+            TypeError,
+            "hysteresis must be a number, not None",
+        ),
         ({"target_speedup": 5, "name": "x"}, ValueError, "policy 'dynasty': no option 'name'"),
-        ({"noise_budget": float("inf")}, ValueError, "noise_budget must be positive and finite, not inf"),
-        ({"target_speedup": 5, "policy": UniformPolicy(bits=4)}, ValueError, "target_speedup=5 is met by choosing widths, and Unif"),
+        (
+            {"noise_budget": float("inf")},
+            ValueError,
+            "noise_budget must be positive and finite, not inf",
+        ),
+        (
+            {"target_speedup": 5, "policy": UniformPolicy(bits=4)},
+            ValueError,
+            "target_speedup=5 is met by choosing widths, and Unif",
+        ),
         ({"target_speedup": 5, "table": "no"}, TypeError, "table must be True or False, not 'no'"),
     ],
     ids=[*"abcdefghijklmnopqr"],
-)  # fmt: skip
+)
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         DynastyCallback(**options)
@@ -455,7 +582,10 @@ def test_a_policy_that_returns_no_entries_is_named(returned):
         def update(self, measurement):
             return returned
 
-    with pytest.raises(TypeError, match=r"policy 'dynasty': update returns \{layer name: \{Role: OperandPrecision\}\}"):
+    with pytest.raises(
+        TypeError,
+        match=r"policy 'dynasty': update returns \{layer name: \{Role: OperandPrecision\}\}",
+    ):
         fit(Task(), dynasty(policy=Broken()))
 
 
@@ -464,11 +594,16 @@ def test_a_policy_that_names_a_layer_that_is_not_there_is_told():
         def update(self, measurement):
             return {"nowhere": {Role.ERROR: OperandPrecision(bits=4)}}
 
-    with pytest.raises(ValueError, match=r"policy 'dynasty': .* there is no converted layer 'nowhere': net"):
+    with pytest.raises(
+        ValueError, match=r"policy 'dynasty': .* there is no converted layer 'nowhere': net"
+    ):
         fit(Task(), dynasty(policy=Elsewhere()))
 
 
 def test_a_checkpoint_of_another_version_is_named():
     callback = dynasty()
-    with pytest.raises(ValueError, match="DynastyCallback's state in the checkpoint is of version 1, this package reads 4"):
+    with pytest.raises(
+        ValueError,
+        match="DynastyCallback's state in the checkpoint is of version 1, this package reads 4",
+    ):
         callback.load_state_dict({"policy_name": "dynasty"})

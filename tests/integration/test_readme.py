@@ -17,7 +17,11 @@ from fpga import __main__ as fpga_cli
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line.strip() for line in README.splitlines() if re.match(r" {4}(dynasty-lightning|dynasty-fpga|python -m fpga) ", line)]
+COMMANDS = [
+    line.strip()
+    for line in README.splitlines()
+    if re.match(r" {4}(dynasty-lightning|dynasty-fpga|python -m fpga) ", line)
+]
 
 
 class Tiny(L.LightningModule):
@@ -42,9 +46,15 @@ class Data(L.LightningDataModule):
 def _short(monkeypatch, tmp_path):
     """A Trainer of two steps that writes nothing into the tree."""
     trainer = functools.partial(
-        L.Trainer, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+        L.Trainer,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     monkeypatch.setattr(L, "Trainer", trainer)
 
 
@@ -70,7 +80,14 @@ def test_the_commands_of_the_readme_are_commands(command, monkeypatch):
             monkeypatch.setattr(cli, name, lambda arguments: called.append(arguments) or 0)
         assert cli.main(words[1:]) == 0
     else:
-        for name in ("_run_csim", "_run_selftest", "run_emit", "run_build", "run_deploy", "_run_registers"):
+        for name in (
+            "_run_csim",
+            "_run_selftest",
+            "run_emit",
+            "run_build",
+            "run_deploy",
+            "_run_registers",
+        ):
             monkeypatch.setattr(fpga_cli, name, lambda *arguments: called.append(arguments) or 0)
         assert fpga_cli.main(words[1:] if words[0] == "dynasty-fpga" else words[3:]) == 0
     assert len(called) == 1

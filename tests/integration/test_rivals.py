@@ -1,4 +1,6 @@
-"""Every policy of the registry trains under the callback, ends near the cost that was asked for, and resumes bit for bit."""
+"""Every policy of the registry trains under the callback, ends near the cost that was asked for,
+and resumes bit for bit.
+"""
 
 import lightning as L
 import pytest
@@ -10,27 +12,54 @@ from dynasty_lightning.tasks.data import TensorDataModule, load_data
 from dynasty_lightning.tasks.models import Classifier, build_model
 
 QUIET = {
-    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "accelerator": "cpu",
-    "devices": 1, "num_sanity_val_steps": 0, "limit_val_batches": 0,
-}  # fmt: skip
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "limit_val_batches": 0,
+}
 
-# What 90 steps leave of the way to the target. Thresholds look for their lambda, and pay for a warm-up; schedules plan from the first
-# step, but PFQ's last stage and CPT's last cycle are not paid back; AMPA chooses by cost.
-# An analysis every 5 steps has E at 8 bits in a fifth of them, which the loop needs longer than 90 steps to make up for.
-TOLERANCE = {"dynasty": 0.12, "magnitude": 0.08, "random": 0.12, "per_layer": 0.08, "pfq": 0.05, "cpt": 0.05, "ampa": 0.03}
+# What 90 steps leave of the way to the target. Thresholds look for their lambda, and pay for a
+# warm-up; schedules plan from the first step, but PFQ's last stage and CPT's last cycle are not
+# paid back; AMPA chooses by cost. An analysis every 5 steps has E at 8 bits in a fifth of them,
+# which the loop needs longer than 90 steps to make up for.
+TOLERANCE = {
+    "dynasty": 0.12,
+    "magnitude": 0.08,
+    "random": 0.12,
+    "per_layer": 0.08,
+    "pfq": 0.05,
+    "cpt": 0.05,
+    "ampa": 0.03,
+}
 OPTIONS = {"cpt": {"cycles": 4, "interval": 2}}
 
 
 def fit(name, *, checkpoint=None, plugin=None, callbacks=(), policy_options=None, **options):
     torch.manual_seed(0)
-    settings = {"target_speedup": 4.0, "interval": 5, "warmup_steps": 4, "loss_guard": None, "table": False, **OPTIONS.get(name, {})} | (
-        policy_options or {}
-    )
+    settings = {
+        "target_speedup": 4.0,
+        "interval": 5,
+        "warmup_steps": 4,
+        "loss_guard": None,
+        "table": False,
+        **OPTIONS.get(name, {}),
+    } | (policy_options or {})
     callback, plugin = DynastyCallback(policy=name, **settings), plugin or DynastyPrecision(seed=1)
-    trainer = L.Trainer(**{**QUIET, "max_epochs": 1, **options}, plugins=[plugin], callbacks=[callback, *callbacks])
-    model = Classifier(build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10, learning_rate=0.05)
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 1, **options}, plugins=[plugin], callbacks=[callback, *callbacks]
+    )
+    model = Classifier(
+        build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10, learning_rate=0.05
+    )
     trainer.fit(
-        model, TensorDataModule(load_data("digits"), batch_size=16), ckpt_path=checkpoint, weights_only=True if checkpoint else None
+        model,
+        TensorDataModule(load_data("digits"), batch_size=16),
+        ckpt_path=checkpoint,
+        weights_only=True if checkpoint else None,
     )
     return trainer, model, callback, plugin
 
@@ -77,11 +106,19 @@ def test_resume_equals_an_unbroken_run(name, tmp_path):
     _, resumed, resumed_callback, resumed_plugin = fit(name, checkpoint=path, **options)
     assert plugin.precision_map().hash() == resumed_plugin.precision_map().hash()
     assert callback.run_cost.state_dict() == resumed_callback.run_cost.state_dict()
-    assert all(torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["per_layer", "pfq", "ampa"])
 def test_fixed_widths_suit_blocks_along_a_line(name):
-    *_, callback, plugin = fit(name, plugin=DynastyPrecision(seed=1, block_shape=(1, 32)), limit_train_batches=20)
-    assert all(p.bits is not None for roles in plugin.precision_map().entries.values() for p in roles.values())
+    *_, callback, plugin = fit(
+        name, plugin=DynastyPrecision(seed=1, block_shape=(1, 32)), limit_train_batches=20
+    )
+    assert all(
+        p.bits is not None
+        for roles in plugin.precision_map().entries.values()
+        for p in roles.values()
+    )
     assert callback.summary()["speedup_charged"] > 2

@@ -1,4 +1,6 @@
-"""Every network trains a step with all its GEMMs converted; the character transformer stays causal when quantized."""
+"""Every network trains a step with all its GEMMs converted; the character transformer stays causal
+when quantized.
+"""
 
 import lightning as L
 import pytest
@@ -19,21 +21,32 @@ class Losses(L.Callback):
         self.losses.append(outputs["loss"].detach())
 
 
-@pytest.mark.parametrize("model", ["resnet38", "resnet74", "mobilenetv2", "vgg-small", "chartransformer"])
+@pytest.mark.parametrize(
+    "model", ["resnet38", "resnet74", "mobilenetv2", "vgg-small", "chartransformer"]
+)
 def test_a_converted_step(model):
     data = "stdlib-docs" if model in TEXT_MODELS else "digits"
     task = build_task(data=data, model=model, batch_size=4, train_samples=8, learning_rate=1e-3)
     plugin, losses = DynastyPrecision(), Losses()
     callback = DynastyCallback(policy="uniform", bits=4, interval=1, table=False)
     trainer = L.Trainer(
-        max_epochs=1, accelerator="cpu", plugins=[plugin], callbacks=[callback, losses], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
-    )  # fmt: skip
+        max_epochs=1,
+        accelerator="cpu",
+        plugins=[plugin],
+        callbacks=[callback, losses],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
     before = {name: value.clone() for name, value in task.module.named_parameters()}
     trainer.fit(task.module, task.data)
     assert torch.stack(losses.losses).isfinite().all()
     assert len(losses.losses) == 2
-    assert not [name for name, value in task.module.named_parameters() if torch.equal(value, before[name])]
+    assert not [
+        name for name, value in task.module.named_parameters() if torch.equal(value, before[name])
+    ]
     gemms = [m for m in task.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     layers = dynamic_layers(task.module)
     assert list(layers.values()) == gemms
@@ -61,8 +74,9 @@ def quantized_chartransformer(depth=2):
 def test_a_quantized_chartransformer_sees_no_later_symbol(training):
     """Blocks are four samples by four channels at one token, so nothing passes along time.
 
-    One thing could in training: the window of the whole tensor, which cuts blocks more than R + 6 binades below the largest
-    (docs/decisions/0001-window-scope.md). LayerNorm keeps this network's blocks within it.
+    One thing could in training: the window of the whole tensor, which cuts blocks more than R + 6
+    binades below the largest (docs/decisions/0001-window-scope.md). LayerNorm keeps this network's
+    blocks within it.
     """
     network = quantized_chartransformer().train(training)
     symbols = torch.randint(11, (6, 12))
@@ -76,7 +90,9 @@ def test_a_quantized_chartransformer_sees_no_later_symbol(training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_window_is_what_a_later_symbol_can_move_in_training(training):
-    """A symbol whose embedding grows by 2**40 behind the others: in eval mode, where a window is one token's, it moves nothing."""
+    """A symbol whose embedding grows by 2**40 behind the others: in eval mode, where a window is
+    one token's, it moves nothing.
+    """
     network = quantized_chartransformer(depth=1).train(training)
     layer = network.blocks[0].mlp[2]
     hidden = torch.randn(4, 5, 64)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls the layer operators and the kernels' Python side with arguments that are wrong in a place or two.
+"""Calls the layer operators and the kernels' Python side with arguments that are wrong in a place
+or two.
 
     python -m tests.native.fuzz_calls [--show]
 
-Each call must return or raise a Python exception. A crash ends the process: the last line it printed names the call.
+Each call must return or raise a Python exception. A crash ends the process: the last line it
+printed names the call.
 """
 
 import argparse
@@ -68,7 +70,9 @@ def tensors(g: np.random.Generator, like: Tensor) -> Tensor:
         return torch.stack([like, like], -1)[..., 1]
     if kind == 11 and like.dtype.is_floating_point and like.numel():
         bad = like.clone()
-        bad.view(-1)[int(g.integers(bad.numel()))] = float(g.choice([np.nan, np.inf, -np.inf, 1e-45]))
+        bad.view(-1)[int(g.integers(bad.numel()))] = float(
+            g.choice([np.nan, np.inf, -np.inf, 1e-45])
+        )
         return bad
     if kind == 12 and not like.dtype.is_floating_point:
         return torch.full_like(like, int(g.choice([0, 1, 9, 100, 127])))
@@ -86,20 +90,34 @@ def scalars(g: np.random.Generator, like: Any) -> Any:
     if isinstance(like, str):
         return str(g.choice(["", "no such thing", "row", "sample", "{}", like.replace("4", "3")]))
     if isinstance(like, torch.dtype):
-        return [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8][g.integers(5)]
+        return [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8][
+            g.integers(5)
+        ]
     if isinstance(like, (list, tuple)) and like:
         changed = list(like)
         at = int(g.integers(len(changed)))
         if g.random() < 0.2:
             del changed[at]
         else:
-            changed[at] = tensors(g, changed[at]) if isinstance(changed[at], Tensor) else scalars(g, changed[at])
+            changed[at] = (
+                tensors(g, changed[at])
+                if isinstance(changed[at], Tensor)
+                else scalars(g, changed[at])
+            )
         return type(like)(changed)
     if isinstance(like, BlockLayout):
         shape = scalars(g, like.shape) if g.random() < 0.5 else like.shape
         rows, channels = like.block_shape
-        block = (rows, channels) if g.random() < 0.5 else (int(g.choice([-1, 0, 1, 5, 1 << 10])), int(g.choice([-4, 0, 1, 3, 32, 64])))
-        return BlockLayout(shape=tuple(min(abs(int(n)), 100) for n in shape), block_shape=block, channel_axis=int(g.integers(1, 4)))
+        block = (
+            (rows, channels)
+            if g.random() < 0.5
+            else (int(g.choice([-1, 0, 1, 5, 1 << 10])), int(g.choice([-4, 0, 1, 3, 32, 64])))
+        )
+        return BlockLayout(
+            shape=tuple(min(abs(int(n)), 100) for n in shape),
+            block_shape=block,
+            channel_axis=int(g.integers(1, 4)),
+        )
     if isinstance(like, Role):
         return Role(int(g.integers(3)))
     return like
@@ -110,34 +128,68 @@ def layer_calls(g: np.random.Generator) -> list[Call]:
     kind = "linear" if g.random() < 0.4 else "conv"
     groups = 1 if kind == "linear" else int(g.choice([1, 1, 2, 4]))
     taps = () if kind == "linear" else [(), (3,), (3, 3), (1, 1), (2, 1, 2)][g.integers(1, 5)]
-    x_shape = (int(g.integers(1, 6)), 7, 8) if kind == "linear" else (int(g.integers(1, 6)), 8, *[5] * len(taps))
+    x_shape = (
+        (int(g.integers(1, 6)), 7, 8)
+        if kind == "linear"
+        else (int(g.integers(1, 6)), 8, *[5] * len(taps))
+    )
     block = BlockFormat(block_shape=[(4, 4), (8, 8), (16, 16), (1, 16), (1, 32)][g.integers(5)])
     geometry = LayerGeometry(
-        kind=kind, weight_shape=(12, 8 // groups, *taps), stride=(1,) * len(taps), padding=(1,) * len(taps), dilation=(1,) * len(taps),
+        kind=kind,
+        weight_shape=(12, 8 // groups, *taps),
+        stride=(1,) * len(taps),
+        padding=(1,) * len(taps),
+        dilation=(1,) * len(taps),
         groups=groups,
-    )  # fmt: skip
-    plan = LayerPlan(geometry=geometry, format=block, mode=str(g.choice(["fast", "exact"])), layer_index=3)
+    )
+    plan = LayerPlan(
+        geometry=geometry, format=block, mode=str(g.choice(["fast", "exact"])), layer_index=3
+    )
     thresholds = bool(g.random() < 0.5)
-    request = torch.tensor(-4, dtype=torch.int16) if thresholds else torch.tensor(5, dtype=torch.uint8)
+    request = (
+        torch.tensor(-4, dtype=torch.int16) if thresholds else torch.tensor(5, dtype=torch.uint8)
+    )
     settings = [int(thresholds), 0, 8, int(g.integers(2, 9))] * 3
     position = torch.tensor([3, 0, 5, 1])
     forward = {
-        "x": torch.randn(x_shape), "weight": torch.randn(geometry.weight_shape), "bias": torch.randn(12), "x_request": request,
-        "w_request": request.clone(), "e_request": request.clone(), "position": position, "settings": settings, "plan_key": plan.key,
-        "slot_key": "", "training": bool(g.random() < 0.7), "keep_x": True, "keep_w": True,
+        "x": torch.randn(x_shape),
+        "weight": torch.randn(geometry.weight_shape),
+        "bias": torch.randn(12),
+        "x_request": request,
+        "w_request": request.clone(),
+        "e_request": request.clone(),
+        "position": position,
+        "settings": settings,
+        "plan_key": plan.key,
+        "slot_key": "",
+        "training": bool(g.random() < 0.7),
+        "keep_x": True,
+        "keep_w": True,
         "dtype": [torch.float32, torch.bfloat16][g.integers(2)],
-    }  # fmt: skip
+    }
     calls: list[Call] = [("layer_forward", torch.ops.dynasty.layer_forward, forward)]
     with torch.no_grad():
         y, *rest = torch.ops.dynasty.layer_forward(**forward)
     packed_x, packed_w, headers = rest[:5], rest[5:10], rest[10:]
     backward = {
-        "e": torch.randn_like(y), "x_packed": packed_x, "w_packed": packed_w, "e_request": request, "position": position,
-        "settings": settings, "plan_key": plan.key, "input_shape": list(x_shape), "input_dtype": torch.float32, "channels_last": False,
-        "need_dx": True, "need_dw": True, "slot_key": "",
-        "forward_headers": [h if h.numel() else p[2] for h, p in zip(headers, (packed_x, packed_w), strict=True)],
+        "e": torch.randn_like(y),
+        "x_packed": packed_x,
+        "w_packed": packed_w,
+        "e_request": request,
+        "position": position,
+        "settings": settings,
+        "plan_key": plan.key,
+        "input_shape": list(x_shape),
+        "input_dtype": torch.float32,
+        "channels_last": False,
+        "need_dx": True,
+        "need_dw": True,
+        "slot_key": "",
+        "forward_headers": [
+            h if h.numel() else p[2] for h, p in zip(headers, (packed_x, packed_w), strict=True)
+        ],
         "probed": [],
-    }  # fmt: skip
+    }
     calls.append(("layer_backward", torch.ops.dynasty.layer_backward, backward))
     return calls
 
@@ -151,36 +203,77 @@ def kernel_calls(g: np.random.Generator) -> list[Call]:
     role = Role(int(g.integers(3)))
     x = torch.randn(shape)
     options = {
-        "role": role, "least_bits": 0, "most_bits": 8, "width_group": None if g.random() < 0.5 else (2 * block[0], block[1]),
-        "stochastic": role is Role.ERROR, "force_signed": False, "stream": StreamPosition(seed=1),
+        "role": role,
+        "least_bits": 0,
+        "most_bits": 8,
+        "width_group": None if g.random() < 0.5 else (2 * block[0], block[1]),
+        "stochastic": role is Role.ERROR,
+        "force_signed": False,
+        "stream": StreamPosition(seed=1),
         "scope": "tensor" if block[0] > 1 else str(g.choice(["tensor", "sample", "row"])),
-    }  # fmt: skip
+    }
     is_threshold = bool(g.random() < 0.5)
     values = native.empty_channels_innermost(layout, torch.bfloat16)
     codes = native.empty_channels_innermost(layout, torch.uint8)
-    request = torch.randint(2, 9, layout.grid_shape).to([torch.int16, torch.uint8, torch.int64][g.integers(3)])
-    done = native.quantize(x, layout, request, is_threshold=is_threshold, **{**options, "scope": "tensor"})
+    request = torch.randint(2, 9, layout.grid_shape).to(
+        [torch.int16, torch.uint8, torch.int64][g.integers(3)]
+    )
+    done = native.quantize(
+        x, layout, request, is_threshold=is_threshold, **{**options, "scope": "tensor"}
+    )
     assert done is not None
     out = native.empty_channels_innermost(layout, torch.bfloat16)
     bfloat16 = torch.randn(shape).bfloat16()
     arguments = {
-        "native.quantize": (native.quantize, {
-            "x": x, "layout": layout, "request": request, "is_threshold": is_threshold, "values": values, "codes": codes, **options,
-        }),
-        "native.dequantize": (native.dequantize, {
-            "codes": done.codes, "relative_exponents": done.relative_exponents, "headers": done.headers, "largest_exponent": 2,
-            "layout": layout, "values": out,
-        }),
-        "native.widen": (native.widen, {
-            "values": bfloat16, "channel_axis": axis, "channels_last": bool(g.random() < 0.5), "bias": torch.randn(shape[axis]),
-        }),
+        "native.quantize": (
+            native.quantize,
+            {
+                "x": x,
+                "layout": layout,
+                "request": request,
+                "is_threshold": is_threshold,
+                "values": values,
+                "codes": codes,
+                **options,
+            },
+        ),
+        "native.dequantize": (
+            native.dequantize,
+            {
+                "codes": done.codes,
+                "relative_exponents": done.relative_exponents,
+                "headers": done.headers,
+                "largest_exponent": 2,
+                "layout": layout,
+                "values": out,
+            },
+        ),
+        "native.widen": (
+            native.widen,
+            {
+                "values": bfloat16,
+                "channel_axis": axis,
+                "channels_last": bool(g.random() < 0.5),
+                "bias": torch.randn(shape[axis]),
+            },
+        ),
         "native.mean_squares": (native.mean_squares, {"x": x, "layout": layout}),
         "stats.mean_squares": (mean_squares, {"x": x, "layout": layout}),
-        "quantize": (quantize, {
-            "x": x, "bits": None if is_threshold else request, "lsb_exponent": request if is_threshold else None, "role": role,
-            "block_shape": block, "channel_axis": axis, "least_bits": 0, "most_bits": 8, "scope": options["scope"],
-        }),
-    }  # fmt: skip
+        "quantize": (
+            quantize,
+            {
+                "x": x,
+                "bits": None if is_threshold else request,
+                "lsb_exponent": request if is_threshold else None,
+                "role": role,
+                "block_shape": block,
+                "channel_axis": axis,
+                "least_bits": 0,
+                "most_bits": 8,
+                "scope": options["scope"],
+            },
+        ),
+    }
     return [(name, function, given) for name, (function, given) in arguments.items()]
 
 
@@ -231,7 +324,10 @@ def main() -> int:
             except Exception as error:
                 raised += 1
                 if options.show:
-                    print(f"    {type(error).__name__}: {str(error).splitlines()[0][:240] if str(error) else ''}")
+                    print(
+                        f"    {type(error).__name__}: "
+                        f"{str(error).splitlines()[0][:240] if str(error) else ''}"
+                    )
     print(f"{returned} returned, {raised} raised")
     return 0
 

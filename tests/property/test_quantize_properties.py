@@ -27,10 +27,17 @@ def operands(elements):
 
 
 ANY = operands(st.floats(width=32, allow_nan=False, allow_infinity=False))
-# Integers of 12 bits times powers of two in a narrow range: ties, neighbours of ties and of powers of two are common.
-NEAR = operands(st.builds(lambda m, e: float(np.float32(m * 2.0**e)), st.integers(-4095, 4095), st.integers(-10, 0)))
+# Integers of 12 bits times powers of two in a narrow range: ties, neighbours of ties and of powers
+# of two are common.
+NEAR = operands(
+    st.builds(
+        lambda m, e: float(np.float32(m * 2.0**e)), st.integers(-4095, 4095), st.integers(-10, 0)
+    )
+)
 # Blocks that fall exactly on the window's half LSB.
-POWERS = operands(st.builds(lambda sign, e: sign * 2.0**e, st.sampled_from([-1, 0, 1]), st.integers(-20, 0)))
+POWERS = operands(
+    st.builds(lambda sign, e: sign * 2.0**e, st.sampled_from([-1, 0, 1]), st.integers(-20, 0))
+)
 
 
 def same(a, b):
@@ -67,7 +74,9 @@ def test_equals_the_oracle_at_any_threshold(x, role, block, least, above, group,
         least_bits=least,
         stream=StreamPosition(seed=seed),
     )
-    want = oracle.quantize(x, role.letter, lsb=lsb, block=block, group=width_group, least=least, stream={"seed": seed})
+    want = oracle.quantize(
+        x, role.letter, lsb=lsb, block=block, group=width_group, least=least, stream={"seed": seed}
+    )
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(want, name), err_msg=name)
 
@@ -77,8 +86,12 @@ def test_equals_the_oracle_at_any_threshold(x, role, block, least, above, group,
 def test_blocks_at_the_edge_of_the_window_equal_the_oracle(role, bits):
     # One element a block: powers of two around half an LSB, and both their neighbours in float32.
     powers = 2.0 ** np.arange(-18, 1, dtype=np.float32)
-    x = np.concatenate([powers, np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(2)), -powers])[None]
-    got = quantize(torch.from_numpy(x), bits, role=role, block_shape=(1, 1), stream=StreamPosition(seed=3))
+    x = np.concatenate(
+        [powers, np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(2)), -powers]
+    )[None]
+    got = quantize(
+        torch.from_numpy(x), bits, role=role, block_shape=(1, 1), stream=StreamPosition(seed=3)
+    )
     want = oracle.quantize(x, role.letter, bits=bits, block=(1, 1), stream={"seed": 3})
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(want, name), err_msg=name)
@@ -89,21 +102,49 @@ def test_drops_equal_the_oracle_at_every_depth(above):
     g = np.random.default_rng(above + 20)
     x = (g.uniform(1, 2, (24, 48)) * g.choice([-1, 1], (24, 48))).astype(np.float32)
     x[:, ::3] = np.sign(x[:, ::3])  # blocks whose largest element is a power of two too
-    got = quantize(torch.from_numpy(x), lsb_exponent=-above, role=Role.ERROR, block_shape=(1, 3), stream=StreamPosition(seed=8))
+    got = quantize(
+        torch.from_numpy(x),
+        lsb_exponent=-above,
+        role=Role.ERROR,
+        block_shape=(1, 3),
+        stream=StreamPosition(seed=8),
+    )
     want = oracle.quantize(x, "E", lsb=-above, block=(1, 3), stream={"seed": 8})
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(want, name), err_msg=name)
-    ones = quantize(torch.from_numpy(np.sign(x)), lsb_exponent=-above, role=Role.ERROR, block_shape=(1, 3), stream=StreamPosition(seed=8))
+    ones = quantize(
+        torch.from_numpy(np.sign(x)),
+        lsb_exponent=-above,
+        role=Role.ERROR,
+        block_shape=(1, 3),
+        stream=StreamPosition(seed=8),
+    )
     expected = oracle.quantize(np.sign(x), "E", lsb=-above, block=(1, 3), stream={"seed": 8})
     for name in FIELDS:
-        np.testing.assert_array_equal(getattr(ones, name).numpy(), getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(
+            getattr(ones, name).numpy(), getattr(expected, name), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("base", [-127, -3, -1, 0, 2, 126])
 def test_stochastic_rounding_with_every_number(base):
-    # In units of 2**-18: on, just below and just above the edges that r + 1/2 and r alone would put.
+    # In units of 2**-18: on, just below and just above the edges that r + 1/2 and r alone would
+    # put.
     numbers = torch.arange(1 << 16, dtype=torch.int32)
-    for offset in (0, 1, 2, 3, 4, 5, 1 << 16, (1 << 17) - 1, 1 << 17, (1 << 17) + 2, (1 << 18) - 2, (1 << 18) - 1):
+    for offset in (
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        1 << 16,
+        (1 << 17) - 1,
+        1 << 17,
+        (1 << 17) + 2,
+        (1 << 18) - 2,
+        (1 << 18) - 1,
+    ):
         units = (base << 18) + offset
         y = torch.full((1 << 16,), units / 2.0**18, dtype=torch.float64)
         if bool((y.float().double() != y).any()):
@@ -122,15 +163,25 @@ def test_twice_is_once(x, role, bits, block):
 @settings(max_examples=60)
 @given(x=NEAR, bits=BITS, block=BLOCKS, seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
 def test_errors_twice_are_once_where_no_window_acts(x, bits, block, seeds):
-    # One scope a block, so that rounding up one block's largest element cannot coarsen another's window.
+    # One scope a block, so that rounding up one block's largest element cannot coarsen another's
+    # window.
     x = torch.from_numpy(x.reshape(x.shape[0], -1))
     options = {"role": Role.ERROR, "block_shape": (1, x.shape[1]), "scope": "row"}
     once = quantize(x, bits, stream=StreamPosition(seed=seeds[0]), **options).dequantize()
-    assert torch.equal(quantize(once, bits, stream=StreamPosition(seed=seeds[1]), **options).dequantize(), once)
+    assert torch.equal(
+        quantize(once, bits, stream=StreamPosition(seed=seeds[1]), **options).dequantize(), once
+    )
 
 
 @settings(max_examples=100)
-@given(x=NEAR, role=ROLES, block=BLOCKS, power=st.integers(-100, 100), bits=st.none() | BITS, least=st.sampled_from([0, 3]))
+@given(
+    x=NEAR,
+    role=ROLES,
+    block=BLOCKS,
+    power=st.integers(-100, 100),
+    bits=st.none() | BITS,
+    least=st.sampled_from([0, 3]),
+)
 def test_a_power_of_two_moves_exponents_only(x, role, block, power, bits, least):
     def run(shift):
         asked = {"bits": bits} if bits else {"lsb_exponent": shift - 4, "least_bits": least}
@@ -139,7 +190,10 @@ def test_a_power_of_two_moves_exponents_only(x, role, block, power, bits, least)
     here, there = run(0), run(power)
     for name in ("mantissas", "bits", "signed", "occupied"):
         assert torch.equal(getattr(here, name), getattr(there, name)), name
-    assert torch.equal(torch.where(here.bits > 0, here.scale_exponents + power, 0), there.scale_exponents.to(torch.int64))
+    assert torch.equal(
+        torch.where(here.bits > 0, here.scale_exponents + power, 0),
+        there.scale_exponents.to(torch.int64),
+    )
 
 
 @settings(max_examples=100)
@@ -151,7 +205,9 @@ def test_error_is_within_one_lsb(x, role, bits, block):
     kept = per_element(q.bits, x, block) > 0
     assert bool((error <= lsb)[kept].all())
     limit = (1 << (q.bits.to(torch.int64) - q.signed.to(torch.int64))) - 1
-    halves = per_element(limit, x, block) != q.mantissas.abs()  # saturated elements may be up to one LSB off
+    halves = (
+        per_element(limit, x, block) != q.mantissas.abs()
+    )  # saturated elements may be up to one LSB off
     if role is not Role.ERROR:
         assert bool((error <= lsb / 2)[kept & halves].all())
 
@@ -167,7 +223,9 @@ def test_what_a_block_may_hold(x, role, bits, block):
     assert bool((q.mantissas >= 0)[unsigned].all())
     nonzero = per_element(q.bits, x, block) > 0
     for i in np.argwhere(q.bits.numpy() > 0):
-        rows, channels = (slice(n * size, (n + 1) * size) for n, size in zip(i[:2], block, strict=True))
+        rows, channels = (
+            slice(n * size, (n + 1) * size) for n, size in zip(i[:2], block, strict=True)
+        )
         assert bool(q.mantissas[(rows, channels, *i[2:])].any())
     assert not bool(q.mantissas[~nonzero].any())
     assert not bool(q.scale_exponents[q.bits == 0].any())
@@ -190,6 +248,8 @@ def test_rows_are_alone_in_row_scope(x, bits):
     t = torch.from_numpy(x)
     whole = quantize(t, bits, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample")
     for i in range(t.shape[0]):
-        alone = quantize(t[i : i + 1], bits, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample")
+        alone = quantize(
+            t[i : i + 1], bits, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample"
+        )
         assert torch.equal(alone.mantissas[0], whole.mantissas[i])
         assert torch.equal(alone.scale_exponents[0], whole.scale_exponents[i])

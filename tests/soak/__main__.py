@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, offload, fit and teardown in a loop, flat in memory, descriptors and threads.   python -m tests.soak --minutes 60
 
-Each cycle makes networks, data, Trainers and a device of its own: a fit in dynamic precision (fast, exact or in channels_last, in turn)
-that is checkpointed, evaluated and resumed; one on the C simulation through `DeviceOffload`; an `offload` whose device fails.
+Each cycle makes networks, data, Trainers and a device of its own: a fit in dynamic precision (fast,
+exact or in channels_last, in turn) that is checkpointed, evaluated and resumed; one on the C
+simulation through `DeviceOffload`; an `offload` whose device fails.
 """
 
 import argparse
@@ -35,9 +36,14 @@ class Learner(L.LightningModule):
     def __init__(self, variant: str) -> None:
         super().__init__()
         net: nn.Module = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
             nn.Linear(128, 10),
-        )  # fmt: skip
+        )
         self.net = net.to(memory_format=torch.channels_last) if variant == "channels_last" else net
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
@@ -58,13 +64,29 @@ class Learner(L.LightningModule):
 
 def data(rows: int, workers: int = 0) -> DataLoader:
     images = torch.randn(rows, 1, 8, 8)
-    return DataLoader(TensorDataset(images, images.flatten(1)[:, :10].argmax(1)), batch_size=16, num_workers=workers)
+    return DataLoader(
+        TensorDataset(images, images.flatten(1)[:, :10].argmax(1)),
+        batch_size=16,
+        num_workers=workers,
+    )
 
 
 def trainer(*callbacks: L.Callback, mode: str, steps: int) -> L.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     plugin = DynastyPrecision(mode="exact" if mode == "exact" else "fast")
-    return L.Trainer(max_steps=steps, accelerator="cpu", devices=1, plugins=[plugin], callbacks=list(callbacks), **quiet)
+    return L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        plugins=[plugin],
+        callbacks=list(callbacks),
+        **quiet,
+    )
 
 
 def dynasty() -> DynastyCallback:
@@ -80,7 +102,9 @@ def train(variant: str, folder: Path, cycle: int) -> None:
     path = folder / "soak.ckpt"
     first.save_checkpoint(path)
     first.predict(module, data(32))
-    trainer(dynasty(), mode=variant, steps=12).fit(Learner(variant), loader, data(32), ckpt_path=path, weights_only=True)
+    trainer(dynasty(), mode=variant, steps=12).fit(
+        Learner(variant), loader, data(32), ckpt_path=path, weights_only=True
+    )
 
 
 def train_on_device() -> None:
@@ -123,7 +147,9 @@ def quiet() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=60.0, help="how long (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="how long (default: %(default)s)"
+    )
     parser.add_argument("--log", type=Path, help="a JSON line of figures for each cycle")
     options = parser.parse_args()
     quiet()
@@ -139,9 +165,14 @@ def main() -> int:
                 break
     first, last = seen[len(seen) // 4], seen[-1]
     print(
-        f"{len(seen)} cycles; from the first quarter's end to the last: RSS {first.rss / 2**20:.1f} to {last.rss / 2**20:.1f} MiB, ", end=""
+        f"{len(seen)} cycles; from the first quarter's end to the last: RSS "
+        f"{first.rss / 2**20:.1f} to {last.rss / 2**20:.1f} MiB, ",
+        end="",
     )
-    print(f"descriptors {first.descriptors} to {last.descriptors}, threads {first.threads} to {last.threads}")
+    print(
+        f"descriptors {first.descriptors} to {last.descriptors}, threads {first.threads} to "
+        f"{last.threads}"
+    )
     faults = growth(seen)
     print("\n".join(faults) or "flat")
     return bool(faults)

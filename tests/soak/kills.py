@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trainings killed at random moments, and what they leave.   python -m tests.soak.kills --count 100
 
-A process trains a small grid, keeps its state after every step and is killed by SIGKILL, at a random step and a random moment of it; the
-next one goes on. Nothing may be lost: each starts at the step that the last one was at or behind it, and when the grid is done, its
-results are those of an unbroken one to the bit, no line is torn, and no other file is left. Then the next grid begins.
+A process trains a small grid, keeps its state after every step and is killed by SIGKILL, at a
+random step and a random moment of it; the next one goes on. Nothing may be lost: each starts at the
+step that the last one was at or behind it, and when the grid is done, its results are those of an
+unbroken one to the bit, no line is torn, and no other file is left. Then the next grid begins.
 """
 
 import argparse
@@ -38,19 +39,31 @@ _ROOT: Final = Path(__file__).parents[2]
 def grid() -> list[RunConfig]:
     """Two runs of 15 steps: ours, and one without a state of ours."""
     settings = {"epochs": 3, "batch_size": 32, "train_samples": 160}
-    return make_grid(data=["digits"], models=["mlp"], methods=["dynasty@4:interval=3", "float32"], seeds=[3], **settings)
+    return make_grid(
+        data=["digits"],
+        models=["mlp"],
+        methods=["dynasty@4:interval=3", "float32"],
+        seeds=[3],
+        **settings,
+    )
 
 
 def train(folder: Path) -> None:
-    """The grid to its end, in this process; each step is told in a file as it ends, before the state is kept."""
+    """The grid to its end, in this process; each step is told in a file as it ends, before the
+    state is kept.
+    """
     runs.commit, runs._REPORT_SECONDS = (lambda: "c" * 40), -1.0  # type: ignore[attr-defined]
     log = os.open(folder.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     begun = False
 
-    def told(config: RunConfig, data_dir: str | None, _: Any, *, checkpoint: Path, every: float) -> dict[str, Any]:
+    def told(
+        config: RunConfig, data_dir: str | None, _: Any, *, checkpoint: Path, every: float
+    ) -> dict[str, Any]:
         def tell(progress: Mapping[str, Any]) -> None:
             nonlocal begun
-            os.write(log, f"{config.method} {progress['step']}{'' if begun else ' first'}\n".encode())
+            os.write(
+                log, f"{config.method} {progress['step']}{'' if begun else ' first'}\n".encode()
+            )
             begun = True
 
         return train_one(config, data_dir, tell, checkpoint=checkpoint, every=every)
@@ -64,9 +77,14 @@ def faults(folder: Path, unbroken: Mapping[str, Any]) -> list[str]:
     found = []
     steps = [line.split() for line in folder.with_suffix(".steps").read_text().splitlines()]
     for before, after in itertools.pairwise(steps):
-        if before[0] == after[0] and int(after[1]) not in (int(before[1]), int(before[1]) + 1):  # told before its state is kept
+        if before[0] == after[0] and int(after[1]) not in (
+            int(before[1]),
+            int(before[1]) + 1,
+        ):  # told before its state is kept
             found.append(f"{after[0]} was at step {before[1]} and went on at {after[1]}: {steps}")
-    others = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != RESULTS)
+    others = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != RESULTS
+    )
     if others:
         found.append(f"left over: {', '.join(others)}")
     records = results(folder)
@@ -85,7 +103,9 @@ def faults(folder: Path, unbroken: Mapping[str, Any]) -> list[str]:
 
 
 def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Records by method, one line each, less what is of time. Raises ValueError for a line that is torn or comes twice."""
+    """Records by method, one line each, less what is of time. Raises ValueError for a line that is
+    torn or comes twice.
+    """
     records = {}
     for line in (folder / RESULTS).read_text().splitlines():
         record = json.loads(line)
@@ -125,7 +145,11 @@ def run(folder: Path, *, count: int, seed: int = 0) -> tuple[int, list[str]]:
                 found += faults(broken, unbroken)
             except (OSError, ValueError) as error:
                 found.append(f"{type(error).__name__}: {error}")
-            print(f"{kills} kills, {done} grids to their end, {len(found)} faults", file=sys.stderr, flush=True)
+            print(
+                f"{kills} kills, {done} grids to their end, {len(found)} faults",
+                file=sys.stderr,
+                flush=True,
+            )
     return done, found
 
 
@@ -146,10 +170,18 @@ def _kill(process: BaseProcess, steps: Path, random: Random) -> None:
 def _starting() -> Iterator[Any]:
     """Starts processes of `train`, forked from one that has all modules loaded and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__spec__.name])  # by its name also where this module is __main__
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONWARNINGS", "OMP_NUM_THREADS")}
+    context.set_forkserver_preload(
+        [__spec__.name]
+    )  # by its name also where this module is __main__
+    before = {
+        name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONWARNINGS", "OMP_NUM_THREADS")
+    }
     path = os.pathsep.join([str(_ROOT), *filter(None, [before["PYTHONPATH"]])])
-    os.environ |= {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore::RuntimeWarning", "OMP_NUM_THREADS": "1"}  # runpy's, of this module
+    os.environ |= {
+        "PYTHONPATH": path,
+        "PYTHONWARNINGS": "ignore::RuntimeWarning",
+        "OMP_NUM_THREADS": "1",
+    }  # runpy's, of this module
 
     def start(folder: Path) -> BaseProcess:
         process = context.Process(target=train, args=(folder,), daemon=True)
@@ -167,7 +199,9 @@ def _starting() -> Iterator[Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=100, help="kills (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()

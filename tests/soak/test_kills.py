@@ -15,7 +15,13 @@ def test_a_few_kills_lose_nothing(tmp_path):
 def test_what_is_lost_is_seen(tmp_path):
     folder = tmp_path / "grid"
     folder.mkdir()
-    record = {"key": "k", "config": {"method": "m"}, "status": "complete", "loss": 0.5, "seconds": 1.0}
+    record = {
+        "key": "k",
+        "config": {"method": "m"},
+        "status": "complete",
+        "loss": 0.5,
+        "seconds": 1.0,
+    }
     steps, lines = folder.with_suffix(".steps"), folder / RESULTS
     steps.write_text("m 1\nm 2\nm 2\nm 3\n")
     lines.write_text(json.dumps(record) + "\n")
@@ -25,5 +31,7 @@ def test_what_is_lost_is_seen(tmp_path):
     (folder / "x.tmp").touch()
     lines.write_text(json.dumps(record | {"loss": 0.25}) + "\n")
     assert [fault.split(":")[0] for fault in faults(folder, whole)] == [
-        "m was at step 2 and went on at 1", "left over", "m ended with other figures than unbroken",
-    ]  # fmt: skip
+        "m was at step 2 and went on at 1",
+        "left over",
+        "m ended with other figures than unbroken",
+    ]

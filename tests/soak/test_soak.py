@@ -10,7 +10,10 @@ CYCLES = 8
 
 
 def flat(n=40):
-    return [Usage(rss=300 * 2**20 + (i * 37 % 11) * 2**18, descriptors=20 + i % 3, threads=4) for i in range(n)]
+    return [
+        Usage(rss=300 * 2**20 + (i * 37 % 11) * 2**18, descriptors=20 + i % 3, threads=4)
+        for i in range(n)
+    ]
 
 
 def test_what_is_flat_passes():
@@ -19,14 +22,24 @@ def test_what_is_flat_passes():
 
 @pytest.mark.parametrize(("field", "each"), [("rss", 2**20), ("descriptors", 1), ("threads", 1)])
 def test_what_grows_is_seen(field, each):
-    grown = [Usage(**{**vars(u), field: getattr(u, field) + i * each}) for i, u in enumerate(flat())]
+    grown = [
+        Usage(**{**vars(u), field: getattr(u, field) + i * each}) for i, u in enumerate(flat())
+    ]
     (fault,) = growth(grown)
     assert ("memory" if field == "rss" else field) in fault
 
 
 def test_what_is_filled_once_is_no_growth():
     assert (
-        growth([Usage(rss=u.rss - 2**20 * max(8 - i, 0), descriptors=u.descriptors, threads=u.threads) for i, u in enumerate(flat())]) == []
+        growth(
+            [
+                Usage(
+                    rss=u.rss - 2**20 * max(8 - i, 0), descriptors=u.descriptors, threads=u.threads
+                )
+                for i, u in enumerate(flat())
+            ]
+        )
+        == []
     )
 
 

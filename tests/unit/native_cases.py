@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random operands and requests for the C++ quantizer, and the comparison of a library's answers with what pure torch makes of them."""
+"""Random operands and requests for the C++ quantizer, and the comparison of a library's answers
+with what pure torch makes of them.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +19,8 @@ from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
 from dynasty_lightning.numerics.roles import Role
 
 SQUARES = ((4, 4), (8, 8), (16, 16))
-# As formats have them, transposed for the GEMM that contracts rows, and with the single rows of eval mode.
+# As formats have them, transposed for the GEMM that contracts rows, and with the single rows of
+# eval mode.
 BLOCKS = (*SQUARES, (1, 16), (1, 32), (16, 1), (32, 1), (1, 4), (1, 8))
 WIDTHS = (0, 2, 3, 4, 5, 6, 7, 8)
 FIELDS = ("codes", "relative_exponents", "headers", "largest_exponents")
@@ -37,24 +40,42 @@ class Case:
 
     def __str__(self) -> str:
         told = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        asked = f"{'threshold' if self.is_threshold else 'bits'} {self.request.dtype} {tuple(self.request.shape)} from {self.request.min()}"
-        return f"{self.x.dtype} {tuple(self.x.shape)} of strides {self.x.stride()}, {self.layout}, {asked}, {told}"
+        asked = (
+            f"{'threshold' if self.is_threshold else 'bits'} {self.request.dtype} "
+            f"{tuple(self.request.shape)} from {self.request.min()}"
+        )
+        return (
+            f"{self.x.dtype} {tuple(self.x.shape)} of strides {self.x.stride()}, "
+            f"{self.layout}, {asked}, {told}"
+        )
 
     def in_torch(self) -> QuantizedBlocks:
         asked = self.request.to(torch.int32)
         return quantize_in_torch(
-            self.x.float(), self.layout, bits=None if self.is_threshold else asked, lsb_exponent=asked if self.is_threshold else None,
+            self.x.float(),
+            self.layout,
+            bits=None if self.is_threshold else asked,
+            lsb_exponent=asked if self.is_threshold else None,
             **self.options,
-        )  # fmt: skip
+        )
 
-    def in_library(self, library: Any, *, with_values: bool = True) -> native.QuantizedArrays | None:
+    def in_library(
+        self, library: Any, *, with_values: bool = True
+    ) -> native.QuantizedArrays | None:
         values = None
         if with_values:
             values = native.empty_channels_innermost(self.layout, torch.bfloat16)
             values.view(torch.int16).fill_(0x7FC1)  # a NaN shows what was not written
         codes = native.empty_channels_innermost(self.layout, torch.uint8).fill_(0xA5)
         return native.quantize(
-            self.x, self.layout, self.request, is_threshold=self.is_threshold, values=values, codes=codes, library=library, **self.options
+            self.x,
+            self.layout,
+            self.request,
+            is_threshold=self.is_threshold,
+            values=values,
+            codes=codes,
+            library=library,
+            **self.options,
         )
 
 
@@ -72,9 +93,16 @@ def case(
     request = torch.as_tensor(lsb if bits is None else bits)
     request = request.to(torch.int16 if abs(int(request.max())) < 1 << 15 else torch.int32)
     settings: dict[str, Any] = {
-        "role": role, "least_bits": 0, "most_bits": 8, "width_group": None, "stochastic": role is Role.ERROR, "force_signed": False,
-        "stream": StreamPosition(seed=5, rank=1, layer=7, backward_count=3, call_index=2), "scope": "tensor", **options,
-    }  # fmt: skip
+        "role": role,
+        "least_bits": 0,
+        "most_bits": 8,
+        "width_group": None,
+        "stochastic": role is Role.ERROR,
+        "force_signed": False,
+        "stream": StreamPosition(seed=5, rank=1, layer=7, backward_count=3, call_index=2),
+        "scope": "tensor",
+        **options,
+    }
     layout = BlockLayout(shape=tuple(x.shape), block_shape=block_shape, channel_axis=axis % x.ndim)
     return Case(x=x, layout=layout, request=request, is_threshold=bits is None, options=settings)
 
@@ -101,20 +129,37 @@ def random_case(seed: int) -> Case:
     else:
         around = int(center + g.integers(-6, 6))
         offsets = torch.from_numpy(np.asarray(g.integers(-4, 5, size=per_block)))
-        request = torch.tensor(around) if kind == 2 else (around + offsets).to([torch.int16, torch.int32, torch.int64][g.integers(3)])
+        request = (
+            torch.tensor(around)
+            if kind == 2
+            else (around + offsets).to([torch.int16, torch.int32, torch.int64][g.integers(3)])
+        )
         least, most = int(g.choice([0, 0, 0, 2, 4])), int(g.choice([4, 8, 8]))
     if request.ndim and g.random() < 0.2:  # no stride of its own is 1
         request = torch.stack([request, request], dim=-1)[..., 0]
-    group = (block[0] * int(g.integers(1, 4)), block[1] * int(g.integers(1, 4))) if g.random() < 0.3 else None
+    group = (
+        (block[0] * int(g.integers(1, 4)), block[1] * int(g.integers(1, 4)))
+        if g.random() < 0.3
+        else None
+    )
     scope = str(g.choice(["sample", "row", "tensor"])) if block[0] == 1 else "tensor"
     stream = StreamPosition(
-        seed=int(g.integers(1 << 32)), rank=int(g.integers(1 << 32)), layer=int(g.integers(1 << 16)), backward_count=7, call_index=2
+        seed=int(g.integers(1 << 32)),
+        rank=int(g.integers(1 << 32)),
+        layer=int(g.integers(1 << 16)),
+        backward_count=7,
+        call_index=2,
     )
     options = {
-        "role": role, "least_bits": least, "most_bits": most, "width_group": group,
-        "stochastic": (role is Role.ERROR) ^ bool(g.random() < 0.1), "force_signed": bool(g.random() < 0.1), "stream": stream,
+        "role": role,
+        "least_bits": least,
+        "most_bits": most,
+        "width_group": group,
+        "stochastic": (role is Role.ERROR) ^ bool(g.random() < 0.1),
+        "force_signed": bool(g.random() < 0.1),
+        "stream": stream,
         "scope": scope,
-    }  # fmt: skip
+    }
     return Case(x=x, layout=layout, request=request, is_threshold=kind >= 2, options=options)
 
 
@@ -122,7 +167,10 @@ def _shape(g: np.random.Generator, ndim: int, axis: int) -> list[int]:
     shape = [int(g.integers(1, 6)) for _ in range(ndim)]
     if g.random() < 0.3:  # also positions that fill lanes and counters of random numbers
         shape = [int(g.choice([1, 2, 4, 7, 8, 16])) for _ in range(ndim)]
-    shape[0], shape[axis] = int(g.integers(1, 20)), int(g.choice([1, 2, 3, 4, 5, 8, 12, 16, 20, 33, 40, 64]))
+    shape[0], shape[axis] = (
+        int(g.integers(1, 20)),
+        int(g.choice([1, 2, 3, 4, 5, 8, 12, 16, 20, 33, 40, 64])),
+    )
     while np.prod(shape) > 20_000:
         shape[int(np.argmax(shape))] //= 2
     return shape
@@ -169,7 +217,9 @@ def _memory_order(g: np.random.Generator, x: Tensor, axis: int) -> Tensor:
 
 
 def edge_case(shape: tuple[int, ...], *, below: bool) -> tuple[Case, Tensor]:
-    """E whose elements reach an integer exactly, or just miss it, with the number that they draw; and what they round to."""
+    """E whose elements reach an integer exactly, or just miss it, with the number that they draw;
+    and what they round to.
+    """
     position = StreamPosition(seed=11, layer=3)
     numbers = stream_numbers(position, int(Role.ERROR), int(np.prod(shape))).view(shape)
     integers = torch.arange(numbers.numel()).view(shape) % 9 - 4
@@ -190,7 +240,11 @@ def differences(case: Case, library: Any, expected: QuantizedBlocks) -> list[str
         wrong.append("order of codes")
     without = case.in_library(library, with_values=False)
     assert without is not None
-    wrong += [f"{name} without values" for name in FIELDS if not _same(getattr(without, name), getattr(expected, name))]
+    wrong += [
+        f"{name} without values"
+        for name in FIELDS
+        if not _same(getattr(without, name), getattr(expected, name))
+    ]
     if without.values is not None:
         wrong.append("values that nobody asked for")
     largest = got.largest_exponents
@@ -203,7 +257,15 @@ def differences(case: Case, library: Any, expected: QuantizedBlocks) -> list[str
         wrong.append("values")
     if largest.numel() == 1 and int(largest) in MODERATE:
         out = native.empty_channels_innermost(case.layout, torch.bfloat16)
-        native.dequantize(got.codes, got.relative_exponents, got.headers, int(largest), case.layout, out, library=library)
+        native.dequantize(
+            got.codes,
+            got.relative_exponents,
+            got.headers,
+            int(largest),
+            case.layout,
+            out,
+            library=library,
+        )
         if not _same(out.view(torch.int16), values.view(torch.int16)):
             wrong.append("dequantize")
     return wrong
@@ -213,7 +275,10 @@ def _is_moderate(case: Case) -> bool:
     """Whether every block, and every threshold, is far from both ends of float32."""
     sizes = case.x.float().abs()
     sizes = sizes[sizes > 0]
-    if sizes.numel() and not 2.0 ** MODERATE[0] < float(sizes.min()) <= float(sizes.max()) < 2.0 ** MODERATE[-1]:
+    if (
+        sizes.numel()
+        and not 2.0 ** MODERATE[0] < float(sizes.min()) <= float(sizes.max()) < 2.0 ** MODERATE[-1]
+    ):
         return False
     return not case.is_threshold or bool((case.request.abs() < MODERATE[-1]).all())
 

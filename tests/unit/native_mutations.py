@@ -118,22 +118,33 @@ class Checks:
         largest = x.clone()
         largest[3, 3, 3] = torch.finfo(torch.float32).max
         cases.append(native_cases.case(largest, (4, 4), 1, Role.WEIGHT, bits=8))
-        growing = x * torch.exp2(torch.arange(20.0)).view(-1, 1, 1)  # the window of early rows is known only at the end
+        growing = x * torch.exp2(torch.arange(20.0)).view(
+            -1, 1, 1
+        )  # the window of early rows is known only at the end
         cases += [native_cases.case(growing, (4, 4), 1, role, bits=7) for role in Role]
         cases += [native_cases.edge_case((8, 32, 5), below=below)[0] for below in (False, True)]
         self.cases = [(case, case.in_torch()) for case in cases]
-        layouts = [BlockLayout(shape=(20, 40, 30), block_shape=(20, 16), channel_axis=axis) for axis in (1, 2)]
-        wide = torch.randn(6, 5, 150) * 1e20  # two whole chunks of channels and a ragged one; squares that float32 does not hold
+        layouts = [
+            BlockLayout(shape=(20, 40, 30), block_shape=(20, 16), channel_axis=axis)
+            for axis in (1, 2)
+        ]
+        wide = (
+            torch.randn(6, 5, 150) * 1e20
+        )  # two whole chunks of channels and a ragged one; squares that float32 does not hold
         self.squares = [(x, layout, mean_squares_in_torch(x, layout)) for layout in layouts]
         layout = BlockLayout(shape=(6, 5, 150), block_shape=(6, 4), channel_axis=2)
-        self.squares += [(t, layout, mean_squares_in_torch(t, layout)) for t in (wide, wide.bfloat16())]
+        self.squares += [
+            (t, layout, mean_squares_in_torch(t, layout)) for t in (wide, wide.bfloat16())
+        ]
         self.product, self.bias = x.bfloat16(), torch.randn(40)
         self.position = StreamPosition(seed=3, layer=4)
         self.numbers = stream_numbers(self.position, 2, 100)
 
     def run(self, library: Any) -> str:
         """What differs first; empty if nothing does."""
-        if not torch.equal(native.stream_numbers(self.position, 2, 100, library=library), self.numbers):
+        if not torch.equal(
+            native.stream_numbers(self.position, 2, 100, library=library), self.numbers
+        ):
             return "random stream"
         for number, (case, expected) in enumerate(self.cases):
             if wrong := native_cases.differences(case, library, expected):
@@ -144,7 +155,9 @@ class Checks:
         want = self.product.float() + self.bias.view(-1, 1)
         innermost = self.product.movedim(1, -1).contiguous().movedim(-1, 1)
         if any(
-            not torch.equal(native.widen(y, 1, channels_last=False, bias=self.bias, library=library), want)
+            not torch.equal(
+                native.widen(y, 1, channels_last=False, bias=self.bias, library=library), want
+            )
             for y in (self.product, innermost)
         ):
             return "widen"
@@ -217,7 +230,10 @@ def main() -> int:
         begin = time.monotonic()
         verdict, text = try_mutation(mutation, checks)
         bad += verdict != "caught"
-        print(f"{verdict:8s} {mutation.name:42s} {time.monotonic() - begin:5.0f} s  {text}", flush=True)
+        print(
+            f"{verdict:8s} {mutation.name:42s} {time.monotonic() - begin:5.0f} s  {text}",
+            flush=True,
+        )
     print(f"{len(chosen) - bad} of {len(chosen)} mutants caught")
     return int(bad > 0)
 

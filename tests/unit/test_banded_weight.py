@@ -26,7 +26,9 @@ def band(outputs, inputs, groups, block, unit):
 
 def test_columns_and_width_with_and_without_width_groups():
     cases = 0
-    for groups, per_group, inputs in itertools.product((2, 3, 5, 8, 12), (1, 2, 3, 7), (1, 2, 3, 5, 9)):
+    for groups, per_group, inputs in itertools.product(
+        (2, 3, 5, 8, 12), (1, 2, 3, 7), (1, 2, 3, 5, 9)
+    ):
         for block, unit in (
             ((4, 4), None),
             ((4, 4), (8, 8)),
@@ -38,7 +40,13 @@ def test_columns_and_width_with_and_without_width_groups():
             outputs = groups * per_group
             banded = BandedWeight((outputs, inputs, 2), groups, block, unit)
             first, width = band(outputs, inputs, groups, block, unit)
-            assert (banded.first_columns.tolist(), banded.width) == (first, width), (groups, per_group, inputs, block, unit)
+            assert (banded.first_columns.tolist(), banded.width) == (first, width), (
+                groups,
+                per_group,
+                inputs,
+                block,
+                unit,
+            )
             weight = torch.arange(1.0, outputs * inputs * 2 + 1).view(outputs, inputs, 2)
             embedded = banded.embed(weight)
             for o, i in itertools.product(range(outputs), range(inputs)):

@@ -1,4 +1,6 @@
-"""benchmarks/harm.py: that an error reaches what it should reach, and that harm is what its equation says."""
+"""benchmarks/harm.py: that an error reaches what it should reach, and that harm is what its
+equation says.
+"""
 
 import numpy as np
 import pytest
@@ -38,18 +40,32 @@ def net() -> MeasuredNetwork:
     return MeasuredNetwork(network, STEP_SIZES, torch.randn(BATCH, 5), torch.randint(3, (BATCH,)))
 
 
-def statistics(geometry: LayerGeometry, x_map: tuple[int, ...], e_map: tuple[int, ...], w_grid: tuple[int, ...]) -> LayerStatistics:
+def statistics(
+    geometry: LayerGeometry, x_map: tuple[int, ...], e_map: tuple[int, ...], w_grid: tuple[int, ...]
+) -> LayerStatistics:
     return LayerStatistics(
-        geometry=geometry, samples=BATCH, step_size=0.1, macs={Gemm.FORWARD: 1}, mean_bits=dict.fromkeys(Role, 8.0),
-        x_square=torch.ones(x_map), e_square=torch.ones(e_map), dx_square=torch.ones(x_map), w_square=torch.ones(w_grid),
-        dw_square=torch.ones(w_grid), channels_per_block=4,
-    )  # fmt: skip
+        geometry=geometry,
+        samples=BATCH,
+        step_size=0.1,
+        macs={Gemm.FORWARD: 1},
+        mean_bits=dict.fromkeys(Role, 8.0),
+        x_square=torch.ones(x_map),
+        e_square=torch.ones(e_map),
+        dx_square=torch.ones(x_map),
+        w_square=torch.ones(w_grid),
+        dw_square=torch.ones(w_grid),
+        channels_per_block=4,
+    )
 
 
 CONV = statistics(
-    LayerGeometry(kind="conv", weight_shape=(6, 5, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)),
-    (1, 2, 4, 4), (1, 2, 4, 4), (2, 2, 3, 3),
-)  # fmt: skip
+    LayerGeometry(
+        kind="conv", weight_shape=(6, 5, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
+    ),
+    (1, 2, 4, 4),
+    (1, 2, 4, 4),
+    (2, 2, 3, 3),
+)
 LINEAR = statistics(LayerGeometry(kind="linear", weight_shape=(7, 5)), (1, 2), (1, 2), (2, 2))
 
 
@@ -74,18 +90,29 @@ def expected_harm(net: MeasuredNetwork, **errors):
     loss = 0.5 * float((losses - clean_losses).square().mean()) / mean
     energy = {n: float(clean[n].double().square().sum()) for n in STEP_SIZES}
     gain = sum(STEP_SIZES[n] * energy[n] for n in STEP_SIZES)
-    gradient = [gain / len(STEP_SIZES) * float((changed[n] - clean[n]).double().square().sum()) / energy[n] / mean for n in STEP_SIZES]
+    gradient = [
+        gain
+        / len(STEP_SIZES)
+        * float((changed[n] - clean[n]).double().square().sum())
+        / energy[n]
+        / mean
+        for n in STEP_SIZES
+    ]
     return loss, gradient
 
 
 def check(harm, loss, gradient):
     torch.testing.assert_close(torch.tensor(harm.loss), torch.tensor(loss), rtol=1e-3, atol=1e-12)
-    torch.testing.assert_close(harm.gradient, torch.tensor(gradient, dtype=torch.float64), rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(
+        harm.gradient, torch.tensor(gradient, dtype=torch.float64), rtol=1e-3, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("operand", ["x0", "w0", "x2", "w2"])
 def test_an_error_of_x_or_w_changes_losses_and_gradients_as_derived(net, operand):
-    """X + err is read by FORWARD and WGRAD, W + err by FORWARD and DGRAD; the gradient goes straight through."""
+    """X + err is read by FORWARD and WGRAD, W + err by FORWARD and DGRAD; the gradient goes
+    straight through.
+    """
     name, role = operand[1], Role.from_letter(operand[0].upper())
     error = 0.1 * torch.randn_like(net.operands[name, role])
     check(net.harm({(name, role): adding(error)}), *expected_harm(net, **{operand: error}))
@@ -100,7 +127,11 @@ def test_an_error_of_e_reaches_both_gemms_that_read_it(net, name):
 
 
 def test_errors_meet_in_one_pass(net):
-    errors = {f"{r.letter.lower()}{n}": 0.1 * torch.randn_like(net.operands[n, r]) for n in STEP_SIZES for r in Role}
+    errors = {
+        f"{r.letter.lower()}{n}": 0.1 * torch.randn_like(net.operands[n, r])
+        for n in STEP_SIZES
+        for r in Role
+    }
     changes = {(key[1], Role.from_letter(key[0].upper())): adding(e) for key, e in errors.items()}
     check(net.harm(changes), *expected_harm(net, **errors))
 
@@ -112,7 +143,9 @@ def test_the_clean_pass_is_the_networks_own(net):
     assert net.loss == pytest.approx(float(loss.detach()), rel=1e-6)
     for name in STEP_SIZES:
         torch.testing.assert_close(net.gradients[name, Role.WEIGHT], plain[int(name)].weight.grad)
-    torch.testing.assert_close(net.operands["2", Role.ACTIVATION], torch.tanh(plain[0](net.images)).detach())
+    torch.testing.assert_close(
+        net.operands["2", Role.ACTIVATION], torch.tanh(plain[0](net.images)).detach()
+    )
     assert net.harm({}).total == 0
 
 
@@ -134,16 +167,25 @@ def test_dx_is_what_this_layer_hands_down_whoever_else_reads_x():
             return self.a(x) + self.b(x)
 
     torch.manual_seed(0)
-    net = MeasuredNetwork(Shared(), {"a": 1.0, "b": 1.0}, torch.randn(BATCH, 5), torch.randint(3, (BATCH,)))
+    net = MeasuredNetwork(
+        Shared(), {"a": 1.0, "b": 1.0}, torch.randn(BATCH, 5), torch.randint(3, (BATCH,))
+    )
     for name in "ab":
         expected = net.operands[name, Role.ERROR] @ net.operands[name, Role.WEIGHT]
         torch.testing.assert_close(net.gradients[name, Role.ACTIVATION], expected)
 
 
-@pytest.mark.parametrize(("s", "role", "shape"), [
-    (CONV, Role.ACTIVATION, (BATCH, 5, 4, 4)), (CONV, Role.WEIGHT, (6, 5, 3, 3)), (CONV, Role.ERROR, (BATCH, 6, 4, 4)),
-    (LINEAR, Role.ACTIVATION, (BATCH, 5)), (LINEAR, Role.WEIGHT, (7, 5)), (LINEAR, Role.ERROR, (BATCH, 7)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("s", "role", "shape"),
+    [
+        (CONV, Role.ACTIVATION, (BATCH, 5, 4, 4)),
+        (CONV, Role.WEIGHT, (6, 5, 3, 3)),
+        (CONV, Role.ERROR, (BATCH, 6, 4, 4)),
+        (LINEAR, Role.ACTIVATION, (BATCH, 5)),
+        (LINEAR, Role.WEIGHT, (7, 5)),
+        (LINEAR, Role.ERROR, (BATCH, 7)),
+    ],
+)
 def test_entries_cover_an_operand_once_and_are_those_of_its_map(s, role, shape):
     operand = torch.arange(float(torch.Size(shape).numel())).view(shape)
     layout = entry_layout(operand, role, s)
@@ -173,8 +215,12 @@ def test_statistics_are_of_the_batch_itself(net):
     }
     found = net.statistics(like)
     dw = net.gradients["0", Role.WEIGHT]
-    assert float(found["0"].dw_square[0, 1]) == pytest.approx(float(dw[:4, 4:].square().mean()), rel=1e-5)
-    assert float(found["2"].e_square[0, 0]) == pytest.approx(float(net.operands["2", Role.ERROR].square().mean()), rel=1e-5)
+    assert float(found["0"].dw_square[0, 1]) == pytest.approx(
+        float(dw[:4, 4:].square().mean()), rel=1e-5
+    )
+    assert float(found["2"].e_square[0, 0]) == pytest.approx(
+        float(net.operands["2", Role.ERROR].square().mean()), rel=1e-5
+    )
     assert found["2"].step_size == pytest.approx(0.7)
 
 
@@ -201,7 +247,9 @@ def test_calibration_finds_a_power_law_and_leaves_out_zeros():
     found = calibration(predicted, 3.0 * predicted**0.5)
     assert found["slope"] == pytest.approx(0.5)
     assert found["ratio"] == pytest.approx(3.0 * 1e2)
-    assert calibration(predicted, 2.0 * predicted) == pytest.approx({"slope": 1.0, "ratio": 2.0, "spread": 1.0})
+    assert calibration(predicted, 2.0 * predicted) == pytest.approx(
+        {"slope": 1.0, "ratio": 2.0, "spread": 1.0}
+    )
 
 
 def test_the_interval_holds_the_correlation_and_narrows_with_more_entries():

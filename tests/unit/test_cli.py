@@ -1,4 +1,6 @@
-"""The command line: what it accepts and refuses, what a demo leaves behind, also when it fails or is killed."""
+"""The command line: what it accepts and refuses, what a demo leaves behind, also when it fails or
+is killed.
+"""
 
 import io
 import json
@@ -18,11 +20,31 @@ from dynasty_lightning.study.demo import DemoConfig, ProgressBoard, run_demo
 from dynasty_lightning.study.report.demo import read_summary
 from tests.waiting import wait_until
 
-SMALL = ["--epochs", "1", "--train-images", "64", "--batch-size", "16", "--seeds", "1", "--threads", "1"]
+SMALL = [
+    "--epochs",
+    "1",
+    "--train-images",
+    "64",
+    "--batch-size",
+    "16",
+    "--seeds",
+    "1",
+    "--threads",
+    "1",
+]
 
 
 def record(name, seed, accuracy=0.9, **more):
-    return {"name": name, "seed": seed, "accuracy": accuracy, "loss": 0.5, "steps": 4, "seconds": 0.1, "speedup_charged": None, **more}
+    return {
+        "name": name,
+        "seed": seed,
+        "accuracy": accuracy,
+        "loss": 0.5,
+        "steps": 4,
+        "seconds": 0.1,
+        "speedup_charged": None,
+        **more,
+    }
 
 
 @pytest.fixture
@@ -33,7 +55,17 @@ def fake_training(monkeypatch):
     def train_run(config, method, seed, progress=lambda _: None):
         calls.append((method, seed))
         progress(
-            {"name": method, "seed": seed, "epoch": 1, "epochs": 1, "step": 2, "steps": 4, "loss": 1.0, "speedup": None, "seconds": 0.1}
+            {
+                "name": method,
+                "seed": seed,
+                "epoch": 1,
+                "epochs": 1,
+                "step": 2,
+                "steps": 4,
+                "loss": 1.0,
+                "speedup": None,
+                "seconds": 0.1,
+            }
         )
         return record(method, seed) | ({} if method == "float32" else {"speedup_charged": 1.0})
 
@@ -73,16 +105,27 @@ def refused(capsys, *arguments):
         (["--target-speedup", "20"], "target_speedup must be in [1, 16]"),
         (["--noise-budget", "0"], "noise_budget must be positive"),
         (["--target-speedup", "5", "--noise-budget", "1"], "not allowed with argument"),
-        (["--methods", "uniform9"], "unknown method 'uniform9': choose from float32, uniform2 to uniform8, dynasty"),
+        (
+            ["--methods", "uniform9"],
+            "unknown method 'uniform9': choose from float32, uniform2 to uniform8, dynasty",
+        ),
         (["--methods", ","], "methods must be named once each, not none"),
         (["--methods", "float32,float32"], "methods must be named once each"),
-        (["--policy", "uniform", "--methods", "dynasty"], "--policy uniform leaves out the method dynasty"),
-        (["--train-images", "5000"], "digits has 1437 training images, fewer than train_images=5000"),
+        (
+            ["--policy", "uniform", "--methods", "dynasty"],
+            "--policy uniform leaves out the method dynasty",
+        ),
+        (
+            ["--train-images", "5000"],
+            "digits has 1437 training images, fewer than train_images=5000",
+        ),
         (["--data", "cifar100", "--data-dir", "/nowhere"], "no CIFAR-100 in /nowhere"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
-def test_wrong_arguments_are_refused_in_one_line(capsys, fake_training, tmp_path, arguments, message):
+def test_wrong_arguments_are_refused_in_one_line(
+    capsys, fake_training, tmp_path, arguments, message
+):
     said = refused(capsys, "demo", "--out", str(tmp_path / "out"), *arguments)
     assert message in said
     assert not fake_training
@@ -109,19 +152,50 @@ def test_help(capsys, arguments):
 
 def test_options_reach_the_run(monkeypatch):
     seen = []
-    monkeypatch.setattr("dynasty_lightning.cli.command_line.run_demo", lambda config: seen.append(config) or {"errors": []})
+    monkeypatch.setattr(
+        "dynasty_lightning.cli.command_line.run_demo",
+        lambda config: seen.append(config) or {"errors": []},
+    )
     assert main(["demo"]) == 0
     assert (
-        main(["demo", "--data", "cifar100", "--noise-budget", "0.5", "--methods", "uniform4, dynasty", "--epochs", "3", "--checkpoints"])
+        main(
+            [
+                "demo",
+                "--data",
+                "cifar100",
+                "--noise-budget",
+                "0.5",
+                "--methods",
+                "uniform4, dynasty",
+                "--epochs",
+                "3",
+                "--checkpoints",
+            ]
+        )
         == 0
     )
     assert main(["demo", "--policy", "uniform", "--seed", "7", "--out", "elsewhere"]) == 0
     first, second, third = seen
-    assert (first.data, first.epochs, first.train_images, first.target_speedup, first.seeds) == ("digits", 10, None, 5.0, 3)
+    assert (first.data, first.epochs, first.train_images, first.target_speedup, first.seeds) == (
+        "digits",
+        10,
+        None,
+        5.0,
+        3,
+    )
     assert first.out == "runs/demo-digits"
     assert first.methods == ("float32", "uniform8", "dynasty")
-    assert (second.target_speedup, second.noise_budget, second.methods) == (None, 0.5, ("uniform4", "dynasty"))
-    assert (second.epochs, second.batch_size, second.train_images, second.checkpoints) == (3, 128, 20000, True)
+    assert (second.target_speedup, second.noise_budget, second.methods) == (
+        None,
+        0.5,
+        ("uniform4", "dynasty"),
+    )
+    assert (second.epochs, second.batch_size, second.train_images, second.checkpoints) == (
+        3,
+        128,
+        20000,
+        True,
+    )
     assert (third.methods, third.seed, third.out) == (("float32", "uniform8"), 7, "elsewhere")
 
 
@@ -130,10 +204,21 @@ def test_options_reach_the_run(monkeypatch):
 
 def test_jobs_go_seed_by_seed(fake_training, tmp_path):
     run_demo(DemoConfig(seeds=2, seed=3, out=str(tmp_path)), stream=io.StringIO())
-    assert fake_training == [("float32", 3), ("uniform8", 3), ("dynasty", 3), ("float32", 4), ("uniform8", 4), ("dynasty", 4)]
+    assert fake_training == [
+        ("float32", 3),
+        ("uniform8", 3),
+        ("dynasty", 3),
+        ("float32", 4),
+        ("uniform8", 4),
+        ("dynasty", 4),
+    ]
     summary = read_summary(tmp_path)
     assert summary["status"] == "complete"
-    assert [(r["name"], r["seed"]) for r in summary["runs"]][:3] == [("float32", 3), ("float32", 4), ("uniform8", 3)]
+    assert [(r["name"], r["seed"]) for r in summary["runs"]][:3] == [
+        ("float32", 3),
+        ("float32", 4),
+        ("uniform8", 3),
+    ]
     assert summary["args"]["seeds"] == 2
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["machine"]["threads_per_run"] == 1
@@ -190,14 +275,23 @@ def test_interrupted(fake_training, tmp_path, monkeypatch, capsys):
 
 
 def test_nothing_of_an_earlier_demo_stays(fake_training, tmp_path):
-    for name in ("map-dynasty-7.safetensors", "history-dynasty-7.jsonl", "accuracy-speedup.png", "notes.txt"):
+    for name in (
+        "map-dynasty-7.safetensors",
+        "history-dynasty-7.jsonl",
+        "accuracy-speedup.png",
+        "notes.txt",
+    ):
         (tmp_path / name).touch()
     run_demo(DemoConfig(seeds=1, out=str(tmp_path)), stream=io.StringIO())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "summary.json"]
 
 
 def test_what_json_cannot_say_is_null():
-    assert demo._finite({"a": float("nan"), "b": [1.0, float("inf")], "c": ("x", 2)}) == {"a": None, "b": [1.0, None], "c": ["x", 2]}
+    assert demo._finite({"a": float("nan"), "b": [1.0, float("inf")], "c": ("x", 2)}) == {
+        "a": None,
+        "b": [1.0, None],
+        "c": ["x", 2],
+    }
 
 
 # -- Progress
@@ -209,7 +303,17 @@ class Terminal(io.StringIO):
 
 
 def progress(step, seed=0, name="dynasty"):
-    return {"name": name, "seed": seed, "epoch": 1, "epochs": 2, "step": step, "steps": 100, "loss": 0.25, "speedup": 4.5, "seconds": 9.0}
+    return {
+        "name": name,
+        "seed": seed,
+        "epoch": 1,
+        "epochs": 2,
+        "step": step,
+        "steps": 100,
+        "loss": 0.25,
+        "speedup": 4.5,
+        "seconds": 9.0,
+    }
 
 
 def test_plain_progress_is_a_line_each_quarter():
@@ -221,7 +325,11 @@ def test_plain_progress_is_a_line_each_quarter():
     board.finish({"name": "float32", "seed": 1, "error": "Traceback\n  ...\nOSError: gone\n"})
     board.close()
     lines = stream.getvalue().splitlines()
-    assert [line.split("step")[1].split()[0] for line in lines[:3]] == ["25/100", "50/100", "75/100"]
+    assert [line.split("step")[1].split()[0] for line in lines[:3]] == [
+        "25/100",
+        "50/100",
+        "75/100",
+    ]
     assert lines[3].startswith("[1/2] dynasty  seed 0  accuracy  90.00 %")
     assert "speedup 4.50x" in lines[3]
     assert lines[4] == "    warning: loss guard: up"
@@ -249,35 +357,93 @@ def test_terminal_progress_redraws_one_line_a_run(monkeypatch):
 
 
 def test_demo_in_one_process(tmp_path, capsys):
-    assert main(["demo", *SMALL, "--epochs", "4", "--interval", "5", "--checkpoints", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                *SMALL,
+                "--epochs",
+                "4",
+                "--interval",
+                "5",
+                "--checkpoints",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "no evidence for accuracy" in said
     names = {p.name for p in tmp_path.iterdir()}
     for method in ("uniform8", "dynasty"):
-        assert {f"map-{method}-0.safetensors", f"widths-{method}-0.safetensors", f"history-{method}-0.jsonl"} <= names
-    assert {"summary.json", "accuracy-speedup.png", "widths-over-time.png", "widths-over-image.png"} <= names
+        assert {
+            f"map-{method}-0.safetensors",
+            f"widths-{method}-0.safetensors",
+            f"history-{method}-0.jsonl",
+        } <= names
+    assert {
+        "summary.json",
+        "accuracy-speedup.png",
+        "widths-over-time.png",
+        "widths-over-image.png",
+    } <= names
     for picture in ("accuracy-speedup.png", "widths-over-time.png", "widths-over-image.png"):
         assert str(tmp_path / picture) in said
     summary = read_summary(tmp_path)
     assert summary["errors"] == []
     runs = {r["name"]: r for r in summary["runs"]}
     assert runs["uniform8"]["speedup_ideal"] == pytest.approx(1.0, abs=0.01)
-    figures = {"accuracy", "loss", "speedup_ideal", "speedup_charged", "energy_ratio_compute", "energy_ratio_sram", "energy_ratio_total"}
+    figures = {
+        "accuracy",
+        "loss",
+        "speedup_ideal",
+        "speedup_charged",
+        "energy_ratio_compute",
+        "energy_ratio_sram",
+        "energy_ratio_total",
+    }
     for name in ("uniform8", "dynasty"):
         assert figures | {"bits", "analytics_share", "seconds", "nonfinite"} <= runs[name].keys()
         assert runs[name]["steps"] == 16
     assert runs["dynasty"]["bits"]["E"] < 8
-    history = [json.loads(line) for line in (tmp_path / "history-dynasty-0.jsonl").read_text().splitlines()]
+    history = [
+        json.loads(line) for line in (tmp_path / "history-dynasty-0.jsonl").read_text().splitlines()
+    ]
     assert history[-1]["step"] == 16
     assert {"speedup_ideal", "speedup_charged", "lambda", "bits"} <= history[0].keys()
     assert PrecisionMap.load(tmp_path / "map-dynasty-0.safetensors").entries
-    assert torch.load(tmp_path / "checkpoint-dynasty-0.ckpt", weights_only=True)["global_step"] == 16
+    assert (
+        torch.load(tmp_path / "checkpoint-dynasty-0.ckpt", weights_only=True)["global_step"] == 16
+    )
     assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["float32", "uniform", "8", "bits", "dynamic"]
+    assert capsys.readouterr().out.splitlines()[0].split() == [
+        "float32",
+        "uniform",
+        "8",
+        "bits",
+        "dynamic",
+    ]
 
 
 def test_a_network_without_convolution_has_no_image_picture(tmp_path, capsys):
-    assert main(["demo", *SMALL, "--model", "mlp", "--methods", "dynasty", "--epochs", "4", "--out", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                *SMALL,
+                "--model",
+                "mlp",
+                "--methods",
+                "dynasty",
+                "--epochs",
+                "4",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert "No widths-over-image.png: mlp has no convolution." in capsys.readouterr().out
 
 
@@ -287,7 +453,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert first[0]["loss"] == first[1]["loss"] != first[2]["loss"]
 
 
-def test_lightning_turns_an_interrupt_into_an_exit_and_we_turn_it_back(tmp_path, monkeypatch, capsys):
+def test_lightning_turns_an_interrupt_into_an_exit_and_we_turn_it_back(
+    tmp_path, monkeypatch, capsys
+):
     def fit(self, *arguments, **options):
         raise SystemExit(1)
 
@@ -298,7 +466,9 @@ def test_lightning_turns_an_interrupt_into_an_exit_and_we_turn_it_back(tmp_path,
 
 def test_a_dead_worker(fake_training, tmp_path, monkeypatch, capsys):
     def die(config, count, take):
-        raise demo.WorkerDied("a worker process ended with exit code -9; if memory ran out, use --threads 1")
+        raise demo.WorkerDied(
+            "a worker process ended with exit code -9; if memory ran out, use --threads 1"
+        )
 
     monkeypatch.setattr(demo, "_work_in_processes", die)
     assert main(["demo", "--threads", "2", "--out", str(tmp_path)]) == 1
@@ -307,9 +477,23 @@ def test_a_dead_worker(fake_training, tmp_path, monkeypatch, capsys):
 
 
 def start_demo(folder, *options):
-    command = [sys.executable, "-m", "dynasty_lightning", "demo", "--out", str(folder), "--threads", "2", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "dynasty_lightning",
+        "demo",
+        "--out",
+        str(folder),
+        "--threads",
+        "2",
+        *options,
+    ]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -323,9 +507,16 @@ def is_running(process):
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_worker_processes_and_a_kill(tmp_path):
-    process = start_demo(tmp_path, "--model", "mlp", "--methods", "float32", "--seeds", "99", "--epochs", "10")
+    process = start_demo(
+        tmp_path, "--model", "mlp", "--methods", "float32", "--seeds", "99", "--epochs", "10"
+    )
     try:
-        wait_until(lambda: process.poll() is not None or ((tmp_path / "summary.json").is_file() and bool(read_summary(tmp_path)["runs"])))
+        wait_until(
+            lambda: (
+                process.poll() is not None
+                or ((tmp_path / "summary.json").is_file() and bool(read_summary(tmp_path)["runs"]))
+            )
+        )
         assert process.poll() is None
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     finally:

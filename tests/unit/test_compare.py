@@ -1,4 +1,6 @@
-"""A grid of runs: nothing runs twice, nothing is lost, and what goes wrong is recorded as what it was."""
+"""A grid of runs: nothing runs twice, nothing is lost, and what goes wrong is recorded as what it
+was.
+"""
 
 import errno
 import io
@@ -27,7 +29,18 @@ from dynasty_lightning.tasks.data import TensorDataModule
 from tests.waiting import wait_until
 
 SMALL = {"data": "digits", "model": "mlp", "epochs": 1, "batch_size": 32, "train_samples": 64}
-OPTIONS = ["--model", "mlp", "--epochs", "1", "--batch-size", "32", "--train-samples", "64", "--threads", "1"]
+OPTIONS = [
+    "--model",
+    "mlp",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "32",
+    "--train-samples",
+    "64",
+    "--threads",
+    "1",
+]
 
 
 def config(method="uniform8", seed=0, **more):
@@ -36,7 +49,9 @@ def config(method="uniform8", seed=0, **more):
 
 def grid(methods=("float32", "uniform8"), seeds=(0, 1), **more):
     settings = {k: v for k, v in SMALL.items() if k not in ("data", "model")}
-    return make_grid(data=["digits"], models=["mlp"], methods=methods, seeds=seeds, **{**settings, **more})
+    return make_grid(
+        data=["digits"], models=["mlp"], methods=methods, seeds=seeds, **{**settings, **more}
+    )
 
 
 # What stands for training; by name, so that a worker process finds it.
@@ -44,13 +59,28 @@ def grid(methods=("float32", "uniform8"), seeds=(0, 1), **more):
 
 def fake(config, data_dir=None, send=lambda _: None):
     return record_of(config) | {
-        "status": "complete", "accuracy": 0.5 + config.seed / 100, "loss": 1.0, "seconds": 2.0, "wall_seconds": 3.0,
-    }  # fmt: skip
+        "status": "complete",
+        "accuracy": 0.5 + config.seed / 100,
+        "loss": 1.0,
+        "seconds": 2.0,
+        "wall_seconds": 3.0,
+    }
 
 
 def fake_but_one_is_killed(config, data_dir=None, send=lambda _: None):
     if (config.method, config.seed) == ("float32", 1):
-        send({"label": config.label, "epoch": 1, "epochs": 1, "step": 1, "steps": 2, "loss": 1.0, "speedup": None, "seconds": 0.1})
+        send(
+            {
+                "label": config.label,
+                "epoch": 1,
+                "epochs": 1,
+                "step": 1,
+                "steps": 2,
+                "loss": 1.0,
+                "speedup": None,
+                "seconds": 0.1,
+            }
+        )
         os.kill(os.getpid(), signal.SIGKILL)
     return fake(config)
 
@@ -88,7 +118,9 @@ def ran():
 
 def run(runs_of_grid, out, train=fake, **more):
     stream = io.StringIO()
-    outcome = run_grid(runs_of_grid, out, stream=stream, train=train, **{"in_process": True, **more})
+    outcome = run_grid(
+        runs_of_grid, out, stream=stream, train=train, **{"in_process": True, **more}
+    )
     return outcome, stream.getvalue()
 
 
@@ -102,22 +134,42 @@ def lines(out):
 def test_keys_stay_what_they_are():
     """Results in the repository are found by these: they may never change."""
     assert config().key == "590f5333f0d0db0614b42c18f18de35fe4d185288933c1013b27faf7f9cbedff"
-    cifar = RunConfig(data="cifar100", model="resnet8", method="dynasty@5.1", seed=3, epochs=10, batch_size=128)
+    cifar = RunConfig(
+        data="cifar100", model="resnet8", method="dynasty@5.1", seed=3, epochs=10, batch_size=128
+    )
     assert cifar.key == "0dde3d1762a75e0f2e4583c6d930678440bf659abaff5673ae531894b5d2e047"
 
 
 def test_the_key_leaves_out_defaults_and_what_has_no_effect():
     assert config().canonical() == {**SMALL, "method": "uniform8", "seed": 0}
-    plain = RunConfig(data="digits", model="mlp", method="uniform8", seed=0, epochs=1, batch_size=32)
+    plain = RunConfig(
+        data="digits", model="mlp", method="uniform8", seed=0, epochs=1, batch_size=32
+    )
     assert set(plain.canonical()) == {"data", "model", "method", "seed", "epochs", "batch_size"}
-    assert config(method="float32", interval=7, mode="exact", block_shape=(8, 8)).key == config(method="float32").key
+    assert (
+        config(method="float32", interval=7, mode="exact", block_shape=(8, 8)).key
+        == config(method="float32").key
+    )
     assert config(interval=7).key != config().key
     assert config(method="dynasty@5.10").key == config(method="dynasty@5.1").key
     assert config(learning_rate=1).key == config(learning_rate=1.0).key
-    others = [config(seed=1), config(epochs=2), config(validation_samples=5), config(block_shape=(8, 8)), config(learning_rate=0.2)]
+    others = [
+        config(seed=1),
+        config(epochs=2),
+        config(validation_samples=5),
+        config(block_shape=(8, 8)),
+        config(learning_rate=0.2),
+    ]
     assert len({c.key for c in [config(), *others]}) == 6
     # A new field must have a default, or all keys change.
-    assert [f.name for f in fields(RunConfig)][:6] == ["data", "model", "method", "seed", "epochs", "batch_size"]
+    assert [f.name for f in fields(RunConfig)][:6] == [
+        "data",
+        "model",
+        "method",
+        "seed",
+        "epochs",
+        "batch_size",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +196,24 @@ def test_a_wrong_run(wrong, message):
 def test_the_command_repeats_the_run(tmp_path, monkeypatch):
     """Parsed again, it gives the same key and nothing else."""
     seen = []
-    monkeypatch.setattr("dynasty_lightning.cli.command_line.run_grid", lambda grid, out, **_: seen.append(grid) or compare.Outcome(
-        complete=0, diverged=0, failed=0, stood=0, unsaved=0
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "dynasty_lightning.cli.command_line.run_grid",
+        lambda grid, out, **_: (
+            seen.append(grid)
+            or compare.Outcome(complete=0, diverged=0, failed=0, stood=0, unsaved=0)
+        ),
+    )
     odd = config(
-        method="dynasty@3:interval=5", seed=7, learning_rate=0.05, block_shape=(8, 8), width_group=(16, 16), mode="exact", interval=9,
-        validation_samples=10, evaluate_on="validation",
-    )  # fmt: skip
+        method="dynasty@3:interval=5",
+        seed=7,
+        learning_rate=0.05,
+        block_shape=(8, 8),
+        width_group=(16, 16),
+        mode="exact",
+        interval=9,
+        validation_samples=10,
+        evaluate_on="validation",
+    )
     for one in (config(), config("uniform:bits=X:4/W:8/E:8"), odd):
         words = one.command().split()
         assert words[:2] == ["dynasty-lightning", "compare"]
@@ -163,13 +226,21 @@ def test_the_command_repeats_the_run(tmp_path, monkeypatch):
 
 def test_seed_by_seed_and_each_once():
     runs_of_grid = grid(["float32", "uniform8", "float32"], range(2))
-    assert [(c.method, c.seed) for c in runs_of_grid] == [("float32", 0), ("uniform8", 0), ("float32", 1), ("uniform8", 1)]
+    assert [(c.method, c.seed) for c in runs_of_grid] == [
+        ("float32", 0),
+        ("uniform8", 0),
+        ("float32", 1),
+        ("uniform8", 1),
+    ]
 
 
 def test_data_and_models_are_paired_where_they_fit():
     settings = {"methods": ["float32"], "seeds": [0], "epochs": 1, "batch_size": 8}
     pairs = make_grid(data=["digits", "stdlib-docs"], models=["mlp", "chartransformer"], **settings)
-    assert [(c.data, c.model) for c in pairs] == [("digits", "mlp"), ("stdlib-docs", "chartransformer")]
+    assert [(c.data, c.model) for c in pairs] == [
+        ("digits", "mlp"),
+        ("stdlib-docs", "chartransformer"),
+    ]
     with pytest.raises(ValueError, match="'chartransformer' goes with none of the others"):
         make_grid(data=["digits"], models=["mlp", "chartransformer"], **settings)
     with pytest.raises(ValueError, match="does not go with data"):
@@ -183,8 +254,11 @@ def test_nothing_runs_twice(out, ran):
     assert (outcome.complete, outcome.stood) == (4, 2)
     assert "6 runs, 2 of them in" in said
     assert ran.names == [(m, 0) for m in ("float32", "uniform8")] + [
-        ("uniform4", 0), ("float32", 1), ("uniform8", 1), ("uniform4", 1),
-    ]  # fmt: skip
+        ("uniform4", 0),
+        ("float32", 1),
+        ("uniform8", 1),
+        ("uniform4", 1),
+    ]
     assert run(grid(["float32", "uniform8", "uniform4"]), out, ran)[0].stood == 6
     assert len(ran.names) == 6
     assert len({r["key"] for r in lines(out)}) == len(lines(out)) == 6
@@ -204,7 +278,12 @@ def test_failed_runs_are_tried_again_and_diverged_ones_are_not(out, ran):
     outcome, _ = run(grid(states, [0]), out, ran)
     assert ran.names == [("float32", 0)]
     assert (outcome.complete, outcome.stood) == (1, 2)
-    assert [r["status"] for r in lines(out)] == ["failed", "diverged", "complete", "complete"]  # the old line stays
+    assert [r["status"] for r in lines(out)] == [
+        "failed",
+        "diverged",
+        "complete",
+        "complete",
+    ]  # the old line stays
     assert [r["status"] for r in read_records(out)] == ["complete", "diverged", "complete"]
 
 
@@ -225,12 +304,25 @@ def test_time_left(out):
     _, said = run(grid(["float32"], range(3)), out)
     assert "(2 left, about 6 s)" in said
     assert "(1 left, about 3 s)" in said
-    assert describe_grid(grid(["float32", "uniform8"], range(40)), out).splitlines()[-1] == "80 runs, 77 to do. 77 left, about 4 min"
+    assert (
+        describe_grid(grid(["float32", "uniform8"], range(40)), out).splitlines()[-1]
+        == "80 runs, 77 to do. 77 left, about 4 min"
+    )
 
 
 def test_a_dry_run_says_what_is_done(out, capsys):
     run(grid(["float32"], [0]), out)
-    arguments = ["compare", "--methods", "float32,uniform8", *OPTIONS, "--seeds", "1", "--out", str(out), "--dry-run"]
+    arguments = [
+        "compare",
+        "--methods",
+        "float32,uniform8",
+        *OPTIONS,
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+        "--dry-run",
+    ]
     before = out.read_bytes()
     assert main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
@@ -247,8 +339,11 @@ def test_a_killed_worker_costs_its_run_only(out):
     outcome, said = run(grid(), out, fake_but_one_is_killed, in_process=False, at_once=1)
     assert (outcome.complete, outcome.failed, outcome.exit_code) == (3, 1, 1)
     assert [(r["name"], r["seed"], r["status"]) for r in lines(out)] == [
-        ("float32", 0, "complete"), ("uniform8", 0, "complete"), ("float32", 1, "failed"), ("uniform8", 1, "complete"),
-    ]  # fmt: skip
+        ("float32", 0, "complete"),
+        ("uniform8", 0, "complete"),
+        ("float32", 1, "failed"),
+        ("uniform8", 1, "complete"),
+    ]
     lost = lines(out)[2]
     assert lost["error"].startswith("the worker process was killed by signal 9")
     assert lost["key"] == config("float32", 1).key
@@ -258,7 +353,9 @@ def test_a_killed_worker_costs_its_run_only(out):
 
 
 def test_a_run_that_hangs_is_ended_and_told_of(out):
-    outcome, _ = run(grid(), out, fake_but_one_hangs, in_process=False, at_once=1, silence=2.0)  # a worker's start takes longer
+    outcome, _ = run(
+        grid(), out, fake_but_one_hangs, in_process=False, at_once=1, silence=2.0
+    )  # a worker's start takes longer
     assert (outcome.complete, outcome.failed, outcome.exit_code) == (3, 1, 1)
     lost = [r for r in lines(out) if r["status"] == "failed"]
     assert [(r["name"], r["seed"]) for r in lost] == [("float32", 1)]
@@ -297,14 +394,23 @@ if __name__ == "__main__":
 """
     script = out.with_name("run.py")
     script.write_text(program)
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_killed_grid_goes_on_where_it_was(out, ran):
     process = start_compare(out, "fake_and_stuck")
     try:
-        wait_until(lambda: process.poll() is not None or (out.is_file() and len(out.read_bytes().splitlines()) >= 3))
+        wait_until(
+            lambda: (
+                process.poll() is not None
+                or (out.is_file() and len(out.read_bytes().splitlines()) >= 3)
+            )
+        )
         assert process.poll() is None
     finally:
         process.send_signal(signal.SIGKILL)
@@ -372,7 +478,18 @@ def test_an_interrupt_while_waiting_for_a_full_disk_costs_no_record(out, monkeyp
 def real(tmp_path_factory):
     """Two small real runs of the command."""
     out = tmp_path_factory.mktemp("real") / "results.jsonl"
-    arguments = ["compare", "--methods", "float32,uniform8", *OPTIONS, "--seeds", "1", "--validation-samples", "20", "--out", str(out)]
+    arguments = [
+        "compare",
+        "--methods",
+        "float32,uniform8",
+        *OPTIONS,
+        "--seeds",
+        "1",
+        "--validation-samples",
+        "20",
+        "--out",
+        str(out),
+    ]
     assert main(arguments) == 0
     return out
 
@@ -383,7 +500,15 @@ def test_a_record_says_all(real):
     for record in (floating, uniform):
         assert record["status"] == "complete"
         assert record["key"] == config(record["name"], validation_samples=20).key
-        assert {"accuracy", "loss", "validation_accuracy", "train_loss", "seconds", "wall_seconds", "warnings"} <= record.keys()
+        assert {
+            "accuracy",
+            "loss",
+            "validation_accuracy",
+            "train_loss",
+            "seconds",
+            "wall_seconds",
+            "warnings",
+        } <= record.keys()
         assert record["steps"] == 2
         assert record["machine"]["threads"] == 1
         assert record["versions"]["torch"] == torch.__version__
@@ -391,7 +516,13 @@ def test_a_record_says_all(real):
         assert record["config"]["epochs"] == 1
         assert str(real.parent) not in json.dumps(record)
     assert "speedup_charged" not in floating
-    figures = {"speedup_charged", "speedup_ideal", "speedup_core", "energy_ratio_compute", "energy_ratio_sram"}
+    figures = {
+        "speedup_charged",
+        "speedup_ideal",
+        "speedup_core",
+        "energy_ratio_compute",
+        "energy_ratio_sram",
+    }
     assert figures | {"energy_ratio_total", "bits", "zero_share", "nonfinite"} <= uniform.keys()
     assert uniform["speedup_core"] == 1.0
     assert uniform["history"][-1]["bits"]["X"] == pytest.approx(8, abs=0.1)
@@ -399,7 +530,10 @@ def test_a_record_says_all(real):
 
 def test_the_same_run_gives_the_same_figures(real):
     again = train_one(config(validation_samples=20))
-    assert (again["loss"], again["train_loss"]) == (lines(real)[1]["loss"], lines(real)[1]["train_loss"])
+    assert (again["loss"], again["train_loss"]) == (
+        lines(real)[1]["loss"],
+        lines(real)[1]["train_loss"],
+    )
 
 
 def test_choices_on_held_out_images_never_see_the_test_set(monkeypatch):
@@ -439,7 +573,9 @@ def test_numbers_lost_on_the_way_and_found_again_are_no_divergence():
 
 
 def test_an_error_after_losses_that_are_no_numbers_is_a_divergence(monkeypatch):
-    monkeypatch.setattr("dynasty_lightning.study.run._Watch.mean_loss", property(lambda self: 1 / 0))
+    monkeypatch.setattr(
+        "dynasty_lightning.study.run._Watch.mean_loss", property(lambda self: 1 / 0)
+    )
     failed = train_one(config("float32"))
     assert (failed["status"], failed["error"]) == ("failed", "ZeroDivisionError: division by zero")
     assert failed["trace"][-1].startswith("test_compare.py:")
@@ -452,12 +588,20 @@ def test_missing_data_fails_its_runs_only(tmp_path, out, monkeypatch, capsys):
     monkeypatch.delenv("DYNASTY_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runs_of_grid = make_grid(
-        data=["cifar100", "digits"], models=["mlp"], methods=["float32"], seeds=[0, 1], epochs=1, batch_size=32, train_samples=64
+        data=["cifar100", "digits"],
+        models=["mlp"],
+        methods=["float32"],
+        seeds=[0, 1],
+        epochs=1,
+        batch_size=32,
+        train_samples=64,
     )
     outcome, _ = run(runs_of_grid, out, train_one, data_dir="/nowhere")
     assert (outcome.complete, outcome.failed) == (2, 2)
     for record in lines(out):
-        assert record["status"] == ("failed" if record["config"]["data"] == "cifar100" else "complete")
+        assert record["status"] == (
+            "failed" if record["config"]["data"] == "cifar100" else "complete"
+        )
     assert lines(out)[0]["error"].startswith("FileNotFoundError: no CIFAR-100 in /nowhere")
     assert lines(out)[0]["trace"][-1].startswith("dynasty_lightning/tasks/data/files.py:")
 
@@ -472,7 +616,10 @@ def test_no_core_for_long_blocks():
 def test_an_error_in_the_core_model_costs_no_run(monkeypatch):
     monkeypatch.setattr(runs, "core_speedups", lambda *_: 1 / 0)
     record = train_one(config())
-    assert (record["status"], record["core_error"]) == ("complete", "ZeroDivisionError: division by zero")
+    assert (record["status"], record["core_error"]) == (
+        "complete",
+        "ZeroDivisionError: division by zero",
+    )
     assert record["speedup_core"] is None
 
 
@@ -485,7 +632,9 @@ class StandIn:
 
 
 def watched(monkeypatch, speedup_at, *, steps, warmup):
-    """Figures of a run of which the core's speedup is known at every step, and the steps looked at."""
+    """Figures of a run of which the core's speedup is known at every step, and the steps looked
+    at.
+    """
     looked = []
     stand_in = StandIn(steps, warmup)
 
@@ -499,12 +648,16 @@ def watched(monkeypatch, speedup_at, *, steps, warmup):
     module = SimpleNamespace(network=None)
     for step in range(1, steps + 1):
         stand_in.global_step = step
-        watch.on_train_batch_end(stand_in, module, None, (torch.zeros(32, 1), torch.zeros(32)), step)
+        watch.on_train_batch_end(
+            stand_in, module, None, (torch.zeros(32, 1), torch.zeros(32)), step
+        )
     return watch.figures(), looked
 
 
 def test_the_core_over_a_whole_run(monkeypatch):
-    figures, looked = watched(monkeypatch, lambda step: 4.0 if step <= 60 else 2.0, steps=100, warmup=20)
+    figures, looked = watched(
+        monkeypatch, lambda step: 4.0 if step <= 60 else 2.0, steps=100, warmup=20
+    )
     assert looked == [25, 35, 45, 55, 65, 75, 85, 95]
     # 20 steps at 8 bits, 40 at a quarter of their time and 40 at half.
     assert figures["speedup_core"] == pytest.approx(100 / (20 + 10 + 20))
@@ -514,7 +667,8 @@ def test_the_core_over_a_whole_run(monkeypatch):
 
 @pytest.mark.parametrize(
     ("steps", "warmup", "expected"),
-    # The speedup after a step is its number; of three steps each is looked at, of five behind two of warm-up 2 to 7.
+    # The speedup after a step is its number; of three steps each is looked at, of five behind two
+    # of warm-up 2 to 7.
     [
         (3, 0, 3 / (1 + 1 / 2 + 1 / 3)),
         (1, 0, 1.0),
@@ -532,7 +686,14 @@ def test_the_core_over_a_short_run(monkeypatch, steps, warmup, expected):
 
 def test_history_is_thinned():
     history = [
-        {"step": i, "mean_bits": {"X": 1 / 3}, "bits": {"layer": {}}, "speedup_charged": 2.0, "loss": 1.0, "lambda": None}
+        {
+            "step": i,
+            "mean_bits": {"X": 1 / 3},
+            "bits": {"layer": {}},
+            "speedup_charged": 2.0,
+            "loss": 1.0,
+            "lambda": None,
+        }
         for i in range(1000)
     ]
     thin = runs.thinned(history)
@@ -583,11 +744,20 @@ def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
         (["--methods", "dynasty@5:frob=1", "--out", "f"], "frob"),
         (["--methods", "float32", "--out", "f", "--seeds", "0"], "--seeds must be at least 1"),
         (["--methods", "float32", "--out", "f", "--threads", "0"], "--threads must be at least 1"),
-        (["--methods", "float32", "--out", "f", "--silence", "0"], "--silence must be a positive number of minutes, or inf"),
-        (["--methods", "float32", "--out", "f", "--keep", "0"], "--keep must be a positive number of minutes, or inf"),
+        (
+            ["--methods", "float32", "--out", "f", "--silence", "0"],
+            "--silence must be a positive number of minutes, or inf",
+        ),
+        (
+            ["--methods", "float32", "--out", "f", "--keep", "0"],
+            "--keep must be a positive number of minutes, or inf",
+        ),
         (["--methods", "float32", "--out", "f", "--data", "mnist"], "unknown data 'mnist'"),
         (["--methods", "float32", "--out", "f", "--epochs", "0"], "epochs must be at least 1"),
-        (["--methods", "float32", "--out", "f", "--block-shape", "44"], "invalid _shape value: '44'"),
+        (
+            ["--methods", "float32", "--out", "f", "--block-shape", "44"],
+            "invalid _shape value: '44'",
+        ),
         (["--report-only", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
     ],
 )

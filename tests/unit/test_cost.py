@@ -1,4 +1,6 @@
-"""Bit products against nested loops over every pair of blocks, and the sums that are formed from them."""
+"""Bit products against nested loops over every pair of blocks, and the sums that are formed from
+them.
+"""
 
 import itertools
 import math
@@ -17,7 +19,15 @@ from dynasty_lightning.numerics.roles import Gemm, Role
 
 X, W, E = Role
 WIDTHS = np.array([0, 2, 3, 4, 5, 6, 7, 8])
-COUNTS = ("products", "products_charged", "baseline", "baseline_charged", "pair_macs", "block_macs", "block_products")
+COUNTS = (
+    "products",
+    "products_charged",
+    "baseline",
+    "baseline_charged",
+    "pair_macs",
+    "block_macs",
+    "block_products",
+)
 
 
 def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
@@ -35,9 +45,13 @@ def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
         if g.random() < 0.2:
             per_group = out_per_group = 1  # depthwise
         taps, stride, padding, dilation = (
-            tuple(int(v) for v in g.integers(low, high, kind)) for low, high in ((1, 4), (1, 3), (0, 3), (1, 3))
+            tuple(int(v) for v in g.integers(low, high, kind))
+            for low, high in ((1, 4), (1, 3), (0, 3), (1, 3))
         )
-        image = tuple(int(g.integers(max(1, d * (k - 1) + 1 - 2 * p), 8)) for k, p, d in zip(taps, padding, dilation, strict=True))
+        image = tuple(
+            int(g.integers(max(1, d * (k - 1) + 1 - 2 * p), 8))
+            for k, p, d in zip(taps, padding, dilation, strict=True)
+        )
         geometry = LayerGeometry(
             kind="conv",
             weight_shape=(groups * out_per_group, per_group, *taps),
@@ -46,8 +60,14 @@ def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
             dilation=dilation,
             groups=groups,
         )
-        output = [(h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in zip(image, taps, stride, padding, dilation, strict=True)]
-        input_shape, output_shape = (n, groups * per_group, *image), (n, groups * out_per_group, *output)
+        output = [
+            (h + 2 * p - d * (k - 1) - 1) // s + 1
+            for h, k, s, p, d in zip(image, taps, stride, padding, dilation, strict=True)
+        ]
+        input_shape, output_shape = (
+            (n, groups * per_group, *image),
+            (n, groups * out_per_group, *output),
+        )
     return case_of(g, geometry, input_shape, output_shape, block_shape)
 
 
@@ -60,24 +80,41 @@ def case_of(g, geometry, input_shape, output_shape, block_shape):
         shape[0], shape[channel_axis] = -(-shape[0] // rows), -(-shape[channel_axis] // channels)
         return tuple(shape)
 
-    band = None if geometry.groups == 1 else BandedWeight(geometry.weight_shape, geometry.groups, block_shape)
+    band = (
+        None
+        if geometry.groups == 1
+        else BandedWeight(geometry.weight_shape, geometry.groups, block_shape)
+    )
     shapes = {
         X: grid(input_shape, axis),
         W: grid(geometry.weight_shape if band is None else band.shape, 1),
         E: grid(output_shape, axis),
     }
     occupied = {r: torch.from_numpy(g.random(shape) < 0.8) for r, shape in shapes.items()}
-    bits = {r: torch.from_numpy(g.choice(WIDTHS, shape).astype(np.uint8)) * occupied[r] for r, shape in shapes.items()}
+    bits = {
+        r: torch.from_numpy(g.choice(WIDTHS, shape).astype(np.uint8)) * occupied[r]
+        for r, shape in shapes.items()
+    }
     first = None if band is None else band.first_columns
     if first is not None:
         beyond = first[:, None] // channels + torch.arange(shapes[W][1]) >= shapes[X][1]
         bits[W][beyond], occupied[W][beyond] = 0, False
-    backward = {r: torch.minimum(bits[r], torch.full_like(bits[r], int(g.integers(2, 9)))) for r in (X, W) if g.random() < 0.5}
+    backward = {
+        r: torch.minimum(bits[r], torch.full_like(bits[r], int(g.integers(2, 9))))
+        for r in (X, W)
+        if g.random() < 0.5
+    }
     return {
         "backward_bits": backward,
-        "geometry": geometry, "input_shape": input_shape, "output_shape": output_shape, "bits": bits, "occupied": occupied,
-        "block_shape": block_shape, "has_dgrad": True, "first_columns": first,
-    }  # fmt: skip
+        "geometry": geometry,
+        "input_shape": input_shape,
+        "output_shape": output_shape,
+        "bits": bits,
+        "occupied": occupied,
+        "block_shape": block_shape,
+        "has_dgrad": True,
+        "first_columns": first,
+    }
 
 
 def cost_of(case) -> dict[Gemm, GemmCost]:
@@ -85,16 +122,26 @@ def cost_of(case) -> dict[Gemm, GemmCost]:
 
 
 def brute_force(case) -> dict[Gemm, dict[str, int]]:
-    """Every pair of blocks, one by one: samples, output position, tap, row block of W, column of its band."""
+    """Every pair of blocks, one by one: samples, output position, tap, row block of W, column of
+    its band.
+    """
     geometry, (rows, channels) = case["geometry"], case["block_shape"]
     grids = {}
     for r in (X, E):
-        grids[r] = [t.movedim(-1, 1).numpy() if geometry.kind == "linear" else t.numpy() for t in (case["bits"][r], case["occupied"][r])]
+        grids[r] = [
+            t.movedim(-1, 1).numpy() if geometry.kind == "linear" else t.numpy()
+            for t in (case["bits"][r], case["occupied"][r])
+        ]
     grids[W] = [case["bits"][W].numpy(), case["occupied"][W].numpy()]
     behind = dict(grids)
     for r, bits in case["backward_bits"].items():
-        behind[r] = [(bits.movedim(-1, 1) if r is X and geometry.kind == "linear" else bits).numpy(), grids[r][1]]
-    first = [0] * len(grids[W][0]) if case["first_columns"] is None else case["first_columns"].tolist()
+        behind[r] = [
+            (bits.movedim(-1, 1) if r is X and geometry.kind == "linear" else bits).numpy(),
+            grids[r][1],
+        ]
+    first = (
+        [0] * len(grids[W][0]) if case["first_columns"] is None else case["first_columns"].tolist()
+    )
     result = {g: dict.fromkeys(COUNTS, 0) for g in Gemm}
     dot_macs = rows * rows * channels
 
@@ -114,7 +161,9 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
         return tuple(grid[index] for grid in of[role])
 
     image = grids[X][0].shape[2:]
-    for n, row, j in itertools.product(range(len(grids[X][0])), range(len(grids[W][0])), range(grids[W][0].shape[1])):
+    for n, row, j in itertools.product(
+        range(len(grids[X][0])), range(len(grids[W][0])), range(grids[W][0].shape[1])
+    ):
         c = first[row] // channels + j
         if c >= grids[X][0].shape[1]:
             continue
@@ -124,11 +173,22 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
                 if geometry.kind == "conv":
                     read = tuple(
                         p * s + t * d - z
-                        for p, s, t, d, z in zip(position, geometry.stride, tap, geometry.dilation, geometry.padding, strict=True)
+                        for p, s, t, d, z in zip(
+                            position,
+                            geometry.stride,
+                            tap,
+                            geometry.dilation,
+                            geometry.padding,
+                            strict=True,
+                        )
                     )
                 if not all(0 <= i < h for i, h in zip(read, image, strict=True)):
                     continue
-                x, w, e = at(X, (n, c, *read)), at(W, (row, j, *tap)), at(E, (n, row * rows // channels, *position))
+                x, w, e = (
+                    at(X, (n, c, *read)),
+                    at(W, (row, j, *tap)),
+                    at(E, (n, row * rows // channels, *position)),
+                )
                 count(Gemm.FORWARD, x, w)
                 count(Gemm.DGRAD, e, at(W, (row, j, *tap), behind))
                 count(Gemm.WGRAD, e, at(X, (n, c, *read), behind))
@@ -141,7 +201,10 @@ def test_equals_nested_loops(seed):
     case = random_case(g, block_shape=[(4, 4), (4, 4), (8, 8), (1, 16), (1, 32)][seed % 5])
     cost = cost_of(case)
     for gemm, expected in brute_force(case).items():
-        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (gemm, case["geometry"])
+        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (
+            gemm,
+            case["geometry"],
+        )
         assert all(isinstance(v, int) for v in cost[gemm].to_list())
 
 
@@ -151,25 +214,44 @@ def test_groups_equal_nested_loops(seed):
     case = random_case(g, block_shape=[(4, 4), (1, 16)][seed % 2], groups=int(g.integers(2, 9)))
     cost = cost_of(case)
     for gemm, expected in brute_force(case).items():
-        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (gemm, case["geometry"])
+        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (
+            gemm,
+            case["geometry"],
+        )
 
 
 @pytest.mark.parametrize("seed", range(15))
 def test_macs_are_those_of_a_convolution_of_ones(seed):
     case = random_case(np.random.default_rng(seed))
     geometry = case["geometry"]
-    x, w = torch.ones(case["input_shape"], dtype=torch.float64), torch.ones(geometry.weight_shape, dtype=torch.float64)
+    x, w = (
+        torch.ones(case["input_shape"], dtype=torch.float64),
+        torch.ones(geometry.weight_shape, dtype=torch.float64),
+    )
     if geometry.kind == "linear":
         y = F.linear(x, w)
     else:
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(geometry.taps) - 1]
-        y = conv(x, w, stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation, groups=geometry.groups)
+        y = conv(
+            x,
+            w,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
     assert tuple(y.shape) == case["output_shape"]
     assert {c.macs for c in cost_of(case).values()} == {int(y.sum())}
 
 
 def conv_case(g, batch=8, channels=8, block_shape=(4, 4)):
-    geometry = LayerGeometry(kind="conv", weight_shape=(channels, channels, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    geometry = LayerGeometry(
+        kind="conv",
+        weight_shape=(channels, channels, 3, 3),
+        stride=(1, 1),
+        padding=(1, 1),
+        dilation=(1, 1),
+    )
     return case_of(g, geometry, (batch, channels, 6, 6), (batch, channels, 6, 6), block_shape)
 
 
@@ -182,10 +264,19 @@ def fill(case, width):
 
 def test_uniform_8_is_the_baseline():
     for cost in cost_of(fill(conv_case(np.random.default_rng(0)), 8)).values():
-        assert cost.products == cost.products_charged == cost.baseline == cost.baseline_charged == 64 * cost.macs
+        assert (
+            cost.products
+            == cost.products_charged
+            == cost.baseline
+            == cost.baseline_charged
+            == 64 * cost.macs
+        )
         assert cost.macs == cost.pair_macs == cost.block_macs
         assert cost.speedup_ideal == cost.speedup_charged == 1.0
-        assert (cost.read_bits, cost.stored_bits) == (cost.read_bits_baseline, cost.stored_bits_baseline)
+        assert (cost.read_bits, cost.stored_bits) == (
+            cost.read_bits_baseline,
+            cost.stored_bits_baseline,
+        )
 
 
 def test_uniform_4_and_2_are_4_and_16_times_cheaper():
@@ -196,7 +287,9 @@ def test_uniform_4_and_2_are_4_and_16_times_cheaper():
 
 def test_a_charge_never_makes_a_run_look_faster():
     for seed in range(10):
-        total = NetworkCost.from_layers([cost_of(random_case(np.random.default_rng(seed)))]).converted
+        total = NetworkCost.from_layers(
+            [cost_of(random_case(np.random.default_rng(seed)))]
+        ).converted
         assert total.products_charged >= total.products
         assert total.baseline_charged >= total.baseline
         if total.products_charged:
@@ -218,7 +311,11 @@ def test_traffic_of_one_layer_by_hand():
     geometry = LayerGeometry(kind="linear", weight_shape=(4, 8))
     case = case_of(np.random.default_rng(0), geometry, (4, 8), (4, 4), (4, 4))
     case["bits"] = {X: torch.tensor([[3, 0]]), W: torch.tensor([[5, 7]]), E: torch.tensor([[2]])}
-    case["occupied"] = {X: torch.tensor([[True, True]]), W: torch.tensor([[True, True]]), E: torch.tensor([[True]])}
+    case["occupied"] = {
+        X: torch.tensor([[True, True]]),
+        W: torch.tensor([[True, True]]),
+        E: torch.tensor([[True]]),
+    }
     case["backward_bits"] = {}
     cost = cost_of(case)
     forward = cost[Gemm.FORWARD]
@@ -233,20 +330,29 @@ def test_traffic_of_one_layer_by_hand():
     assert (cost[Gemm.DGRAD].outputs, cost[Gemm.WGRAD].outputs) == (32, 32)
     case["backward_bits"] = {X: torch.tensor([[2, 0]]), W: torch.tensor([[3, 4]])}
     limited = cost_of(case)
-    assert limited[Gemm.FORWARD] == replace(forward, single_bits=forward.stored_bits, single_blocks=4)
+    assert limited[Gemm.FORWARD] == replace(
+        forward, single_bits=forward.stored_bits, single_blocks=4
+    )
     assert limited[Gemm.DGRAD].products == 64 * (2 * 3 + 2 * 4)
     assert limited[Gemm.WGRAD].products == 64 * 2 * 2
-    assert [limited[g].stored_bits for g in (Gemm.DGRAD, Gemm.WGRAD)] == [16 * (2 + 7), 16 * (2 + 2)]
+    assert [limited[g].stored_bits for g in (Gemm.DGRAD, Gemm.WGRAD)] == [
+        16 * (2 + 7),
+        16 * (2 + 2),
+    ]
     case["backward_bits"] = {X: torch.tensor([2, 0])}
     with pytest.raises(ValueError, match="the shapes need a grid"):
         cost_of(case)
 
 
 def test_columns_beyond_the_last_channel_are_not_stored():
-    geometry = LayerGeometry(kind="conv", weight_shape=(6, 3, 1), stride=(1,), padding=(0,), dilation=(1,), groups=2)
+    geometry = LayerGeometry(
+        kind="conv", weight_shape=(6, 3, 1), stride=(1,), padding=(0,), dilation=(1,), groups=2
+    )
     case = fill(case_of(np.random.default_rng(0), geometry, (4, 6, 2), (4, 6, 2), (4, 4)), 8)
     assert case["first_columns"].tolist() == [0, 0]
-    case["first_columns"] = torch.tensor([0, 4])  # as a band of the second row block that starts later would have it
+    case["first_columns"] = torch.tensor(
+        [0, 4]
+    )  # as a band of the second row block that starts later would have it
     cost = cost_of(case)
     assert cost[Gemm.FORWARD].stored_blocks == 4 + 3
     # W has 2 row blocks and 3 stored columns; 8 bits that stand in the fourth meet nothing.
@@ -289,7 +395,10 @@ def test_any_integer_type_and_long_axes(samples, tokens):
         ({"input_shape": (8, 9, 6, 6)}, "do not belong"),
         ({"input_shape": (8, 8, 6)}, "do not belong"),
         ({"output_shape": (8, 8, 6, 5)}, "do not belong"),
-        ({"input_shape": (12, 8, 6, 6), "output_shape": (12, 8, 6, 6)}, r"need a grid \(3, 2, 6, 6\) of X"),
+        (
+            {"input_shape": (12, 8, 6, 6), "output_shape": (12, 8, 6, 6)},
+            r"need a grid \(3, 2, 6, 6\) of X",
+        ),
         ({"block_shape": (4, 6)}, "multiple of rows"),
         ({"first_columns": torch.tensor([0, 4])}, "grouped weights"),
     ],
@@ -330,7 +439,9 @@ def test_network_cost():
     assert network.gemms[Gemm.DGRAD] == layers[1][Gemm.DGRAD] + layers[2][Gemm.DGRAD]
     total = network.converted
     assert total.products == sum(c.products for layer in layers for c in layer.values())
-    assert network.speedup_network() == (total.baseline + 64_000) / (total.products_charged + 64_000)
+    assert network.speedup_network() == (total.baseline + 64_000) / (
+        total.products_charged + 64_000
+    )
     assert abs(network.speedup_network(outside_bits=24) - 1) < abs(network.speedup_network() - 1)
     assert NetworkCost.from_layers(layers).speedup_network() == total.speedup_charged
     with pytest.raises(ValueError, match="macs_outside"):

@@ -1,4 +1,6 @@
-"""Damage on a disk: a flipped bit, a page of zeros, a cut. Every file of state that the package writes is refused before it is used."""
+"""Damage on a disk: a flipped bit, a page of zeros, a cut. Every file of state that the package
+writes is refused before it is used.
+"""
 
 import re
 import warnings
@@ -11,7 +13,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dynasty_lightning import BitWidthMap, DynastyCallback, DynastyPrecision, OperandPrecision, PrecisionMap, Role
+from dynasty_lightning import (
+    BitWidthMap,
+    DynastyCallback,
+    DynastyPrecision,
+    OperandPrecision,
+    PrecisionMap,
+    Role,
+)
 from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.maps.precision_map import ModelStructure
 from dynasty_lightning.numerics.geometry import LayerGeometry
@@ -31,9 +40,16 @@ def damaged(content):
     """(what was done, the content after it): bits flipped, pages of zeros, ends cut off; seeded."""
     generator = np.random.default_rng(8)
     for bit in generator.choice(8 * len(content), FLIPS, replace=False).tolist():
-        yield f"bit {bit} flipped", content[: bit // 8] + bytes([content[bit // 8] ^ 1 << bit % 8]) + content[bit // 8 + 1 :]
+        yield (
+            f"bit {bit} flipped",
+            content[: bit // 8]
+            + bytes([content[bit // 8] ^ 1 << bit % 8])
+            + content[bit // 8 + 1 :],
+        )
     for begin in generator.integers(0, max(len(content) - PAGE, 1), PAGES).tolist():
-        zeroed = content[:begin] + bytes(len(content[begin : begin + PAGE])) + content[begin + PAGE :]
+        zeroed = (
+            content[:begin] + bytes(len(content[begin : begin + PAGE])) + content[begin + PAGE :]
+        )
         if zeroed != content:
             yield f"zeros from byte {begin}", zeroed
     for size in generator.integers(0, len(content), CUTS).tolist():
@@ -46,22 +62,41 @@ def structure():
 
 
 def write_checkpoint(path):
-    state = {"state_dict": {"weight": torch.randn(70, 70)}, "callbacks": {"RunCheckpoint": {"identity": {"run": "1"}}}}
+    state = {
+        "state_dict": {"weight": torch.randn(70, 70)},
+        "callbacks": {"RunCheckpoint": {"identity": {"run": "1"}}},
+    }
     SealedCheckpointIO().save_checkpoint(state, path)
 
 
 def write_map(path):
-    entries = {"net.0": {Role.WEIGHT: OperandPrecision(bits=torch.randint(2, 9, (2, 3), dtype=torch.uint8))}}
+    entries = {
+        "net.0": {
+            Role.WEIGHT: OperandPrecision(bits=torch.randint(2, 9, (2, 3), dtype=torch.uint8))
+        }
+    }
     PrecisionMap(structure=structure(), entries=entries).save(path)
 
 
 def write_widths(path):
-    BitWidthMap(structure=structure(), bits={"net.0": {Role.WEIGHT: torch.randint(2, 9, (2, 3), dtype=torch.uint8)}}).save(path)
+    BitWidthMap(
+        structure=structure(),
+        bits={"net.0": {Role.WEIGHT: torch.randint(2, 9, (2, 3), dtype=torch.uint8)}},
+    ).save(path)
 
 
 def write_results(path):
     with ResultsFile(path) as file:
-        file.add({"key": "k" * 64, "config": {"method": "uniform8"}, "status": "complete", "accuracy": 0.7, "loss": 1 / 3, "machine": {}})
+        file.add(
+            {
+                "key": "k" * 64,
+                "config": {"method": "uniform8"},
+                "status": "complete",
+                "accuracy": 0.7,
+                "loss": 1 / 3,
+                "machine": {},
+            }
+        )
 
 
 def read_results(path):
@@ -83,7 +118,12 @@ class Demo:
     """What a demo's callback has to write."""
 
     history: ClassVar = [
-        {"step": step, "bits": {"net.0": {"X": 3.0, "W": 4.0, "E": 5.0}}, "mean_bits": {"X": 3.0, "W": 4.0, "E": 5.0}} for step in (3, 6, 9)
+        {
+            "step": step,
+            "bits": {"net.0": {"X": 3.0, "W": 4.0, "E": 5.0}},
+            "mean_bits": {"X": 3.0, "W": 4.0, "E": 5.0},
+        }
+        for step in (3, 6, 9)
     ]
 
     def precision_map(self):
@@ -98,7 +138,11 @@ def write_demo(path):
     files = demo._write_run_files(path.parent, Demo(), "dynasty", 0)
     figures = {"accuracy": 0.5, "speedup_charged": 4.5, "steps": 9}
     demo._write_summary(
-        path.parent, {"args": {"data": "digits", "model": "mlp"}, "runs": [{"name": "dynasty", "seed": 0, **figures, **files}]}
+        path.parent,
+        {
+            "args": {"data": "digits", "model": "mlp"},
+            "runs": [{"name": "dynasty", "seed": 0, **figures, **files}],
+        },
     )
 
 
@@ -132,7 +176,9 @@ def test_no_damage_of_a_file_of_state_is_read(tmp_path, kind):
             read(path)
         except ValueError as error:  # the package's own, with the file's name and a way out
             if not re.search(
-                rf"{re.escape(str(path))}.*(again|anew|give a file of that kind|use the package version|are written by)", str(error)
+                rf"{re.escape(str(path))}.*(again|anew|give a file of that kind|use the package "
+                rf"version|are written by)",
+                str(error),
             ):
                 passed.append(f"{what}: {error}")
         else:
@@ -148,7 +194,9 @@ def test_a_run_never_goes_on_from_a_damaged_checkpoint(tmp_path):
     assert kept.found() == path
     for what, bad in damaged(content):
         path.write_bytes(bad)
-        with pytest.warns(UserWarning, match=r"run\.ckpt (is damaged|has no digest).*: the run starts over"):
+        with pytest.warns(
+            UserWarning, match=r"run\.ckpt (is damaged|has no digest).*: the run starts over"
+        ):
             assert kept.found() is None, what
         assert not path.exists()
 
@@ -159,12 +207,16 @@ def test_a_run_that_was_killed_while_it_saved_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_reaches_the_disk_with_its_folder_and_reads_as_any_other(tmp_path, monkeypatch):
+def test_a_checkpoint_reaches_the_disk_with_its_folder_and_reads_as_any_other(
+    tmp_path, monkeypatch
+):
     synced = []
     monkeypatch.setattr("os.fsync", lambda handle: synced.append(handle))
     write_checkpoint(tmp_path / "folder" / "x.ckpt")
     assert len(synced) == 2
-    assert torch.load(tmp_path / "folder" / "x.ckpt", weights_only=True)["state_dict"]["weight"].shape == (70, 70)
+    assert torch.load(tmp_path / "folder" / "x.ckpt", weights_only=True)["state_dict"][
+        "weight"
+    ].shape == (70, 70)
 
 
 def test_no_pickle_from_outside_is_run(tmp_path):
@@ -184,7 +236,9 @@ def test_what_sealed_checkpoints_cannot_do_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         read_checkpoint(tmp_path)
     torch.save({}, tmp_path / "x.ckpt")
-    with pytest.raises(DamagedFile, match=r"x\.ckpt has no digest.*without SealedCheckpointIO is read without it"):
+    with pytest.raises(
+        DamagedFile, match=r"x\.ckpt has no digest.*without SealedCheckpointIO is read without it"
+    ):
         read_checkpoint(tmp_path / "x.ckpt")
     kept = RunCheckpoint(tmp_path / "run.ckpt", seconds=0.0, identity={})
     with pytest.raises(ValueError, match=r"add plugins=\[SealedCheckpointIO\(\)\]"):
@@ -192,7 +246,9 @@ def test_what_sealed_checkpoints_cannot_do_is_named(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_a_trainer_with_the_plugin_reads_no_damaged_checkpoint_and_goes_on_from_a_whole_one(tmp_path):
+def test_a_trainer_with_the_plugin_reads_no_damaged_checkpoint_and_goes_on_from_a_whole_one(
+    tmp_path,
+):
     path = tmp_path / "own.ckpt"
     done = trainer([], SealedCheckpointIO(), steps=2)
     done.fit(Model())
@@ -225,15 +281,23 @@ class Model(L.LightningModule):
 
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(0)
-        batches = [(torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)) for _ in range(12)]
+        batches = [
+            (torch.randn(8, 1, 8, 8, generator=generator), torch.arange(8)) for _ in range(12)
+        ]
         return DataLoader(batches, batch_size=None)
 
 
 def trainer(callbacks, *plugins, steps=12):
     return L.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[DynastyPrecision(), *plugins], callbacks=callbacks,
-    )  # fmt: skip
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[DynastyPrecision(), *plugins],
+        callbacks=callbacks,
+    )
 
 
 def dynasty():
@@ -284,9 +348,13 @@ def changed(value, path):
     return type(value)(changed(item, rest) if i == key else item for i, item in enumerate(value))
 
 
-@pytest.mark.filterwarnings("ignore:resumed in another environment")  # other tests set the number of threads
+@pytest.mark.filterwarnings(
+    "ignore:resumed in another environment"
+)  # other tests set the number of threads
 @pytest.mark.parametrize("owner", STATES)
-def test_each_number_of_our_state_that_was_changed_is_refused_by_the_name_of_its_field(saved, owner):
+def test_each_number_of_our_state_that_was_changed_is_refused_by_the_name_of_its_field(
+    saved, owner
+):
     callback, plugin, converted = dynasty(), DynastyPrecision(), Model()
     plugin.convert_module(converted)
     load = {"DynastyCallback": callback, "DynastyPrecision": plugin}[owner].load_state_dict
@@ -295,12 +363,20 @@ def test_each_number_of_our_state_that_was_changed_is_refused_by_the_name_of_its
     generator = np.random.default_rng(0)
     paths = [path for path in leaves(state) if path != ("version",)]
     assert {path[0] for path in paths} == set(state) - {"version"}
-    for path in [paths[i] for i in generator.choice(len(paths), min(200, len(paths)), replace=False)]:
-        with pytest.raises(DamagedFile, match=f"{owner}'s state in .*: field '{path[path[0] == 'sha256']}' is not what was saved"):
+    for path in [
+        paths[i] for i in generator.choice(len(paths), min(200, len(paths)), replace=False)
+    ]:
+        with pytest.raises(
+            DamagedFile,
+            match=f"{owner}'s state in .*: field '{path[path[0] == 'sha256']}' is not what was "
+            f"saved",
+        ):
             load(changed(state, path))
     for name in state:
         without = {key: value for key, value in state.items() if key != name}
-        message = {"version": "is of version 1, this", "sha256": "has no digests"}.get(name, f"field '{name}' is missing")
+        message = {"version": "is of version 1, this", "sha256": "has no digests"}.get(
+            name, f"field '{name}' is missing"
+        )
         with pytest.raises(ValueError, match=message):
             load(without)
     with pytest.raises(DamagedFile, match="field 'more' is not what was saved"):
@@ -315,9 +391,14 @@ def test_each_number_of_our_state_that_was_changed_is_refused_by_the_name_of_its
 def test_training_does_not_go_on_from_a_file_whose_state_was_changed(saved, tmp_path, owner):
     checkpoint = torch.load(saved, weights_only=True)
     state = STATES[owner](checkpoint)
-    state.update(changed(state, next(path for path in leaves(state) if isinstance(state[path[0]], dict))))
+    state.update(
+        changed(state, next(path for path in leaves(state) if isinstance(state[path[0]], dict)))
+    )
     torch.save(checkpoint, tmp_path / "changed.ckpt")
-    with pytest.raises(DamagedFile, match=rf"{owner}'s state in .*changed\.ckpt: field .*Resume from another checkpoint"):
+    with pytest.raises(
+        DamagedFile,
+        match=rf"{owner}'s state in .*changed\.ckpt: field .*Resume from another checkpoint",
+    ):
         trainer([dynasty()]).fit(Model(), ckpt_path=tmp_path / "changed.ckpt")
 
 
@@ -326,7 +407,10 @@ def test_a_field_that_cannot_be_taken_over_is_named(saved):
     state = STATES["DynastyCallback"](torch.load(saved, weights_only=True))
     policy = {name: value for name, value in state["policy"].items() if name != "level"}
     fields = {name: value for name, value in state.items() if name not in ("version", "sha256")}
-    with pytest.raises(DamagedFile, match=r"field 'policy' cannot be taken over \(KeyError: 'level'\): resume with the version"):
+    with pytest.raises(
+        DamagedFile,
+        match=r"field 'policy' cannot be taken over \(KeyError: 'level'\): resume with the version",
+    ):
         dynasty().load_state_dict(sealed_state(state["version"], fields | {"policy": policy}))
     with pytest.raises(DamagedFile, match="field 'guard' cannot be taken over"):
         dynasty().load_state_dict(sealed_state(state["version"], fields | {"guard": None}))
@@ -339,10 +423,35 @@ def test_a_field_that_cannot_be_taken_over_is_named(saved):
 
 def test_digests_tell_values_apart_and_forget_nothing_that_a_file_keeps():
     values = [
-        None, True, 1, 1.0, "1", b"1", [1], [[1]], {"1": 1}, {1: 1}, [1, 2], [12], "", [""], ["", ""], {}, [], -0.0, 0.0, float("nan"),
-        torch.tensor(1), torch.tensor([1]), torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.bfloat16), torch.empty(0),
+        None,
+        True,
+        1,
+        1.0,
+        "1",
+        b"1",
+        [1],
+        [[1]],
+        {"1": 1},
+        {1: 1},
+        [1, 2],
+        [12],
+        "",
+        [""],
+        ["", ""],
+        {},
+        [],
+        -0.0,
+        0.0,
+        float("nan"),
+        torch.tensor(1),
+        torch.tensor([1]),
+        torch.tensor([1.0]),
+        torch.tensor([1.0], dtype=torch.bfloat16),
+        torch.empty(0),
         torch.empty(0, 2),
-    ]  # fmt: skip
+    ]
     assert len({state_digest(value) for value in values}) == len(values)
     assert state_digest((1, 2)) == state_digest([1, 2])
-    assert state_digest(torch.arange(6).view(2, 3).T) == state_digest(torch.arange(6).view(2, 3).T.contiguous())
+    assert state_digest(torch.arange(6).view(2, 3).T) == state_digest(
+        torch.arange(6).view(2, 3).T.contiguous()
+    )

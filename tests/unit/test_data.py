@@ -32,14 +32,21 @@ def image_data(*, images=20, channels=1, size=4, name="digits"):
     pixels = rng.integers(0, 256, (images, channels, size, size), dtype=np.uint8)
     labels = np.arange(images, dtype=np.int64) % 10
     return ImageData(
-        name=name, classes=10, class_names=[str(i) for i in range(10)],
-        train_images=pixels, train_labels=labels, test_images=pixels[:5], test_labels=labels[:5],
-    )  # fmt: skip
+        name=name,
+        classes=10,
+        class_names=[str(i) for i in range(10)],
+        train_images=pixels,
+        train_labels=labels,
+        test_images=pixels[:5],
+        test_labels=labels[:5],
+    )
 
 
 def loader(*, images=10, batch_size=3, shuffle=True, seed=0, augment=False):
     x = torch.arange(images * 16 * 16 * 3, dtype=torch.float32).view(images, 3, 16, 16)
-    return TensorLoader(x, torch.arange(images), batch_size=batch_size, shuffle=shuffle, seed=seed, augment=augment)
+    return TensorLoader(
+        x, torch.arange(images), batch_size=batch_size, shuffle=shuffle, seed=seed, augment=augment
+    )
 
 
 def labels_of(batches):
@@ -74,7 +81,11 @@ def test_unknown_name_lists_the_known():
 
 
 def idx(array):
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + struct.pack(f">{array.ndim}i", *array.shape)
+        + array.tobytes()
+    )
 
 
 @pytest.fixture
@@ -83,11 +94,17 @@ def small_fashion_mnist(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     contents = {}
     for split, count in (("train", 6), ("t10k", 4)):
-        contents[f"{split}-images-idx3-ubyte"] = idx(rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        contents[f"{split}-images-idx3-ubyte"] = idx(
+            rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        )
         contents[f"{split}-labels-idx1-ubyte"] = idx(np.arange(count, dtype=np.uint8))
     for name, content in contents.items():
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(data_files, "_FASHION_MNIST_MD5", {n: hashlib.md5(c).hexdigest() for n, c in contents.items()})
+    monkeypatch.setattr(
+        data_files,
+        "_FASHION_MNIST_MD5",
+        {n: hashlib.md5(c).hexdigest() for n, c in contents.items()},
+    )
     return tmp_path
 
 
@@ -109,7 +126,9 @@ def test_fashion_mnist_unpacked_files_will_do(small_fashion_mnist):
 def test_fashion_mnist_wrong_md5(small_fashion_mnist):
     path = small_fashion_mnist / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
-    with pytest.raises(ValueError, match=r"t10k-labels.* has md5 .* not the official .*: delete it"):
+    with pytest.raises(
+        ValueError, match=r"t10k-labels.* has md5 .* not the official .*: delete it"
+    ):
         load_data("fashion-mnist", small_fashion_mnist)
 
 
@@ -133,7 +152,10 @@ def test_fashion_mnist_wrong_magic_number(small_fashion_mnist, monkeypatch):
 
 
 def test_missing_folder_says_what_to_install(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"install Debian's package dataset-fashion-mnist.*--data-dir or DYNASTY_DATA"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"install Debian's package dataset-fashion-mnist.*--data-dir or DYNASTY_DATA",
+    ):
         load_data("fashion-mnist", tmp_path / "nowhere")
 
 
@@ -151,14 +173,20 @@ def test_the_installed_fashion_mnist():
 
 @pytest.fixture
 def small_cifar100(tmp_path, monkeypatch):
-    """A folder with an archive of small files that the reader takes for the official ones; the cache is in tmp_path too."""
+    """A folder with an archive of small files that the reader takes for the official ones; the
+    cache is in tmp_path too.
+    """
     rng = np.random.default_rng(0)
     contents = {}
     for split, count in (("train", 5), ("test", 3)):
         pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
-        contents[split] = pickle.dumps({b"data": pixels, b"fine_labels": list(range(count))}, protocol=4)
+        contents[split] = pickle.dumps(
+            {b"data": pixels, b"fine_labels": list(range(count))}, protocol=4
+        )
     contents["meta"] = pickle.dumps({b"fine_label_names": [b"apple", b"aquarium_fish"]}, protocol=4)
-    monkeypatch.setattr(data_files, "_CIFAR100_MD5", {n: hashlib.md5(c).hexdigest() for n, c in contents.items()})
+    monkeypatch.setattr(
+        data_files, "_CIFAR100_MD5", {n: hashlib.md5(c).hexdigest() for n, c in contents.items()}
+    )
     monkeypatch.delenv("DYNASTY_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DYNASTY_DATA", raising=False)
@@ -187,7 +215,12 @@ def test_cifar100_archive_is_unpacked_once_into_the_cache(small_cifar100, tmp_pa
 
 
 def test_cifar100_by_the_path_of_its_archive(small_cifar100):
-    assert load_data("cifar100", small_cifar100 / "cifar-100-python.tar.xz").train_images.shape == (5, 3, 32, 32)
+    assert load_data("cifar100", small_cifar100 / "cifar-100-python.tar.xz").train_images.shape == (
+        5,
+        3,
+        32,
+        32,
+    )
 
 
 def test_cifar100_md5_is_checked_before_unpickling(small_cifar100, tmp_path, monkeypatch):
@@ -195,7 +228,11 @@ def test_cifar100_md5_is_checked_before_unpickling(small_cifar100, tmp_path, mon
     cache = tmp_path / "cache" / "dynasty-lightning" / "cifar-100-python"
     (cache / "meta").write_bytes(b"not even a pickle")
     monkeypatch.setattr(
-        data_files, "_unpickle", lambda content: pytest.fail("unpickled") if b"even" in content else {b"data": [], b"fine_labels": []}
+        data_files,
+        "_unpickle",
+        lambda content: (
+            pytest.fail("unpickled") if b"even" in content else {b"data": [], b"fine_labels": []}
+        ),
     )
     with pytest.raises(ValueError, match=r"meta has md5 .*: delete it"):
         load_data("cifar100", cache)
@@ -219,11 +256,19 @@ ARCHIVES = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "plain": open}
 
 
 @pytest.mark.parametrize("kind", ARCHIVES)
-def test_an_archive_of_gigabytes_is_refused_before_it_is_unpacked(small_cifar100, tmp_path, monkeypatch, kind):
-    """Also where the size is one that tarfile believes: of a member, of one that is passed over, of a header of its own."""
+def test_an_archive_of_gigabytes_is_refused_before_it_is_unpacked(
+    small_cifar100, tmp_path, monkeypatch, kind
+):
+    """Also where the size is one that tarfile believes: of a member, of one that is passed over, of
+    a header of its own.
+    """
     monkeypatch.setattr(data_files, "_MOST_BYTES", 1 << 20)
     archive = small_cifar100 / "cifar-100-python.tar.xz"
-    for name, form in (("cifar-100-python/train", tarfile.REGTYPE), ("padding", tarfile.REGTYPE), ("header", tarfile.XHDTYPE)):
+    for name, form in (
+        ("cifar-100-python/train", tarfile.REGTYPE),
+        ("padding", tarfile.REGTYPE),
+        ("header", tarfile.XHDTYPE),
+    ):
         member = tarfile.TarInfo(name)
         member.type, member.size = form, 8 << 30
         with ARCHIVES[kind](archive, "wb") as file:
@@ -231,7 +276,9 @@ def test_an_archive_of_gigabytes_is_refused_before_it_is_unpacked(small_cifar100
             for _ in range(4):
                 file.write(bytes(1 << 20))
         tracemalloc.start()
-        with pytest.raises(DamagedFile, match=r"tar\.xz unpacks to more than 1,048,576 bytes.*: fetch it again"):
+        with pytest.raises(
+            DamagedFile, match=r"tar\.xz unpacks to more than 1,048,576 bytes.*: fetch it again"
+        ):
             load_data("cifar100", small_cifar100)
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
         tracemalloc.stop()
@@ -241,7 +288,11 @@ def test_an_archive_of_gigabytes_is_refused_before_it_is_unpacked(small_cifar100
 def test_a_packed_idx_file_of_gigabytes_is_refused_before_its_md5(small_fashion_mnist, monkeypatch):
     monkeypatch.setattr(data_files, "_MOST_BYTES", 1 << 20)
     (small_fashion_mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 << 20)))
-    monkeypatch.setattr(data_files, "_check_md5", lambda path, *_: "t10k-labels" in path.name and pytest.fail("md5 of too much"))
+    monkeypatch.setattr(
+        data_files,
+        "_check_md5",
+        lambda path, *_: "t10k-labels" in path.name and pytest.fail("md5 of too much"),
+    )
     with pytest.raises(DamagedFile, match=r"t10k-labels-idx1-ubyte\.gz unpacks to more than"):
         load_data("fashion-mnist", small_fashion_mnist)
     path = small_fashion_mnist / "t10k-labels-idx1-ubyte"
@@ -288,7 +339,9 @@ def test_cifar100_archive_that_lacks_a_file(small_cifar100):
 
 
 def test_cifar100_missing(small_cifar100, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no CIFAR-100 in .*nowhere.*--data-dir or DYNASTY_DATA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no CIFAR-100 in .*nowhere.*--data-dir or DYNASTY_DATA"
+    ):
         load_data("cifar100", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="no CIFAR-100 in any known folder"):
         load_data("cifar100")
@@ -300,7 +353,9 @@ def test_unpickler_refuses_code():
             return print, ("run",)
 
     for protocol in (0, 2, 4):
-        with pytest.raises(ValueError, match=r"wants to load \S+; a CIFAR file holds arrays and lists only"):
+        with pytest.raises(
+            ValueError, match=r"wants to load \S+; a CIFAR file holds arrays and lists only"
+        ):
             data_files._unpickle(pickle.dumps({b"data": Attack()}, protocol=protocol))
 
 
@@ -319,8 +374,13 @@ def test_images_are_normalised_by_all_training_images():
 
 def test_train_and_validation_images_are_disjoint_and_do_not_depend_on_the_seed():
     def chosen(seed):
-        module = TensorDataModule(image_data(), batch_size=30, train_images=12, validation_images=5, seed=seed)
-        (train, _), (held, _) = next(iter(module.train_dataloader())), next(iter(module.val_dataloader()))
+        module = TensorDataModule(
+            image_data(), batch_size=30, train_images=12, validation_images=5, seed=seed
+        )
+        (train, _), (held, _) = (
+            next(iter(module.train_dataloader())),
+            next(iter(module.val_dataloader())),
+        )
         return {x.numpy().tobytes() for x in train}, {x.numpy().tobytes() for x in held}
 
     train, held = chosen(0)
@@ -336,7 +396,13 @@ def test_only_cifar_is_augmented():
 
 
 @pytest.mark.parametrize(
-    "options", [{"train_images": 21}, {"train_images": 0}, {"validation_images": 20}, {"train_images": 16, "validation_images": 5}]
+    "options",
+    [
+        {"train_images": 21},
+        {"train_images": 0},
+        {"validation_images": 20},
+        {"train_images": 16, "validation_images": 5},
+    ],
 )
 def test_more_images_than_there_are(options):
     with pytest.raises(ValueError, match="digits has 20 training images"):
@@ -388,7 +454,10 @@ def test_resume_goes_on_with_the_very_next_batch(stop):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"batch_size": 5}, "with batch_size=3, and this loader has batch_size=5: go on with 3, or"),
+        (
+            {"batch_size": 5},
+            "with batch_size=3, and this loader has batch_size=5: go on with 3, or",
+        ),
         ({"batch_size": 1}, "with batch_size=3, and this loader has batch_size=1"),
         ({"seed": 4}, "with seed=0, and this loader has seed=4"),
         ({"images": 11}, "with samples=10, and this loader has samples=11"),
@@ -413,7 +482,9 @@ def test_a_batch_may_be_shared_out_among_other_ranks(monkeypatch):
     expected = labels_of(source)[:2]
     monkeypatch.setattr(TensorLoader, "_shard", (0, 2))
     with pytest.raises(ValueError, match="with ranks=1, and this loader has ranks=2"):
-        loader(batch_size=4).load_state_dict(loader(batch_size=4).state_dict() | {"next_batch": 1, "ranks": 1})
+        loader(batch_size=4).load_state_dict(
+            loader(batch_size=4).state_dict() | {"next_batch": 1, "ranks": 1}
+        )
     resumed = loader(batch_size=2)
     resumed.load_state_dict({**resumed.state_dict(), "next_batch": 1, "batch_size": 4, "ranks": 1})
     assert labels_of(resumed)[:2] == [batch[::2] for batch in expected]
@@ -421,7 +492,9 @@ def test_a_batch_may_be_shared_out_among_other_ranks(monkeypatch):
 
 def test_windows_of_another_text_are_not_gone_on_with():
     def windows(length):
-        return WindowLoader(np.zeros(length, np.uint8), context=4, batch_size=2, shuffle=True, samples=5)
+        return WindowLoader(
+            np.zeros(length, np.uint8), context=4, batch_size=2, shuffle=True, samples=5
+        )
 
     source = windows(100)
     next(iter(source))
@@ -430,7 +503,9 @@ def test_windows_of_another_text_are_not_gone_on_with():
 
 
 @pytest.mark.parametrize("odd", [None, -1, 1.0, True, "1", 4, "lacking"])
-@pytest.mark.parametrize("name", ["epoch", "next_batch", "batch_size", "ranks", "seed", "samples", "available"])
+@pytest.mark.parametrize(
+    "name", ["epoch", "next_batch", "batch_size", "ranks", "seed", "samples", "available"]
+)
 def test_odd_states_of_a_loader_are_refused_by_the_name_of_the_number(name, odd):
     state = loader().state_dict() | {"next_batch": 1}
     if odd == "lacking":
@@ -439,7 +514,10 @@ def test_odd_states_of_a_loader_are_refused_by_the_name_of_the_number(name, odd)
         state[name] = odd
     if (name, odd) == ("epoch", 4):
         return  # as good as any
-    with pytest.raises(ValueError, match=f"lacks {name}, or has|with {name}=4, and this|says batch 4 of an epoch of 4"):
+    with pytest.raises(
+        ValueError,
+        match=f"lacks {name}, or has|with {name}=4, and this|says batch 4 of an epoch of 4",
+    ):
         loader().load_state_dict(state)
 
 
@@ -456,11 +534,18 @@ def test_training_goes_on_after_an_epoch_left_early_and_evaluation_starts_anew()
 
 def test_augmentation_shifts_and_flips_whole_images():
     x = torch.arange(1.0, 1 + 3 * 16 * 16).view(1, 3, 16, 16).repeat(64, 1, 1, 1)
-    source = TensorLoader(x, torch.zeros(64, dtype=torch.int64), batch_size=64, shuffle=False, augment=True)
+    source = TensorLoader(
+        x, torch.zeros(64, dtype=torch.int64), batch_size=64, shuffle=False, augment=True
+    )
     images = next(iter(source))[0]
     assert images.shape == x.shape
     padded = torch.nn.functional.pad(x[0], [4] * 4)
-    crops = {torch.flip(padded, [-1] * f)[:, i : i + 16, j : j + 16].numpy().tobytes() for f in (0, 1) for i in range(9) for j in range(9)}
+    crops = {
+        torch.flip(padded, [-1] * f)[:, i : i + 16, j : j + 16].numpy().tobytes()
+        for f in (0, 1)
+        for i in range(9)
+        for j in range(9)
+    }
     found = {image.numpy().tobytes() for image in images}
     assert found <= crops
     assert len(found) > 30
@@ -480,11 +565,18 @@ def test_lightning_resumes_bit_for_bit(tmp_path, steps):
         data = TensorDataModule(image_data(size=8), batch_size=4, seed=3, augment=True)
         model = Classifier(build_model("mlp", in_channels=1, image_size=8, classes=10), classes=10)
         # The schedule spans the run: the same length in all.
-        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        model.configure_optimizers = lambda: torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9
+        )
         trainer = L.Trainer(
-            max_steps=max_steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0,
-        )  # fmt: skip
+            max_steps=max_steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
         trainer.fit(model, data, ckpt_path=checkpoint)
         return trainer, model
 

@@ -28,17 +28,32 @@ def linear_cost(width: int, occupied: bool = True) -> GemmCost:
     geometry = LayerGeometry(kind="linear", weight_shape=(64, 64))
     grids = {Role.ACTIVATION: (16, 16), Role.WEIGHT: (16, 16), Role.ERROR: (16, 16)}
     layer = layer_cost(
-        geometry, input_shape=(64, 64), output_shape=(64, 64), bits={r: torch.full(s, width) for r, s in grids.items()},
-        occupied={r: torch.full(s, occupied) for r, s in grids.items()}, block_shape=(4, 4), has_dgrad=True,
-    )  # fmt: skip
+        geometry,
+        input_shape=(64, 64),
+        output_shape=(64, 64),
+        bits={r: torch.full(s, width) for r, s in grids.items()},
+        occupied={r: torch.full(s, occupied) for r, s in grids.items()},
+        block_shape=(4, 4),
+        has_dgrad=True,
+    )
     return NetworkCost.from_layers([layer]).converted
 
 
 def test_one_block_product_by_hand():
     cost = GemmCost(
-        products=64 * 15, dot_products=16, block_products=1, read_bits=16 * 8, stored_bits=16 * 8, stored_blocks=2, outputs=16,
-        baseline=64 * 64, dot_products_baseline=16, block_products_baseline=1, read_bits_baseline=16 * 16, stored_bits_baseline=16 * 16,
-    )  # fmt: skip
+        products=64 * 15,
+        dot_products=16,
+        block_products=1,
+        read_bits=16 * 8,
+        stored_bits=16 * 8,
+        stored_blocks=2,
+        outputs=16,
+        baseline=64 * 64,
+        dot_products_baseline=16,
+        block_products_baseline=1,
+        read_bits_baseline=16 * 16,
+        stored_bits_baseline=16 * 16,
+    )
     moved = traffic(cost, UNIT)
     assert moved.sram_bytes == (16 + 2) / 2
     assert moved.dram_bytes == (16 + 2) * 1.5 + 64
@@ -54,21 +69,34 @@ def test_one_block_product_by_hand():
 
 
 def test_a_copy_for_backward_alone_bears_its_own_write():
-    """X of 5 bits in FORWARD and 2 in WGRAD, one block of 16 elements each; W and E of 4 bits as ever."""
+    """X of 5 bits in FORWARD and 2 in WGRAD, one block of 16 elements each; W and E of 4 bits as
+    ever.
+    """
     grids = {r: torch.full((1, 1), b) for r, b in zip(Role, (5, 4, 4), strict=True)}
     layer = layer_cost(
-        LayerGeometry(kind="linear", weight_shape=(4, 4)), input_shape=(4, 4), output_shape=(4, 4), bits=grids,
-        occupied={r: torch.ones(1, 1, dtype=torch.bool) for r in Role}, block_shape=(4, 4), has_dgrad=True,
+        LayerGeometry(kind="linear", weight_shape=(4, 4)),
+        input_shape=(4, 4),
+        output_shape=(4, 4),
+        bits=grids,
+        occupied={r: torch.ones(1, 1, dtype=torch.bool) for r in Role},
+        block_shape=(4, 4),
+        has_dgrad=True,
         backward_bits={Role.ACTIVATION: torch.full((1, 1), 2)},
-    )  # fmt: skip
+    )
     cost = sum(layer.values(), GemmCost())
     assert (cost.single_bits, cost.single_blocks) == (16 * (5 + 2), 2)
     header = 16  # of each block; UNIT's is 8
     model = dataclasses.replace(UNIT, header_bits=header)
     shared = [4, 4, 4, 4]  # W and E, each read by two GEMMs: a read and half a write at each
-    expected = sum(16 * b + header for b in shared) * 1.5 / 8 + sum(16 * b + header for b in (5, 2)) * 2 / 8
+    expected = (
+        sum(16 * b + header for b in shared) * 1.5 / 8
+        + sum(16 * b + header for b in (5, 2)) * 2 / 8
+    )
     assert traffic(cost, model).dram_bytes == expected + 4 * 3 * 16
-    assert traffic(cost, model, baseline=True).dram_bytes == 6 * (16 * 8 + header) * 1.5 / 8 + 4 * 3 * 16
+    assert (
+        traffic(cost, model, baseline=True).dram_bytes
+        == 6 * (16 * 8 + header) * 1.5 / 8 + 4 * 3 * 16
+    )
 
 
 def test_uniform_8_has_ratio_1_and_narrower_is_cheaper():
@@ -105,9 +133,22 @@ def test_constants_are_positive(name, value):
 
 
 def conv_analytics(interval: int, has_dgrad: bool = True) -> AnalyticsCost:
-    geometry = LayerGeometry(kind="conv", weight_shape=(8, 4, 3), stride=(1,), padding=(1,), dilation=(1,))
-    bits = {Role.ACTIVATION: torch.zeros(2, 1, 5), Role.WEIGHT: torch.zeros(2, 1, 3), Role.ERROR: torch.zeros(2, 2, 5)}
-    return analytics_cost(geometry, input_shape=(8, 4, 5), output_shape=(8, 8, 5), bits=bits, has_dgrad=has_dgrad, interval=interval)
+    geometry = LayerGeometry(
+        kind="conv", weight_shape=(8, 4, 3), stride=(1,), padding=(1,), dilation=(1,)
+    )
+    bits = {
+        Role.ACTIVATION: torch.zeros(2, 1, 5),
+        Role.WEIGHT: torch.zeros(2, 1, 3),
+        Role.ERROR: torch.zeros(2, 2, 5),
+    }
+    return analytics_cost(
+        geometry,
+        input_shape=(8, 4, 5),
+        output_shape=(8, 8, 5),
+        bits=bits,
+        has_dgrad=has_dgrad,
+        interval=interval,
+    )
 
 
 def test_analytics_by_hand():
@@ -142,7 +183,14 @@ def test_share_of_a_step():
     geometry = LayerGeometry(kind="linear", weight_shape=(64, 64))
     cost = linear_cost(4)
     bits = dict.fromkeys(Role, torch.zeros(16, 16))
-    analytics = analytics_cost(geometry, input_shape=(64, 64), output_shape=(64, 64), bits=bits, has_dgrad=True, interval=50)
+    analytics = analytics_cost(
+        geometry,
+        input_shape=(64, 64),
+        output_shape=(64, 64),
+        bits=bits,
+        has_dgrad=True,
+        interval=50,
+    )
     share = analytics_share(analytics, cost)
     operations = 2 * analytics.squares + analytics.map_operations + analytics.width_operations
     assert share.operations == operations / (2 * 3 * 64**3)
@@ -160,10 +208,21 @@ def test_gemms_share_operands_not_outputs():
         Role.ERROR: torch.full((1, 2), 8),
     }
     layer = layer_cost(
-        geometry, input_shape=(4, 4), output_shape=(4, 8), bits=bits, occupied={r: b > 0 for r, b in bits.items()},
-        block_shape=(4, 4), has_dgrad=True,
-    )  # fmt: skip
+        geometry,
+        input_shape=(4, 4),
+        output_shape=(4, 8),
+        bits=bits,
+        occupied={r: b > 0 for r, b in bits.items()},
+        block_shape=(4, 4),
+        has_dgrad=True,
+    )
     assert {g: c.stored_bits for g, c in layer.items()} == {
-        Gemm.FORWARD: 16 * (2 + 8), Gemm.DGRAD: 16 * (16 + 8), Gemm.WGRAD: 16 * (16 + 2)
-    }  # fmt: skip
-    assert {g: c.outputs for g, c in layer.items()} == {Gemm.FORWARD: 32, Gemm.DGRAD: 16, Gemm.WGRAD: 32}
+        Gemm.FORWARD: 16 * (2 + 8),
+        Gemm.DGRAD: 16 * (16 + 8),
+        Gemm.WGRAD: 16 * (16 + 2),
+    }
+    assert {g: c.outputs for g, c in layer.items()} == {
+        Gemm.FORWARD: 32,
+        Gemm.DGRAD: 16,
+        Gemm.WGRAD: 32,
+    }

@@ -1,4 +1,6 @@
-"""Network programs: the NumPy quantizer against torch's, exported networks against the Trainer's own, and what is refused."""
+"""Network programs: the NumPy quantizer against torch's, exported networks against the Trainer's
+own, and what is refused.
+"""
 
 import json
 import subprocess
@@ -32,13 +34,20 @@ from fpga.runtime import Program, ProgramError, Runner
 
 
 def same(a: Operand, b: Operand) -> bool:
-    return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("mantissas", "scale_exponents", "bits", "signed"))
+    return all(
+        np.array_equal(getattr(a, n), getattr(b, n))
+        for n in ("mantissas", "scale_exponents", "bits", "signed")
+    )
 
 
 @pytest.mark.parametrize("kind", ["conv", "linear"])
-@pytest.mark.parametrize("request_kind", ["uniform", "map of widths", "threshold", "thresholds, least 2"])
+@pytest.mark.parametrize(
+    "request_kind", ["uniform", "map of widths", "threshold", "thresholds, least 2"]
+)
 @pytest.mark.parametrize(("block", "group"), [(4, None), (8, None), (4, (8, 16))])
-def test_the_numpy_quantizer_is_torchs_to_the_bit(kind: str, request_kind: str, block: int, group: tuple[int, int] | None) -> None:
+def test_the_numpy_quantizer_is_torchs_to_the_bit(
+    kind: str, request_kind: str, block: int, group: tuple[int, int] | None
+) -> None:
     layer = nn.Conv2d(21, 4, 3) if kind == "conv" else nn.Linear(21, 4)
     model = nn.Sequential(layer)
     convert(model, block_shape=(block, block), width_group=group)
@@ -54,20 +63,39 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(kind: str, request_kind: str, 
         if request_kind == "uniform":
             values, thresholds, least = torch.tensor(5), False, 0
         elif request_kind == "map of widths":
-            values, thresholds, least = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])[torch.randint(0, 8, grid)], False, 0
+            values, thresholds, least = (
+                torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])[torch.randint(0, 8, grid)],
+                False,
+                0,
+            )
         else:
-            values, thresholds, least = torch.randint(-6, 3, grid), True, 2 if "least" in request_kind else 0
+            values, thresholds, least = (
+                torch.randint(-6, 3, grid),
+                True,
+                2 if "least" in request_kind else 0,
+            )
         settings = [int(thresholds), least, 8] * 3
         expected = operand_of(
-            quantize_operand(x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, values, settings, training=False),
+            quantize_operand(
+                x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, values, settings, training=False
+            ),
             Role.ACTIVATION,
             converted.plan,
         )
         flat = x.movedim(1, -1).reshape(5, -1, 21).numpy() if kind == "conv" else x.numpy()[:, None]
-        asked = values.view(1, 1, 1) if values.ndim == 0 else values.movedim(1, -1).reshape(1, -1, blocks)
+        asked = (
+            values.view(1, 1, 1)
+            if values.ndim == 0
+            else values.movedim(1, -1).reshape(1, -1, blocks)
+        )
         request = ActivationRequest(values=asked.numpy(), is_threshold=thresholds, least_bits=least)
         scope = "sample" if kind == "conv" else "row"
-        assert same(quantize_activations(np.ascontiguousarray(flat), request, edge=block, scope=scope, width_group=group), expected)
+        assert same(
+            quantize_activations(
+                np.ascontiguousarray(flat), request, edge=block, scope=scope, width_group=group
+            ),
+            expected,
+        )
 
 
 def test_requests_and_operands_out_of_range_are_refused() -> None:
@@ -81,12 +109,20 @@ def test_requests_and_operands_out_of_range_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             ActivationRequest(values=values, is_threshold=False)
     with pytest.raises(ValueError, match="least_bits 5 and most_bits 4"):
-        ActivationRequest(values=np.full((1, 1, 1), 0), is_threshold=True, least_bits=5, most_bits=4)
-    for wrong, message in ((x.astype(np.float64), "must be float32"), (x * np.float32(np.nan), "NaN or Inf"), (x[:, 0], "rows, positions")):
+        ActivationRequest(
+            values=np.full((1, 1, 1), 0), is_threshold=True, least_bits=5, most_bits=4
+        )
+    for wrong, message in (
+        (x.astype(np.float64), "must be float32"),
+        (x * np.float32(np.nan), "NaN or Inf"),
+        (x[:, 0], "rows, positions"),
+    ):
         with pytest.raises(ValueError, match=message):
             quantize_activations(wrong, request, edge=4)
     with pytest.raises(ValueError, match="does not broadcast"):
-        quantize_activations(x, ActivationRequest(values=np.full((1, 1, 3), 4), is_threshold=False), edge=4)
+        quantize_activations(
+            x, ActivationRequest(values=np.full((1, 1, 3), 4), is_threshold=False), edge=4
+        )
 
 
 class Everything(nn.Module):
@@ -94,7 +130,9 @@ class Everything(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.first = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)
+        )
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
         self.maximum, self.average = nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 2)
         self.down = nn.Conv2d(8, 12, 3, stride=2, dilation=2, padding=2)
@@ -118,8 +156,13 @@ def trained(network: nn.Module, shape: tuple[int, ...], **options: object) -> nn
         network(torch.randn(16, *shape))
     convert(network, mode="exact", **options)
     for index, layer in enumerate(dynamic_layers(network).values()):
-        layer.set_precision(Role.ACTIVATION, OperandPrecision(lsb_exponent=torch.tensor(-4 - index % 3), least_bits=0, most_bits=8))
-        layer.set_precision(Role.WEIGHT, OperandPrecision(bits=torch.tensor(5), least_bits=0, most_bits=8))
+        layer.set_precision(
+            Role.ACTIVATION,
+            OperandPrecision(lsb_exponent=torch.tensor(-4 - index % 3), least_bits=0, most_bits=8),
+        )
+        layer.set_precision(
+            Role.WEIGHT, OperandPrecision(bits=torch.tensor(5), least_bits=0, most_bits=8)
+        )
     return network.eval()
 
 
@@ -131,7 +174,9 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_device(name: str, tmp_path: Path) -> None:
+def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_device(
+    name: str, tmp_path: Path
+) -> None:
     make, shape = NETWORKS[name]
     network = trained(make(), shape)
     export_program(network, shape).save(tmp_path)
@@ -147,9 +192,14 @@ def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_dev
     for device in devices:
         with open_device(device, program.config) as opened:
             runner = Runner(program, opened)
-            logits[device] = np.concatenate([runner(images[i : i + 7].numpy()) for i in range(0, 24, 7)])
+            logits[device] = np.concatenate(
+                [runner(images[i : i + 7].numpy()) for i in range(0, 24, 7)]
+            )
             assert all(step.calls == 4 and step.cycles > 0 for step in runner.report.values())
-    assert all(np.array_equal(v.view(np.int32), logits["reference"].view(np.int32)) for v in logits.values())
+    assert all(
+        np.array_equal(v.view(np.int32), logits["reference"].view(np.int32))
+        for v in logits.values()
+    )
     assert np.allclose(logits["reference"], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert (logits["reference"].argmax(1) == expected.argmax(1)).all()
     assert network.training is False
@@ -157,11 +207,15 @@ def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_dev
 
 @pytest.mark.parametrize("options", [{"block_shape": (8, 8)}, {"width_group": (16, 16)}])
 def test_other_blocks_export_too(options: dict[str, tuple[int, int]]) -> None:
-    network = trained(build_model("resnet8", in_channels=1, image_size=8, classes=10), (1, 8, 8), **options)
+    network = trained(
+        build_model("resnet8", in_channels=1, image_size=8, classes=10), (1, 8, 8), **options
+    )
     program = export_program(network, (1, 8, 8))
     images = torch.randn(5, 1, 8, 8)
     with open_device("reference", program.config) as device, torch.no_grad():
-        assert (Runner(program, device)(images.numpy()).argmax(1) == network(images).argmax(1).numpy()).all()
+        assert (
+            Runner(program, device)(images.numpy()).argmax(1) == network(images).argmax(1).numpy()
+        ).all()
 
 
 def test_a_network_without_converted_layers_is_refused() -> None:
@@ -183,12 +237,18 @@ def test_images_and_devices_that_do_not_fit_are_refused(program_folder: Path) ->
     program = Program.load(program_folder)
     with open_device("reference", program.config) as device:
         runner = Runner(program, device)
-        for images in (np.zeros((2, 1, 5, 4), np.float32), np.zeros((2, 1, 4, 4)), np.zeros((0, 1, 4, 4), np.float32)):
+        for images in (
+            np.zeros((2, 1, 5, 4), np.float32),
+            np.zeros((2, 1, 4, 4)),
+            np.zeros((0, 1, 4, 4), np.float32),
+        ):
             with pytest.raises(ProgramError, match="images must be float32"):
                 runner(images)
         with pytest.raises(ProgramError, match=r"step '1' \(linear\): x holds NaN or Inf"):
             runner(np.full((1, 1, 4, 4), np.nan, np.float32))
-        with pytest.raises(ProgramError, match=r"images must be float32 \[N, 1, 4, 4\], not float32 \(0, 1, 4, 4\)"):
+        with pytest.raises(
+            ProgramError, match=r"images must be float32 \[N, 1, 4, 4\], not float32 \(0, 1, 4, 4\)"
+        ):
             runner.classify(np.zeros((0, 1, 4, 4), np.float32))
         with pytest.raises(ValueError, match="batch must be at least 1, not 0"):
             runner.classify(np.zeros((1, 1, 4, 4), np.float32), batch=0)
@@ -198,12 +258,29 @@ def test_images_and_devices_that_do_not_fit_are_refused(program_folder: Path) ->
 
 def test_a_deploy_folder_runs_by_itself(program_folder: Path, tmp_path: Path) -> None:
     out = deploy(program_folder, load_board("pynq-z2"), tmp_path / "deploy")
-    assert {p.name for p in out.iterdir()} == {"fpga", "program", "build", "classify.py", "classify.ipynb", "README.md", "deploy.json"}
+    assert {p.name for p in out.iterdir()} == {
+        "fpga",
+        "program",
+        "build",
+        "classify.py",
+        "classify.ipynb",
+        "README.md",
+        "deploy.json",
+    }
     assert "$" not in (out / "README.md").read_text()
     # NumPy alone: the folder's own package, not this one, and no torch.
     code = "import sys; sys.modules['torch'] = None; sys.argv = ['classify.py', 'reference']\n"
-    code += f"import runpy; runpy.run_path({str(out / 'classify.py')!r}, run_name='__main__')\nimport fpga; print(fpga.__file__)"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    code += (
+        f"import runpy; runpy.run_path({str(out / 'classify.py')!r}, "
+        f"run_name='__main__')\nimport fpga; print(fpga.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "of 20 images right" in done.stdout
     assert done.stdout.strip().splitlines()[-1] == str(out / "fpga" / "__init__.py")
@@ -230,7 +307,9 @@ def test_an_overlay_goes_along_if_it_is_for_the_board(program_folder: Path, tmp_
         deploy(program_folder, load_board("pynq-z2"), out, overlay=overlay)
 
 
-def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_and_deploy_from_a_demos_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     assert (
         main(
@@ -254,7 +333,18 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
     )
     capsys.readouterr()
     assert (
-        main(["export", "--checkpoint", str(run / "checkpoint-dynasty-0.ckpt"), "--out", str(tmp_path / "program"), "--images", "60"]) == 0
+        main(
+            [
+                "export",
+                "--checkpoint",
+                str(run / "checkpoint-dynasty-0.ckpt"),
+                "--out",
+                str(tmp_path / "program"),
+                "--images",
+                "60",
+            ]
+        )
+        == 0
     )
     printed = capsys.readouterr().out
     assert "60 test images: 100.00 % get torch's class" in printed
@@ -262,7 +352,10 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
     assert program.source["model"] == "resnet8"
     assert program.labels == list(load_data("digits").class_names)
     for arguments, message in (
-        (["--checkpoint", str(run / "checkpoint-float32-0.ckpt")], "was not trained with DynastyPrecision"),
+        (
+            ["--checkpoint", str(run / "checkpoint-float32-0.ckpt")],
+            "was not trained with DynastyPrecision",
+        ),
         (["--checkpoint", str(run / "nothing.ckpt")], "does not exist"),
         (["--checkpoint", str(run / "summary.json")], "summary.json has no digest at its end"),
     ):
@@ -284,12 +377,17 @@ def test_export_and_deploy_from_a_demos_checkpoint(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_five_hundred_real_images_get_the_same_classes_on_the_simulated_board(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_five_hundred_real_images_get_the_same_classes_on_the_simulated_board(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("pynq", reason="needs pynq")
     try:
         load_data("fashion-mnist")
     except FileNotFoundError:
-        pytest.skip("needs Fashion-MNIST: apt-get install dataset-fashion-mnist, or its files in DYNASTY_DATA")
+        pytest.skip(
+            "needs Fashion-MNIST: apt-get install dataset-fashion-mnist, or its files in "
+            "DYNASTY_DATA"
+        )
     run = tmp_path / "run"
     arguments = [
         "--data",
@@ -307,7 +405,18 @@ def test_five_hundred_real_images_get_the_same_classes_on_the_simulated_board(tm
     ]
     assert main(["demo", *arguments, "--checkpoints", "--no-csim", "--out", str(run)]) == 0
     assert (
-        main(["export", "--checkpoint", str(run / "checkpoint-dynasty-0.ckpt"), "--out", str(tmp_path / "program"), "--images", "500"]) == 0
+        main(
+            [
+                "export",
+                "--checkpoint",
+                str(run / "checkpoint-dynasty-0.ckpt"),
+                "--out",
+                str(tmp_path / "program"),
+                "--images",
+                "500",
+            ]
+        )
+        == 0
     )
     program = Program.load(tmp_path / "program")
     images, labels = load_images(tmp_path / "program")

@@ -1,4 +1,6 @@
-"""Networks as others write them, exported: torch's classes, the same bits in NumPy and in the core's C simulation."""
+"""Networks as others write them, exported: torch's classes, the same bits in NumPy and in the
+core's C simulation.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +51,19 @@ class LeNet(nn.Module):
 class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
         self.shortcut = nn.Sequential()
         if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -64,7 +74,10 @@ class Residual(nn.Module):
 class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.layers = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2))
+        self.stem, self.layers = (
+            nn.Conv2d(3, 8, 3, 1, 1, bias=False),
+            nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2)),
+        )
         self.linear = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +95,9 @@ class Inverted(nn.Module):
         super().__init__()
         hidden = 4 * channels
         project = (nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels))
-        self.conv = nn.Sequential(unit(channels, hidden, 1), unit(hidden, hidden, 3, groups=hidden), *project)
+        self.conv = nn.Sequential(
+            unit(channels, hidden, 1), unit(hidden, hidden, 3, groups=hidden), *project
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x)
@@ -103,7 +118,10 @@ class Fire(nn.Module):
     def __init__(self, inputs: int, squeezed: int, expanded: int) -> None:
         super().__init__()
         self.squeeze, self.act = nn.Conv2d(inputs, squeezed, 1), nn.ReLU(inplace=True)
-        self.one, self.three = nn.Conv2d(squeezed, expanded, 1), nn.Conv2d(squeezed, expanded, 3, padding=1)
+        self.one, self.three = (
+            nn.Conv2d(squeezed, expanded, 1),
+            nn.Conv2d(squeezed, expanded, 3, padding=1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.squeeze(x))
@@ -114,8 +132,15 @@ class SqueezeNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         pool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(inplace=True), pool, Fire(8, 4, 8), Fire(16, 4, 8))
-        self.classifier = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(16, 10, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d((1, 1)))
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(inplace=True), pool, Fire(8, 4, 8), Fire(16, 4, 8)
+        )
+        self.classifier = nn.Sequential(
+            nn.Dropout(0.5),
+            nn.Conv2d(16, 10, 1),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d((1, 1)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.flatten(self.classifier(self.features(x)), 1)
@@ -147,6 +172,7 @@ def test_a_network_as_others_write_it_is_exported(name: str, tmp_path: Path) -> 
         with open_device(device, program.config) as opened:
             found[device] = Runner(program, opened)(images.numpy())
     np.testing.assert_array_equal(found["csim"].view(np.int32), found["reference"].view(np.int32))
-    # BatchNorm, means and softmax have an order of their own here; a value at a rounding's edge may go the other way behind one.
+    # BatchNorm, means and softmax have an order of their own here; a value at a rounding's edge may
+    # go the other way behind one.
     np.testing.assert_allclose(found["reference"], expected, atol=1e-3 * np.abs(expected).max())
     assert (found["reference"].argmax(1) == expected.argmax(1)).all()

@@ -1,4 +1,6 @@
-"""Every form of every operation that a program knows, against torch; what is refused; random networks."""
+"""Every form of every operation that a program knows, against torch; what is refused; random
+networks.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +43,9 @@ class Form(nn.Module):
 
 
 def in_place(*names: Any) -> Callable[[Tensor], Tensor]:
-    """A method that changes the convolution's result, which is read afterwards under its old name."""
+    """A method that changes the convolution's result, which is read afterwards under its old
+    name.
+    """
 
     def operation(x: Tensor) -> Tensor:
         getattr(x, names[0])(*names[1:])
@@ -115,7 +119,8 @@ EXACT: dict[str, Callable[[Tensor], Any]] = {
     "torch.div": lambda x: torch.div(x, 3),
     "x.div_": in_place("div_", 7.0),
     "a constant tensor": lambda x: (
-        (x - torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1)) / torch.tensor([3.0, 7.0, 9.0, 11.0]).view(4, 1, 1)
+        (x - torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 4, 1, 1))
+        / torch.tensor([3.0, 7.0, 9.0, 11.0]).view(4, 1, 1)
     ),
     "neg": lambda x: -x,
     "max pool module": nn.MaxPool2d(2),
@@ -123,7 +128,9 @@ EXACT: dict[str, Callable[[Tensor], Any]] = {
     "torch.max_pool2d by keywords": lambda x: torch.max_pool2d(x, stride=1, kernel_size=(2, 3)),
     "max pool padded, dilated": nn.MaxPool2d(2, stride=1, padding=1, dilation=3),
     "max pool ceil": nn.MaxPool2d(3, stride=2, ceil_mode=True, padding=1),
-    "max pool ceil that drops its last window": nn.MaxPool2d(2, stride=4, ceil_mode=True, padding=1),
+    "max pool ceil that drops its last window": nn.MaxPool2d(
+        2, stride=4, ceil_mode=True, padding=1
+    ),
     "max pool with unused indices": lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
     "F.adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x, (2, 3)),
     "adaptive pool to the same": nn.AdaptiveAvgPool2d((6, None)),
@@ -133,7 +140,9 @@ EXACT: dict[str, Callable[[Tensor], Any]] = {
     "avg pool not counting padding": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
     "avg pool ceil": nn.AvgPool2d(3, 2, ceil_mode=True),
     "avg pool ceil, padded": nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True),
-    "avg pool ceil, padded, not counting": nn.AvgPool2d((3, 2), 2, 1, ceil_mode=True, count_include_pad=False),
+    "avg pool ceil, padded, not counting": nn.AvgPool2d(
+        (3, 2), 2, 1, ceil_mode=True, count_include_pad=False
+    ),
     "avg pool with a divisor": nn.AvgPool2d(2, divisor_override=3),
     "pad": lambda x: F.pad(x, (1, 2, 0, 3)),
     "pad with a value": lambda x: F.pad(x, (1, 0), value=0.5),
@@ -156,7 +165,9 @@ EXACT: dict[str, Callable[[Tensor], Any]] = {
     "permute of a tuple": lambda x: torch.permute(x, (0, 3, 1, 2)),
     "transpose": lambda x: x.transpose(-1, 1),
     "movedim": lambda x: x.movedim(1, -1).contiguous(),
-    "channel shuffle": lambda x: x.view(x.size(0), 2, 2, 6, 6).transpose(1, 2).contiguous().view(x.size(0), -1, 6, 6),
+    "channel shuffle": lambda x: (
+        x.view(x.size(0), 2, 2, 6, 6).transpose(1, 2).contiguous().view(x.size(0), -1, 6, 6)
+    ),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last).relu(),
     "cat": lambda x: torch.cat([x, x.relu()], 1),
     "cat by keyword": lambda x: torch.cat(tensors=(x, x * 2), dim=-1),
@@ -176,7 +187,10 @@ EXACT: dict[str, Callable[[Tensor], Any]] = {
 CLOSE: dict[str, Callable[[Tensor], Any]] = {
     "batch norm": nn.BatchNorm2d(4),
     "F.batch_norm": lambda x: F.batch_norm(
-        x, torch.tensor([0.1, 0.2, 0.3, 0.4]), bias=torch.ones(4), running_var=torch.tensor([1.0, 2, 3, 4])
+        x,
+        torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        bias=torch.ones(4),
+        running_var=torch.tensor([1.0, 2, 3, 4]),
     ),
     "torch.mean by keyword": lambda x: torch.mean(input=x, dim=(2, 3)),
     "mean": lambda x: x.mean([-1, -2], keepdim=True),
@@ -209,16 +223,28 @@ def test_every_form_of_an_operation_computes_what_torch_does(name: str) -> None:
     if name in EXACT:
         np.testing.assert_array_equal(run(program, images), expected)
     else:
-        np.testing.assert_allclose(run(program, images), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(
+            run(program, images), expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max()
+        )
 
 
 def test_pooling_along_one_axis_is_one_step() -> None:
     torch.manual_seed(0)
-    pools = (nn.MaxPool1d(3, 2, 1, ceil_mode=True), nn.AvgPool1d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool1d(1))
+    pools = (
+        nn.MaxPool1d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool1d(3, 2, 1, count_include_pad=False),
+        nn.AdaptiveAvgPool1d(1),
+    )
     network = nn.Sequential(nn.Conv1d(2, 4, 3), *pools, nn.Flatten()).eval()
     convert(network, mode="exact")
     program = export_program(network, (2, 33))
-    assert [s["op"] for s in program.steps] == ["conv", "max_pool", "average_pool", "mean", "flatten"]
+    assert [s["op"] for s in program.steps] == [
+        "conv",
+        "max_pool",
+        "average_pool",
+        "mean",
+        "flatten",
+    ]
     images = torch.randn(5, 2, 33)
     with torch.no_grad():
         np.testing.assert_allclose(run(program, images), network(images).numpy(), rtol=1e-6)
@@ -257,7 +283,12 @@ def test_a_map_of_positions_is_exported_whole() -> None:
 class Buffers(nn.Module):
     def __init__(self, what: str) -> None:
         super().__init__()
-        self.conv, self.plain, self.act, self.what = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1), nn.GELU(), what
+        self.conv, self.plain, self.act, self.what = (
+            nn.Conv2d(1, 4, 3),
+            nn.Conv2d(4, 4, 1),
+            nn.GELU(),
+            what,
+        )
         self.seen = torch.zeros(())
 
     def forward(self, x: Tensor) -> Any:
@@ -296,15 +327,23 @@ class Buffers(nn.Module):
 REFUSED: dict[str, tuple[Any, str]] = {
     "module": (
         None,
-        r"act \(GELU\), at test_export_operations.py:\d+ `return self.act\(x\)`, calls gelu: the runtime has no such operation",
+        r"act \(GELU\), at test_export_operations.py:\d+ `return self.act\(x\)`, calls gelu: "
+        r"the runtime has no such operation",
     ),
     "not converted": (None, r"plain \(Conv2d\), at .*not converted"),
     "two results": (None, "must return one tensor, not tuple"),
     "input": (None, "returns its input"),
-    "branch": (None, r"`return x if x.sum\(\) > 0 else -x`, calls sum: the runtime has no such operation"),
+    "branch": (
+        None,
+        r"`return x if x.sum\(\) > 0 else -x`, calls sum: the runtime has no such operation",
+    ),
     "hidden": (None, "not computed from it by operations that torch shows"),
     "hidden constant": (None, "numbers that change with the batch"),
-    "random": (None, r"step 'add_constant' \(add_constant\) has numbers that change with the batch or with its values, or that are drawn"),
+    "random": (
+        None,
+        r"step 'add_constant' \(add_constant\) has numbers that change with the batch or with "
+        r"its values, or that are drawn",
+    ),
     "batch": (None, "numbers that change with the batch"),
     "view of a changed tensor": (None, "reads a view of a tensor that was changed in place since"),
     "a buffer that changes": (None, "no slice of the batch"),
@@ -312,14 +351,29 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "sigmoid": (torch.sigmoid, "calls sigmoid: the runtime has no such operation"),
     "mean of all": (lambda x: torch.mean(input=x), "no mean over the batch, or over all axes"),
     "mean over the batch": (lambda x: x.mean(0), "no mean over the batch"),
-    "indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], "the indices of a max pooling"),
-    "adaptive to no divisor": (nn.AdaptiveAvgPool2d(4), r"no adaptive pooling of \[6, 6\] to \[4, 4\] positions, which are no divisors"),
-    "dropout that is on": (lambda x: F.dropout(x), "dropout that is on in evaluation .*: pass training=self.training"),
-    "batch norm that is on": (lambda x: F.batch_norm(x, None, None, training=True), "no BatchNorm without running statistics"),
+    "indices": (
+        lambda x: F.max_pool2d(x, 2, return_indices=True)[1],
+        "the indices of a max pooling",
+    ),
+    "adaptive to no divisor": (
+        nn.AdaptiveAvgPool2d(4),
+        r"no adaptive pooling of \[6, 6\] to \[4, 4\] positions, which are no divisors",
+    ),
+    "dropout that is on": (
+        lambda x: F.dropout(x),
+        "dropout that is on in evaluation .*: pass training=self.training",
+    ),
+    "batch norm that is on": (
+        lambda x: F.batch_norm(x, None, None, training=True),
+        "no BatchNorm without running statistics",
+    ),
     "value": (lambda x: x * float(x[0, 0, 0, 0]), "slice of the batch"),
     "double": (lambda x: x.double(), "no tensors of type torch.float64"),
     "integer": (lambda x: x.long(), "no tensors of type torch.int64"),
-    "batch to positions": (lambda x: x.flatten(0, 1), r"no result of shape \[\d+, 6, 6\] for \d samples: the batch stays the first axis"),
+    "batch to positions": (
+        lambda x: x.flatten(0, 1),
+        r"no result of shape \[\d+, 6, 6\] for \d samples: the batch stays the first axis",
+    ),
     "no batch": (lambda x: x.mean((2, 3)).unsqueeze(0), "the batch stays the first axis"),
     "batch of one": (lambda x: x[0], "no slice of the batch"),
     "batch moved": (lambda x: x.permute(1, 0, 2, 3), "no transposition that moves the batch"),
@@ -330,7 +384,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a reciprocal": (lambda x: 1 / x, "calls reciprocal: the runtime has no such operation"),
     "floor": (lambda x: torch.div(x, 2, rounding_mode="floor"), "no division that rounds"),
     "cut off": (lambda x: F.pad(x, (-1, 0)), "none that cuts off"),
-    "circular": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), r"`.*mode=\"circular\".*`, calls new_empty"),
+    "circular": (
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
+        r"`.*mode=\"circular\".*`, calls new_empty",
+    ),
     "limits": (lambda x: x.clamp(torch.zeros(1)), "no limits that are tensors"),
     "a step": (lambda x: x[:, ::2], "none with a step"),
     "shapes": (lambda x: x + x.mean((2, 3)), "cannot be run on 2 float32 samples"),
@@ -350,7 +407,9 @@ def test_what_no_program_can_be_is_named_with_its_place(name: str) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
     assert network.training
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "multiply" in vars(m) for m in network.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "multiply" in vars(m) for m in network.modules()
+    )
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
@@ -364,7 +423,9 @@ def test_weights_that_are_not_finite_are_refused() -> None:
 
 
 class Random(nn.Module):
-    """A network of a few layers and random operations between them, all of which torch computes in one defined way."""
+    """A network of a few layers and random operations between them, all of which torch computes in
+    one defined way.
+    """
 
     def __init__(self, choices: list[int]) -> None:
         super().__init__()
@@ -399,7 +460,15 @@ class Random(nn.Module):
         if code % 2 and channels > 1:
             return nn.Conv2d(channels, channels, taps, padding=taps // 2, groups=channels)
         mode = "replicate" if pick % 7 == 0 else "zeros"
-        return nn.Conv2d(channels, 1 + pick % 9, taps, stride=1 + pick % 2, padding=taps // 2, bias=pick % 5 > 0, padding_mode=mode)
+        return nn.Conv2d(
+            channels,
+            1 + pick % 9,
+            taps,
+            stride=1 + pick % 2,
+            padding=taps // 2,
+            bias=pick % 5 > 0,
+            padding_mode=mode,
+        )
 
     @staticmethod
     def _operation(code: int, pick: int, x: Tensor, y: Tensor) -> Tensor | None:
@@ -407,12 +476,30 @@ class Random(nn.Module):
         table: list[Callable[[], Tensor | None]] = [
             lambda: x + y if same else x.relu(),
             lambda: x - y if same else 0.25 - x,
-            lambda: torch.cat([x, y], 1) if x.shape[2:] == y.shape[2:] and x.shape[1] + y.shape[1] < 20 else x[:, : 1 + pick % x.shape[1]],
-            lambda: F.max_pool2d(x, 2, stride=1 + pick % 3, padding=pick % 2, ceil_mode=pick % 5 > 2) if size > 2 else F.relu6(x),
-            lambda: F.avg_pool2d(x, 2, padding=pick % 2, ceil_mode=pick % 3 > 1, count_include_pad=pick % 5 > 1) if size > 1 else x * 0.3,
+            lambda: (
+                torch.cat([x, y], 1)
+                if x.shape[2:] == y.shape[2:] and x.shape[1] + y.shape[1] < 20
+                else x[:, : 1 + pick % x.shape[1]]
+            ),
+            lambda: (
+                F.max_pool2d(x, 2, stride=1 + pick % 3, padding=pick % 2, ceil_mode=pick % 5 > 2)
+                if size > 2
+                else F.relu6(x)
+            ),
+            lambda: (
+                F.avg_pool2d(
+                    x, 2, padding=pick % 2, ceil_mode=pick % 3 > 1, count_include_pad=pick % 5 > 1
+                )
+                if size > 1
+                else x * 0.3
+            ),
             lambda: x.relu_() if pick % 2 else x.clamp(-0.5, 1.5),
             lambda: x / (3 + pick % 5) + 0.125,
-            lambda: F.pad(x, (pick % 2, 1, 0, pick % 3), mode=("constant", "reflect", "replicate")[pick % 3 if size > 2 else 0]),
+            lambda: F.pad(
+                x,
+                (pick % 2, 1, 0, pick % 3),
+                mode=("constant", "reflect", "replicate")[pick % 3 if size > 2 else 0],
+            ),
             lambda: x.transpose(2, 3),
             lambda: x.flatten(2).view(x.size(0), x.shape[1], *x.shape[2:]).permute(0, 1, 3, 2),
         ]
@@ -429,7 +516,10 @@ def test_random_networks_equal_torchs_exact_mode_to_the_bit(choices: list[int], 
     convert(network.eval(), mode="exact")
     for index, layer in enumerate(dynamic_layers(network).values()):
         layer.set_precision(
-            Role.ACTIVATION, OperandPrecision(lsb_exponent=torch.tensor(-6 + index % 3), least_bits=index % 2 * 2, most_bits=8)
+            Role.ACTIVATION,
+            OperandPrecision(
+                lsb_exponent=torch.tensor(-6 + index % 3), least_bits=index % 2 * 2, most_bits=8
+            ),
         )
     program = export_program(network, (2, 7, 6))
     with torch.no_grad():

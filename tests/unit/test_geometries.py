@@ -14,8 +14,13 @@ def conv(weight, *, stride=None, padding=None, dilation=None, groups=1):
     axes = len(weight) - 2
     one, zero = (1,) * axes, (0,) * axes
     return LayerGeometry(
-        kind="conv", weight_shape=weight, stride=stride or one, padding=padding or zero, dilation=dilation or one, groups=groups
-    )  # fmt: skip
+        kind="conv",
+        weight_shape=weight,
+        stride=stride or one,
+        padding=padding or zero,
+        dilation=dilation or one,
+        groups=groups,
+    )
 
 
 # As users have them: the end of a network at small images, bands, patches.
@@ -31,9 +36,18 @@ WRONG = [
     (conv((8, 16, 4, 4), stride=(4, 4)), (2, 16, 8, 8)),  # another sum, each time
     (conv((8, 8, 2, 8)), (2, 8, 6, 17)),
     (conv((8, 4, 2, 2, 16), stride=(1, 1, 16)), (2, 4, 4, 4, 48)),
-    (conv((2, 3, 2, 3, 3), padding=(1, 0, 0)), (1, 3, 1, 6, 3)),  # a kernel of two taps on an axis of one
-    (conv((1, 32, 1, 2), stride=(4, 2), padding=(0, 2), dilation=(1, 2)), (2, 32, 32, 1)),  # likewise, on two threads
-    (conv((64, 32, 4, 1), stride=(2, 2), padding=(3, 1), dilation=(2, 1)), (3, 32, 1, 14)),  # ended the process
+    (
+        conv((2, 3, 2, 3, 3), padding=(1, 0, 0)),
+        (1, 3, 1, 6, 3),
+    ),  # a kernel of two taps on an axis of one
+    (
+        conv((1, 32, 1, 2), stride=(4, 2), padding=(0, 2), dilation=(1, 2)),
+        (2, 32, 32, 1),
+    ),  # likewise, on two threads
+    (
+        conv((64, 32, 4, 1), stride=(2, 2), padding=(3, 1), dilation=(2, 1)),
+        (3, 32, 1, 14),
+    ),  # ended the process
 ]
 RIGHT = [
     (conv((64, 64, 3, 3), padding=(1, 1)), (8, 64, 8, 8)),
@@ -69,13 +83,17 @@ def test_ordinary_convolutions_keep_their_speed(geometry, shape):
 
 
 def test_random_geometries_keep_the_bound_with_poisoned_memory():
-    """Each part in a process of its own. Without the rule 15 of these 500 are wrong, and one ends the process."""
+    """Each part in a process of its own. Without the rule 15 of these 500 are wrong, and one ends
+    the process.
+    """
     for first, perturb in ((500, 165), (1100, 85)):
         _, faults = search(first, 250, perturb=perturb)
         assert not faults
 
 
 def test_layers_of_random_geometries_in_every_mode_and_on_every_path():
-    """Exact to the bit and fast within its bound; training, evaluation, observed; kernels, portable loops, pure torch."""
+    """Exact to the bit and fast within its bound; training, evaluation, observed; kernels, portable
+    loops, pure torch.
+    """
     _, faults = search(0, 40, flags=["--layers"])
     assert not faults

@@ -35,7 +35,11 @@ def test_one_spelling(text, canonical):
         ("dynasty@", "is no method"),
         ("dynasty@5:", "is no method"),
         ("Uniform8", "is no method"),
-        ("uniform9", "unknown method 'uniform9': choose from float32, bf16, uniform2 to uniform8, mxint2 to mxint8"),
+        (
+            "uniform9",
+            "unknown method 'uniform9': choose from float32, bf16, uniform2 to uniform8, mxint2 "
+            "to mxint8",
+        ),
         ("uniform1", "unknown method"),
         ("dynasty@much", "has the target 'much'"),
         ("dynasty@20", r"target_speedup must be in \[1, 16\]"),
@@ -69,7 +73,14 @@ def test_options_are_checked_before_anything_runs(text, message):
 
 
 def test_commas_separate_methods_and_their_options():
-    methods = parse_methods(["float32, dynasty@4:interval=25,bits_of=none,uniform8".replace(",bits_of=none", ",loss_guard=3"), "uniform8"])
+    methods = parse_methods(
+        [
+            "float32, dynasty@4:interval=25,bits_of=none,uniform8".replace(
+                ",bits_of=none", ",loss_guard=3"
+            ),
+            "uniform8",
+        ]
+    )
     assert list(map(str, methods)) == ["float32", "dynasty@4:interval=25,loss_guard=3", "uniform8"]
     words = parse_methods(["uniform:bits=X:4/W:8/E:8,uniform:bits=X:8/W:4/E:8"])
     assert list(map(str, words)) == ["uniform:bits=X:4/W:8/E:8", "uniform:bits=X:8/W:4/E:8"]
@@ -78,8 +89,17 @@ def test_commas_separate_methods_and_their_options():
 
 
 def test_targets_go_to_methods_that_need_one():
-    methods = parse_methods(["float32,dynasty,dynasty@3,dynasty:noise_budget=0.5,uniform8"], [4, 5.1])
-    assert list(map(str, methods)) == ["float32", "dynasty@4", "dynasty@5.1", "dynasty@3", "dynasty:noise_budget=0.5", "uniform8"]
+    methods = parse_methods(
+        ["float32,dynasty,dynasty@3,dynasty:noise_budget=0.5,uniform8"], [4, 5.1]
+    )
+    assert list(map(str, methods)) == [
+        "float32",
+        "dynasty@4",
+        "dynasty@5.1",
+        "dynasty@3",
+        "dynasty:noise_budget=0.5",
+        "uniform8",
+    ]
 
 
 def test_plugin_and_callback():
@@ -87,11 +107,20 @@ def test_plugin_and_callback():
     assert Method.parse("bf16").make_callback(interval=50) is None
     plugin = Method.parse("mxint8").make_plugin(seed=3, mode="exact", block_shape=(4, 4))
     assert (plugin.format.block_shape, plugin.mode, plugin.seed) == ((1, 32), "exact", 3)
-    assert Method.parse("uniform8").make_plugin(seed=3, block_shape=(8, 8)).format.block_shape == (8, 8)
-    assert Method.parse("uniform8:exclude=head,unquantized=E").make_plugin(seed=0).exclude == ("head",)
+    assert Method.parse("uniform8").make_plugin(seed=3, block_shape=(8, 8)).format.block_shape == (
+        8,
+        8,
+    )
+    assert Method.parse("uniform8:exclude=head,unquantized=E").make_plugin(seed=0).exclude == (
+        "head",
+    )
     callback = Method.parse("dynasty@5.1:smoothing=0.5,interval=7").make_callback(interval=50)
     assert isinstance(callback.policy, DynastyPolicy)
-    assert (callback.target_speedup, callback.policy.smoothing, callback.schedule.interval) == (5.1, 0.5, 7)
+    assert (callback.target_speedup, callback.policy.smoothing, callback.schedule.interval) == (
+        5.1,
+        0.5,
+        7,
+    )
     uniform = Method.parse("mxint4").make_callback(interval=9)
     assert isinstance(uniform.policy, UniformPolicy)
     assert (uniform.policy.bits, uniform.schedule.interval) == (4, 9)

@@ -1,4 +1,6 @@
-"""torchmetrics classes against the functions they sum, and the states of two ranks merged by hand."""
+"""torchmetrics classes against the functions they sum, and the states of two ranks merged by
+hand.
+"""
 
 import math
 
@@ -22,12 +24,20 @@ def grids(x, w, e):
 
 def random_layer(seed):
     g = torch.Generator().manual_seed(seed)
-    bits = {r: torch.tensor([0, 2, 3, 4, 8], dtype=torch.uint8)[torch.randint(5, (2, 2), generator=g)] for r in Role}
+    bits = {
+        r: torch.tensor([0, 2, 3, 4, 8], dtype=torch.uint8)[torch.randint(5, (2, 2), generator=g)]
+        for r in Role
+    }
     geometry = LayerGeometry(kind="linear", weight_shape=(8, 8))
     return layer_cost(
-        geometry, input_shape=(8, 8), output_shape=(8, 8), bits=bits, occupied=dict.fromkeys(Role, torch.ones(2, 2, dtype=torch.bool)),
-        block_shape=(4, 4), has_dgrad=True,
-    )  # fmt: skip
+        geometry,
+        input_shape=(8, 8),
+        output_shape=(8, 8),
+        bits=bits,
+        occupied=dict.fromkeys(Role, torch.ones(2, 2, dtype=torch.bool)),
+        block_shape=(4, 4),
+        has_dgrad=True,
+    )
 
 
 def merge(metric, ranks):
@@ -64,7 +74,10 @@ def test_speedup_and_energy_are_those_of_the_summed_cost():
     metrics = {
         Speedup(): total.speedup_charged,
         Speedup(kind="ideal"): total.speedup_ideal,
-        **{EnergyRatio(kind=k, model=model): energy_ratios(total, model)[f"energy_ratio_{k}"] for k in ("compute", "sram", "total")},
+        **{
+            EnergyRatio(kind=k, model=model): energy_ratios(total, model)[f"energy_ratio_{k}"]
+            for k in ("compute", "sram", "total")
+        },
     }
     for metric, expected in metrics.items():
         metric.update(layers[0])
@@ -99,11 +112,18 @@ def test_two_ranks_of_grids_are_one_run(make):
 def test_a_collection_that_shares_states_keeps_its_members_apart():
     """All widths alike: the states of every member look the same after the first update."""
     widths = MetricCollection({r.letter: BitWidth(role=r) for r in Role} | {"zero": ZeroShare()})
-    costs = MetricCollection({"charged": Speedup(), "ideal": Speedup(kind="ideal"), "energy": EnergyRatio()})
+    costs = MetricCollection(
+        {"charged": Speedup(), "ideal": Speedup(kind="ideal"), "energy": EnergyRatio()}
+    )
     for first, second in (([[4]], [[2]]), ([[0]], [[8]])):
         widths.update(grids(first, first, first))
         widths.update(grids(second, [[4]], [[6]]))
-    assert {k: float(v) for k, v in widths.compute().items()} == {"X": 3.5, "W": 3.0, "E": 4.0, "zero": 0.25}
+    assert {k: float(v) for k, v in widths.compute().items()} == {
+        "X": 3.5,
+        "W": 3.0,
+        "E": 4.0,
+        "zero": 0.25,
+    }
     for seed in range(2):
         costs.update(random_layer(seed))
     total = NetworkCost.from_layers([random_layer(0), random_layer(1)]).converted

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mxint8` against the OCP Microscaling Formats specification v1.0, worked out in fractions from its sections 5.2, 5.3.4 and 6.3."""
+"""`mxint8` against the OCP Microscaling Formats specification v1.0, worked out in fractions from
+its sections 5.2, 5.3.4 and 6.3.
+"""
 
 import copy
 import itertools
@@ -24,7 +26,9 @@ BLOCK = 32
 
 
 def elements_of(block):
-    """A block's values: the scale of section 6.3, E8M0's least where that is smaller, and INT8 elements of section 5.3.4."""
+    """A block's values: the scale of section 6.3, E8M0's least where that is smaller, and INT8
+    elements of section 5.3.4.
+    """
     exact = [Fraction(float(v)) for v in block]
     largest = max(map(abs, exact), default=Fraction(0))
     if not largest:
@@ -45,7 +49,13 @@ def quantized(x, axis):
 
 def spread_tensor(g, shape, spread, center):
     """Lines of 32 whose sizes differ by many binades, zeros and whole lines of zeros among them."""
-    exponents = center + spread * g.standard_normal((*shape[:-1], -(-shape[-1] // BLOCK))).repeat(BLOCK, -1)[..., : shape[-1]]
+    exponents = (
+        center
+        + spread
+        * g.standard_normal((*shape[:-1], -(-shape[-1] // BLOCK))).repeat(BLOCK, -1)[
+            ..., : shape[-1]
+        ]
+    )
     x = g.standard_normal(shape) * 2.0 ** np.clip(exponents, -149, 125)
     x[g.random(shape) < 0.1] = 0
     x[g.random(shape[0]) < 0.1] = 0
@@ -58,7 +68,9 @@ def test_every_element_is_the_specifications(seed):
     spread, center = [(0, 0), (2, 0), (12, 0), (40, -20), (3, -128), (6, -140), (2, 120)][seed % 7]
     x = spread_tensor(g, (int(g.integers(1, 9)), int(g.integers(1, 90))), spread, center)
     for axis, scope in ((1, "tensor"), (1, "row"), (0, "tensor")):
-        layout = BlockLayout(shape=x.shape, block_shape=(1, BLOCK) if axis else (BLOCK, 1), channel_axis=1)
+        layout = BlockLayout(
+            shape=x.shape, block_shape=(1, BLOCK) if axis else (BLOCK, 1), channel_axis=1
+        )
         got = quantize_mx(torch.from_numpy(x), layout, bits=torch.tensor(8), scope=scope)
         want = quantized(x, axis).astype(float)
         np.testing.assert_array_equal(got.with_passthrough(torch.float64).numpy(), want)
@@ -69,14 +81,24 @@ def test_every_element_is_the_specifications(seed):
 
 def test_cases_by_hand():
     x = torch.zeros(8, 32)
-    x[0, :4] = torch.tensor([1.5, -0.7, 1.9999, 1 / 128])  # scale 1: 96, -44.8, 127.99 (saturates), .5 (to even)
+    x[0, :4] = torch.tensor(
+        [1.5, -0.7, 1.9999, 1 / 128]
+    )  # scale 1: 96, -44.8, 127.99 (saturates), .5 (to even)
     x[1, 0] = -1.9999  # not -128: the specification lets that code be unused
     x[2, 0], x[2, 1] = 2.0**-100, 2.0**-106  # far below the largest: 64 and 1
     x[3, 0] = 2.0**-127  # E8M0's least scale: 64
-    x[4, 0], x[4, 1] = 2.0**-133, 3 * 2.0**-134  # a smaller one would be asked for: 1, and 1.5 to even
+    x[4, 0], x[4, 1] = (
+        2.0**-133,
+        3 * 2.0**-134,
+    )  # a smaller one would be asked for: 1, and 1.5 to even
     x[5, 0] = 2.0**-134  # half an element to even: zero
     x[6, 0] = 3.0 * 2.0**126  # the largest scale
-    got = quantize_mx(x, BlockLayout(shape=(8, 32), block_shape=(1, 32), channel_axis=1), bits=torch.tensor(8), scope="tensor")
+    got = quantize_mx(
+        x,
+        BlockLayout(shape=(8, 32), block_shape=(1, 32), channel_axis=1),
+        bits=torch.tensor(8),
+        scope="tensor",
+    )
     values = got.with_passthrough(torch.float64)
     assert values[0, :4].tolist() == [96 / 64, -45 / 64, 127 / 64, 0.0]
     assert float(values[1, 0]) == -127 / 64
@@ -90,7 +112,10 @@ def test_cases_by_hand():
 
 LAYERS = {
     "linear": (lambda: nn.Linear(70, 40, bias=False), (37, 70)),
-    "conv": (lambda: nn.Conv2d(35, 33, (2, 1), stride=(2, 1), padding=(1, 0), bias=False), (34, 35, 3, 2)),
+    "conv": (
+        lambda: nn.Conv2d(35, 33, (2, 1), stride=(2, 1), padding=(1, 0), bias=False),
+        (34, 35, 3, 2),
+    ),
     "grouped": (lambda: nn.Conv1d(8, 12, 2, groups=4, bias=False), (33, 8, 3)),
 }
 
@@ -103,15 +128,30 @@ def test_three_gemms_read_the_specifications_operands(name, spread):
     torch.manual_seed(1)
     module = make()
     with torch.no_grad():
-        module.weight.mul_(torch.exp2(spread * torch.randn(module.weight.shape[0])).view(-1, *[1] * (module.weight.ndim - 1)))
-    x = torch.from_numpy(spread_tensor(g, (*shape[:1], *shape[2:], shape[1]), spread, 0)).movedim(-1, 1).contiguous()
+        module.weight.mul_(
+            torch.exp2(spread * torch.randn(module.weight.shape[0])).view(
+                -1, *[1] * (module.weight.ndim - 1)
+            )
+        )
+    x = (
+        torch.from_numpy(spread_tensor(g, (*shape[:1], *shape[2:], shape[1]), spread, 0))
+        .movedim(-1, 1)
+        .contiguous()
+    )
     weight, groups = module.weight.detach().clone(), getattr(module, "groups", 1)
     full = oracle.embed_groups(weight.numpy(), groups)
-    e = torch.from_numpy(spread_tensor(g, tuple(module(x).movedim(1, -1).shape), spread, -10)).movedim(-1, 1).contiguous()
+    e = (
+        torch.from_numpy(spread_tensor(g, tuple(module(x).movedim(1, -1).shape), spread, -10))
+        .movedim(-1, 1)
+        .contiguous()
+    )
 
     def read(axis):
         w = oracle.extract_groups(quantized(full, axis), groups, weight.shape[1])
-        return [torch.from_numpy(v.astype(float)) for v in (quantized(x.numpy(), axis), w, quantized(e.numpy(), axis))]
+        return [
+            torch.from_numpy(v.astype(float))
+            for v in (quantized(x.numpy(), axis), w, quantized(e.numpy(), axis))
+        ]
 
     operands, other = read(1), read(0)
     want = gemms(module, operands, other)
@@ -125,7 +165,9 @@ def test_three_gemms_read_the_specifications_operands(name, spread):
         with mock.patch.object(native, "available", return_value=path):
             y = model(inputs)
             y.backward(e)
-        for result, exact, size in zip((y.detach(), inputs.grad, model[0].weight.grad), want, sizes, strict=True):
+        for result, exact, size in zip(
+            (y.detach(), inputs.grad, model[0].weight.grad), want, sizes, strict=True
+        ):
             # exact: float64 sums, rounded once; fast: docs/numerics.md.
             bound = 2.0**-24 * exact.abs() + 2.0**-52 * terms * size + 2.0**-149
             if mode == "fast":
@@ -134,7 +176,9 @@ def test_three_gemms_read_the_specifications_operands(name, spread):
 
 
 def gemms(module, operands, other):
-    """Y, dX and dW in float64 of X, W, E as GEMMs read them that contract channels (W's inputs), and rows (W's outputs)."""
+    """Y, dX and dW in float64 of X, W, E as GEMMs read them that contract channels (W's inputs),
+    and rows (W's outputs).
+    """
     (x, w, e), (x_rows, w_rows, e_rows) = operands, other
     twin = copy.deepcopy(module).double()
     results = []
@@ -142,7 +186,11 @@ def gemms(module, operands, other):
         twin.weight.data.copy_(b)
         inputs = a.clone().requires_grad_()
         y = twin(inputs)
-        results.append(y.detach() if index == 0 else torch.autograd.grad(y, (inputs, twin.weight)[index - 1], c)[0])
+        results.append(
+            y.detach()
+            if index == 0
+            else torch.autograd.grad(y, (inputs, twin.weight)[index - 1], c)[0]
+        )
     return results
 
 
@@ -172,9 +220,13 @@ def test_blocks_far_below_the_largest_are_not_coarser():
 
 
 def test_what_mx_is_of():
-    assert Method.parse("mxint8").make_plugin(seed=0).format == BlockFormat(block_shape=(1, 32), scaling="mx")
+    assert Method.parse("mxint8").make_plugin(seed=0).format == BlockFormat(
+        block_shape=(1, 32), scaling="mx"
+    )
     assert Method.parse("uniform8:block_shape=1x32").make_plugin(seed=0).format.scaling == "window"
-    with pytest.raises(ValueError, match=r"scaling 'mx' is that of MX's own \(1, 32\) blocks, not of \(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"scaling 'mx' is that of MX's own \(1, 32\) blocks, not of \(4, 4\)"
+    ):
         BlockFormat(scaling="mx")
     with pytest.raises(ValueError, match="must be 'window' or 'mx', not 'ocp'"):
         BlockFormat(block_shape=(1, 32), scaling="ocp")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels against pure torch to the last bit, in both lane forms, on one and two threads; their loader; what must be refused.
+"""The C++ kernels against pure torch to the last bit, in both lane forms, on one and two threads;
+their loader; what must be refused.
 
-The pure-torch path is proven against the oracle in test_quantize.py, which runs the kernels too. Each test that names a library runs on
-the AVX-512 form ("vectors", where the processor has it) and on the portable loops ("plain").
+The pure-torch path is proven against the oracle in test_quantize.py, which runs the kernels too.
+Each test that names a library runs on the AVX-512 form ("vectors", where the processor has it) and
+on the portable loops ("plain").
 """
 
 import ctypes
@@ -39,7 +41,10 @@ FORMS = ("vectors", "plain")
 
 @pytest.fixture(scope="session")
 def libraries():
-    return {"vectors": native.load(native.build()), "plain": native.load(native.build(plain_lanes=True))}
+    return {
+        "vectors": native.load(native.build()),
+        "plain": native.load(native.build(plain_lanes=True)),
+    }
 
 
 @pytest.fixture(params=FORMS)
@@ -64,16 +69,28 @@ def check(libraries, wanted, threads=(1, 2)):
 @pytest.mark.parametrize("start", range(0, 1000, 100))
 def test_random_operands(libraries, start):
     for seed in range(start, start + 100):
-        check(libraries, random_case(seed), threads=(1, 2) if seed % 10 == 0 else (1,))  # starting threads is what takes the time
+        check(
+            libraries, random_case(seed), threads=(1, 2) if seed % 10 == 0 else (1,)
+        )  # starting threads is what takes the time
 
 
-# Shape, channel axis, block shape; more positions, channels or blocks than the kernels hold in the cache at a time, ragged at the ends.
+# Shape, channel axis, block shape; more positions, channels or blocks than the kernels hold in the
+# cache at a time, ragged at the ends.
 LARGE = [
-    ((5, 21, 143), 1, (4, 4)), ((3, 70, 9, 16), 1, (1, 16)), ((2, 8, 70, 35), 1, (4, 4)), ((9, 3, 64), 1, (8, 8)),
-    ((1, 130, 131), 1, (1, 32)), ((6, 2200), 1, (4, 4)), ((6, 2199), 1, (1, 32)), ((3, 11, 1030), 2, (16, 16)),
-    ((33, 300, 3), 2, (32, 1)), ((18, 4, 5, 6, 7), 1, (16, 1)), ((2, 64, 136), 1, (4, 4)), ((17, 16, 24), 1, (16, 16)),
+    ((5, 21, 143), 1, (4, 4)),
+    ((3, 70, 9, 16), 1, (1, 16)),
+    ((2, 8, 70, 35), 1, (4, 4)),
+    ((9, 3, 64), 1, (8, 8)),
+    ((1, 130, 131), 1, (1, 32)),
+    ((6, 2200), 1, (4, 4)),
+    ((6, 2199), 1, (1, 32)),
+    ((3, 11, 1030), 2, (16, 16)),
+    ((33, 300, 3), 2, (32, 1)),
+    ((18, 4, 5, 6, 7), 1, (16, 1)),
+    ((2, 64, 136), 1, (4, 4)),
+    ((17, 16, 24), 1, (16, 16)),
     ((17, 4099), 1, (1, 4)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("innermost", ["last axis", "channels"])
@@ -83,15 +100,26 @@ def test_operands_of_several_chunks(libraries, shape, axis, block_shape, innermo
     if innermost == "channels":
         x = x.movedim(axis, -1).contiguous().movedim(-1, axis)
     for role, threshold in ((Role.ACTIVATION, -3), (Role.WEIGHT, -2), (Role.ERROR, 1)):
-        check(libraries, case(x.relu() if role is Role.ACTIVATION else x, block_shape, axis, role, lsb=threshold))
+        check(
+            libraries,
+            case(
+                x.relu() if role is Role.ACTIVATION else x, block_shape, axis, role, lsb=threshold
+            ),
+        )
     maps = torch.randint(2, 9, case(x, block_shape, axis, Role.ERROR).layout.grid_shape)
     check(libraries, case(x.bfloat16(), block_shape, axis, Role.ERROR, bits=maps))
 
 
 @pytest.mark.parametrize("role", list(Role))
-@pytest.mark.parametrize("exponent", [-149, -148, -140, -133, -127, -126, -125, -119, -110, 90, 120, 126, 127])
+@pytest.mark.parametrize(
+    "exponent", [-149, -148, -140, -133, -127, -126, -125, -119, -110, 90, 120, 126, 127]
+)
 def test_both_ends_of_float32(libraries, role, exponent):
-    x = torch.from_numpy((np.linspace(-1.99, 1.99, 16 * 24 * 3).reshape(16, 24, 3) * 2.0**exponent).astype(np.float32))
+    x = torch.from_numpy(
+        (np.linspace(-1.99, 1.99, 16 * 24 * 3).reshape(16, 24, 3) * 2.0**exponent).astype(
+            np.float32
+        )
+    )
     x[:4, :4] *= 2.0**-9  # a block that the window lifts
     x[8:] = x[8:].abs()
     for bits in (2, 5, 8):
@@ -105,7 +133,19 @@ def test_both_ends_of_float32(libraries, role, exponent):
 def test_thresholds_far_beyond_float32_ask_for_the_same(libraries, role, sign):
     x = torch.randn(16, 64) * torch.exp2(torch.randn(16, 64) * 8)
     near = case(x, (4, 4), 1, role, lsb=sign * 180).in_torch()
-    for far in (230, 260, 300, 400, 1000, 2500, 8191, 8192, 20_000, 32_767, 2**31 - 1 if sign > 0 else 2**31):
+    for far in (
+        230,
+        260,
+        300,
+        400,
+        1000,
+        2500,
+        8191,
+        8192,
+        20_000,
+        32_767,
+        2**31 - 1 if sign > 0 else 2**31,
+    ):
         expected = check(libraries, case(x, (4, 4), 1, role, lsb=sign * far), threads=(1,))
         for name in FIELDS:
             assert torch.equal(getattr(expected, name), getattr(near, name)), (far, name)
@@ -115,10 +155,26 @@ def test_thresholds_far_beyond_float32_ask_for_the_same(libraries, role, sign):
 def test_a_single_element_in_every_lane(libraries):
     # What is left over at the end of a vector of lanes: 1 to 33 elements, in both orders of memory.
     for n in range(1, 34):
-        for shape, axis in (((1, n), 1), ((3, 1, n), 1), ((3, n, 1), 2), ((2, n, 3), 1), ((n, 2, 2), 1)):
+        for shape, axis in (
+            ((1, n), 1),
+            ((3, 1, n), 1),
+            ((3, n, 1), 2),
+            ((2, n, 3), 1),
+            ((n, 2, 2), 1),
+        ):
             x = torch.randn(shape)
             check(libraries, case(x, (4, 4), axis, Role.ERROR, lsb=-2), threads=(1,))
-            check(libraries, case(x.movedim(1, -1).contiguous().movedim(-1, 1), (1, 8), axis, Role.ACTIVATION, bits=5), threads=(1,))
+            check(
+                libraries,
+                case(
+                    x.movedim(1, -1).contiguous().movedim(-1, 1),
+                    (1, 8),
+                    axis,
+                    Role.ACTIVATION,
+                    bits=5,
+                ),
+                threads=(1,),
+            )
 
 
 def test_ties_and_elements_that_just_fill_their_width(libraries):
@@ -156,12 +212,18 @@ def test_scopes_that_threads_share(library, scope):
 def test_what_is_not_finite_is_left_to_torch(library, value):
     for shape, order in itertools.product([(5, 18, 21), (3, 4, 70)], ("last axis", "channels")):
         x = torch.randn(shape)
-        for at in [0, x.numel() - 1, *np.random.default_rng(0).integers(x.numel(), size=6).tolist()]:
+        for at in [
+            0,
+            x.numel() - 1,
+            *np.random.default_rng(0).integers(x.numel(), size=6).tolist(),
+        ]:
             y = x.clone()
             y.view(-1)[at] = value
             if order == "channels":
                 y = y.movedim(1, -1).contiguous().movedim(-1, 1)
-            for role, scope, block in itertools.product(Role, ("tensor", "sample"), ((1, 4), (1, 16))):
+            for role, scope, block in itertools.product(
+                Role, ("tensor", "sample"), ((1, 4), (1, 16))
+            ):
                 assert case(y, block, 1, role, bits=4, scope=scope).in_library(library) is None
     kernel = quantize(y, 4, role=Role.ERROR, block_shape=(1, 4), scope="sample")
     assert torch.equal(kernel.dequantize()[-1].isfinite(), y[-1].isfinite())
@@ -174,12 +236,16 @@ def test_values_ride_along_in_the_slot():
     bits = torch.tensor(6, dtype=torch.uint8)
     assert quantize_blocks(x, layout, bits=bits, lsb_exponent=None, **options).bfloat16 is None
     with torch.inference_mode():
-        first = quantize_blocks(x, layout, bits=bits, lsb_exponent=None, values_slot="test", **options)
+        first = quantize_blocks(
+            x, layout, bits=bits, lsb_exponent=None, values_slot="test", **options
+        )
     assert torch.equal(first.bfloat16, first.values(torch.bfloat16))
     assert torch.equal(first.fast_values("other"), first.bfloat16)
     kept = first.bfloat16.data_ptr()
     half = BlockLayout(shape=(4, 16, 5), block_shape=(4, 4), channel_axis=1)
-    second = quantize_blocks(x[:4], half, bits=bits, lsb_exponent=None, values_slot="test", **options)
+    second = quantize_blocks(
+        x[:4], half, bits=bits, lsb_exponent=None, values_slot="test", **options
+    )
     assert second.bfloat16.data_ptr() == kept
     assert torch.equal(second.bfloat16, second.values(torch.bfloat16))
 
@@ -199,7 +265,9 @@ def test_every_code_at_every_exponent(library, largest, signed):
     integers = (codes.view(torch.int8) if signed else codes).double()
     expected = (integers * 2.0 ** (relative.double() + largest)).to(torch.bfloat16)
     got = native.empty_channels_innermost(layout, torch.bfloat16)
-    native.dequantize(codes, relative.expand(grid).contiguous(), headers, largest, layout, got, library=library)
+    native.dequantize(
+        codes, relative.expand(grid).contiguous(), headers, largest, layout, got, library=library
+    )
     assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
 
 
@@ -211,16 +279,32 @@ def test_widen(library, start):
         while np.prod(shape) > 30_000:
             shape[int(np.argmax(shape))] //= 2
         axis = 1 if g.random() < 0.7 else len(shape) - 1
-        x = torch.from_numpy(g.standard_normal(shape) * 2.0 ** (40 * g.standard_normal(shape))).bfloat16()
+        x = torch.from_numpy(
+            g.standard_normal(shape) * 2.0 ** (40 * g.standard_normal(shape))
+        ).bfloat16()
         x = native_cases._memory_order(g, x, axis)
-        bias = torch.from_numpy(g.standard_normal(shape[axis])).float() if g.random() < 0.5 else None
+        bias = (
+            torch.from_numpy(g.standard_normal(shape[axis])).float() if g.random() < 0.5 else None
+        )
         if bias is not None and g.random() < 0.3:
             bias = torch.stack([bias, bias], -1)[:, 0]
-        expected = x.float() if bias is None else x.float() + bias.view([-1 if a == axis else 1 for a in range(x.ndim)])
+        expected = (
+            x.float()
+            if bias is None
+            else x.float() + bias.view([-1 if a == axis else 1 for a in range(x.ndim)])
+        )
         for channels_last, count in itertools.product((False, True), (1, 2)):
             with native_cases.threads(count):
-                got = native.widen(x, axis - x.ndim * (seed % 2), channels_last=channels_last, bias=bias, library=library)
-            assert torch.equal(got.view(torch.int32), expected.contiguous().view(torch.int32).reshape(x.shape)), (seed, channels_last)
+                got = native.widen(
+                    x,
+                    axis - x.ndim * (seed % 2),
+                    channels_last=channels_last,
+                    bias=bias,
+                    library=library,
+                )
+            assert torch.equal(
+                got.view(torch.int32), expected.contiguous().view(torch.int32).reshape(x.shape)
+            ), (seed, channels_last)
             assert got.movedim(axis, -1).is_contiguous() if channels_last else got.is_contiguous()
 
 
@@ -230,25 +314,46 @@ def test_widen(library, start):
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: f"layer{v['layer']}-code{v['code']}")
 def test_committed_stream_numbers(library, vector):
     fields = {k: vector[k] for k in ("seed", "rank", "backward_count", "call_index", "layer")}
-    numbers = native.stream_numbers(StreamPosition(**fields), vector["code"], max(vector["indices"]) + 1, library=library)
+    numbers = native.stream_numbers(
+        StreamPosition(**fields), vector["code"], max(vector["indices"]) + 1, library=library
+    )
     assert numbers[vector["indices"]].tolist() == vector["numbers"]
 
 
 def test_published_vectors(library):
-    # Of the published counters only zero has a place in the stream's layout; the other words come from the oracle, which meets all three.
+    # Of the published counters only zero has a place in the stream's layout; the other words come
+    # from the oracle, which meets all three.
     counter, key, words = PUBLISHED[0]
     assert counter == (0, 0, 0, 0)
     halves = [h for w in words for h in (w & 0xFFFF, w >> 16)]
-    assert native.stream_numbers(StreamPosition(seed=key[0], rank=key[1]), 0, 8, library=library).tolist() == halves
-    last = StreamPosition(seed=2**32 - 1, rank=2**32 - 1, backward_count=2**32 - 1, call_index=2**32 - 1, layer=2**16 - 1)
-    fields = {k: getattr(last, k) for k in ("seed", "rank", "backward_count", "call_index", "layer")}
-    assert native.stream_numbers(last, 15, 77, library=library).tolist() == [oracle.stream_number(i, 15, **fields) for i in range(77)]
+    assert (
+        native.stream_numbers(
+            StreamPosition(seed=key[0], rank=key[1]), 0, 8, library=library
+        ).tolist()
+        == halves
+    )
+    last = StreamPosition(
+        seed=2**32 - 1,
+        rank=2**32 - 1,
+        backward_count=2**32 - 1,
+        call_index=2**32 - 1,
+        layer=2**16 - 1,
+    )
+    fields = {
+        k: getattr(last, k) for k in ("seed", "rank", "backward_count", "call_index", "layer")
+    }
+    assert native.stream_numbers(last, 15, 77, library=library).tolist() == [
+        oracle.stream_number(i, 15, **fields) for i in range(77)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 63, 64, 65, 71, 1000, 70_001])
 def test_streams_of_any_length(library, count):
     position = StreamPosition(seed=9, rank=2, backward_count=1, call_index=8, layer=3)
-    assert torch.equal(native.stream_numbers(position, 10, count, library=library), stream_numbers(position, 10, count))
+    assert torch.equal(
+        native.stream_numbers(position, 10, count, library=library),
+        stream_numbers(position, 10, count),
+    )
 
 
 @pytest.mark.parametrize("order", ["last axis", "channels"])
@@ -266,23 +371,36 @@ def test_streams_of_any_length(library, count):
     ],
 )
 def test_an_element_draws_the_number_of_its_index(library, shape, axis, order):
-    # Half an LSB rounds up exactly where the number's top bit is set; the oracle says which those are.
+    # Half an LSB rounds up exactly where the number's top bit is set; the oracle says which those
+    # are.
     x = torch.full(shape, 0.5)
     x.movedim(axis, 0)[::4] = 2.0  # 4 would be the first that needs a coarser LSB
     if order == "channels":
         x = x.movedim(axis, -1).contiguous().movedim(-1, axis)
     fields = {"seed": 77, "rank": 5, "backward_count": 6, "call_index": 7, "layer": 8}
     wanted = case(x, (1, 4), axis, Role.ERROR, bits=3, stream=StreamPosition(**fields))
-    assert torch.equal(wanted.in_torch().scale_exponents.unique(), torch.tensor([0], dtype=torch.int16))
+    assert torch.equal(
+        wanted.in_torch().scale_exponents.unique(), torch.tensor([0], dtype=torch.int16)
+    )
     got = wanted.in_library(library)
-    numbers = torch.tensor([oracle.stream_number(i, 2, **fields) for i in range(x.numel())]).view(shape)
+    numbers = torch.tensor([oracle.stream_number(i, 2, **fields) for i in range(x.numel())]).view(
+        shape
+    )
     halves = x == 0.5
     assert torch.equal(got.codes[halves].bool(), (numbers >= 1 << 15)[halves])
-    # And a block that is eight times too small for its LSB is kept by the number of its place in the grid.
-    wanted = case(torch.full(shape, 1.0), (1, 4), axis, Role.ERROR, lsb=4, stream=StreamPosition(**fields))
+    # And a block that is eight times too small for its LSB is kept by the number of its place in
+    # the grid.
+    wanted = case(
+        torch.full(shape, 1.0), (1, 4), axis, Role.ERROR, lsb=4, stream=StreamPosition(**fields)
+    )
     got = wanted.in_library(library)
     grid = wanted.layout.grid_shape
-    numbers = torch.tensor([oracle.stream_number(i, drop_code(Role.ERROR), **fields) for i in range(int(np.prod(grid)))]).view(grid)
+    numbers = torch.tensor(
+        [
+            oracle.stream_number(i, drop_code(Role.ERROR), **fields)
+            for i in range(int(np.prod(grid)))
+        ]
+    ).view(grid)
     assert not (got.headers & 0xF)[numbers >= 1 << 13].any()
     values = wanted.in_torch()
     assert torch.equal(got.headers, values.headers)
@@ -306,7 +424,13 @@ def test_float_modes_change_nothing_and_stay(library, mode, count):
     normal = torch.randn(16, 24, 5).bfloat16()
     small_bias, bias = torch.randn(24) * 2.0**-126, torch.randn(24)
     wanted = [
-        case(operand.movedim(1, -1).contiguous().movedim(-1, 1) if last else operand, (4, 4), 1, role, lsb=threshold)
+        case(
+            operand.movedim(1, -1).contiguous().movedim(-1, 1) if last else operand,
+            (4, 4),
+            1,
+            role,
+            lsb=threshold,
+        )
         for operand, threshold in ((x, -2), (small, -141))
         for role in Role
         for last in (False, True)
@@ -318,14 +442,26 @@ def test_float_modes_change_nothing_and_stay(library, mode, count):
         for one in wanted:
             got = one.in_library(library)
             results += [got.codes, got.headers, got.relative_exponents, got.largest_exponents]
-            results.append(native.mean_squares(one.x, one.layout, library=library).view(torch.int64))
-        got, values = wanted[0].in_library(library), native.empty_channels_innermost(layout, torch.bfloat16)
-        native.dequantize(got.codes, got.relative_exponents, got.headers, -20, layout, values, library=library)
+            results.append(
+                native.mean_squares(one.x, one.layout, library=library).view(torch.int64)
+            )
+        got, values = (
+            wanted[0].in_library(library),
+            native.empty_channels_innermost(layout, torch.bfloat16),
+        )
+        native.dequantize(
+            got.codes, got.relative_exponents, got.headers, -20, layout, values, library=library
+        )
         results.append(values.view(torch.int16))
         for last, (product, addend) in itertools.product(
-            (False, True), ((bfloat16, None), (bfloat16, small_bias), (normal, None), (normal, bias))
+            (False, True),
+            ((bfloat16, None), (bfloat16, small_bias), (normal, None), (normal, bias)),
         ):
-            results.append(native.widen(product, 1, channels_last=last, bias=addend, library=library).view(torch.int32))
+            results.append(
+                native.widen(product, 1, channels_last=last, bias=addend, library=library).view(
+                    torch.int32
+                )
+            )
         return results
 
     with native_cases.threads(count):
@@ -336,12 +472,18 @@ def test_float_modes_change_nothing_and_stay(library, mode, count):
             else:
                 libm.fesetround(FE_MODES[mode])
             got = run()
-            still = not float(torch.tensor([1e-40]) * 1.0) if mode == "flush to zero" else libm.fegetround() == FE_MODES[mode]
+            still = (
+                not float(torch.tensor([1e-40]) * 1.0)
+                if mode == "flush to zero"
+                else libm.fegetround() == FE_MODES[mode]
+            )
         finally:
             torch.set_flush_denormal(False)
             libm.fesetround(0)
     assert still
-    different = [i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if not torch.equal(a, b)]
+    different = [
+        i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if not torch.equal(a, b)
+    ]
     assert not different, different
 
 
@@ -350,7 +492,13 @@ def test_requests_of_any_integer_type(library, dtype):
     x = torch.randn(8, 16, 5)
     for is_map, is_threshold in itertools.product((False, True), (False, True)):
         bits = torch.randint(2, 9, (2, 4, 5)) if is_map else torch.tensor(3)
-        wanted = case(x, (4, 4), 1, Role.ERROR, **({"lsb": bits - 3} if is_threshold and dtype != torch.uint8 else {"bits": bits}))
+        wanted = case(
+            x,
+            (4, 4),
+            1,
+            Role.ERROR,
+            **({"lsb": bits - 3} if is_threshold and dtype != torch.uint8 else {"bits": bits}),
+        )
         expected = wanted.in_library(library)
         got = dataclasses.replace(wanted, request=wanted.request.to(dtype)).in_library(library)
         assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in FIELDS)
@@ -364,7 +512,13 @@ def refused(x=None, block_shape=(4, 4), axis=1, request=None, **options):
     x = torch.randn(8, 16, 5) if x is None else x
     settings = {**case(torch.randn(8, 16, 5), (4, 4), 1, Role.ERROR).options, **options}
     is_threshold = settings.pop("is_threshold", False)
-    return native.quantize(x, layout, torch.tensor(4) if request is None else request, is_threshold=is_threshold, **settings)
+    return native.quantize(
+        x,
+        layout,
+        torch.tensor(4) if request is None else request,
+        is_threshold=is_threshold,
+        **settings,
+    )
 
 
 META = torch.empty(8, 16, 5, device="meta")
@@ -378,11 +532,26 @@ META = torch.empty(8, 16, 5, device="meta")
         ({"x": META}, "meta"),
         ({"block_shape": (4, 3)}, r"block channels in \(1, 2, 4, 8, 16, 32\).*\(4, 3\)"),
         ({"block_shape": (4, 64)}, "block channels in"),
-        ({"codes": torch.empty(8, 16, 5, dtype=torch.uint8)}, "codes must be torch.uint8 .*channels innermost"),
-        ({"codes": torch.empty(8, 5, 16, dtype=torch.int8).movedim(-1, 1)}, "codes must be torch.uint8"),
-        ({"codes": META.to(torch.uint8).new_empty(8, 5, 16).movedim(-1, 1)}, "codes.* cpu|codes.* CPU|meta"),
-        ({"values": torch.empty(8, 5, 15, dtype=torch.bfloat16).movedim(-1, 1)}, "values must be torch.bfloat16"),
-        ({"values": META.to(torch.bfloat16).new_empty(8, 5, 16).movedim(-1, 1)}, "values.* cpu|values.* CPU|meta"),
+        (
+            {"codes": torch.empty(8, 16, 5, dtype=torch.uint8)},
+            "codes must be torch.uint8 .*channels innermost",
+        ),
+        (
+            {"codes": torch.empty(8, 5, 16, dtype=torch.int8).movedim(-1, 1)},
+            "codes must be torch.uint8",
+        ),
+        (
+            {"codes": META.to(torch.uint8).new_empty(8, 5, 16).movedim(-1, 1)},
+            "codes.* cpu|codes.* CPU|meta",
+        ),
+        (
+            {"values": torch.empty(8, 5, 15, dtype=torch.bfloat16).movedim(-1, 1)},
+            "values must be torch.bfloat16",
+        ),
+        (
+            {"values": META.to(torch.bfloat16).new_empty(8, 5, 16).movedim(-1, 1)},
+            "values.* cpu|values.* CPU|meta",
+        ),
         ({"request": torch.tensor(4, device="meta")}, "request.*meta|meta"),
         ({"request": torch.tensor(4.5)}, "float32"),
         ({"scope": "sample"}, "sample.*one row|refused.*sample"),
@@ -401,10 +570,19 @@ def test_refused_operands(arguments, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"codes": torch.zeros(4, 9, dtype=torch.uint8)}, r"codes must be torch.uint8 of shape \(4, 8\)"),
+        (
+            {"codes": torch.zeros(4, 9, dtype=torch.uint8)},
+            r"codes must be torch.uint8 of shape \(4, 8\)",
+        ),
         ({"codes": torch.zeros(4, 8, dtype=torch.uint8, device="meta")}, "codes|refused"),
-        ({"relative_exponents": torch.zeros(1, 3, dtype=torch.int8)}, r"relative_exponents must be .*\(1, 2\)"),
-        ({"relative_exponents": torch.zeros(1, 2, dtype=torch.int16)}, "relative_exponents must be .*torch.int16"),
+        (
+            {"relative_exponents": torch.zeros(1, 3, dtype=torch.int8)},
+            r"relative_exponents must be .*\(1, 2\)",
+        ),
+        (
+            {"relative_exponents": torch.zeros(1, 2, dtype=torch.int16)},
+            "relative_exponents must be .*torch.int16",
+        ),
         ({"headers": torch.zeros(1, 2, dtype=torch.int8)}, "headers must be"),
         ({"headers": torch.zeros(2, 2, dtype=torch.uint8)}, "headers must be"),
         ({"values": torch.zeros(4, 8)}, "values must be torch.bfloat16"),
@@ -415,10 +593,13 @@ def test_refused_operands(arguments, message):
 )
 def test_refused_codes(changed, message):
     arguments = {
-        "codes": torch.zeros(4, 8, dtype=torch.uint8), "relative_exponents": torch.zeros(1, 2, dtype=torch.int8),
-        "headers": torch.zeros(1, 2, dtype=torch.uint8), "largest_exponent": 0,
-        "layout": BlockLayout(shape=(4, 8), block_shape=(4, 4), channel_axis=1), "values": torch.zeros(4, 8, dtype=torch.bfloat16),
-    }  # fmt: skip
+        "codes": torch.zeros(4, 8, dtype=torch.uint8),
+        "relative_exponents": torch.zeros(1, 2, dtype=torch.int8),
+        "headers": torch.zeros(1, 2, dtype=torch.uint8),
+        "largest_exponent": 0,
+        "layout": BlockLayout(shape=(4, 8), block_shape=(4, 4), channel_axis=1),
+        "values": torch.zeros(4, 8, dtype=torch.bfloat16),
+    }
     with pytest.raises(ValueError, match=message):
         native.dequantize(**{**arguments, **changed})
 
@@ -444,18 +625,45 @@ def test_refused_results(values, bias, message):
 @pytest.mark.parametrize("input_shape", [[1, 8, 5, 5], [2, 8, 5, 6], [2, 4, 5, 5], [2, 8, 5]])
 def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
     # With a larger batch, PyTorch's convolutions would read what lies behind E.
-    geometry = LayerGeometry(kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    geometry = LayerGeometry(
+        kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
+    )
     plan = LayerPlan(geometry=geometry, mode=mode)
     bits, position = torch.tensor(5, dtype=torch.uint8), torch.tensor([3, 0, 5, 1])
     y, *kept = torch.ops.dynasty.layer_forward(
-        torch.randn(2, 8, 5, 5), torch.randn(12, 8, 3, 3), None, bits, bits, bits, position, [0, 0, 8, 8] * 3, plan.key, "",
-        True, True, True, torch.float32,
-    )  # fmt: skip
+        torch.randn(2, 8, 5, 5),
+        torch.randn(12, 8, 3, 3),
+        None,
+        bits,
+        bits,
+        bits,
+        position,
+        [0, 0, 8, 8] * 3,
+        plan.key,
+        "",
+        True,
+        True,
+        True,
+        torch.float32,
+    )
     with pytest.raises(ValueError, match=r"\(2, 12, 5, 5\)|zip"):
         torch.ops.dynasty.layer_backward(
-            torch.randn_like(y), kept[:5], kept[5:10], bits, position, [0, 0, 8, 8] * 3, plan.key, input_shape, torch.float32, False,
-            True, True, "", [kept[2], kept[7]], [],
-        )  # fmt: skip
+            torch.randn_like(y),
+            kept[:5],
+            kept[5:10],
+            bits,
+            position,
+            [0, 0, 8, 8] * 3,
+            plan.key,
+            input_shape,
+            torch.float32,
+            False,
+            True,
+            True,
+            "",
+            [kept[2], kept[7]],
+            [],
+        )
 
 
 def python(*arguments, seconds=HANG_S, **environment):
@@ -492,7 +700,10 @@ for x in (torch.randn(8, 64), torch.randn(8, 4, 30)):
 
 def test_no_call_crashes():
     done = python("-m", "tests.native.fuzz_calls", "--cases", "300")
-    assert done.returncode == 0, f"status {done.returncode} after {(done.stdout.splitlines() or ['nothing'])[-1]}: {done.stderr[-500:]}"
+    assert done.returncode == 0, (
+        f"status {done.returncode} after {(done.stdout.splitlines() or ['nothing'])[-1]}: "
+        f"{done.stderr[-500:]}"
+    )
     raised = int(done.stdout.splitlines()[-1].split()[2])
     assert raised > 100  # the fuzz does spoil calls
 
@@ -545,7 +756,9 @@ def results_with_kernels(tmp_path_factory):
 
 
 def test_without_a_compiler_one_warning_and_the_same_results(results_with_kernels, tmp_path):
-    done = python("-W", "always", "-c", RESULTS, CXX="no-such-compiler", DYNASTY_CACHE=str(tmp_path))
+    done = python(
+        "-W", "always", "-c", RESULTS, CXX="no-such-compiler", DYNASTY_CACHE=str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", results_with_kernels]
     assert done.stderr.count("several times slower") == 1, done.stderr
@@ -554,7 +767,15 @@ def test_without_a_compiler_one_warning_and_the_same_results(results_with_kernel
 
 
 def test_switched_off_without_a_word(results_with_kernels, tmp_path):
-    done = python("-W", "error", "-c", RESULTS, DYNASTY_NATIVE="0", CXX="no-such-compiler", DYNASTY_CACHE=str(tmp_path))
+    done = python(
+        "-W",
+        "error",
+        "-c",
+        RESULTS,
+        DYNASTY_NATIVE="0",
+        CXX="no-such-compiler",
+        DYNASTY_CACHE=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", results_with_kernels]
     assert not done.stderr
@@ -567,7 +788,9 @@ def stub(tmp_path, monkeypatch):
     folder = tmp_path / "sources"
     folder.mkdir()
     (folder / "shared.h").write_text("// The number.\n#define NUMBER 7\n")
-    (folder / "stub.cpp").write_text('#include "shared.h"\nextern "C" int number() { return NUMBER; }\n')
+    (folder / "stub.cpp").write_text(
+        '#include "shared.h"\nextern "C" int number() { return NUMBER; }\n'
+    )
     monkeypatch.setattr(native, "SOURCES", folder)
     return folder
 
@@ -597,7 +820,9 @@ def test_the_name_follows_sources_compiler_and_flags(stub, tmp_path, monkeypatch
         patch.setattr(native, "FLAGS", (*native.FLAGS, "-DNDEBUG"))
         seen.add(native.build(cache=cache))
     assert len(seen) == 6
-    assert sorted(p.name for p in cache.iterdir()) == sorted(p.name for p in seen)  # and nothing is left over
+    assert sorted(p.name for p in cache.iterdir()) == sorted(
+        p.name for p in seen
+    )  # and nothing is left over
 
 
 def test_the_cache_is_where_the_user_says(stub, tmp_path, monkeypatch):
@@ -648,7 +873,9 @@ def test_a_compiler_that_cannot_run(stub, tmp_path, monkeypatch):
 )
 def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compiling, told):
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/bash\nif [ "$1" = --version ]; then {version}; else {compiling or "exit 1"}; fi\n')
+    compiler.write_text(
+        f'#!/bin/bash\nif [ "$1" = --version ]; then {version}; else {compiling or "exit 1"}; fi\n'
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
@@ -663,15 +890,30 @@ def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compil
 @pytest.mark.parametrize(
     ("compiling", "told"),
     [
-        ("true", r"wrote no kernels\.so\nIf it is this compiler that cannot do it, name another in CXX"),
-        ("echo text > $output", r"does not load .*invalid ELF header.*\nSet DYNASTY_CACHE .*programs may run, or name a C\+\+ compiler"),
-        ("echo 'int f(){return 1;}' | g++ -shared -fPIC -xc++ - -o $output", r"does not load .*undefined symbol: dynasty_quantize"),
+        (
+            "true",
+            r"wrote no kernels\.so\nIf it is this compiler that cannot do it, name another in CXX",
+        ),
+        (
+            "echo text > $output",
+            r"does not load .*invalid ELF header.*\nSet DYNASTY_CACHE .*programs may run, or "
+            r"name a C\+\+ compiler",
+        ),
+        (
+            "echo 'int f(){return 1;}' | g++ -shared -fPIC -xc++ - -o $output",
+            r"does not load .*undefined symbol: dynasty_quantize",
+        ),
     ],
     ids=["nothing", "text", "another library"],
 )
-def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(tmp_path, monkeypatch, compiling, told):
+def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(
+    tmp_path, monkeypatch, compiling, told
+):
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/bash\n[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done; output=$2\n{compiling}\n')
+    compiler.write_text(
+        f'#!/bin/bash\n[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done; '
+        f"output=$2\n{compiling}\n"
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
@@ -688,7 +930,9 @@ def test_a_compiler_with_a_launcher_before_it(stub, tmp_path, monkeypatch):
 def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path))
     tmp_path.chmod(0o777)
-    with pytest.warns(UserWarning, match=r"(?s)several times slower.*other users can change what is in") as caught:
+    with pytest.warns(
+        UserWarning, match=r"(?s)several times slower.*other users can change what is in"
+    ) as caught:
         assert native._library.__wrapped__() is None
     assert "nstall g++" not in str(caught[0].message), "which would not help"
 
@@ -696,7 +940,9 @@ def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(stub, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", "/proc/nowhere"):
-        with pytest.raises(native.BuildError, match="set DYNASTY_CACHE to a folder that can be written"):
+        with pytest.raises(
+            native.BuildError, match="set DYNASTY_CACHE to a folder that can be written"
+        ):
             native.build(cache=folder)
         monkeypatch.setenv("DYNASTY_CACHE", str(folder))
         with pytest.warns(UserWarning, match="DYNASTY_CACHE"):
@@ -716,7 +962,8 @@ def test_a_broken_library_in_the_cache(stub, tmp_path, monkeypatch, content):
 def test_two_processes_build_at_once(stub, tmp_path):
     cache, go = tmp_path / "cache", tmp_path / "go"
     code = (
-        "import ctypes, sys, time; from pathlib import Path; from dynasty_lightning.numerics.backends import native\n"
+        "import ctypes, sys, time; from pathlib import Path; from "
+        "dynasty_lightning.numerics.backends import native\n"
         "native.SOURCES, cache, go = (Path(a) for a in sys.argv[1:])\n"
         "print('ready', flush=True)\n"
         "while not go.exists(): time.sleep(0.001)\n"
@@ -725,7 +972,15 @@ def test_two_processes_build_at_once(stub, tmp_path):
     command = [sys.executable, "-W", "error", "-c", code, str(stub), str(cache), str(go)]
     elsewhere = {**os.environ, "DYNASTY_CACHE": str(tmp_path / "elsewhere")}
     processes = [
-        subprocess.Popen(command, cwd=ROOT, env=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=elsewhere,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
     ]
     for process in processes:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
@@ -749,6 +1004,10 @@ def test_torch_path_where_there_is_no_kernel(monkeypatch):
     for axis, block in ((2, (4, 4)), (1, (4, 3))):
         wanted = case(x, block, axis, Role.ERROR, lsb=-1)
         assert not native.supports(wanted.layout)
-        got = quantize_blocks(x, wanted.layout, bits=None, lsb_exponent=wanted.request, **wanted.options)
-        expected = quantize_in_torch(x, wanted.layout, bits=None, lsb_exponent=wanted.request.int(), **wanted.options)
+        got = quantize_blocks(
+            x, wanted.layout, bits=None, lsb_exponent=wanted.request, **wanted.options
+        )
+        expected = quantize_in_torch(
+            x, wanted.layout, bits=None, lsb_exponent=wanted.request.int(), **wanted.options
+        )
         assert torch.equal(got.codes, expected.codes)

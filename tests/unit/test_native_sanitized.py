@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with random arguments: tests/native/fuzz.cpp."""
+"""The C++ kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with random
+arguments: tests/native/fuzz.cpp.
+"""
 
 import os
 import subprocess
@@ -15,8 +17,12 @@ HARNESS = Path(__file__).parents[1] / "native" / "fuzz.cpp"
 # Unoptimised: the intrinsics compile five times faster so, and sanitizers see every access.
 FLAGS = (
     *(flag for flag in native.FLAGS if flag not in ("-O3", "-shared", "-fPIC")),
-    "-O0", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
-)  # fmt: skip
+    "-O0",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined,float-cast-overflow",
+    "-fno-sanitize-recover=all",
+)
 CASES = {"vectors": 2000, "plain": 700}
 
 
@@ -38,12 +44,22 @@ def compiled(folder: Path, form: str) -> Path:
 
 
 def fuzz(binary: Path, cases: int, seed: int = 0) -> list[str]:
-    # Threads that wait spin otherwise; leaks are not what this looks for, and their search fails where processes may not be traced.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    # Threads that wait spin otherwise; leaks are not what this looks for, and their search fails
+    # where processes may not be traced.
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "passive",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     run = [str(binary), str(seed), str(cases)]
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S)
+    done = subprocess.run(
+        run, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S
+    )
     lines = done.stdout.splitlines()
-    assert done.returncode == 0, f"{binary.name}: status {done.returncode} after {lines[-2:]}\n{done.stderr[:3000]}"
+    assert done.returncode == 0, (
+        f"{binary.name}: status {done.returncode} after {lines[-2:]}\n{done.stderr[:3000]}"
+    )
     assert lines[-1] == "done"
     return lines[:-1]
 

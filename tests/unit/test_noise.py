@@ -1,4 +1,6 @@
-"""The noise table against an independent NumPy quantizer; the threshold rule against exhaustive search."""
+"""The noise table against an independent NumPy quantizer; the threshold rule against exhaustive
+search.
+"""
 
 import json
 import math
@@ -11,10 +13,22 @@ import torch
 
 from benchmarks import bench_noise
 from dynasty_lightning.numerics.roles import Role
-from dynasty_lightning.policy.noise import LSB_LIMIT, NOISE_PER_LSB, NOISE_TO_SIGNAL, THRESHOLD_OFFSET, ideal_lsb_exponent, noise_to_signal
+from dynasty_lightning.policy.noise import (
+    LSB_LIMIT,
+    NOISE_PER_LSB,
+    NOISE_TO_SIGNAL,
+    THRESHOLD_OFFSET,
+    ideal_lsb_exponent,
+    noise_to_signal,
+)
 
 RESULTS = json.loads((Path(bench_noise.ROOT) / "benchmarks" / "results" / "noise.json").read_text())
-NAMES = {(Role.ACTIVATION, False): "X relu", (Role.ACTIVATION, True): "X signed", (Role.WEIGHT, True): "W", (Role.ERROR, True): "E"}
+NAMES = {
+    (Role.ACTIVATION, False): "X relu",
+    (Role.ACTIVATION, True): "X signed",
+    (Role.WEIGHT, True): "W",
+    (Role.ERROR, True): "E",
+}
 
 
 def threshold(multiplier, price, harm, role):
@@ -22,7 +36,9 @@ def threshold(multiplier, price, harm, role):
     return ideal_lsb_exponent(multiplier, price, harm, role).ceil().to(torch.int16)
 
 
-def numpy_noise(x: np.ndarray, role: Role, signed: bool, bits: int, random: np.random.Generator) -> tuple[float, float]:
+def numpy_noise(
+    x: np.ndarray, role: Role, signed: bool, bits: int, random: np.random.Generator
+) -> tuple[float, float]:
     """NSR and kappa of blocks [count, elements], by docs/numerics.md."""
     peak = np.abs(x).max(1, keepdims=True)
     exponent = np.frexp(peak)[1] - 1
@@ -50,9 +66,13 @@ def test_table_measured_again(block_shape, role, signed):
     for bits in range(2, 9):
         nsr, kappa = numpy_noise(x, role, signed, bits, random)
         # 16x16 at few bits: a thousand blocks, each off by its own scale and peak.
-        assert nsr == pytest.approx(noise_to_signal(role, bits, signed=signed, block_shape=block_shape), rel=0.03), bits
+        assert nsr == pytest.approx(
+            noise_to_signal(role, bits, signed=signed, block_shape=block_shape), rel=0.03
+        ), bits
         if bits >= 4:
-            assert kappa == pytest.approx(NOISE_PER_LSB[role] * (1 if signed else 0.5), rel=0.05), bits
+            assert kappa == pytest.approx(NOISE_PER_LSB[role] * (1 if signed else 0.5), rel=0.05), (
+                bits
+            )
 
 
 def test_constants_are_the_benchmarks():
@@ -61,12 +81,17 @@ def test_constants_are_the_benchmarks():
             measured = RESULTS["noise"]["x".join(map(str, block_shape))][NAMES[role, signed]]
             assert values == pytest.approx([measured[str(b)]["nsr"] for b in range(2, 9)], rel=1e-3)
             assert all(a > b for a, b in pairwise(values))
-    assert {r.letter: o for r, o in THRESHOLD_OFFSET.items()} == {k: v["offset"] for k, v in RESULTS["offsets"].items()}
+    assert {r.letter: o for r, o in THRESHOLD_OFFSET.items()} == {
+        k: v["offset"] for k, v in RESULTS["offsets"].items()
+    }
 
 
 def test_offsets_measured_again():
     for role in Role:
-        regrets = [bench_noise.study(bench_noise.sweep(k, (4, 4), 4096, 1.5, seed=7))["regret"] for k in bench_noise.DECIDING[role]]
+        regrets = [
+            bench_noise.study(bench_noise.sweep(k, (4, 4), 4096, 1.5, seed=7))["regret"]
+            for k in bench_noise.DECIDING[role]
+        ]
         mean = np.mean([r.mean(1) for r in regrets], axis=0)
         at = int(np.abs(bench_noise.OFFSETS - THRESHOLD_OFFSET[role]).argmin())
         assert mean[at] < mean.min() + 0.003, role
@@ -100,12 +125,15 @@ def test_threshold_at_the_ends():
     assert t[1:4].tolist() == [76, 1, -62]
     assert t[4] == -LSB_LIMIT
     for lambda_, price in ((0.0, 1.0), (1.0, 0.0)):
-        assert threshold(lambda_, price, harm, Role.ERROR).tolist() == [LSB_LIMIT, *[-LSB_LIMIT] * 4]
+        assert threshold(lambda_, price, harm, Role.ERROR).tolist() == [
+            LSB_LIMIT,
+            *[-LSB_LIMIT] * 4,
+        ]
     # Products beyond float64.
     assert threshold(1e300, 1e300, torch.ones(1), Role.WEIGHT) == LSB_LIMIT
-    assert threshold(1e-300, 1e-300, torch.full((1,), 5e-324, dtype=torch.float64), Role.WEIGHT) == math.ceil(
-        (math.log2(1e-300) * 2 + 1074) / 2 + 1
-    )
+    assert threshold(
+        1e-300, 1e-300, torch.full((1,), 5e-324, dtype=torch.float64), Role.WEIGHT
+    ) == math.ceil((math.log2(1e-300) * 2 + 1074) / 2 + 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle itself: cases worked by hand from docs/numerics.md, and torch on integers, where every sum is exact."""
+"""The oracle itself: cases worked by hand from docs/numerics.md, and torch on integers, where every
+sum is exact.
+"""
 
 import math
 from fractions import Fraction
@@ -19,7 +21,12 @@ def row(*values):
 def quantize_row(values, role, **options):
     """One block, or one a pair where `block` says so; every list read in order."""
     q = oracle.quantize(row(*values), role, block=options.pop("block", (1, len(values))), **options)
-    return q.mantissas[0].tolist(), q.scale_exponents[0].tolist(), q.bits[0].tolist(), q.signed[0].tolist()
+    return (
+        q.mantissas[0].tolist(),
+        q.scale_exponents[0].tolist(),
+        q.bits[0].tolist(),
+        q.signed[0].tolist(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,19 +71,25 @@ def test_stochastic_rounding_takes_the_stated_numbers():
     values = [1.0, 0.3, -0.3, -0.7]
     scale = -2  # p = 3, 4 LSBs
     noise = [Fraction(2 * oracle.stream_number(i, 2, **stream) + 1, 1 << 17) for i in range(4)]
-    want = [math.floor(Fraction(float(np.float32(v))) * 4 + n) for v, n in zip(values, noise, strict=True)]
+    want = [
+        math.floor(Fraction(float(np.float32(v))) * 4 + n)
+        for v, n in zip(values, noise, strict=True)
+    ]
     assert quantize_row(values, "E", bits=4, stream=stream)[:2] == (want, [scale])
 
 
 @pytest.mark.parametrize(("threshold", "depth"), [(2, 1), (3, 2), (4, 3), (9, 3)])
 def test_drop_depth_and_scale(threshold, depth):
-    # amax = 1, e = 0, u = -threshold. A block each: the kept ones are those whose number is below 2**(16 - d).
+    # amax = 1, e = 0, u = -threshold. A block each: the kept ones are those whose number is below
+    # 2**(16 - d).
     x = np.ones((1, 200), np.float32)
     q = oracle.quantize(x, "E", lsb=threshold, block=(1, 1))
     for i in range(200):
         kept = oracle.stream_number(i, 10) < 2 ** (16 - depth)
         y = Fraction(2**depth, 2**threshold)  # LSB 2**T: 2**d is at most 2**(T - 1)
-        mantissa = math.floor(y + Fraction(2 * oracle.stream_number(i, 2) + 1, 1 << 17)) if kept else 0
+        mantissa = (
+            math.floor(y + Fraction(2 * oracle.stream_number(i, 2) + 1, 1 << 17)) if kept else 0
+        )
         assert q.values[0, i] == mantissa * 2**threshold
         assert q.bits[0, i] == (2 if mantissa else 0)
 
@@ -84,7 +97,8 @@ def test_drop_depth_and_scale(threshold, depth):
 def test_an_error_just_below_its_threshold_is_kept():
     # u = -1: two bits, p = 1, LSB 1, finer than the 2**1 asked for.
     assert quantize_row([1.0, 0.0], "E", lsb=1) == ([1, 0], [0], [2], [True])
-    # u = 2: 1.75 just fits 7 LSBs of 1/4. 1.76 does not and gets a bit more, 15 LSBs of 1/8, which 1.9 does not fit.
+    # u = 2: 1.75 just fits 7 LSBs of 1/4. 1.76 does not and gets a bit more, 15 LSBs of 1/8, which
+    # 1.9 does not fit.
     assert quantize_row([1.75, 0.0], "E", lsb=-2)[1:3] == ([-2], [4])
     assert quantize_row([1.76, 0.0], "E", lsb=-2)[1:3] == ([-3], [5])
     assert quantize_row([1.9, 0.0], "E", lsb=-2)[1:3] == ([-2], [5])
@@ -100,7 +114,8 @@ def test_width_group_leaves_zero_blocks_zero():
 
 
 def test_window():
-    # M = 0. Signed blocks keep an LSB of 2**-14 or coarser, unsigned ones 2**-15; what is below half an LSB vanishes.
+    # M = 0. Signed blocks keep an LSB of 2**-14 or coarser, unsigned ones 2**-15; what is below
+    # half an LSB vanishes.
     x = row(1.0, 2.0**-9, 2.0**-15, 2.0**-16, 2.0**-17)
     q = oracle.quantize(x, "X", bits=8, block=(1, 1))
     assert q.scale_exponents[0].tolist() == [-7, -15, -15, 0, 0]
@@ -135,7 +150,9 @@ def test_rounding_to_float32_equals_numpy():
     g = np.random.default_rng(0)
     values = np.ldexp(g.uniform(-1, 1, 2000), g.integers(-155, 130, 2000))
     with np.errstate(over="ignore", under="ignore"):
-        np.testing.assert_array_equal([oracle.to_float32(Fraction(v)) for v in values.tolist()], values.astype(np.float32))
+        np.testing.assert_array_equal(
+            [oracle.to_float32(Fraction(v)) for v in values.tolist()], values.astype(np.float32)
+        )
 
 
 def fractions(t):
@@ -154,10 +171,20 @@ def fractions(t):
 def test_convolutions_of_integers_equal_torch(shape, weight, stride, padding, dilation, groups):
     x = torch.randint(-9, 10, shape).double().requires_grad_()
     w = torch.randint(-9, 10, weight).double().requires_grad_()
-    y = [F.conv1d, F.conv2d, F.conv3d][len(stride) - 1](x, w, None, stride, padding, dilation, groups)
+    y = [F.conv1d, F.conv2d, F.conv3d][len(stride) - 1](
+        x, w, None, stride, padding, dilation, groups
+    )
     e = torch.randint(-9, 10, y.shape).double()
     y.backward(e)
-    got = oracle.conv_gemms(fractions(x.detach()), fractions(w.detach()), fractions(e), stride, padding, dilation, groups)
+    got = oracle.conv_gemms(
+        fractions(x.detach()),
+        fractions(w.detach()),
+        fractions(e),
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
     for mine, theirs in zip(got, (y.detach(), x.grad, w.grad), strict=True):
         np.testing.assert_array_equal(mine.astype(float), theirs.numpy())
 
@@ -176,5 +203,10 @@ def test_linear_of_integers_equals_torch():
 def test_grouped_weights_become_a_block_diagonal_matrix_and_back():
     w = np.arange(1, 13, dtype=np.float32).reshape(4, 3, 1)
     full = oracle.embed_groups(w, 2)
-    assert full[:, :, 0].tolist() == [[1, 2, 3, 0, 0, 0], [4, 5, 6, 0, 0, 0], [0, 0, 0, 7, 8, 9], [0, 0, 0, 10, 11, 12]]
+    assert full[:, :, 0].tolist() == [
+        [1, 2, 3, 0, 0, 0],
+        [4, 5, 6, 0, 0, 0],
+        [0, 0, 0, 7, 8, 9],
+        [0, 0, 0, 10, 11, 12],
+    ]
     np.testing.assert_array_equal(oracle.extract_groups(full, 2, 3), w)

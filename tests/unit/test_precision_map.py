@@ -15,7 +15,13 @@ from torch import nn
 
 from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.maps import precision_map as module
-from dynasty_lightning.maps.precision_map import BitWidthMap, ModelStructure, PrecisionMap, model_structure, structure_hash
+from dynasty_lightning.maps.precision_map import (
+    BitWidthMap,
+    ModelStructure,
+    PrecisionMap,
+    model_structure,
+    structure_hash,
+)
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.numerics.formats import BlockFormat
 from dynasty_lightning.numerics.geometry import LayerGeometry
@@ -25,8 +31,17 @@ from dynasty_lightning.numerics.roles import Role
 
 X, W, E = Role
 LAYERS = {
-    "stem": LayerGeometry(kind="conv", weight_shape=(8, 3, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)),
-    "depth": LayerGeometry(kind="conv", weight_shape=(8, 1, 3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=8),
+    "stem": LayerGeometry(
+        kind="conv", weight_shape=(8, 3, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1)
+    ),
+    "depth": LayerGeometry(
+        kind="conv",
+        weight_shape=(8, 1, 3, 3),
+        stride=(2, 2),
+        padding=(1, 1),
+        dilation=(1, 1),
+        groups=8,
+    ),
     "head": LayerGeometry(kind="linear", weight_shape=(10, 18)),
 }
 STRUCTURE = ModelStructure(layers=LAYERS)
@@ -38,11 +53,16 @@ def example() -> PrecisionMap:
         entries={
             "stem": {
                 X: OperandPrecision(lsb_exponent=torch.arange(-8, 8).view(1, 1, 4, 4)),
-                W: OperandPrecision(lsb_exponent=torch.randint(-9, 9, (2, 1, 3, 3)), least_bits=2, most_bits=6),
+                W: OperandPrecision(
+                    lsb_exponent=torch.randint(-9, 9, (2, 1, 3, 3)), least_bits=2, most_bits=6
+                ),
                 E: OperandPrecision(bits=torch.tensor([0, 2, 3, 4, 5, 6, 7, 8]).view(1, 2, 2, 2)),
             },
             "depth": {X: OperandPrecision(lsb_exponent=-3, least_bits=2, backward_bits=3)},
-            "head": {W: OperandPrecision(bits=torch.randint(2, 9, (3, 5))), X: OperandPrecision(bits=5, backward_bits=2)},
+            "head": {
+                W: OperandPrecision(bits=torch.randint(2, 9, (3, 5))),
+                X: OperandPrecision(bits=5, backward_bits=2),
+            },
         },
     )
 
@@ -78,8 +98,14 @@ def test_equals_and_to():
     a = OperandPrecision(lsb_exponent=torch.tensor([1, 2]), least_bits=2, most_bits=5)
     assert a.equals(a.to("cpu"))
     assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([1, 2]), least_bits=2))
-    assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([[1, 2]]), least_bits=2, most_bits=5))
-    assert not a.equals(OperandPrecision(lsb_exponent=torch.tensor([1, 2]), least_bits=2, most_bits=5, backward_bits=2))
+    assert not a.equals(
+        OperandPrecision(lsb_exponent=torch.tensor([[1, 2]]), least_bits=2, most_bits=5)
+    )
+    assert not a.equals(
+        OperandPrecision(
+            lsb_exponent=torch.tensor([1, 2]), least_bits=2, most_bits=5, backward_bits=2
+        )
+    )
     assert not OperandPrecision(bits=2).equals(OperandPrecision(lsb_exponent=2))
 
 
@@ -147,14 +173,18 @@ def test_empty_map(tmp_path):
 
 def test_one_request_for_two_operands_is_saved(tmp_path):
     shared = OperandPrecision(bits=torch.tensor([[4]]))
-    PrecisionMap(structure=STRUCTURE, entries={"head": {X: shared, W: shared}}).save(tmp_path / "map")
+    PrecisionMap(structure=STRUCTURE, entries={"head": {X: shared, W: shared}}).save(
+        tmp_path / "map"
+    )
     assert set(PrecisionMap.load(tmp_path / "map").entries["head"]) == {X, W}
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a.b/X", "Schicht ü"])
 def test_layer_names_of_any_form(tmp_path, name):
     structure = ModelStructure(layers={name: LAYERS["head"]})
-    original = PrecisionMap(structure=structure, entries={name: {E: OperandPrecision(lsb_exponent=-3)}})
+    original = PrecisionMap(
+        structure=structure, entries={name: {E: OperandPrecision(lsb_exponent=-3)}}
+    )
     original.save(tmp_path / "map")
     assert same(original, PrecisionMap.load(tmp_path / "map", structure))
 
@@ -163,10 +193,14 @@ def test_hash_depends_on_contents_not_on_order():
     a = example()
     reordered = {n: dict(reversed(a.entries[n].items())) for n in reversed(a.entries)}
     layers = dict(reversed(LAYERS.items()))
-    assert PrecisionMap(structure=ModelStructure(layers=layers), entries=reordered).hash() == a.hash()
+    assert (
+        PrecisionMap(structure=ModelStructure(layers=layers), entries=reordered).hash() == a.hash()
+    )
 
     def one(**arguments):
-        return PrecisionMap(structure=STRUCTURE, entries={"head": {X: OperandPrecision(**arguments)}}).hash()
+        return PrecisionMap(
+            structure=STRUCTURE, entries={"head": {X: OperandPrecision(**arguments)}}
+        ).hash()
 
     row = torch.tensor([[4]])
     hashes = [
@@ -202,7 +236,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_written_files_have_ordinary_permissions(tmp_path):
     example().save(tmp_path / "map")
     (tmp_path / "plain").touch()
-    assert stat.S_IMODE((tmp_path / "map").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "map").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )
 
 
 # Shapes
@@ -226,7 +262,9 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     ],
 )
 def test_maps_that_fit(layer, role, shape):
-    PrecisionMap(structure=STRUCTURE, entries={layer: {role: OperandPrecision(bits=torch.full(shape, 4))}})
+    PrecisionMap(
+        structure=STRUCTURE, entries={layer: {role: OperandPrecision(bits=torch.full(shape, 4))}}
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,17 +284,25 @@ def test_maps_that_fit(layer, role, shape):
 )
 def test_maps_that_do_not_fit(layer, role, shape):
     precision = OperandPrecision(bits=torch.full(shape, 4))
-    with pytest.raises(ValueError, match=rf"'{layer}' {role.letter} has shape .*does not fit its grid"):
+    with pytest.raises(
+        ValueError, match=rf"'{layer}' {role.letter} has shape .*does not fit its grid"
+    ):
         PrecisionMap(structure=STRUCTURE, entries={layer: {role: precision}})
 
 
 def test_an_error_has_no_backward_of_its_own():
-    with pytest.raises(ValueError, match="'head' E has backward_bits 3: only X and W take fewer than 8"):
-        PrecisionMap(structure=STRUCTURE, entries={"head": {E: OperandPrecision(bits=4, backward_bits=3)}})
+    with pytest.raises(
+        ValueError, match="'head' E has backward_bits 3: only X and W take fewer than 8"
+    ):
+        PrecisionMap(
+            structure=STRUCTURE, entries={"head": {E: OperandPrecision(bits=4, backward_bits=3)}}
+        )
 
 
 def test_unknown_layer():
-    with pytest.raises(ValueError, match="layer 'body' is not in the model, which has stem, depth, head"):
+    with pytest.raises(
+        ValueError, match="layer 'body' is not in the model, which has stem, depth, head"
+    ):
         PrecisionMap(structure=STRUCTURE, entries={"body": {X: OperandPrecision(bits=4)}})
 
 
@@ -266,13 +312,35 @@ def test_unknown_layer():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (ModelStructure(layers=LAYERS, block_shape=(8, 8)), r"made for blocks \(4, 4\).*this model has \(8, 8\)"),
-        (ModelStructure(layers=LAYERS, width_group=(16, 16)), r"use DynastyPrecision\(block_shape=\(4, 4\), width_group=None\)"),
-        (ModelStructure(layers={n: g for n, g in LAYERS.items() if n != "depth"}), "layer 'depth' is .* and not there in this model"),
-        (ModelStructure(layers=LAYERS | {"tail": LAYERS["head"]}), "layer 'tail' is not there in it"),
+        (
+            ModelStructure(layers=LAYERS, block_shape=(8, 8)),
+            r"made for blocks \(4, 4\).*this model has \(8, 8\)",
+        ),
+        (
+            ModelStructure(layers=LAYERS, width_group=(16, 16)),
+            r"use DynastyPrecision\(block_shape=\(4, 4\), width_group=None\)",
+        ),
+        (
+            ModelStructure(layers={n: g for n, g in LAYERS.items() if n != "depth"}),
+            "layer 'depth' is .* and not there in this model",
+        ),
+        (
+            ModelStructure(layers=LAYERS | {"tail": LAYERS["head"]}),
+            "layer 'tail' is not there in it",
+        ),
         *(
-            (ModelStructure(layers=LAYERS | {"stem": dataclasses.replace(LAYERS["stem"], **change)}), "another model: layer 'stem'")
-            for change in ({"weight_shape": (8, 4, 3, 3)}, {"stride": (2, 1)}, {"padding": (0, 0)}, {"dilation": (1, 2)})
+            (
+                ModelStructure(
+                    layers=LAYERS | {"stem": dataclasses.replace(LAYERS["stem"], **change)}
+                ),
+                "another model: layer 'stem'",
+            )
+            for change in (
+                {"weight_shape": (8, 4, 3, 3)},
+                {"stride": (2, 1)},
+                {"padding": (0, 0)},
+                {"dilation": (1, 2)},
+            )
         ),
     ],
 )
@@ -284,7 +352,9 @@ def test_map_of_another_model(tmp_path, other, message):
 
 
 def test_structure_of_a_converted_model(tmp_path):
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)
+    )
     with pytest.raises(ValueError, match="Sequential has no converted layer: convert it first"):
         model_structure(net)
     convert(net, width_group=(8, 8))
@@ -296,7 +366,9 @@ def test_structure_of_a_converted_model(tmp_path):
     PrecisionMap(structure=structure).save(tmp_path / "map")
     PrecisionMap.load(tmp_path / "map", net)
     with pytest.raises(ValueError, match="'stem' is not there in it"):
-        PrecisionMap.load(tmp_path / "map", ModelStructure(layers=LAYERS | structure.layers, width_group=(8, 8)))
+        PrecisionMap.load(
+            tmp_path / "map", ModelStructure(layers=LAYERS | structure.layers, width_group=(8, 8))
+        )
 
 
 def test_structure_of_odd_models():
@@ -330,7 +402,17 @@ def test_missing_file(tmp_path):
         PrecisionMap.load(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"not a map at all", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0[]", b"\x04\0\0\0\0\0\0\0null"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        b"not a map at all",
+        b"\xff" * 64,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\x04\0\0\0\0\0\0\0null",
+    ],
+)
 def test_not_safetensors(tmp_path, content):
     (tmp_path / "map").write_bytes(content)
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
@@ -356,14 +438,19 @@ def test_truncated(saved):
 
 def test_flipped_bytes(saved):
     data = saved.read_bytes()
-    flips = [(i, 0xFF) for i in range(0, len(data), 5)] + [(i, 1 << (i % 8)) for i in range(0, len(data), 3)]
+    flips = [(i, 0xFF) for i in range(0, len(data), 5)] + [
+        (i, 1 << (i % 8)) for i in range(0, len(data), 3)
+    ]
     for position, mask in flips:
         damaged = bytearray(data)
         damaged[position] ^= mask
         saved.write_bytes(damaged)
         with pytest.raises(ValueError) as caught:
             PrecisionMap.load(saved)
-        assert type(caught.value) in (ValueError, DamagedFile)  # a sentence of ours, not a UnicodeDecodeError
+        assert type(caught.value) in (
+            ValueError,
+            DamagedFile,
+        )  # a sentence of ours, not a UnicodeDecodeError
         assert str(saved) in str(caught.value)
 
 
@@ -392,28 +479,53 @@ def rewrite(path: Path, change, tensors=None) -> None:
             lambda h: h["structure"]["layers"]["head"].update(groups=0),
             r"layer 'head': groups must be a whole number in \[1, 4194304\], not 0",
         ),
-        (lambda h: h["structure"]["layers"]["head"].update(kind="rnn"), "layer 'head': kind must be one of linear, conv, not 'rnn'"),
-        (lambda h: h["structure"]["layers"]["head"].update(weight_shape="ab"), "layer 'head': weight_shape must be a list"),
-        (lambda h: h["structure"]["layers"]["head"].update(weight_shape=[10, 0]), "layer 'head': weight_shape must be a list"),
-        (lambda h: h["structure"]["layers"]["head"].update(color=1), "layer 'head' has the unknown key 'color'"),
+        (
+            lambda h: h["structure"]["layers"]["head"].update(kind="rnn"),
+            "layer 'head': kind must be one of linear, conv, not 'rnn'",
+        ),
+        (
+            lambda h: h["structure"]["layers"]["head"].update(weight_shape="ab"),
+            "layer 'head': weight_shape must be a list",
+        ),
+        (
+            lambda h: h["structure"]["layers"]["head"].update(weight_shape=[10, 0]),
+            "layer 'head': weight_shape must be a list",
+        ),
+        (
+            lambda h: h["structure"]["layers"]["head"].update(color=1),
+            "layer 'head' has the unknown key 'color'",
+        ),
         (lambda h: h["structure"].update(block_shape=[3, 3]), "block_shape must be one of"),
-        (lambda h: h["structure"].update(block_shape=4), "the structure: block_shape must be a list"),
+        (
+            lambda h: h["structure"].update(block_shape=4),
+            "the structure: block_shape must be a list",
+        ),
         (lambda h: h.pop("limits"), "do not belong together"),
         (lambda h: h["limits"].pop("head/W"), "do not belong together"),
         (lambda h: h["limits"].update({"head/W": [0, 9]}), "most_bits must be 0"),
         (lambda h: h["limits"].update({"head/W": [1, 8]}), "least_bits must be 0"),
-        (lambda h: h["limits"].update({"head/W": [5, 4]}), "least_bits 5 must not exceed most_bits 4"),
+        (
+            lambda h: h["limits"].update({"head/W": [5, 4]}),
+            "least_bits 5 must not exceed most_bits 4",
+        ),
         (lambda h: h["limits"].update({"head/W": 4}), "head/W/bits"),
         (lambda h: h["limits"].update({"head/W": [0, 8, 1]}), "backward_bits must be 0"),
-        (lambda h: h["limits"].update({"head/W": [0, 8, 4, 99]}), "head/W/bits: its limits must be"),
+        (
+            lambda h: h["limits"].update({"head/W": [0, 8, 4, 99]}),
+            "head/W/bits: its limits must be",
+        ),
         (lambda h: h["limits"].update({"head/W": ["2", "8"]}), "least_bits must be 0"),
         # Indices of its W would take gigabytes.
         (
-            lambda h: h["structure"]["layers"]["depth"].update(weight_shape=[10**8, 1, 3, 3], groups=10**8),
+            lambda h: h["structure"]["layers"]["depth"].update(
+                weight_shape=[10**8, 1, 3, 3], groups=10**8
+            ),
             "weight_shape must be a list",
         ),
         (
-            lambda h: h["structure"]["layers"]["depth"].update(stride=[1] * 10**5, weight_shape=[8] * 10**5),
+            lambda h: h["structure"]["layers"]["depth"].update(
+                stride=[1] * 10**5, weight_shape=[8] * 10**5
+            ),
             "a list of 2 to 5 whole numbers",
         ),
         (lambda h: h.update(version=True), "format version True"),
@@ -437,8 +549,17 @@ def test_wrong_headers(saved, change, message):
         ({"header": "{}", "tensors": {1: torch.zeros(2)}}, "tensors must be an object"),
         ({"header": "{}", "tensors": [(1, 2)]}, "tensors must be an object"),
         ({"header": "{}", "tensors": {"a/X/bits": [8]}}, "here: a/X/bits is a list"),
-        ({"header": "{}", "tensors": {"a/X/bits": torch.zeros(2, dtype=torch.bfloat16)}}, "a/X/bits is torch.bfloat16"),
-        ({"header": "{}", "tensors": {"a/X/bits": torch.zeros(2, dtype=torch.uint8).to_sparse()}}, "torch.uint8 .torch.sparse_coo."),
+        (
+            {"header": "{}", "tensors": {"a/X/bits": torch.zeros(2, dtype=torch.bfloat16)}},
+            "a/X/bits is torch.bfloat16",
+        ),
+        (
+            {
+                "header": "{}",
+                "tensors": {"a/X/bits": torch.zeros(2, dtype=torch.uint8).to_sparse()},
+            },
+            "torch.uint8 .torch.sparse_coo.",
+        ),
         ({"header": "[" * 100_000, "tensors": {}}, "here: the map's header is not JSON"),
         ({"header": "[1]", "tensors": {}}, "here holds"),
     ],
@@ -451,12 +572,24 @@ def test_states_that_are_none(state, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("body/X/bits", torch.tensor(4, dtype=torch.uint8), "layer 'body', which the model lacks; it has stem, depth, head"),
+        (
+            "body/X/bits",
+            torch.tensor(4, dtype=torch.uint8),
+            "layer 'body', which the model lacks; it has stem, depth, head",
+        ),
         ("head/Q/bits", torch.tensor(4, dtype=torch.uint8), "a role is written X"),
         ("head/E/width", torch.tensor(4, dtype=torch.uint8), "head/E/width is torch.uint8"),
-        ("head/E/bits", torch.tensor(4, dtype=torch.int16), "head/E/bits is torch.int16; a map holds"),
+        (
+            "head/E/bits",
+            torch.tensor(4, dtype=torch.int16),
+            "head/E/bits is torch.int16; a map holds",
+        ),
         ("head/E/bits", torch.tensor(4.0), "head/E/bits is torch.float32"),
-        ("head/E/lsb_exponent", torch.tensor(4, dtype=torch.uint8), "head/E/lsb_exponent is torch.uint8"),
+        (
+            "head/E/lsb_exponent",
+            torch.tensor(4, dtype=torch.uint8),
+            "head/E/lsb_exponent is torch.uint8",
+        ),
         ("head/E/bits", torch.tensor(1, dtype=torch.uint8), "bits must be 0 .* not 1"),
         ("head/E/bits", torch.tensor(9, dtype=torch.uint8), "bits must be 0 .* not 9"),
         ("head/E/lsb_exponent", torch.tensor(5000, dtype=torch.int16), "must lie in"),
@@ -466,14 +599,23 @@ def test_states_that_are_none(state, message):
 )
 def test_wrong_tensors(saved, key, value, message):
     operand = key.rpartition("/")[0]
-    rewrite(saved, lambda h: h["limits"].update({operand: [0, 8]}), example()._tensors() | {key: value})
+    rewrite(
+        saved, lambda h: h["limits"].update({operand: [0, 8]}), example()._tensors() | {key: value}
+    )
     with pytest.raises(ValueError, match=message) as caught:
         PrecisionMap.load(saved)
     assert str(saved) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "state", [{}, {"header": "{}"}, {"header": 3, "tensors": {}}, {"header": "{}", "tensors": 5}, {"header": "[", "tensors": {}}]
+    "state",
+    [
+        {},
+        {"header": "{}"},
+        {"header": 3, "tensors": {}},
+        {"header": "{}", "tensors": 5},
+        {"header": "[", "tensors": {}},
+    ],
 )
 def test_wrong_states(state):
     with pytest.raises(ValueError, match="the checkpoint"):
@@ -487,7 +629,10 @@ def snapshot() -> BitWidthMap:
     return BitWidthMap(
         structure=STRUCTURE,
         bits={
-            "stem": {X: torch.tensor([0, 2, 8, 8], dtype=torch.uint8).view(4, 1, 1, 1), W: torch.full((2, 1, 3, 3), 4, dtype=torch.uint8)},
+            "stem": {
+                X: torch.tensor([0, 2, 8, 8], dtype=torch.uint8).view(4, 1, 1, 1),
+                W: torch.full((2, 1, 3, 3), 4, dtype=torch.uint8),
+            },
             "head": {X: torch.full((1, 5), 3, dtype=torch.uint8)},
         },
     )
@@ -506,9 +651,18 @@ def test_bit_width_map_round_trip(tmp_path):
     original = snapshot()
     original.save(tmp_path / "widths")
     loaded = BitWidthMap.load(tmp_path / "widths", STRUCTURE)
-    assert {n: set(r) for n, r in loaded.bits.items()} == {n: set(r) for n, r in original.bits.items()}
-    assert all(torch.equal(g, loaded.bits[n][r]) for n, roles in original.bits.items() for r, g in roles.items())
-    with pytest.raises(ValueError, match="holds 'dynasty-lightning/bit-width-map', not 'dynasty-lightning/precision-map'"):
+    assert {n: set(r) for n, r in loaded.bits.items()} == {
+        n: set(r) for n, r in original.bits.items()
+    }
+    assert all(
+        torch.equal(g, loaded.bits[n][r])
+        for n, roles in original.bits.items()
+        for r, g in roles.items()
+    )
+    with pytest.raises(
+        ValueError,
+        match="holds 'dynasty-lightning/bit-width-map', not 'dynasty-lightning/precision-map'",
+    ):
         PrecisionMap.load(tmp_path / "widths")
     with pytest.raises(ValueError, match="another model"):
         BitWidthMap.load(tmp_path / "widths", ModelStructure(layers={"head": LAYERS["head"]}))
@@ -527,7 +681,9 @@ def test_bit_width_map_round_trip(tmp_path):
 )
 def test_bad_bit_width_maps(tmp_path, key, value, message):
     path = tmp_path / "widths"
-    module._write(path, {key: value}, module._render_header("dynasty-lightning/bit-width-map", STRUCTURE))
+    module._write(
+        path, {key: value}, module._render_header("dynasty-lightning/bit-width-map", STRUCTURE)
+    )
     with pytest.raises(ValueError, match=message) as caught:
         BitWidthMap.load(path)
     assert str(path) in str(caught.value)

@@ -1,4 +1,6 @@
-"""The quantizer against the oracle: exhaustively on small blocks, at random over everything else; the kernels and pure torch alike."""
+"""The quantizer against the oracle: exhaustively on small blocks, at random over everything else;
+the kernels and pure torch alike.
+"""
 
 import itertools
 import math
@@ -21,7 +23,11 @@ from tests import oracle
 @pytest.fixture(scope="module", autouse=True)
 def libraries():
     """None is pure torch."""
-    LIBRARIES.update(torch=None, vectors=native.load(native.build()), plain=native.load(native.build(plain_lanes=True)))
+    LIBRARIES.update(
+        torch=None,
+        vectors=native.load(native.build()),
+        plain=native.load(native.build(plain_lanes=True)),
+    )
 
 
 LIBRARIES = {}
@@ -31,32 +37,53 @@ def check(x, role, **options):
     """Package and oracle agree on every field, whatever computes it."""
     stream = options.pop("stream", {})
     expected = oracle.quantize(
-        x.numpy(), role.letter, block=options.get("block_shape", (4, 4)), axis=options.get("channel_axis", 1), bits=options.get("bits"),
-        lsb=options.get("lsb_exponent"), least=options.get("least_bits", 0), most=options.get("most_bits", 8),
-        group=options.get("width_group"), scope=options.get("scope", "tensor"), stream=stream,
+        x.numpy(),
+        role.letter,
+        block=options.get("block_shape", (4, 4)),
+        axis=options.get("channel_axis", 1),
+        bits=options.get("bits"),
+        lsb=options.get("lsb_exponent"),
+        least=options.get("least_bits", 0),
+        most=options.get("most_bits", 8),
+        group=options.get("width_group"),
+        scope=options.get("scope", "tensor"),
+        stream=stream,
         nearest=None if options.get("rounding") is None else options["rounding"] == "nearest",
-    )  # fmt: skip
-    options = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    )
+    options = {
+        k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()
+    }
     for name, library in LIBRARIES.items():
         with mock.patch.object(native, "_library", lambda library=library: library):
             assert native.available() == (name != "torch")
             got = quantize(x, role=role, stream=StreamPosition(**stream), **options)
         for field in ("occupied", "bits", "scale_exponents", "signed", "mantissas"):
-            np.testing.assert_array_equal(getattr(got, field).numpy(), getattr(expected, field), err_msg=f"{field} of {name}")
+            np.testing.assert_array_equal(
+                getattr(got, field).numpy(), getattr(expected, field), err_msg=f"{field} of {name}"
+            )
     finite = np.vectorize(lambda v: abs(v) < 2**128)(expected.values)
-    np.testing.assert_array_equal(got.dequantize().numpy()[finite], expected.values.astype(float)[finite].astype(np.float32))
+    np.testing.assert_array_equal(
+        got.dequantize().numpy()[finite], expected.values.astype(float)[finite].astype(np.float32)
+    )
     # bfloat16 keeps 8 bits down to 2**-126 only; `shift` is there for what lies below.
     normal = np.vectorize(lambda v: v == 0 or 2.0**-126 <= abs(v) < 2**128)(expected.values)
-    np.testing.assert_array_equal(got.dequantize(torch.bfloat16).double().numpy()[normal], expected.values.astype(float)[normal])
+    np.testing.assert_array_equal(
+        got.dequantize(torch.bfloat16).double().numpy()[normal],
+        expected.values.astype(float)[normal],
+    )
     return got
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("role", list(Role))
 def test_every_value_of_a_fine_grid(bits, role):
-    # Largest element 1 .. 2, second element on a grid eight times finer than the LSB: every tie and every neighbour of one.
+    # Largest element 1 .. 2, second element on a grid eight times finer than the LSB: every tie and
+    # every neighbour of one.
     step = 2.0**-bits / 4
-    peaks = [*torch.arange(1.0, 2.0, 1 / 16).tolist(), float(np.nextafter(np.float32(2), np.float32(0)))]
+    peaks = [
+        *torch.arange(1.0, 2.0, 1 / 16).tolist(),
+        float(np.nextafter(np.float32(2), np.float32(0))),
+    ]
     values = torch.arange(-2 + step, 2, step)
     rows = [[p if abs(v) <= p else abs(v), v] for p, v in itertools.product(peaks, values.tolist())]
     x = torch.tensor(rows)  # one block a row
@@ -110,16 +137,25 @@ def random_case(generator: np.random.Generator):
         options["bits"] = generator.choice([0, 2, 3, 4, 5, 6, 7, 8], size=per_block)
     else:
         around = int(center + generator.integers(-6, 3))
-        options["lsb_exponent"] = around if kind == 2 else around + generator.integers(-3, 4, size=per_block)
+        options["lsb_exponent"] = (
+            around if kind == 2 else around + generator.integers(-3, 4, size=per_block)
+        )
         options["least_bits"] = int(generator.choice([0, 0, 0, 2, 4]))
         options["most_bits"] = int(generator.choice([4, 8, 8]))
     if generator.random() < 0.3:
-        options["width_group"] = (block[0] * int(generator.integers(1, 4)), block[1] * int(generator.integers(1, 4)))
+        options["width_group"] = (
+            block[0] * int(generator.integers(1, 4)),
+            block[1] * int(generator.integers(1, 4)),
+        )
     if block[0] == 1 and generator.random() < 0.5:
         options["scope"] = str(generator.choice(["sample", "row"]))
     if generator.random() < 0.1:
         options["rounding"] = "nearest"
-    options["stream"] = {"seed": int(generator.integers(1 << 32)), "layer": int(generator.integers(1 << 16)), "backward_count": 7}
+    options["stream"] = {
+        "seed": int(generator.integers(1 << 32)),
+        "layer": int(generator.integers(1 << 16)),
+        "backward_count": 7,
+    }
     return torch.from_numpy(x), role, options
 
 
@@ -135,7 +171,10 @@ def test_memory_format_and_threads_do_not_matter(role):
     options = {"role": role, "lsb_exponent": 0, "stream": StreamPosition(seed=5)}
     expected = quantize(x, **options)
     torch.set_num_threads(2)
-    for other in (x.contiguous(memory_format=torch.channels_last), x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)):
+    for other in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0),
+    ):
         got = quantize(other, **options)
         for field in ("mantissas", "scale_exponents", "bits"):
             assert torch.equal(getattr(got, field), getattr(expected, field)), field
@@ -146,30 +185,58 @@ def test_stochastic_rounding_is_unbiased():
     x[::4, ::4] = 1.0  # fixes the exponents
     for value in (0.3, -0.07, 0.9):
         x[x != 1.0] = value
-        error = (quantize(x, 3, role=Role.ERROR, stream=StreamPosition(seed=1)).dequantize() - x)[x != 1.0].double()
+        error = (quantize(x, 3, role=Role.ERROR, stream=StreamPosition(seed=1)).dequantize() - x)[
+            x != 1.0
+        ].double()
         assert abs(float(error.mean())) < 4 * float(error.std()) / error.numel() ** 0.5
 
 
 @pytest.mark.parametrize("above", [-2, -3, -4, -6, -9])
 def test_drop_is_unbiased_at_every_depth(above):
     x = torch.full((1000, 2000), 0.6)  # shared exponent -1
-    got = quantize(x, lsb_exponent=-1 - above, role=Role.ERROR, block_shape=(1, 2), stream=StreamPosition(seed=2)).dequantize().double()
+    got = (
+        quantize(
+            x,
+            lsb_exponent=-1 - above,
+            role=Role.ERROR,
+            block_shape=(1, 2),
+            stream=StreamPosition(seed=2),
+        )
+        .dequantize()
+        .double()
+    )
     # Elements of a block are dropped together: 10**6 independent blocks.
     blocks = got.unflatten(1, (-1, 2)).mean(2)
     assert float(blocks.std()) > 0
-    assert abs(float(blocks.mean()) - float(x[0, 0])) < 4 * float(blocks.std()) / blocks.numel() ** 0.5
+    assert (
+        abs(float(blocks.mean()) - float(x[0, 0])) < 4 * float(blocks.std()) / blocks.numel() ** 0.5
+    )
 
 
 @pytest.mark.parametrize("least", [0, 2, 4])
-@pytest.mark.parametrize(("role", "rounding"), [(Role.ACTIVATION, "stochastic"), (Role.WEIGHT, "stochastic"), (Role.ERROR, "nearest")])
-def test_a_rounding_that_is_not_the_roles_own_leaves_widths_and_drops_as_specified(role, rounding, least):
-    """X and W keep their width rule and drop nothing; E at nearest follows W's: below the threshold `least` bits, which may be none."""
+@pytest.mark.parametrize(
+    ("role", "rounding"),
+    [(Role.ACTIVATION, "stochastic"), (Role.WEIGHT, "stochastic"), (Role.ERROR, "nearest")],
+)
+def test_a_rounding_that_is_not_the_roles_own_leaves_widths_and_drops_as_specified(
+    role, rounding, least
+):
+    """X and W keep their width rule and drop nothing; E at nearest follows W's: below the threshold
+    `least` bits, which may be none.
+    """
     x = torch.randn(8, 24) * torch.exp2(torch.arange(-5.0, 1.0)).repeat_interleave(4)
     for seed, signless in ((1, False), (2, True)):
         got = check(
-            x.abs() if signless else x, role, lsb_exponent=-1, least_bits=least, rounding=rounding, stream={"seed": seed}
-        )  # fmt: skip
-        exponents = torch.frexp(x.abs().unflatten(0, (2, 4)).unflatten(2, (6, 4)).amax((1, 3))).exponent - 1
+            x.abs() if signless else x,
+            role,
+            lsb_exponent=-1,
+            least_bits=least,
+            rounding=rounding,
+            stream={"seed": seed},
+        )
+        exponents = (
+            torch.frexp(x.abs().unflatten(0, (2, 4)).unflatten(2, (6, 4)).amax((1, 3))).exponent - 1
+        )
         assert bool((exponents < -1).any())
         if rounding == "nearest":
             assert set(got.bits[exponents < -1].tolist()) == {least}
@@ -183,7 +250,8 @@ def test_an_element_of_two_to_the_128th():
     assert (int(got.mantissas[0, 0]), int(got.scale_exponents)) == (64, 122)
     assert float(got.dequantize(torch.float64)[0, 0]) == 2.0**128
     assert bool(got.dequantize().isinf().all())
-    # Enlarged by a drop: 2**127 below a threshold of 2**131 is kept in one of eight cases, as 1 * 2**131.
+    # Enlarged by a drop: 2**127 below a threshold of 2**131 is kept in one of eight cases, as 1 *
+    # 2**131.
     x = torch.full((4, 512), 2.0**127)
     got = check(x, Role.ERROR, lsb_exponent=131)
     kept = got.mantissas != 0
@@ -210,7 +278,9 @@ def test_stochastic_rounding_over_all_random_numbers_is_off_by_half_a_number_at_
     numbers = torch.arange(1 << 16, dtype=torch.int32)
     for fraction in (0.0, 2.0**-18, 2.0**-17, 2.0**-16, 0.3, 0.5, 1 - 2.0**-17, 1 - 2.0**-18):
         for whole in (-3, 0, 5):
-            up = int((round_stochastic(torch.full((1 << 16,), whole + fraction), numbers) - whole).sum())
+            up = int(
+                (round_stochastic(torch.full((1 << 16,), whole + fraction), numbers) - whole).sum()
+            )
             exact = Fraction(float(np.float32(whole + fraction))) - whole
             assert up == math.floor(exact * 2**16 + Fraction(1, 2))
             assert abs(Fraction(up, 2**16) - exact) <= Fraction(1, 2**17)
@@ -225,7 +295,9 @@ def test_nonfinite_scopes_pass_unquantized():
         whole.numpy()
     sample = quantize(x, 4, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample").dequantize()
     assert torch.equal(sample[1].nan_to_num(7), x[1].nan_to_num(7))
-    alone = quantize(x[:1], 4, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample").dequantize()
+    alone = quantize(
+        x[:1], 4, role=Role.ACTIVATION, block_shape=(1, 4), scope="sample"
+    ).dequantize()
     assert torch.equal(sample[:1], alone)
 
 
@@ -258,13 +330,19 @@ def test_bad_tensors():
 
 
 def test_a_line_of_32_at_8_bits_is_mxint8():
-    """OCP Microscaling Formats v1.0, sections 5.3.4 and 6.3: X = 2**floor(log2 amax), elements k * 2**-6, nearest-even, saturating.
+    """OCP Microscaling Formats v1.0, sections 5.3.4 and 6.3: X = 2**floor(log2 amax), elements k *
+    2**-6, nearest-even, saturating.
 
-    Worked by hand: the largest element of the first row is 1.9999, so X = 1 and the LSB 1/64; of the second 0.3, so X = 1/4, LSB 1/256.
+    Worked by hand: the largest element of the first row is 1.9999, so X = 1 and the LSB 1/64; of
+    the second 0.3, so X = 1/4, LSB 1/256.
     """
     rows = torch.zeros(2, 32)
-    rows[0, :6] = torch.tensor([1.5, -0.7, 1.9999, 1 / 128, 3 / 128, -1.0])  # 96, -44.8, 127.99, .5, 1.5, -64 LSBs
-    rows[1, 26:] = torch.tensor([0.3, -0.1, 0.01, 0.0, -0.3, 0.25])  # 76.8, -25.6, 2.56, 0, -76.8, 64 LSBs
+    rows[0, :6] = torch.tensor(
+        [1.5, -0.7, 1.9999, 1 / 128, 3 / 128, -1.0]
+    )  # 96, -44.8, 127.99, .5, 1.5, -64 LSBs
+    rows[1, 26:] = torch.tensor(
+        [0.3, -0.1, 0.01, 0.0, -0.3, 0.25]
+    )  # 76.8, -25.6, 2.56, 0, -76.8, 64 LSBs
     blocks = quantize(rows, 8, role=Role.WEIGHT, block_shape=(1, 32))
     assert blocks.scale_exponents.tolist() == [[-6], [-8]]
     assert blocks.mantissas[0, :6].tolist() == [96, -45, 127, 0, 2, -64]

@@ -33,7 +33,9 @@ def test_committed_stream_numbers(vector):
     fields = {k: vector[k] for k in ("seed", "rank", "backward_count", "call_index", "layer")}
     numbers = stream_numbers(StreamPosition(**fields), vector["code"], max(vector["indices"]) + 1)
     assert numbers[vector["indices"]].tolist() == vector["numbers"]
-    assert [oracle.stream_number(i, vector["code"], **fields) for i in vector["indices"]] == vector["numbers"]
+    assert [oracle.stream_number(i, vector["code"], **fields) for i in vector["indices"]] == vector[
+        "numbers"
+    ]
 
 
 def test_a_number_depends_on_its_index_alone():

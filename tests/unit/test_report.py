@@ -16,20 +16,54 @@ LAYERS = ["network.stem", "network.blocks.0.conv1", "network.head"]
 
 
 def run(name, seed, accuracy, **figures):
-    quantized = {} if name == "float32" else {
-        "speedup_ideal": 1.0, "speedup_charged": 1.0, "energy_ratio_compute": 1.0, "energy_ratio_sram": 1.0,
-        "energy_ratio_total": 1.0, "bits": {"X": 8.0, "W": 8.0, "E": 8.0}, "analytics_share": 0.01,
-    }  # fmt: skip
-    return {"name": name, "seed": seed, "accuracy": accuracy, "loss": 0.1, "seconds": 2.0, "steps": 200, **quantized, **figures}
+    quantized = (
+        {}
+        if name == "float32"
+        else {
+            "speedup_ideal": 1.0,
+            "speedup_charged": 1.0,
+            "energy_ratio_compute": 1.0,
+            "energy_ratio_sram": 1.0,
+            "energy_ratio_total": 1.0,
+            "bits": {"X": 8.0, "W": 8.0, "E": 8.0},
+            "analytics_share": 0.01,
+        }
+    )
+    return {
+        "name": name,
+        "seed": seed,
+        "accuracy": accuracy,
+        "loss": 0.1,
+        "seconds": 2.0,
+        "steps": 200,
+        **quantized,
+        **figures,
+    }
 
 
 def make_summary(data="fashion-mnist", runs=None):
     if runs is None:
         runs = [run("float32", s, 0.90 + s / 100) for s in range(3)]
         runs += [run("uniform8", s, 0.89 + s / 100) for s in range(3)]
-        runs += [run("dynasty", s, 0.88 + s / 50, speedup_ideal=5.5, speedup_charged=5.0 + s / 10, warmup_steps=20) for s in range(3)]
+        runs += [
+            run(
+                "dynasty",
+                s,
+                0.88 + s / 50,
+                speedup_ideal=5.5,
+                speedup_charged=5.0 + s / 10,
+                warmup_steps=20,
+            )
+            for s in range(3)
+        ]
     args = {"data": data, "model": "resnet8", "epochs": 5}
-    return {"status": "complete", "args": args, "train_images": 20000, "test_images": 10000, "runs": runs}
+    return {
+        "status": "complete",
+        "args": args,
+        "train_images": 20000,
+        "test_images": 10000,
+        "runs": runs,
+    }
 
 
 def make_history():
@@ -38,7 +72,10 @@ def make_history():
         {
             "step": step,
             "mean_bits": {"X": 3.0, "W": 4.5, "E": 2.25},
-            "bits": {n: {r: 8.0 if step <= 20 else 2.0 + i + k for k, r in enumerate("XWE")} for i, n in enumerate(LAYERS)},
+            "bits": {
+                n: {r: 8.0 if step <= 20 else 2.0 + i + k for k, r in enumerate("XWE")}
+                for i, n in enumerate(LAYERS)
+            },
         }
         for step in steps
     ]
@@ -51,7 +88,11 @@ def make_widths(channels=1):
     stem = rng.integers(2, 9, (4, 1, 28, 28)).astype(np.uint8)
     first = np.full((4, 4, 14, 14), 2, np.uint8)
     first[:, :, 4:10, 4:10] = 6
-    widths = {"X/network.stem": stem, "X/network.blocks.0.conv1": first, "X/network.blocks.0.conv2": first + 1}
+    widths = {
+        "X/network.stem": stem,
+        "X/network.blocks.0.conv1": first,
+        "X/network.blocks.0.conv2": first + 1,
+    }
     return {"images": images, "labels": np.array(["bag", "coat", "dress", "shirt"]), **widths}
 
 
@@ -66,9 +107,18 @@ def folder(tmp_path):
     summary = make_summary()
     for entry in summary["runs"]:
         if entry["name"] == "dynasty":
-            entry |= {"history_file": f"history-{entry['seed']}.jsonl", "image_widths_file": f"widths-{entry['seed']}.npz"}
-            (tmp_path / entry["history_file"]).write_text("".join(json.dumps(h) + "\n" for h in make_history()))
-            write_whole(tmp_path / entry["image_widths_file"], lambda file: np.savez(file, **make_widths()), sealed=True)
+            entry |= {
+                "history_file": f"history-{entry['seed']}.jsonl",
+                "image_widths_file": f"widths-{entry['seed']}.npz",
+            }
+            (tmp_path / entry["history_file"]).write_text(
+                "".join(json.dumps(h) + "\n" for h in make_history())
+            )
+            write_whole(
+                tmp_path / entry["image_widths_file"],
+                lambda file: np.savez(file, **make_widths()),
+                sealed=True,
+            )
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     return tmp_path
 
@@ -90,7 +140,13 @@ def test_spread():
 
 
 def test_differences_are_paired_by_seed():
-    runs = [run("uniform8", 0, 0.5), run("uniform8", 1, 0.9), run("dynasty", 1, 0.88), run("dynasty", 0, 0.49), run("dynasty", 2, 0.1)]
+    runs = [
+        run("uniform8", 0, 0.5),
+        run("uniform8", 1, 0.9),
+        run("dynasty", 1, 0.88),
+        run("dynasty", 0, 0.49),
+        run("dynasty", 2, 0.1),
+    ]
     difference = report.paired_difference(make_summary(runs=runs), "dynasty")
     assert difference.n == 2
     assert difference.mean == pytest.approx(-1.5)
@@ -98,7 +154,10 @@ def test_differences_are_paired_by_seed():
 
 def test_table():
     table = report.format_table(make_summary())
-    rows = {label: values for label, *values in (re.split(r" {2,}", line.strip()) for line in table.splitlines())}
+    rows = {
+        label: values
+        for label, *values in (re.split(r" {2,}", line.strip()) for line in table.splitlines())
+    }
     assert table.splitlines()[0].split() == ["float32", "uniform", "8", "bits", "dynamic"]
     assert rows["test accuracy (%)"] == ["91.00 ± 1.00", "90.00 ± 1.00", "90.00 ± 2.00"]
     assert rows["minus uniform 8 bits, by seed"] == ["+1.00 ± 0.00", "+0.00 ± 1.00"]
@@ -111,7 +170,12 @@ def test_table():
 def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
     path = folder / "summary.json"
     summary = json.loads(path.read_text())
-    summary["runs"][1:1] = [7, {"name": "uniform8"}, run("uniform4", 0, "0.5"), run("dynasty", 9, 0.5) | {"history_file": "../x"}]
+    summary["runs"][1:1] = [
+        7,
+        {"name": "uniform8"},
+        run("uniform4", 0, "0.5"),
+        run("dynasty", 9, 0.5) | {"history_file": "../x"},
+    ]
     path.write_text(json.dumps(summary))
     history = folder / "history-0.jsonl"
     lines = history.read_text().splitlines()
@@ -125,7 +189,8 @@ def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
         f"{path}, run 2 is left out: it is no object, but 7",
         f"{path}, run 3 is left out: it lacks 'seed'",
         f"{path}, run 4 is left out: it: accuracy must be a number in [0, 1], not '0.5'",
-        f"{path}, run 5 is left out: it: history_file must be the name of a file in the same folder, not '../x'",
+        f"{path}, run 5 is left out: it: history_file must be the name of a file in the same "
+        f"folder, not '../x'",
         f"{history}, line 2 is left out: it is not JSON",
         f"{history}, line 3 is left out: it lacks 'mean_bits'",
         f"{history}, line 4 is left out: step 10 does not follow 10",
@@ -140,7 +205,10 @@ def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
         (b"\xff", "summary.json is not JSON"),
         (b"[" * 100_000, "summary.json is not JSON"),
         (b'{"args": 1, "runs": []}', "args must be an object, not 1"),
-        (b'{"args": {"data": "digits", "model": 3}, "runs": []}', "args: model must be a text of one line, not 3"),
+        (
+            b'{"args": {"data": "digits", "model": 3}, "runs": []}',
+            "args: model must be a text of one line, not 3",
+        ),
         (b'{"args": {"data": "digits", "model": "mlp"}, "runs": {}}', "its runs are no list"),
     ],
 )
@@ -161,14 +229,20 @@ def table_note(summary):
 
 
 def test_table_of_a_single_run_without_figures():
-    table = report.format_table(make_summary(runs=[run("dynasty", 0, 0.9, analytics_share=None, bits=None)]))
+    table = report.format_table(
+        make_summary(runs=[run("dynasty", 0, 0.9, analytics_share=None, bits=None)])
+    )
     assert "90.00" in table
     assert "±" not in table.split("\n\n")[0]
 
 
 def test_all_pictures(folder):
     pictures = report.draw_report(folder)
-    assert [p.name for p in pictures] == ["accuracy-speedup.png", "widths-over-time.png", "widths-over-image.png"]
+    assert [p.name for p in pictures] == [
+        "accuracy-speedup.png",
+        "widths-over-time.png",
+        "widths-over-image.png",
+    ]
     for picture in pictures:
         width, height = png_size(picture)
         assert width > 800
@@ -187,12 +261,21 @@ def test_a_folder_without_dynamic_runs_gets_the_picture_it_can(folder):
 
 def test_accuracy_picture_says_what_it_shows():
     shown = texts(report.draw_accuracy(make_summary())).replace("\n", " ")
-    assert "Dynamic precision needs 5.1x fewer bit products than uniform 8-bit blocks; accuracy changes by +0.00 ± 1.00 points" in shown
+    assert (
+        "Dynamic precision needs 5.1x fewer bit products than uniform 8-bit blocks; accuracy "
+        "changes by +0.00 ± 1.00 points" in shown
+    )
     assert "n = 3" in shown
     assert "Test accuracy (%)" in shown
     assert "no evidence" not in shown
     assert "no evidence" in texts(report.draw_accuracy(make_summary("digits")))
-    other = texts(report.draw_accuracy(make_summary(runs=[run("uniform8", 0, 0.9), run("uniform4", 0, 0.88, speedup_charged=4.0)])))
+    other = texts(
+        report.draw_accuracy(
+            make_summary(
+                runs=[run("uniform8", 0, 0.9), run("uniform4", 0, 0.88, speedup_charged=4.0)]
+            )
+        )
+    )
     assert "Accuracy and speedup of uniform 8 bits and uniform 4 bits" in other.replace("\n", " ")
 
 
@@ -222,8 +305,12 @@ def test_image_picture_of_grey_images_compares_figure_and_ground():
 def test_image_picture_claims_no_difference_that_is_not_there():
     summary, widths = make_summary(), make_widths()
     widths["X/network.blocks.0.conv1"][:] = 3
-    assert "3.0 to 3.0 bits" in texts(report.draw_widths_over_image(widths, summary["runs"][-3], summary))
-    colour = texts(report.draw_widths_over_image(make_widths(channels=3), summary["runs"][-3], summary))
+    assert "3.0 to 3.0 bits" in texts(
+        report.draw_widths_over_image(widths, summary["runs"][-3], summary)
+    )
+    colour = texts(
+        report.draw_widths_over_image(make_widths(channels=3), summary["runs"][-3], summary)
+    )
     assert "Each image gets its own widths, block by block: 2.0 to 6.0 bits" in colour
 
 
@@ -236,7 +323,12 @@ def test_picture_layer():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ("[]", "is no summary of a demo"), ('{"runs": []}', "lacks args or runs")]
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "is no summary of a demo"),
+        ('{"runs": []}', "lacks args or runs"),
+    ],
 )
 def test_a_wrong_summary(tmp_path, content, message):
     (tmp_path / "summary.json").write_text(content)

@@ -1,4 +1,6 @@
-"""The file of results: torn lines, full disks, other processes, files replaced under an open one. No record lost, none doubled."""
+"""The file of results: torn lines, full disks, other processes, files replaced under an open one.
+No record lost, none doubled.
+"""
 
 import errno
 import json
@@ -12,7 +14,13 @@ from dynasty_lightning.study.results import FileInUse, ResultsFile, read_records
 
 
 def record(key, status="complete", **more):
-    return {"key": key, "config": {"method": "uniform8"}, "status": status, "started": f"at {key}", **more}
+    return {
+        "key": key,
+        "config": {"method": "uniform8"},
+        "status": status,
+        "started": f"at {key}",
+        **more,
+    }
 
 
 def line(key, **more):
@@ -65,13 +73,18 @@ def test_records_are_appended_and_read(path):
         assert file.records["a"]["accuracy"] == 0.5
         assert file.add(record("b", accuracy=0.7))
     assert keys(path) == ["a", "b", "b"]  # nothing is rewritten
-    assert [(r["key"], r["status"]) for r in read_records(path)] == [("a", "complete"), ("b", "complete")]
+    assert [(r["key"], r["status"]) for r in read_records(path)] == [
+        ("a", "complete"),
+        ("b", "complete"),
+    ]
 
 
 def test_each_record_is_on_the_disk_when_add_returns(path, monkeypatch):
     synced = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size) or real(file))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(os.fstat(file).st_size) or real(file)
+    )
     with ResultsFile(path) as file:
         file.add(record("a"))
         assert synced == [path.stat().st_size]
@@ -82,7 +95,10 @@ def test_a_torn_last_line_is_put_aside(path, cut):
     path.parent.mkdir()
     torn = line("b")[:cut]
     path.write_text(line("a") + torn)
-    with pytest.warns(UserWarning, match=r"the last line of .* was not written to its end; it is in .*results.jsonl.torn"):
+    with pytest.warns(
+        UserWarning,
+        match=r"the last line of .* was not written to its end; it is in .*results.jsonl.torn",
+    ):
         file = ResultsFile(path)
     with file:
         assert set(file.records) == {"a"}
@@ -103,11 +119,17 @@ def test_a_last_line_that_lacks_only_its_end_stays(path):
 
 def test_damage_in_the_middle_is_told_and_costs_no_other_line(path):
     path.parent.mkdir()
-    path.write_bytes(line("a").encode() + b'{"key": "b", \xff\n<<<<<<< HEAD\n[1]\n\n' + line("c").encode())
+    path.write_bytes(
+        line("a").encode() + b'{"key": "b", \xff\n<<<<<<< HEAD\n[1]\n\n' + line("c").encode()
+    )
     with pytest.warns(UserWarning, match="is no record and is left out") as told:
         records = read_records(path)
     assert [r["key"] for r in records] == ["a", "c"]
-    assert [str(w.message).split(" is no record")[0].rpartition(" ")[2] for w in told] == ["2", "3", "4"]
+    assert [str(w.message).split(" is no record")[0].rpartition(" ")[2] for w in told] == [
+        "2",
+        "3",
+        "4",
+    ]
 
 
 def test_a_line_of_another_number_is_left_out_and_one_without_a_digest_is_not(path):
@@ -115,7 +137,9 @@ def test_a_line_of_another_number_is_left_out_and_one_without_a_digest_is_not(pa
         file.add(record("a", accuracy=0.5))
         file.add(record("b"))
     path.write_text(path.read_text().replace("0.5", "0.6") + line("old"))
-    with pytest.warns(UserWarning, match=r"line 1 is damaged .* and is left out, so that its run is to do again"):
+    with pytest.warns(
+        UserWarning, match=r"line 1 is damaged .* and is left out, so that its run is to do again"
+    ):
         assert read_records(path) == [record("b"), record("old")]
     path.write_text(path.read_text().replace("sha256", "sha257"))
     with pytest.warns(UserWarning, match="line [12] is damaged"):
@@ -127,7 +151,10 @@ def test_one_process_at_a_time(path):
         with pytest.raises(FileInUse, match="another process appends to it"):
             ResultsFile(path)
         # Another process, not just another descriptor of this one.
-        code = f"from pathlib import Path; from dynasty_lightning.study.results import ResultsFile; ResultsFile(Path({str(path)!r}))"
+        code = (
+            f"from pathlib import Path; from dynasty_lightning.study.results import "
+            f"ResultsFile; ResultsFile(Path({str(path)!r}))"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert "FileInUse" in done.stderr
     ResultsFile(path).close()
@@ -186,7 +213,9 @@ def test_a_line_that_can_neither_be_written_nor_taken_back(path, disk):
 def test_a_sync_that_fails_leaves_no_doubt(path, monkeypatch):
     with ResultsFile(path) as file:
         real = os.fsync
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        monkeypatch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+        )
         assert not file.add(record("a"))
         assert path.read_text() == ""
         monkeypatch.setattr(os, "fsync", real)

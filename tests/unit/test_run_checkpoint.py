@@ -23,7 +23,16 @@ TIMES = ("seconds", "wall_seconds", "analytics_share", "started", "parts", "warn
 
 def config(method="dynasty@4:interval=3", **more):
     return RunConfig(
-        **{"data": "digits", "model": "mlp", "epochs": 3, "batch_size": 32, "train_samples": 160, "method": method, "seed": 3, **more}
+        **{
+            "data": "digits",
+            "model": "mlp",
+            "epochs": 3,
+            "batch_size": 32,
+            "train_samples": 160,
+            "method": method,
+            "seed": 3,
+            **more,
+        }
     )
 
 
@@ -60,7 +69,9 @@ def test_a_broken_run_ends_as_an_unbroken_one(tmp_path, method):
     assert unbroken["status"] == "complete"
     stop(path, method=method)
     assert path.is_file()
-    resumed = train_one(config(method), progress=lambda p: steps.append(p["step"]), checkpoint=path, every=0.0)
+    resumed = train_one(
+        config(method), progress=lambda p: steps.append(p["step"]), checkpoint=path, every=0.0
+    )
     assert min(steps) == STOP  # the step whose end was not reached
     assert resumed["parts"] == 2
     assert figures(resumed) == figures(unbroken)
@@ -71,14 +82,21 @@ def test_broken_twice(tmp_path):
     path = tmp_path / "run.ckpt"
     stop(path)
     with pytest.raises(KeyboardInterrupt):
-        train_one(config(), progress=lambda p: interrupt(p | {"step": p["step"] - 4}), checkpoint=path, every=0.0)
+        train_one(
+            config(),
+            progress=lambda p: interrupt(p | {"step": p["step"] - 4}),
+            checkpoint=path,
+            every=0.0,
+        )
     resumed = train_one(config(), checkpoint=path)
     assert resumed["parts"] == 3
     assert figures(resumed) == figures(train_one(config()))
 
 
 def test_broken_behind_an_epochs_end_and_once_more(tmp_path):
-    """Lightning counts on from an epoch's last step as if that were the next one's: 16 steps of 15."""
+    """Lightning counts on from an epoch's last step as if that were the next one's: 16 steps of
+    15.
+    """
     path = tmp_path / "run.ckpt"
     for step in (STEPS_AN_EPOCH + 1, STEPS_AN_EPOCH + 3):
 
@@ -93,7 +111,9 @@ def test_broken_behind_an_epochs_end_and_once_more(tmp_path):
     assert figures(resumed) == figures(train_one(config("float32")))
 
 
-@pytest.mark.parametrize("what", ["cut off", "no checkpoint", "other code", "changed code", "other run"])
+@pytest.mark.parametrize(
+    "what", ["cut off", "no checkpoint", "other code", "changed code", "other run"]
+)
 def test_what_a_run_cannot_go_on_from(tmp_path, monkeypatch, what):
     path = tmp_path / "run.ckpt"
     if what == "changed code":
@@ -114,7 +134,11 @@ def test_what_a_run_cannot_go_on_from(tmp_path, monkeypatch, what):
     assert "parts" not in record
     (warning,) = remarks(record)
     assert warning.endswith("the run starts over")
-    expected = {"cut off": "has no digest at its end", "no checkpoint": "has no digest at its end", "other run": "is of another run"}
+    expected = {
+        "cut off": "has no digest at its end",
+        "no checkpoint": "has no digest at its end",
+        "other run": "is of another run",
+    }
     assert expected.get(what, "is of another code") in warning
 
 
@@ -133,7 +157,9 @@ def test_a_full_disk_costs_no_run(tmp_path, monkeypatch):
 
 def small_grid():
     settings = {"epochs": 3, "batch_size": 32, "train_samples": 160}
-    return make_grid(data=["digits"], models=["mlp"], methods=["dynasty@4:interval=3"], seeds=[3], **settings)
+    return make_grid(
+        data=["digits"], models=["mlp"], methods=["dynasty@4:interval=3"], seeds=[3], **settings
+    )
 
 
 def test_a_failed_run_leaves_no_checkpoint(tmp_path, monkeypatch):
@@ -176,10 +202,17 @@ def test_torch_draws_the_same_numbers(tmp_path):
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
         model = Classifier(network, classes=10)
         trainer = L.Trainer(
-            accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False, limit_val_batches=0,
-            enable_model_summary=False, callbacks=[*more, *([kept] if kept else [])], log_every_n_steps=1,
+            accelerator="cpu",
+            max_epochs=3,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            limit_val_batches=0,
+            enable_model_summary=False,
+            callbacks=[*more, *([kept] if kept else [])],
+            log_every_n_steps=1,
             plugins=[SealedCheckpointIO()],
-        )  # fmt: skip
+        )
         begun = kept.found() if kept else None
         data = TensorDataModule(load_data("digits"), batch_size=300)
         trainer.fit(model, data, ckpt_path=begun, weights_only=True if begun else None)
@@ -216,5 +249,9 @@ def test_a_killed_worker_loses_no_more_than_a_step(tmp_path):
     *_, record = read_records(out)
     assert record["parts"] == 2
     unbroken = train_one(config())
-    assert (record["key"], record["loss"], record["train_loss"]) == (unbroken["key"], unbroken["loss"], unbroken["train_loss"])
+    assert (record["key"], record["loss"], record["train_loss"]) == (
+        unbroken["key"],
+        unbroken["loss"],
+        unbroken["train_loss"],
+    )
     assert not (tmp_path / "results.jsonl.running").exists()

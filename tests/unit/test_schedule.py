@@ -32,7 +32,10 @@ def test_the_last_step_is_analysed_and_settling_ends():
 
 
 def test_state_continues():
-    one, other = AnalysisSchedule(interval=20, warmup_steps=4), AnalysisSchedule(interval=20, warmup_steps=4)
+    one, other = (
+        AnalysisSchedule(interval=20, warmup_steps=4),
+        AnalysisSchedule(interval=20, warmup_steps=4),
+    )
     for step in (2, 4, 6):
         one.advance(step, log_error=0.01, last_step=math.inf)
     other.load_state_dict(one.state_dict())
@@ -52,9 +55,13 @@ def test_loss_guard():
 
 
 def test_loss_guard_judges_no_single_batch():
-    """A detector: every fourth batch has no boxes, and a tenth of the loss. What rises for good is noticed all the same."""
+    """A detector: every fourth batch has no boxes, and a tenth of the loss. What rises for good is
+    noticed all the same.
+    """
     guard = LossGuard(ratio=2.0)
-    assert not [said for i in range(40) if (said := guard.check(0.2 if i % 4 == 1 else 2.0, steps=1))]
+    assert not [
+        said for i in range(40) if (said := guard.check(0.2 if i % 4 == 1 else 2.0, steps=1))
+    ]
     assert [bool(guard.check(10.0, steps=1)) for _ in range(3)] == [False, False, True]
     assert not [said for _ in range(40) if (said := guard.check(10.0, steps=1))]
 

@@ -8,7 +8,14 @@ from dynasty_lightning.trainer.step_size import effective_step_sizes
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.25}], ids=str
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.5, "dampening": 0.25},
+    ],
+    ids=str,
 )
 def test_sgd_moves_so_far_for_one_impulse(options):
     weight = nn.Parameter(torch.zeros(3))
@@ -19,7 +26,8 @@ def test_sgd_moves_so_far_for_one_impulse(options):
         optimizer.step()
     moved = -float(weight.detach()[0])
     expected = effective_step_sizes([optimizer])[id(weight)]
-    # Nesterov applies an impulse once more at once: it moves by lr (1 + m / (1 - m)) = lr / (1 - m) as well.
+    # Nesterov applies an impulse once more at once: it moves by lr (1 + m / (1 - m)) = lr / (1 - m)
+    # as well.
     assert moved == pytest.approx(expected, rel=1e-4)
 
 
@@ -31,11 +39,17 @@ def test_adam_divides_by_the_root_of_its_second_moment(kind):
     for _ in range(300):
         weight.grad = 0.5 * torch.randn(200)
         optimizer.step()
-    # Noise of root mean square 0.5: a unit of gradient moves the weight by lr / 0.5, all steps together.
+    # Noise of root mean square 0.5: a unit of gradient moves the weight by lr / 0.5, all steps
+    # together.
     assert effective_step_sizes([optimizer])[id(weight)] == pytest.approx(1e-3 / 0.5, rel=0.05)
 
 
 def test_several_groups_and_optimizers():
     a, b, c = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    sizes = effective_step_sizes([torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b]}], lr=0.5), torch.optim.Adam([c])])
+    sizes = effective_step_sizes(
+        [
+            torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b]}], lr=0.5),
+            torch.optim.Adam([c]),
+        ]
+    )
     assert sizes == {id(a): 1.0, id(b): 0.5, id(c): 1e-3}

@@ -1,4 +1,6 @@
-"""Data and model by name: pairs that fit are built the same way each time, others are refused before a file is read."""
+"""Data and model by name: pairs that fit are built the same way each time, others are refused
+before a file is read.
+"""
 
 import json
 
@@ -10,13 +12,22 @@ from dynasty_lightning.tasks import tasks
 from dynasty_lightning.tasks.data import TextData
 from dynasty_lightning.tasks.models import CharTransformer, Classifier, LanguageModel
 from dynasty_lightning.tasks.models.decay import stepped
-from dynasty_lightning.tasks.tasks import TASK_DATA, TASK_MODELS, Task, build_task, check_decay, check_pair
+from dynasty_lightning.tasks.tasks import (
+    TASK_DATA,
+    TASK_MODELS,
+    Task,
+    build_task,
+    check_decay,
+    check_pair,
+)
 
 
 @pytest.fixture(autouse=True)
 def _short_text(monkeypatch):
     text = (np.arange(9000) % 97).astype(np.uint8)
-    data = TextData(name="stdlib-docs", train=text, validation=text[:2000], test=text[:1000], sha256="abc")
+    data = TextData(
+        name="stdlib-docs", train=text, validation=text[:2000], test=text[:1000], sha256="abc"
+    )
     monkeypatch.setattr(tasks, "stdlib_docs", lambda: data)
 
 
@@ -25,16 +36,38 @@ PAIRS = [("digits", "mlp"), ("stdlib-docs", "chartransformer")]
 
 def test_names():
     assert TASK_DATA == ("digits", "fashion-mnist", "cifar100", "stdlib-docs")
-    assert {"resnet8", "resnet20", "resnet38", "resnet74", "resnet18", "mobilenetv2", "vgg-small", "mlp", "vit"} < set(TASK_MODELS)
+    assert {
+        "resnet8",
+        "resnet20",
+        "resnet38",
+        "resnet74",
+        "resnet18",
+        "mobilenetv2",
+        "vgg-small",
+        "mlp",
+        "vit",
+    } < set(TASK_MODELS)
     assert TASK_MODELS[-1] == "chartransformer"
 
 
 @pytest.mark.parametrize(
     ("data", "model", "message"),
     [
-        ("digits", "chartransformer", "model 'chartransformer' does not go with data 'digits': choose one of resnet8, "),
-        ("stdlib-docs", "vit", "model 'vit' does not go with data 'stdlib-docs': choose one of chartransformer"),
-        ("mnist", "mlp", "unknown data 'mnist': choose one of digits, fashion-mnist, cifar100, stdlib-docs"),
+        (
+            "digits",
+            "chartransformer",
+            "model 'chartransformer' does not go with data 'digits': choose one of resnet8, ",
+        ),
+        (
+            "stdlib-docs",
+            "vit",
+            "model 'vit' does not go with data 'stdlib-docs': choose one of chartransformer",
+        ),
+        (
+            "mnist",
+            "mlp",
+            "unknown data 'mnist': choose one of digits, fashion-mnist, cifar100, stdlib-docs",
+        ),
         ("digits", "vgg", "unknown model 'vgg': choose one of resnet8, .*chartransformer"),
     ],
 )
@@ -46,7 +79,14 @@ def test_pairs_that_do_not_fit(data, model, message):
 
 @pytest.mark.parametrize(("data", "model"), PAIRS)
 def test_a_task_is_what_a_trainer_takes(data, model):
-    task = build_task(data=data, model=model, batch_size=8, train_samples=20, validation_samples=12, learning_rate=0.03)
+    task = build_task(
+        data=data,
+        model=model,
+        batch_size=8,
+        train_samples=20,
+        validation_samples=12,
+        learning_rate=0.03,
+    )
     assert isinstance(task, Task)
     assert task.module.learning_rate == 0.03
     assert [len(b[1]) for b in task.data.train_dataloader()] == [8, 8, 4]
@@ -62,8 +102,17 @@ def test_a_task_is_what_a_trainer_takes(data, model):
 def test_defaults():
     images, text = (build_task(data=data, model=model) for data, model in PAIRS)
     assert (type(images.module), type(text.module)) == (Classifier, LanguageModel)
-    assert (images.module.learning_rate, images.facts["train_samples"], images.data.val_dataloader()) == (0.1, 1437, [])
-    assert (text.facts["train_samples"], text.facts["context"], text.facts["sha256"], text.data.val_dataloader()) == (69, 128, "abc", [])
+    assert (
+        images.module.learning_rate,
+        images.facts["train_samples"],
+        images.data.val_dataloader(),
+    ) == (0.1, 1437, [])
+    assert (
+        text.facts["train_samples"],
+        text.facts["context"],
+        text.facts["sha256"],
+        text.data.val_dataloader(),
+    ) == (69, 128, "abc", [])
     assert isinstance(text.module.network, CharTransformer)
 
 
@@ -98,7 +147,9 @@ def test_steps_of_the_learning_rate():
 
 
 def test_decays_that_are_refused():
-    with pytest.raises(ValueError, match="stdlib-docs is trained with decay 'cosine' only, not 'steps'"):
+    with pytest.raises(
+        ValueError, match="stdlib-docs is trained with decay 'cosine' only, not 'steps'"
+    ):
         check_decay(data="stdlib-docs", decay="steps")
     with pytest.raises(ValueError, match="unknown decay 'linear'"):
         check_decay(data="digits", decay="linear")

@@ -1,4 +1,6 @@
-"""The standard library's documentation is a text: read the same way each time, split without overlap, served in windows."""
+"""The standard library's documentation is a text: read the same way each time, split without
+overlap, served in windows.
+"""
 
 import itertools
 import string
@@ -22,11 +24,24 @@ def counting(length):
 
 
 def text_data(length=1000):
-    return TextData(name="counting", train=counting(length), validation=counting(90), test=counting(70), sha256="0")
+    return TextData(
+        name="counting",
+        train=counting(length),
+        validation=counting(90),
+        test=counting(70),
+        sha256="0",
+    )
 
 
 def loader(*, length=103, context=10, batch_size=4, shuffle=True, seed=0, samples=None):
-    return WindowLoader(counting(length), context=context, batch_size=batch_size, shuffle=shuffle, seed=seed, samples=samples)
+    return WindowLoader(
+        counting(length),
+        context=context,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        samples=samples,
+    )
 
 
 def starts(batches):
@@ -64,7 +79,9 @@ def test_characters_beyond_unicode_text():
 def small_library(tmp_path, monkeypatch):
     """A folder that the reader takes for a standard library."""
     monkeypatch.setattr(text_module, "_LEAST_CHARACTERS", 20)
-    monkeypatch.setattr(text_module.sys, "stdlib_module_names", frozenset({"alpha", "beta", "tkinter", "missing"}))
+    monkeypatch.setattr(
+        text_module.sys, "stdlib_module_names", frozenset({"alpha", "beta", "tkinter", "missing"})
+    )
     files = {
         "alpha.py": '"""Alpha.\n\nSame words.\n"""\nraise SystemExit("imported")\n',
         "beta/__init__.py": (
@@ -76,7 +93,8 @@ def small_library(tmp_path, monkeypatch):
         "beta/old.py": '"""Escape \\d."""\n',
         "tkinter/__init__.py": '"""Left out."""\n',
         "site.py": '"""No module of the library."""\n',
-        "pydoc_data/topics.py": "# generated\ntopics = {'with': '\\n\\nWith.\\n', 'assert': 'Assert.'}\n",
+        "pydoc_data/topics.py": "# generated\ntopics = {'with': '\\n\\nWith.\\n', 'assert': "
+        "'Assert.'}\n",
         "pydoc_data/__init__.py": '"""Left out."""\n',
     }
     for name, content in files.items():
@@ -92,8 +110,15 @@ def whole(data):
 
 def test_documents_come_sorted_and_paragraphs_once(small_library):
     assert whole(stdlib_docs(small_library)).split("\n\n") == [
-        "Alpha.", "Same words.", "Bee.", "Eff.", "Gee.", "Escape \\d.", "Assert.", "With.",
-    ]  # fmt: skip
+        "Alpha.",
+        "Same words.",
+        "Bee.",
+        "Eff.",
+        "Gee.",
+        "Escape \\d.",
+        "Assert.",
+        "With.",
+    ]
 
 
 def test_the_text_is_the_same_each_time_and_its_hash_tells(small_library):
@@ -110,26 +135,41 @@ def test_the_text_is_the_same_each_time_and_its_hash_tells(small_library):
 def test_parts_are_contiguous(small_library):
     data = stdlib_docs(small_library)
     length = len(whole(data))
-    assert [len(data.train), len(data.train) + len(data.validation)] == [length * 8 // 10, length * 9 // 10]
+    assert [len(data.train), len(data.train) + len(data.validation)] == [
+        length * 8 // 10,
+        length * 9 // 10,
+    ]
 
 
 def test_too_little_text(small_library, monkeypatch):
     monkeypatch.setattr(text_module, "_LEAST_CHARACTERS", 1000)
-    with pytest.raises(ValueError, match=r"holds \d\d characters of documentation, fewer than 1000: install the whole standard library"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds \d\d characters of documentation, fewer than 1000: install the whole "
+        r"standard library",
+    ):
         stdlib_docs(small_library)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("alpha.py", b'"""cut off'), ("alpha.py", b"\0"), ("alpha.py", b"# coding: nothing"), ("alpha.py", b"-" * 10_000 + b"1"),
-        ("pydoc_data/topics.py", b""), ("pydoc_data/topics.py", b"topics = f()"), ("pydoc_data/topics.py", b"topics = [1]"),
+        ("alpha.py", b'"""cut off'),
+        ("alpha.py", b"\0"),
+        ("alpha.py", b"# coding: nothing"),
+        ("alpha.py", b"-" * 10_000 + b"1"),
+        ("pydoc_data/topics.py", b""),
+        ("pydoc_data/topics.py", b"topics = f()"),
+        ("pydoc_data/topics.py", b"topics = [1]"),
         ("pydoc_data/topics.py", b"topics = {'with': 1}"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_library_is_told_by_the_name_of_the_file(small_library, name, content):
     (small_library / name).write_bytes(content)
-    with pytest.raises(DamagedFile, match=f"{name} is no source of this Python's standard library .*: install it again"):
+    with pytest.raises(
+        DamagedFile,
+        match=f"{name} is no source of this Python's standard library .*: install it again",
+    ):
         stdlib_docs(small_library)
 
 
@@ -164,7 +204,9 @@ def test_targets_are_the_next_symbols():
 def test_evaluation_windows_lie_side_by_side():
     assert starts(loader(shuffle=False)) == [[0, 10, 20, 30], [40, 50, 60, 70], [80, 90]]
     assert starts(loader(shuffle=False, length=101)) == starts(loader(shuffle=False))
-    assert starts(loader(shuffle=False, length=100))[-1] == [80]  # a symbol after the last window is missing
+    assert starts(loader(shuffle=False, length=100))[-1] == [
+        80
+    ]  # a symbol after the last window is missing
 
 
 def test_an_epoch_shows_windows_side_by_side_from_a_random_offset():
@@ -181,7 +223,9 @@ def test_an_epoch_shows_windows_side_by_side_from_a_random_offset():
 @pytest.mark.parametrize("stop", range(8))
 def test_resume_goes_on_with_the_very_next_batch(stop):
     def stream(source, count):
-        return list(itertools.islice(itertools.chain.from_iterable(source for _ in range(9)), count))
+        return list(
+            itertools.islice(itertools.chain.from_iterable(source for _ in range(9)), count)
+        )
 
     expected = stream(loader(samples=7), 8)
     interrupted, resumed = loader(samples=7), loader(samples=7)
@@ -203,7 +247,9 @@ def test_fewer_windows_an_epoch():
 def test_loader_checks_its_arguments():
     with pytest.raises(ValueError, match="text of 10 symbols has no room for a window of 10"):
         loader(length=10, shuffle=False)
-    with pytest.raises(ValueError, match=r"samples must be in \[1, 9\], the number there are, not 10"):
+    with pytest.raises(
+        ValueError, match=r"samples must be in \[1, 9\], the number there are, not 10"
+    ):
         loader(samples=10)
     with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
         loader(batch_size=0)
@@ -213,9 +259,15 @@ def test_loader_checks_its_arguments():
 
 
 def test_loaders_of_each_part():
-    module = TextDataModule(text_data(), context=10, batch_size=4, train_windows=12, validation_windows=5)
+    module = TextDataModule(
+        text_data(), context=10, batch_size=4, train_windows=12, validation_windows=5
+    )
     assert module.vocabulary == VOCABULARY
-    assert [module.train_dataloader().samples, module.val_dataloader().samples, module.test_dataloader().samples] == [12, 5, 6]
+    assert [
+        module.train_dataloader().samples,
+        module.val_dataloader().samples,
+        module.test_dataloader().samples,
+    ] == [12, 5, 6]
     assert TextDataModule(text_data(), context=10).val_dataloader().samples == 8
     assert TextDataModule(text_data(), context=10).train_dataloader().samples == 99
     assert TextDataModule(text_data(), context=10, validation_windows=0).val_dataloader() == []
@@ -226,7 +278,10 @@ def test_loaders_of_each_part():
     [
         ({"train_windows": 100}, "counting has 99 train windows of 10 symbols: train_windows=100"),
         ({"train_windows": 0}, "train_windows=0"),
-        ({"validation_windows": 9}, "counting has 8 validation windows of 10 symbols: validation_windows=9"),
+        (
+            {"validation_windows": 9},
+            "counting has 8 validation windows of 10 symbols: validation_windows=9",
+        ),
         ({"validation_windows": -1}, "validation_windows=-1"),
     ],
 )

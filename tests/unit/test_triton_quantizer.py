@@ -1,4 +1,6 @@
-"""The CUDA quantizer equals the torch one to the last bit: in triton's interpreter everywhere, and on a GPU where there is one."""
+"""The CUDA quantizer equals the torch one to the last bit: in triton's interpreter everywhere, and
+on a GPU where there is one.
+"""
 
 import multiprocessing
 import pickle
@@ -29,17 +31,24 @@ Run = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
-    """Processes with triton's interpreter, or its compiler: this one may have imported triton already, or import it later without."""
+    """Processes with triton's interpreter, or its compiler: this one may have imported triton
+    already, or import it later without.
+    """
     pools: dict[bool, ProcessPoolExecutor] = {}
 
     def get(*, interpret: bool) -> Run:
         if interpret not in pools:
             pools[interpret] = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), triton_helpers.start, (interpret, str(tmp_path_factory.mktemp("triton")))
+                1,
+                multiprocessing.get_context("spawn"),
+                triton_helpers.start,
+                (interpret, str(tmp_path_factory.mktemp("triton"))),
             )
 
         def run(name: str, *args: Any, **options: Any) -> Any:
-            future = pools[interpret].submit(triton_helpers.call, pickle.dumps((name, args, options)))
+            future = pools[interpret].submit(
+                triton_helpers.call, pickle.dumps((name, args, options))
+            )
             return pickle.loads(future.result(timeout=HANG_S))
 
         return run
@@ -70,35 +79,71 @@ def run(request: pytest.FixtureRequest, pool: Callable[..., Run]) -> Run:
     return on_gpu
 
 
-def check(run: Run, x: torch.Tensor, asked: torch.Tensor | int, *, block_shape, axis=1, threshold=False, **options: Any) -> dict[str, Any]:
+def check(
+    run: Run,
+    x: torch.Tensor,
+    asked: torch.Tensor | int,
+    *,
+    block_shape,
+    axis=1,
+    threshold=False,
+    **options: Any,
+) -> dict[str, Any]:
     """All results against pure torch's, in type, shape, memory order and every bit."""
     layout = BlockLayout(shape=tuple(x.shape), block_shape=block_shape, channel_axis=axis % x.ndim)
     testing = {k: options.pop(k) for k in ("tile_elements", "wide") if k in options}
     asked = torch.as_tensor(asked, dtype=torch.int32) if isinstance(asked, int) else asked
     settings: dict[str, Any] = {
-        "role": Role.ACTIVATION, "least_bits": 0, "most_bits": 8, "width_group": None, "stochastic": False, "force_signed": False,
-        "stream": STREAM, "scope": "tensor", **options,
-    }  # fmt: skip
+        "role": Role.ACTIVATION,
+        "least_bits": 0,
+        "most_bits": 8,
+        "width_group": None,
+        "stochastic": False,
+        "force_signed": False,
+        "stream": STREAM,
+        "scope": "tensor",
+        **options,
+    }
     dtype = torch.float32 if threshold else torch.bfloat16
-    got = run("quantize", x, layout, asked, dequantized=dtype, is_threshold=threshold, want_values=True, **settings, **testing)
+    got = run(
+        "quantize",
+        x,
+        layout,
+        asked,
+        dequantized=dtype,
+        is_threshold=threshold,
+        want_values=True,
+        **settings,
+        **testing,
+    )
     as_int32 = asked.to(torch.int32)
     expected = quantize_in_torch(
-        x.float(), layout, bits=None if threshold else as_int32, lsb_exponent=as_int32 if threshold else None, **settings
+        x.float(),
+        layout,
+        bits=None if threshold else as_int32,
+        lsb_exponent=as_int32 if threshold else None,
+        **settings,
     )
     wanted = {
         "codes": (expected.integers.to(torch.int16) & 0xFF).to(torch.uint8),
         "relative_exponents": expected.relative_exponents,
-        "headers": expected.bits.to(torch.uint8) | expected.signed.to(torch.uint8) << 4 | expected.occupied.to(torch.uint8) << 5,
+        "headers": expected.bits.to(torch.uint8)
+        | expected.signed.to(torch.uint8) << 4
+        | expected.occupied.to(torch.uint8) << 5,
         "largest_exponents": expected.largest_exponents,
         "values": expected.values(torch.bfloat16),
         "dequantized": expected.values(dtype),
     }
     if expected.largest_exponents.numel() > 1:
-        del wanted["dequantized"]  # only operands that are saved for backward are dequantized, and those have one scope
+        del wanted[
+            "dequantized"
+        ]  # only operands that are saved for backward are dequantized, and those have one scope
     for name, want in wanted.items():
         assert got[name].dtype == want.dtype, name
         assert got[name].shape == want.shape, name
-        assert torch.equal(got[name], want), f"{name} differ in {int((got[name] != want).sum())} of {want.numel()}"
+        assert torch.equal(got[name], want), (
+            f"{name} differ in {int((got[name] != want).sum())} of {want.numel()}"
+        )
     for name in {"codes", "values", "dequantized"} & set(wanted):
         assert got[name].movedim(axis, -1).is_contiguous(), f"{name}: channels are not innermost"
     assert not bool((got["values"].view(torch.int16) == -(1 << 15)).any()), "negative zero"
@@ -106,10 +151,16 @@ def check(run: Run, x: torch.Tensor, asked: torch.Tensor | int, *, block_shape, 
 
 
 def operand(shape, seed: int = 0, *, spread: int = 10, positive: bool = False) -> torch.Tensor:
-    """Rows, channels and elements of many sizes, some exactly zero; zero rows too, so that some blocks are all zero."""
+    """Rows, channels and elements of many sizes, some exactly zero; zero rows too, so that some
+    blocks are all zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator)
-    x *= torch.exp2(torch.randint(-spread, 4, [shape[0], shape[1]] + [1] * (len(shape) - 2), generator=generator).float())
+    x *= torch.exp2(
+        torch.randint(
+            -spread, 4, [shape[0], shape[1]] + [1] * (len(shape) - 2), generator=generator
+        ).float()
+    )
     x *= torch.rand(shape, generator=generator) > 0.2
     if len(shape) > 2:
         x *= torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.3
@@ -117,14 +168,34 @@ def operand(shape, seed: int = 0, *, spread: int = 10, positive: bool = False) -
     return x.relu() if positive else x
 
 
-# Shape, channel axis, block shape: 2-D to 5-D, ragged and not, positions behind, before and around the channels, runs of 1 to 8 numbers.
+# Shape, channel axis, block shape: 2-D to 5-D, ragged and not, positions behind, before and around
+# the channels, runs of 1 to 8 numbers.
 GEOMETRIES = [
-    ((8, 16), 1, (4, 4)), ((7, 13), 1, (4, 4)), ((5, 18), -1, (8, 8)), ((3, 3), 1, (16, 16)), ((17, 33), 1, (16, 16)),
-    ((3, 40), 1, (1, 16)), ((3, 70), 1, (1, 32)), ((33, 6), 1, (16, 1)), ((33, 4), 1, (32, 1)), ((2, 9), 1, (1, 4)), ((2, 20), 1, (1, 8)),
-    ((5, 3, 12), -1, (4, 4)), ((3, 6, 7), 1, (4, 4)), ((5, 6, 8), 1, (1, 4)), ((4, 2, 3, 8), -1, (4, 4)),
-    ((5, 6, 4, 4), 1, (4, 4)), ((4, 9, 3, 3), 1, (4, 4)), ((6, 5, 2, 6), 1, (8, 8)), ((17, 5, 2, 2), 1, (16, 16)),
-    ((2, 18, 5, 1), 1, (1, 16)), ((4, 5, 2, 2, 3), 1, (4, 4)), ((3, 2, 5, 4, 2), 2, (4, 4)), ((17, 13), 1, (3, 5)), ((4, 7, 3), 1, (2, 6)),
-]  # fmt: skip
+    ((8, 16), 1, (4, 4)),
+    ((7, 13), 1, (4, 4)),
+    ((5, 18), -1, (8, 8)),
+    ((3, 3), 1, (16, 16)),
+    ((17, 33), 1, (16, 16)),
+    ((3, 40), 1, (1, 16)),
+    ((3, 70), 1, (1, 32)),
+    ((33, 6), 1, (16, 1)),
+    ((33, 4), 1, (32, 1)),
+    ((2, 9), 1, (1, 4)),
+    ((2, 20), 1, (1, 8)),
+    ((5, 3, 12), -1, (4, 4)),
+    ((3, 6, 7), 1, (4, 4)),
+    ((5, 6, 8), 1, (1, 4)),
+    ((4, 2, 3, 8), -1, (4, 4)),
+    ((5, 6, 4, 4), 1, (4, 4)),
+    ((4, 9, 3, 3), 1, (4, 4)),
+    ((6, 5, 2, 6), 1, (8, 8)),
+    ((17, 5, 2, 2), 1, (16, 16)),
+    ((2, 18, 5, 1), 1, (1, 16)),
+    ((4, 5, 2, 2, 3), 1, (4, 4)),
+    ((3, 2, 5, 4, 2), 2, (4, 4)),
+    ((17, 13), 1, (3, 5)),
+    ((4, 7, 3), 1, (2, 6)),
+]
 
 
 @pytest.mark.parametrize("role", Role, ids=lambda r: r.letter)
@@ -133,18 +204,40 @@ def test_every_geometry(run, shape, axis, block_shape, role):
     x = operand(shape, seed=sum(shape), positive=role is Role.ACTIVATION)
     if role is Role.ACTIVATION:
         x[: len(x) // 2] -= 0.01  # unsigned blocks and signed ones
-    for stochastic, threshold in ((False, True), (True, True), (True, False)) if role is Role.ERROR else ((False, False), (False, True)):
-        check(run, x, -5 if threshold else 6, block_shape=block_shape, axis=axis, role=role, stochastic=stochastic, threshold=threshold)
+    for stochastic, threshold in (
+        ((False, True), (True, True), (True, False))
+        if role is Role.ERROR
+        else ((False, False), (False, True))
+    ):
+        check(
+            run,
+            x,
+            -5 if threshold else 6,
+            block_shape=block_shape,
+            axis=axis,
+            role=role,
+            stochastic=stochastic,
+            threshold=threshold,
+        )
 
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("bits", [0, 2, 3, 4, 5, 6, 7, 8])
 def test_every_width(run, bits, stochastic):
     for role in (Role.ACTIVATION, Role.ERROR):
-        check(run, operand((4, 8, 2, 4), bits, positive=bits % 2 == 1), bits, block_shape=(4, 4), role=role, stochastic=stochastic)
+        check(
+            run,
+            operand((4, 8, 2, 4), bits, positive=bits % 2 == 1),
+            bits,
+            block_shape=(4, 4),
+            role=role,
+            stochastic=stochastic,
+        )
 
 
-@pytest.mark.parametrize(("least", "most"), [(0, 2), (0, 5), (0, 8), (2, 2), (2, 8), (3, 5), (8, 8)])
+@pytest.mark.parametrize(
+    ("least", "most"), [(0, 2), (0, 5), (0, 8), (2, 2), (2, 8), (3, 5), (8, 8)]
+)
 def test_thresholds_and_their_limits(run, least, most):
     x = operand((8, 12, 4), least + most, spread=14)
     for stochastic, lsb in ((False, -6), (True, -6), (True, 1)):
@@ -156,26 +249,54 @@ def test_thresholds_and_their_limits(run, least, most):
 @pytest.mark.parametrize(
     ("where", "dtype"),
     [
-        ((2, 3, 2, 4), torch.uint8), ((2, 3, 2, 4), torch.int32), ((1, 3, 1, 1), torch.int16), ((2, 1, 1, 4), torch.int32),
-        ((3, 1, 4), torch.int16), ((4,), torch.int64), ((), torch.uint8), ((2, 1, 2, 1), torch.int32),
+        ((2, 3, 2, 4), torch.uint8),
+        ((2, 3, 2, 4), torch.int32),
+        ((1, 3, 1, 1), torch.int16),
+        ((2, 1, 1, 4), torch.int32),
+        ((3, 1, 4), torch.int16),
+        ((4,), torch.int64),
+        ((), torch.uint8),
+        ((2, 1, 2, 1), torch.int32),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_requests_of_each_shape_and_type(run, where, dtype):
     generator = torch.Generator().manual_seed(len(where))
-    bits = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])[torch.randint(8, where, generator=generator)].to(dtype)
+    bits = torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])[torch.randint(8, where, generator=generator)].to(
+        dtype
+    )
     x = operand((8, 10, 2, 4))
     check(run, x, bits, block_shape=(4, 4), role=Role.ERROR, stochastic=True)
     if dtype != torch.uint8:
-        check(run, x, bits - 9, block_shape=(4, 4), role=Role.ERROR, stochastic=True, threshold=True)
+        check(
+            run, x, bits - 9, block_shape=(4, 4), role=Role.ERROR, stochastic=True, threshold=True
+        )
 
 
 @pytest.mark.parametrize("group", [(4, 4), (16, 16), (8, 4), (12, 20)], ids=str)
 def test_width_groups(run, group):
     x = operand((18, 22, 3), 4)
     for role, stochastic in ((Role.ACTIVATION, False), (Role.ERROR, True)):
-        check(run, x, -4, block_shape=(4, 4), role=role, stochastic=stochastic, threshold=True, width_group=group)
-    check(run, operand((4, 3, 12)), -4, block_shape=(1, 4), axis=-1, threshold=True, width_group=(1, 8), scope="row")
+        check(
+            run,
+            x,
+            -4,
+            block_shape=(4, 4),
+            role=role,
+            stochastic=stochastic,
+            threshold=True,
+            width_group=group,
+        )
+    check(
+        run,
+        operand((4, 3, 12)),
+        -4,
+        block_shape=(1, 4),
+        axis=-1,
+        threshold=True,
+        width_group=(1, 8),
+        scope="row",
+    )
 
 
 @pytest.mark.parametrize("scope", ["tensor", "sample", "row"])
@@ -184,27 +305,46 @@ def test_scopes(run, scope):
         x = operand(shape, spread=40)
         x[1] = 0
         for threshold in (False, True):
-            check(run, x, -30 if threshold else 8, block_shape=(1, 4), axis=axis, scope=scope, threshold=threshold)
+            check(
+                run,
+                x,
+                -30 if threshold else 8,
+                block_shape=(1, 4),
+                axis=axis,
+                scope=scope,
+                threshold=threshold,
+            )
 
 
 def bit_patterns(shape, low: int, high: int, seed: int = 0) -> torch.Tensor:
     """float32 of every mantissa, with biased exponents in [low, high)."""
     generator = torch.Generator().manual_seed(seed)
-    pattern = torch.randint(1 << 23, shape, generator=generator) | torch.randint(low, high, shape, generator=generator) << 23
-    return torch.where(torch.rand(shape, generator=generator) < 0.5, pattern, pattern - (1 << 31)).to(torch.int32).view(torch.float32)
+    pattern = (
+        torch.randint(1 << 23, shape, generator=generator)
+        | torch.randint(low, high, shape, generator=generator) << 23
+    )
+    return (
+        torch.where(torch.rand(shape, generator=generator) < 0.5, pattern, pattern - (1 << 31))
+        .to(torch.int32)
+        .view(torch.float32)
+    )
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 3), (100, 140), (0, 255), (254, 255)])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_all_of_float32(run, low, high, stochastic):
     x = bit_patterns((8, 8, 16), low, high)
-    x[:4, :, 0] = torch.where(x[:4, :, 0].abs() < 2.0**-140, x[:4, :, 0], 0)  # small subnormals in blocks of their own
+    x[:4, :, 0] = torch.where(
+        x[:4, :, 0].abs() < 2.0**-140, x[:4, :, 0], 0
+    )  # small subnormals in blocks of their own
     x[:4, 4:, 1] = 2.0**-149
     for bits in (2, 8):
         check(run, x, bits, block_shape=(4, 4), role=Role.ERROR, stochastic=stochastic)
     check(run, x.abs(), 8, block_shape=(1, 8), axis=-1, scope="row", stochastic=stochastic)
     for lsb in (-152, -130, 120, 1000):
-        check(run, x, lsb, block_shape=(4, 4), role=Role.ERROR, stochastic=stochastic, threshold=True)
+        check(
+            run, x, lsb, block_shape=(4, 4), role=Role.ERROR, stochastic=stochastic, threshold=True
+        )
 
 
 def test_ties_go_to_even_and_saturate(run):
@@ -220,7 +360,9 @@ def test_ties_go_to_even_and_saturate(run):
 def test_stochastic_rounding_at_its_edge(run):
     """Elements that y + (2r + 1) * 2**-17 lifts exactly to an integer, and those one unit below."""
     shape = (4, 32)
-    edge = 1 - (2 * stream_numbers(STREAM, int(Role.ERROR), 128).view(shape).double() + 1) * 2.0**-17
+    edge = (
+        1 - (2 * stream_numbers(STREAM, int(Role.ERROR), 128).view(shape).double() + 1) * 2.0**-17
+    )
     whole = torch.arange(128).view(shape) - 64
     for units, lifted in ((0, 1), (1, 0)):
         x = whole + edge - units * 2.0**-17
@@ -233,7 +375,12 @@ def test_stochastic_rounding_at_its_edge(run):
 def test_the_window(run):
     x = torch.full((4, 64), 1.0)
     x *= torch.exp2(-torch.arange(64) // 2).float()
-    for bits, role in ((8, Role.ACTIVATION), (8, Role.WEIGHT), (2, Role.ACTIVATION), (2, Role.WEIGHT)):
+    for bits, role in (
+        (8, Role.ACTIVATION),
+        (8, Role.WEIGHT),
+        (2, Role.ACTIVATION),
+        (2, Role.WEIGHT),
+    ):
         check(run, x, bits, block_shape=(4, 4), role=role)
         check(run, x * 1.5, bits, block_shape=(4, 4), role=role, stochastic=True)
 
@@ -244,7 +391,9 @@ MEMORY = {
     "sliced": lambda: operand((10, 24, 5, 9))[::2, 3:11, 1:5, ::2],
     "reversed": lambda: operand((4, 4, 8, 5)).permute(3, 2, 1, 0),
     "expanded": lambda: operand((5, 1, 4, 4)).expand(5, 8, 4, 4),
-    "channels_last_3d": lambda: operand((5, 8, 2, 3, 4)).contiguous(memory_format=torch.channels_last_3d),
+    "channels_last_3d": lambda: operand((5, 8, 2, 3, 4)).contiguous(
+        memory_format=torch.channels_last_3d
+    ),
     "four levels": lambda: operand((4, 4, 4, 6, 4, 4))[:, :, ::2, ::2, ::2, ::2],
     "offset": lambda: operand((7, 8, 4))[1:, 1:],
 }
@@ -254,7 +403,15 @@ MEMORY = {
 def test_any_strides(run, memory):
     x = MEMORY[memory]()
     whole = check(run, x, -5, block_shape=(4, 4), role=Role.ERROR, stochastic=True, threshold=True)
-    contiguous = check(run, x.contiguous(), -5, block_shape=(4, 4), role=Role.ERROR, stochastic=True, threshold=True)
+    contiguous = check(
+        run,
+        x.contiguous(),
+        -5,
+        block_shape=(4, 4),
+        role=Role.ERROR,
+        stochastic=True,
+        threshold=True,
+    )
     assert all(torch.equal(whole[name], contiguous[name]) for name in whole)
     check(run, x, 5, block_shape=(1, 4), axis=-1, role=Role.WEIGHT)
 
@@ -270,7 +427,13 @@ def test_sixteen_bit_operands(run, dtype):
 @pytest.mark.parametrize(("tile_elements", "wide"), [(16, False), (64, True), (4096, True)])
 def test_tiles_and_wide_offsets(run, shape, tile_elements, wide):
     x = operand(shape)
-    options = {"role": Role.ERROR, "stochastic": True, "tile_elements": tile_elements, "wide": wide, "width_group": (8, 8)}
+    options = {
+        "role": Role.ERROR,
+        "stochastic": True,
+        "tile_elements": tile_elements,
+        "wide": wide,
+        "width_group": (8, 8),
+    }
     check(run, x, -4, block_shape=(4, 4), threshold=True, **options)
 
 
@@ -280,33 +443,79 @@ def test_what_is_not_finite_is_left_to_the_caller(run, value):
         x = operand(shape)
         x[place] = value
         layout = BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=1)
-        options = {"role": Role.ERROR, "stochastic": True, "least_bits": 0, "most_bits": 8, "width_group": None, "scope": "tensor"}
+        options = {
+            "role": Role.ERROR,
+            "stochastic": True,
+            "least_bits": 0,
+            "most_bits": 8,
+            "width_group": None,
+            "scope": "tensor",
+        }
         asked = torch.tensor(6, dtype=torch.int32)
-        got = run("quantize", x, layout, asked, is_threshold=False, force_signed=False, stream=STREAM, want_values=False, **options)
+        got = run(
+            "quantize",
+            x,
+            layout,
+            asked,
+            is_threshold=False,
+            force_signed=False,
+            stream=STREAM,
+            want_values=False,
+            **options,
+        )
         assert got is None
 
 
 def test_values_are_written_only_if_wanted(run):
     layout = BlockLayout(shape=(5, 6), block_shape=(4, 4), channel_axis=1)
-    options = {"role": Role.WEIGHT, "stochastic": False, "least_bits": 0, "most_bits": 8, "width_group": None, "scope": "tensor"}
+    options = {
+        "role": Role.WEIGHT,
+        "stochastic": False,
+        "least_bits": 0,
+        "most_bits": 8,
+        "width_group": None,
+        "scope": "tensor",
+    }
     x, asked = operand((5, 6)), torch.tensor(6)
     with_values, without = (
-        run("quantize", x, layout, asked, is_threshold=False, force_signed=False, stream=STREAM, want_values=want, **options)
+        run(
+            "quantize",
+            x,
+            layout,
+            asked,
+            is_threshold=False,
+            force_signed=False,
+            stream=STREAM,
+            want_values=want,
+            **options,
+        )
         for want in (True, False)
     )
     assert without["values"].numel() == 0
-    assert all(torch.equal(with_values[name], without[name]) for name in with_values if name != "values")
+    assert all(
+        torch.equal(with_values[name], without[name]) for name in with_values if name != "values"
+    )
 
 
 def test_all_zero(run):
     for role in Role:
-        got = check(run, torch.zeros(5, 6, 2), -3, block_shape=(4, 4), role=role, stochastic=role is Role.ERROR, threshold=True)
+        got = check(
+            run,
+            torch.zeros(5, 6, 2),
+            -3,
+            block_shape=(4, 4),
+            role=role,
+            stochastic=role is Role.ERROR,
+            threshold=True,
+        )
         assert int(got["headers"].max()) == 0
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: f"layer{v['layer']}-code{v['code']}")
 def test_committed_stream_numbers(run, vector):
-    position = StreamPosition(**{k: vector[k] for k in ("seed", "rank", "backward_count", "call_index", "layer")})
+    position = StreamPosition(
+        **{k: vector[k] for k in ("seed", "rank", "backward_count", "call_index", "layer")}
+    )
     count = max(vector["indices"]) + 1
     for share, wide in ((1, False), (2, False), (4, True), (8, False), (8, True)):
         numbers = run("numbers", position, vector["code"], count, share=share, wide=wide)
@@ -322,33 +531,64 @@ def test_published_vectors(run, counter, key, words):
 @pytest.mark.parametrize(
     ("capability", "shape", "axis", "dtype", "role", "group"),
     [
-        (90, (16, 64, 8, 8), 1, torch.float32, Role.ERROR, (16, 16)), (90, (16, 5, 40), 2, torch.bfloat16, Role.ERROR, None),
+        (90, (16, 64, 8, 8), 1, torch.float32, Role.ERROR, (16, 16)),
+        (90, (16, 5, 40), 2, torch.bfloat16, Role.ERROR, None),
         (80, (16, 5, 7), 1, torch.float16, Role.ACTIVATION, None),
     ],
     ids=["E of a Conv", "E of a Linear", "X"],
-)  # fmt: skip
-def test_kernels_compile_and_keep_their_arithmetic(pool, capability, shape, axis, dtype, role, group):
-    """Without a GPU. In PTX: no flushed subnormals, and of float operations only those that the kernels' opening comment explains."""
+)
+def test_kernels_compile_and_keep_their_arithmetic(
+    pool, capability, shape, axis, dtype, role, group
+):
+    """Without a GPU. In PTX: no flushed subnormals, and of float operations only those that the
+    kernels' opening comment explains.
+    """
     layout = BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=axis)
     texts = pool(interpret=False)(
-        "compiled", torch.zeros(shape, dtype=dtype), layout, torch.tensor(-4, dtype=torch.int32), capability, role=role, width_group=group,
-        stochastic=role is Role.ERROR, is_threshold=role is Role.ERROR, least_bits=0, most_bits=8, force_signed=False, stream=STREAM,
-        scope="tensor", want_values=True,
-    )  # fmt: skip
-    assert set(texts) == {"plan_kernel", "apply_kernel", "dequantize_kernel"} | ({"share_kernel"} if group else set())
+        "compiled",
+        torch.zeros(shape, dtype=dtype),
+        layout,
+        torch.tensor(-4, dtype=torch.int32),
+        capability,
+        role=role,
+        width_group=group,
+        stochastic=role is Role.ERROR,
+        is_threshold=role is Role.ERROR,
+        least_bits=0,
+        most_bits=8,
+        force_signed=False,
+        stream=STREAM,
+        scope="tensor",
+        want_values=True,
+    )
+    assert set(texts) == {"plan_kernel", "apply_kernel", "dequantize_kernel"} | (
+        {"share_kernel"} if group else set()
+    )
     assert "mul.f32" in texts["apply_kernel"]
     allowed = r"(selp|mov|mul|fma\.rn)\.f32|cvt\.rn\.f32\.[su]\d+|cvt\.f32\.f16|cvt\.rmi(\.ftz)?\.f32\.f32|cvt\.r[zm]i\.s32\.f32"
     for name, text in texts.items():
-        operations = set(re.findall(r"^\s*(?:@%p\d+ )?(\w+(?:\.\w+)*\.f(?:16|32|64)(?:\.\w+)*)\s", text, re.MULTILINE))
+        operations = set(
+            re.findall(
+                r"^\s*(?:@%p\d+ )?(\w+(?:\.\w+)*\.f(?:16|32|64)(?:\.\w+)*)\s", text, re.MULTILINE
+            )
+        )
         assert not [o for o in operations if not re.fullmatch(allowed, o)], (name, operations)
 
 
 def test_a_callers_mistakes_are_named():
     layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
     options = {
-        "is_threshold": False, "role": Role.WEIGHT, "least_bits": 0, "most_bits": 8, "width_group": None, "stochastic": False,
-        "force_signed": False, "stream": STREAM, "scope": "tensor", "want_values": False,
-    }  # fmt: skip
+        "is_threshold": False,
+        "role": Role.WEIGHT,
+        "least_bits": 0,
+        "most_bits": 8,
+        "width_group": None,
+        "stochastic": False,
+        "force_signed": False,
+        "stream": STREAM,
+        "scope": "tensor",
+        "want_values": False,
+    }
     bits = torch.tensor(8)
     with pytest.raises(TypeError, match="float64"):
         quantize_cuda(torch.zeros(4, 4, dtype=torch.float64), layout, bits, **options)
@@ -359,7 +599,11 @@ def test_a_callers_mistakes_are_named():
     with pytest.raises(ValueError, match="broadcast to the grid"):
         quantize_cuda(torch.zeros(4, 4), layout, torch.ones(3, dtype=torch.int32), **options)
     grid = torch.zeros(1, 1, dtype=torch.uint8)
-    codes, relative, largest = torch.zeros(4, 4, dtype=torch.uint8), grid.to(torch.int8), torch.zeros(1, 1, dtype=torch.int32)
+    codes, relative, largest = (
+        torch.zeros(4, 4, dtype=torch.uint8),
+        grid.to(torch.int8),
+        torch.zeros(1, 1, dtype=torch.int32),
+    )
     with pytest.raises(ValueError, match="relative_exponents must be"):
         dequantize_cuda(codes, grid, grid, largest, layout, torch.float32)
     with pytest.raises(ValueError, match="of one scope"):

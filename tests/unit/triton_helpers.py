@@ -1,4 +1,6 @@
-"""What tests of the CUDA quantizer run in a process of their own: triton is imported with its interpreter on or off, once and for all."""
+"""What tests of the CUDA quantizer run in a process of their own: triton is imported with its
+interpreter on or off, once and for all.
+"""
 
 import os
 import pickle
@@ -17,13 +19,19 @@ def start(interpret: bool, cache: str) -> None:
 
 
 def call(pickled: bytes) -> bytes:
-    """`name(*args, **options)` of this module, as bytes: a process pool would send tensors through shared memory."""
+    """`name(*args, **options)` of this module, as bytes: a process pool would send tensors through
+    shared memory.
+    """
     name, args, options = pickle.loads(pickled)
     return pickle.dumps(globals()[name](*args, **options))
 
 
-def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=None, wide=False, **options) -> dict[str, Any] | None:
-    """quantize_cuda's results by name, and what dequantize_cuda makes of them in the type `dequantized`."""
+def quantize(
+    x, layout, request, *, dequantized=torch.float32, tile_elements=None, wide=False, **options
+) -> dict[str, Any] | None:
+    """quantize_cuda's results by name, and what dequantize_cuda makes of them in the type
+    `dequantized`.
+    """
     from dynasty_lightning.numerics.backends import triton as triton_quantizer
 
     kept = triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets
@@ -35,9 +43,12 @@ def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=Non
             return None
         codes, relative_exponents, headers, largest_exponents, values = results
         fields = {
-            "codes": codes, "relative_exponents": relative_exponents, "headers": headers, "largest_exponents": largest_exponents,
+            "codes": codes,
+            "relative_exponents": relative_exponents,
+            "headers": headers,
+            "largest_exponents": largest_exponents,
             "values": values,
-        }  # fmt: skip
+        }
         if largest_exponents.numel() == 1:
             fields["dequantized"] = triton_quantizer.dequantize_cuda(
                 codes, relative_exponents, headers, largest_exponents, layout, dequantized
@@ -47,7 +58,9 @@ def quantize(x, layout, request, *, dequantized=torch.float32, tile_elements=Non
         triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets = kept
 
 
-def numbers(stream, code: int, count: int, *, share: int, wide: bool, device: str = "cpu") -> torch.Tensor:
+def numbers(
+    stream, code: int, count: int, *, share: int, wide: bool, device: str = "cpu"
+) -> torch.Tensor:
     """The first `count` numbers of the stream, `share` to a counter."""
     from dynasty_lightning.numerics.backends.triton import _stream_words
 
@@ -55,7 +68,9 @@ def numbers(stream, code: int, count: int, *, share: int, wide: bool, device: st
 
     groups = 1 << (-(-count // share) - 1).bit_length()
     out = torch.empty(groups * share, dtype=torch.int32, device=device)
-    triton_stream.numbers_kernel[(1,)](out, **_stream_words(stream, code), GROUPS=groups, SHARE=share, WIDE=wide)
+    triton_stream.numbers_kernel[(1,)](
+        out, **_stream_words(stream, code), GROUPS=groups, SHARE=share, WIDE=wide
+    )
     return out[:count].cpu()
 
 
@@ -76,7 +91,13 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
 
     from dynasty_lightning.numerics.backends import triton as triton_quantizer
 
-    pointers = {torch.int32: "*i32", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.float16: "*fp16"}
+    pointers = {
+        torch.int32: "*i32",
+        torch.int8: "*i8",
+        torch.uint8: "*u8",
+        torch.int16: "*i16",
+        torch.float16: "*fp16",
+    }
     texts: dict[str, str] = {}
 
     def launch(kernel, programs, warps, **arguments):
@@ -90,10 +111,14 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             else:
                 signature[parameter.name] = "i32"
-            if isinstance(value, torch.Tensor) or (signature[parameter.name] == "i32" and value % 16 == 0 and not varies):
+            if isinstance(value, torch.Tensor) or (
+                signature[parameter.name] == "i32" and value % 16 == 0 and not varies
+            ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+        binary = triton.compile(
+            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+        )
         texts[kernel.fn.__name__] = binary.asm["ptx"]
 
     kept = triton_quantizer._launch
@@ -102,7 +127,9 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
         triton_quantizer.quantize_cuda(x, layout, request, **options)
         codes, grid = torch.zeros(layout.shape, dtype=torch.uint8), layout.grid_shape
         headers, scales = torch.zeros(grid, dtype=torch.uint8), torch.zeros(grid, dtype=torch.int8)
-        triton_quantizer.dequantize_cuda(codes, scales, headers, torch.zeros(1, dtype=torch.int32), layout, torch.bfloat16)
+        triton_quantizer.dequantize_cuda(
+            codes, scales, headers, torch.zeros(1, dtype=torch.int32), layout, torch.bfloat16
+        )
     finally:
         triton_quantizer._launch = kept
     return texts

@@ -1,4 +1,6 @@
-"""Kernels around the random stream of `triton_kernels`, so that its numbers can be seen. Imports triton: only for `triton_helpers`."""
+"""Kernels around the random stream of `triton_kernels`, so that its numbers can be seen. Imports
+triton: only for `triton_helpers`.
+"""
 
 import triton
 import triton.language as tl
@@ -6,8 +8,24 @@ import triton.language as tl
 from dynasty_lightning.numerics.backends.triton_kernels import _VARYING, _numbers, philox
 
 
-@triton.jit(do_not_specialize=[name for name in _VARYING if name in ("seed", "rank", "backward_count", "call_index", "stream_word")])
-def numbers_kernel(out, seed, rank, backward_count, call_index, stream_word, GROUPS: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        name
+        for name in _VARYING
+        if name in ("seed", "rank", "backward_count", "call_index", "stream_word")
+    ]
+)
+def numbers_kernel(
+    out,
+    seed,
+    rank,
+    backward_count,
+    call_index,
+    stream_word,
+    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     index = tl.arange(0, GROUPS) * SHARE
     if WIDE:
         index = index.to(tl.int64)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The core as a layer of hls4ml, through its Extension API: PyTorch module, converter, model node, templates, C++ source.
+"""The core as a layer of hls4ml, through its Extension API: PyTorch module, converter, model node,
+templates, C++ source.
 
 Importing this module imports hls4ml.
 
@@ -49,29 +50,47 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
         geometry: of a convolution; None for a linear layer.
         config: the core, which `register` must have been given.
 
-    Input is [N, in, *positions] (or [N, in] for a linear layer), output [N, out, *positions]; `forward` computes what the core does.
+    Input is [N, in, *positions] (or [N, in] for a linear layer), output [N, out, *positions];
+    `forward` computes what the core does.
 
     Raises:
-        ValueError: a geometry where none belongs or none where one does, sums that the accumulator of the core might not hold in one pass.
+        ValueError: a geometry where none belongs or none where one does, sums that the accumulator
+            of the core might not hold in one pass.
     """
 
     def __init__(self, layer: GemmLayer, *, geometry: Geometry | None, config: GemmConfig) -> None:
         super().__init__()
         if (layer.kind == "linear") != (geometry is None):
-            raise ValueError(f"a {layer.kind} layer {'needs a' if geometry is None else 'takes no'} geometry")
+            raise ValueError(
+                f"a {layer.kind} layer {'needs a' if geometry is None else 'takes no'} geometry"
+            )
         weight = layer.weight
         self.layer, self.config = layer, config
         self.geometry = geometry or Geometry()
-        self.bias_values = np.zeros(weight.shape[0], np.float32) if layer.bias is None else layer.bias.astype(np.float32)
-        bound = self.geometry.tap_count * weight.shape[2] * _GREATEST_ACTIVATION * int(np.abs(weight.integers()).max())
+        self.bias_values = (
+            np.zeros(weight.shape[0], np.float32)
+            if layer.bias is None
+            else layer.bias.astype(np.float32)
+        )
+        bound = (
+            self.geometry.tap_count
+            * weight.shape[2]
+            * _GREATEST_ACTIVATION
+            * int(np.abs(weight.integers()).max())
+        )
         if bound >= 1 << SUM_BITS:
-            raise ValueError(f"sums of this layer may reach {bound:.3g} LSBs, 2**{SUM_BITS} or more: it cannot be a layer of hls4ml")
+            raise ValueError(
+                f"sums of this layer may reach {bound:.3g} LSBs, 2**{SUM_BITS} or more: it "
+                f"cannot be a layer of hls4ml"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """On the NumPy reference of the core."""
         operand = self.layer.operand(x.detach().numpy(), self.config)
         with open_device("reference", self.config) as device:
-            result = device.run(GemmJob(a=operand, b=self.layer.weight, geometry=self.geometry), timeout_s=600)
+            result = device.run(
+                GemmJob(a=operand, b=self.layer.weight, geometry=self.geometry), timeout_s=600
+            )
         y = torch.from_numpy(result.values + self.bias_values).movedim(-1, 1)
         return y.reshape(len(x), -1, *self.spatial(x.ndim - 2))
 
@@ -80,7 +99,9 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
         return list(self.geometry.output[len(self.geometry.output) - axes :]) if axes else []
 
     def job(self) -> np.ndarray[Any, Any]:
-        """Words of the job for one sample; the words of A in memory and the rows' exponents follow at run time."""
+        """Words of the job for one sample; the words of A in memory and the rows' exponents follow
+        at run time.
+        """
         shape = (1, self.geometry.input_size, self.layer.weight.shape[2])
         grid = (1, shape[1], -(-shape[2] // self.config.block_edge))
         empty = Operand(
@@ -95,7 +116,14 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
         words_b = len(pack(self.layer.weight, self.config).words)
         words_c = self.geometry.output_size * self.layer.weight.shape[0]
         words = job_words(
-            walk, raw=False, part=walk.whole, tile_begin=0, tile_count=walk.output_tiles, words_a=0, words_b=words_b, words_c=words_c
+            walk,
+            raw=False,
+            part=walk.whole,
+            tile_begin=0,
+            tile_count=walk.output_tiles,
+            words_a=0,
+            words_b=words_b,
+            words_c=words_c,
         )
         return words[: len(words) - self.config.block_edge]
 
@@ -104,7 +132,8 @@ class HlsDynamicGemm(Layer):  # type: ignore[misc]
     """`DynamicGemm` as a node of hls4ml's model."""
 
     _expected_attributes = [
-        Attribute(n, value_type=int) for n in ("positions", "channels", "out_positions", "out_channels", "weight_words")
+        Attribute(n, value_type=int)
+        for n in ("positions", "channels", "out_positions", "out_channels", "weight_words")
     ]
 
     def initialize(self) -> None:
@@ -115,7 +144,12 @@ class HlsDynamicGemm(Layer):  # type: ignore[misc]
             ("request", "r", IntegerPrecisionType(width=16, signed=True)),
             ("bias_bits", "b", word),
         ):
-            self.add_weights_variable(name=name, var_name=letter + "{index}", data=self.get_attr(f"{name}_data"), precision=precision)
+            self.add_weights_variable(
+                name=name,
+                var_name=letter + "{index}",
+                data=self.get_attr(f"{name}_data"),
+                precision=precision,
+            )
         self.add_output_variable(self.get_attr("out_shape"))
 
 
@@ -151,7 +185,8 @@ class _Call(FunctionCallTemplate):  # type: ignore[misc]
         given = node.get_input_variable().type.precision
         if not isinstance(given, FixedPrecisionType) or given.width > GREATEST_INPUT_BITS:
             raise ValueError(
-                f"layer {node.name!r} on the core takes fixed-point activations of up to {GREATEST_INPUT_BITS} bits, not {given}: "
+                f"layer {node.name!r} on the core takes fixed-point activations of up to "
+                f"{GREATEST_INPUT_BITS} bits, not {given}: "
                 "set the Precision of the result of the layer before it"
             )
         params = self._default_function_params(node)
@@ -174,13 +209,16 @@ def _parse(
     """hls4ml's handler: attributes of the node, and its output shape."""
     if module.config != _registered.get(_NAME):
         raise ValueError(
-            f"layer {layer_name!r} is packed for the core {module.config}, hls4ml was given the source of {_registered.get(_NAME)}: "
+            f"layer {layer_name!r} is packed for the core {module.config}, hls4ml was given the "
+            f"source of {_registered.get(_NAME)}: "
             "call register(config) with the one configuration of all layers"
         )
     packed = pack(module.layer.weight, module.config)
     values, edge = module.layer.request.values, module.config.block_edge
     if values.shape[0] != 1 or values.min() < -(1 << 15) or values.max() >= 1 << 15:
-        raise ValueError(f"layer {layer_name!r}: the widths must be those of one row and fit 16 bits")
+        raise ValueError(
+            f"layer {layer_name!r}: the widths must be those of one row and fit 16 bits"
+        )
     out, _, channels = module.layer.weight.shape
     spatial = module.spatial(len(input_shapes[0]) - 2)
     layer = {
@@ -213,7 +251,8 @@ _registered: dict[str, GemmConfig] = {}
 
 
 def register(config: GemmConfig) -> None:
-    """Make hls4ml know `DynamicGemm`, with the core of `config`; projects written from now on get that core's source.
+    """Make hls4ml know `DynamicGemm`, with the core of `config`; projects written from now on get
+    that core's source.
 
     A project has one core: hls4ml copies sources by name.
     """

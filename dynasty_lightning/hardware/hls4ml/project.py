@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network program as a project of hls4ml: fixed point for each layer, read from the quantized blocks; compiled and compared.
+"""A network program as a project of hls4ml: fixed point for each layer, read from the quantized
+blocks; compiled and compared.
 
-hls4ml has one fixed-point type for a tensor where we have an exponent and a width for each block. A type's last place is taken from the
+hls4ml has one fixed-point type for a tensor where we have an exponent and a width for each block. A
+type's last place is taken from the
 blocks: with percentile p, p % of the non-zero blocks have no finer one.
 """
 
@@ -40,7 +42,17 @@ _CALIBRATION_IMAGES: Final = 64
 _BATCH: Final = 50
 _FLAT: Final = "_flat"
 _SMOOTH: Final = ("relu", "max_pool", "flatten")
-_PLAIN: Final = ("add", "affine", "average_pool", "conv", "flatten", "linear", "max_pool", "mean", "relu")
+_PLAIN: Final = (
+    "add",
+    "affine",
+    "average_pool",
+    "conv",
+    "flatten",
+    "linear",
+    "max_pool",
+    "mean",
+    "relu",
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -51,7 +63,8 @@ class Hls4mlExportError(ValueError):
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """hls4ml's fixed<width, integer>: `width` bits in all, `integer` of them (sign included) above the point.
+    """hls4ml's fixed<width, integer>: `width` bits in all, `integer` of them (sign included) above
+    the point.
 
     Stored values are rounded to nearest-even and saturate.
     """
@@ -77,8 +90,12 @@ class FixedPoint:
         return result
 
     @staticmethod
-    def spanning(largest: float, last_place: int, *, signed: bool, widest: int = WIDEST) -> "FixedPoint":
-        """That holds magnitudes up to `largest` with a last place of 2**last_place, or as fine as `widest` bits allow."""
+    def spanning(
+        largest: float, last_place: int, *, signed: bool, widest: int = WIDEST
+    ) -> "FixedPoint":
+        """That holds magnitudes up to `largest` with a last place of 2**last_place, or as fine as
+        `widest` bits allow.
+        """
         top = int(np.frexp(largest)[1]) if largest > 0 else last_place + 1
         integer = top + signed
         return FixedPoint(min(max(integer - last_place, 1 + signed), widest), integer, signed)
@@ -92,12 +109,15 @@ class LayerTypes:
     constants: Mapping[str, FixedPoint]
 
 
-def choose_types(runner: Runner, images: Array, *, percentile: float) -> tuple[FixedPoint, dict[str, LayerTypes]]:
+def choose_types(
+    runner: Runner, images: Array, *, percentile: float
+) -> tuple[FixedPoint, dict[str, LayerTypes]]:
     """Types of the input and of each step from a program's blocks.
 
     Args:
         runner: the program on some device.
-        images: float32 [N, ...], for ranges and blocks of activations; one more integer bit is added for what they do not show.
+        images: float32 [N, ...], for ranges and blocks of activations; one more integer bit is
+            added for what they do not show.
         percentile: in (0, 100]; see the module.
 
     Raises:
@@ -123,17 +143,24 @@ def choose_types(runner: Runner, images: Array, *, percentile: float) -> tuple[F
         if step["name"] in runner.layers:
             layer = runner.layers[step["name"]]
             peak = float(np.abs(layer.weight.values()).max())
-            constants["weight"] = FixedPoint.spanning(peak, last_place_of(layer.weight, percentile), signed=True)
+            constants["weight"] = FixedPoint.spanning(
+                peak, last_place_of(layer.weight, percentile), signed=True
+            )
             if layer.bias is not None:
                 constants["bias"] = _of_constant(layer.bias)
         elif step["op"] == "affine":
-            constants = {n: _of_constant(runner.program.arrays[step["arrays"][k]]) for n, k in (("scale", "scale"), ("bias", "shift"))}
+            constants = {
+                n: _of_constant(runner.program.arrays[step["arrays"][k]])
+                for n, k in (("scale", "scale"), ("bias", "shift"))
+            }
         types[step["name"]] = LayerTypes(of_tensor(step["name"], needed[step["name"]]), constants)
     return of_tensor("input", needed["input"]), types
 
 
 def last_place_of(operand: Operand, percentile: float) -> int:
-    """The coarsest exponent such that at least `percentile` % of the operand's non-zero blocks have no finer last place; 0 without any."""
+    """The coarsest exponent such that at least `percentile` % of the operand's non-zero blocks have
+    no finer last place; 0 without any.
+    """
     places = operand.scale_exponents[operand.bits > 0]
     if not places.size:
         return 0
@@ -141,13 +168,21 @@ def last_place_of(operand: Operand, percentile: float) -> int:
     return int(coarsest_first[max(math.ceil(percentile / 100 * len(places)), 1) - 1])
 
 
-def _needed_last_places(runner: Runner, values: Mapping[str, Array], percentile: float) -> dict[str, int | None]:
-    """Exponent of the last place that each tensor's readers need; None where only the network's caller reads."""
-    needed: dict[str, int | None] = dict.fromkeys(["input", *(step["name"] for step in runner.program.steps)])
+def _needed_last_places(
+    runner: Runner, values: Mapping[str, Array], percentile: float
+) -> dict[str, int | None]:
+    """Exponent of the last place that each tensor's readers need; None where only the network's
+    caller reads.
+    """
+    needed: dict[str, int | None] = dict.fromkeys(
+        ["input", *(step["name"] for step in runner.program.steps)]
+    )
     for step in reversed(runner.program.steps):
         own = needed[step["name"]]
         if step["name"] in runner.layers:
-            operand = runner.layers[step["name"]].operand(values[step["inputs"][0]], runner.program.config)
+            operand = runner.layers[step["name"]].operand(
+                values[step["inputs"][0]], runner.program.config
+            )
             wanted: int | None = last_place_of(operand, percentile)
         elif own is None or step["op"] in _SMOOTH:
             wanted = own
@@ -165,8 +200,11 @@ def _of_constant(values: Array) -> FixedPoint:
     return FixedPoint.spanning(largest, int(np.frexp(largest)[1]) + 1 - SCALE_BITS, signed=True)
 
 
-def plain_network(program: Program, runner: Runner, *, core: Sequence[str] = ()) -> tuple[fx.GraphModule, dict[str, str]]:
-    """The program as a torch module of plain layers with our quantized weights, and the names of its nodes by step.
+def plain_network(
+    program: Program, runner: Runner, *, core: Sequence[str] = ()
+) -> tuple[fx.GraphModule, dict[str, str]]:
+    """The program as a torch module of plain layers with our quantized weights, and the names of
+    its nodes by step.
 
     Args:
         core: names of "conv" and "linear" steps that become layers on the dynamic-precision core.
@@ -177,17 +215,28 @@ def plain_network(program: Program, runner: Runner, *, core: Sequence[str] = ())
     root = nn.Module()
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {"input": graph.placeholder("x")}
-    shapes = {name: value.shape for name, value in runner.trace(np.zeros((1, *program.input_shape), np.float32)).items()}
+    shapes = {
+        name: value.shape
+        for name, value in runner.trace(np.zeros((1, *program.input_shape), np.float32)).items()
+    }
     for index, step in enumerate(program.steps):
         inputs = [nodes[name] for name in step["inputs"]]
         if step["op"] == "add":
             if len({shapes[name] for name in step["inputs"]}) > 1:
-                raise Hls4mlExportError(f"step {step['name']!r} adds tensors of two shapes, which hls4ml's streams do not do")
+                raise Hls4mlExportError(
+                    f"step {step['name']!r} adds tensors of two shapes, which hls4ml's streams "
+                    f"do not do"
+                )
             nodes[step["name"]] = graph.call_function(operator.add, tuple(inputs))
             continue
         name = f"{step['op']}{index}"
         shape = shapes[step["inputs"][0]]
-        root.add_module(name, _core_layer(step, runner, shape) if step["name"] in core else _plain_layer(step, runner, shape))
+        root.add_module(
+            name,
+            _core_layer(step, runner, shape)
+            if step["name"] in core
+            else _plain_layer(step, runner, shape),
+        )
         node = graph.call_module(name, tuple(inputs))
         if step["op"] == "mean" and not step.get("keepdims"):
             root.add_module(name + _FLAT, nn.Flatten())
@@ -202,7 +251,10 @@ def _core_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -
 
     layer = runner.layers[step["name"]]
     if step["op"] == "linear" and len(shape) != 2:
-        raise Hls4mlExportError(f"step {step['name']!r} is a linear layer over {len(shape) - 1} axes; hls4ml's layer takes one")
+        raise Hls4mlExportError(
+            f"step {step['name']!r} is a linear layer over {len(shape) - 1} axes; hls4ml's "
+            f"layer takes one"
+        )
     geometry = geometry_of(step, shape[2:]) if step["op"] == "conv" else None
     return DynamicGemm(layer, geometry=geometry, config=runner.program.config)
 
@@ -210,28 +262,51 @@ def _core_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -
 def _plain_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) -> nn.Module:
     op, spatial = step["op"], tuple(shape[2:])
     if op not in _PLAIN:
-        raise Hls4mlExportError(f"step {step['name']!r} is a {op}, which has no layer of hls4ml here: {', '.join(_PLAIN)} have")
+        raise Hls4mlExportError(
+            f"step {step['name']!r} is a {op}, which has no layer of hls4ml here: "
+            f"{', '.join(_PLAIN)} have"
+        )
     if op == "mean" and step.get("axes", list(range(2, len(shape)))) != list(range(2, len(shape))):
-        raise Hls4mlExportError(f"step {step['name']!r} is a mean over axes {step['axes']}; hls4ml's layer takes all positions")
+        raise Hls4mlExportError(
+            f"step {step['name']!r} is a mean over axes {step['axes']}; hls4ml's layer takes "
+            f"all positions"
+        )
     if len(spatial) > 2:
-        raise Hls4mlExportError(f"step {step['name']!r} works on {len(spatial)} axes; hls4ml knows one and two")
+        raise Hls4mlExportError(
+            f"step {step['name']!r} works on {len(spatial)} axes; hls4ml knows one and two"
+        )
     two = len(spatial) == 2
     if op == "conv":
         if set(step["dilation"]) != {1}:
-            raise Hls4mlExportError(f"step {step['name']!r} is dilated by {step['dilation']}, which hls4ml's streams do not do")
+            raise Hls4mlExportError(
+                f"step {step['name']!r} is dilated by {step['dilation']}, which hls4ml's "
+                f"streams do not do"
+            )
         layer = runner.layers[step["name"]]
         out, _, channels = layer.weight.shape
         made: nn.Module = (nn.Conv2d if two else nn.Conv1d)(
-            channels, out, tuple(step["taps"]), tuple(step["stride"]), tuple(step["padding"]), bias=layer.bias is not None
+            channels,
+            out,
+            tuple(step["taps"]),
+            tuple(step["stride"]),
+            tuple(step["padding"]),
+            bias=layer.bias is not None,
         )  # type: ignore[arg-type]
         weight = np.moveaxis(layer.weight.values(), 2, 1).reshape(out, channels, *step["taps"])
         return _filled(made, weight=weight, bias=layer.bias)
     if op == "linear":
         layer = runner.layers[step["name"]]
         if len(shape) != 2:
-            raise Hls4mlExportError(f"step {step['name']!r} is a linear layer over {len(shape) - 1} axes; hls4ml's layer takes one")
+            raise Hls4mlExportError(
+                f"step {step['name']!r} is a linear layer over {len(shape) - 1} axes; hls4ml's "
+                f"layer takes one"
+            )
         out, _, channels = layer.weight.shape
-        return _filled(nn.Linear(channels, out, bias=layer.bias is not None), weight=layer.weight.values()[:, 0], bias=layer.bias)
+        return _filled(
+            nn.Linear(channels, out, bias=layer.bias is not None),
+            weight=layer.weight.values()[:, 0],
+            bias=layer.bias,
+        )
     if op == "affine":
         scale, shift = (runner.program.arrays[step["arrays"][n]] for n in ("scale", "shift"))
         norm = (nn.BatchNorm2d if two else nn.BatchNorm1d)(len(scale), eps=0.0)
@@ -241,17 +316,25 @@ def _plain_layer(step: Mapping[str, Any], runner: Runner, shape: Sequence[int]) 
         return nn.AvgPool2d(whole) if two else nn.AvgPool1d(whole)
     if op in ("max_pool", "average_pool"):
         if op == "max_pool" and any(step["padding"]):
-            raise Hls4mlExportError(f"step {step['name']!r} pads a max pooling, which hls4ml does with zeros")
+            raise Hls4mlExportError(
+                f"step {step['name']!r} pads a max pooling, which hls4ml does with zeros"
+            )
         # Beyond these an assertion of its C++ would end this process.
         if step["stride"] != step["taps"]:
             raise Hls4mlExportError(
-                f"step {step['name']!r} pools {step['taps']} at stride {step['stride']}; hls4ml's streams need them equal"
+                f"step {step['name']!r} pools {step['taps']} at stride {step['stride']}; "
+                f"hls4ml's streams need them equal"
             )
         if any(step["padding"]) or set(step) & {"ceil", "dilation", "divisor"}:
             raise Hls4mlExportError(
-                f"step {step['name']!r} pools with padding, ceil_mode, dilation or a divisor, which hls4ml's streams lack"
+                f"step {step['name']!r} pools with padding, ceil_mode, dilation or a divisor, "
+                f"which hls4ml's streams lack"
             )
-        kinds = {("max_pool", True): nn.MaxPool2d, ("max_pool", False): nn.MaxPool1d, ("average_pool", True): nn.AvgPool2d}
+        kinds = {
+            ("max_pool", True): nn.MaxPool2d,
+            ("max_pool", False): nn.MaxPool1d,
+            ("average_pool", True): nn.AvgPool2d,
+        }
         kind: Any = kinds.get((op, two), nn.AvgPool1d)
         return kind(tuple(step["taps"]), tuple(step["stride"]), tuple(step["padding"]))  # type: ignore[no-any-return]
     return {"relu": nn.ReLU, "flatten": nn.Flatten}[op]()
@@ -275,7 +358,8 @@ def export_hls4ml(
     core: Sequence[str] = (),
     stream: TextIO,
 ) -> dict[str, Any]:
-    """Write a project for each backend, compile its C simulation, run the images, and compare with ours, layer by layer.
+    """Write a project for each backend, compile its C simulation, run the images, and compare with
+    ours, layer by layer.
 
     Args:
         program: a network.
@@ -283,29 +367,39 @@ def export_hls4ml(
         out: folder; each backend gets one in it, and report.json is written.
         percentile: see the module.
         backends: of `BACKENDS`.
-        core: steps that run on the dynamic-precision core inside hls4ml; ("all",) for every "conv" and "linear".
+        core: steps that run on the dynamic-precision core inside hls4ml; ("all",) for every "conv"
+            and "linear".
 
     Returns:
-        What report.json holds: accuracies, agreement and, for each step, types and the ratio of signal to difference in dB.
+        What report.json holds: accuracies, agreement and, for each step, types and the ratio of
+        signal to difference in dB.
 
     Raises:
         ImportError: no hls4ml.
-        Hls4mlExportError: no g++, a step that hls4ml has no layer for, no such step or backend, or a compilation that failed.
+        Hls4mlExportError: no g++, a step that hls4ml has no layer for, no such step or backend, or
+            a compilation that failed.
     """
     try:
         import hls4ml
     except ImportError as error:
-        raise ImportError(f"export to hls4ml needs it: pip install 'dynasty-lightning[fpga]' ({error})") from None
+        raise ImportError(
+            f"export to hls4ml needs it: pip install 'dynasty-lightning[fpga]' ({error})"
+        ) from None
     from .layer import register
 
     if shutil.which("g++") is None:
-        raise Hls4mlExportError("hls4ml compiles its C simulation with g++, which is not on PATH: install it (Debian: apt-get install g++)")
+        raise Hls4mlExportError(
+            "hls4ml compiles its C simulation with g++, which is not on PATH: install it "
+            "(Debian: apt-get install g++)"
+        )
     if wrong := [b for b in backends if b not in BACKENDS]:
         raise Hls4mlExportError(f"no backend {wrong[0]!r}: {', '.join(BACKENDS)}")
     gemms = [step["name"] for step in program.steps if step["op"] in ("conv", "linear")]
     chosen = gemms if tuple(core) == ("all",) else list(core)
     if wrong := [name for name in chosen if name not in gemms]:
-        raise Hls4mlExportError(f"no conv or linear step {wrong[0]!r} to run on the core: {', '.join(gemms)}")
+        raise Hls4mlExportError(
+            f"no conv or linear step {wrong[0]!r} to run on the core: {', '.join(gemms)}"
+        )
     if chosen:
         register(program.config)
     with open_device("reference", program.config) as device:
@@ -314,7 +408,9 @@ def export_hls4ml(
         for first in range(0, len(images), _BATCH):
             for name, value in runner.trace(images[first : first + _BATCH]).items():
                 ours[name] = np.concatenate([ours[name], value]) if name in ours else value
-        input_type, types = choose_types(runner, images[:_CALIBRATION_IMAGES], percentile=percentile)
+        input_type, types = choose_types(
+            runner, images[:_CALIBRATION_IMAGES], percentile=percentile
+        )
         network, names = plain_network(program, runner, core=chosen)
     own_classes = ours[program.steps[-1]["name"]].argmax(axis=1)
     report: dict[str, Any] = {
@@ -330,7 +426,9 @@ def export_hls4ml(
     for backend in backends:
         print(f"{backend}: writing and compiling {out / backend} ...", file=stream, flush=True)
         with (out / f"{backend}.log").open("w") as log, redirect_stdout(log):
-            model = _convert(hls4ml, network, program, names, input_type, types, out / backend, BACKENDS[backend])
+            model = _convert(
+                hls4ml, network, program, names, input_type, types, out / backend, BACKENDS[backend]
+            )
         predicted, traced = trace_apart(model, _channels_last(images), out / f"{backend}.log")
         classes = predicted.reshape(len(images), -1).argmax(axis=1)
         layers = []
@@ -338,7 +436,9 @@ def export_hls4ml(
         for step in program.steps:
             theirs: Any = traced.get(names[step["name"]].removesuffix(_FLAT))
             mine = _channels_last(ours[step["name"]])
-            if theirs is None and step["op"] == "flatten":  # no code of hls4ml's own: the values are those before it, in another order
+            if (
+                theirs is None and step["op"] == "flatten"
+            ):  # no code of hls4ml's own: the values are those before it, in another order
                 source = step["inputs"][0]
                 theirs, mine = read[source], _channels_last(ours[source])
             read[step["name"]] = theirs
@@ -363,7 +463,8 @@ def export_hls4ml(
 
 
 def trace_apart(model: Any, images: Array, log: Path) -> tuple[Array, dict[str, Array]]:
-    """`model.trace(images)` in a process of its own: an assertion of hls4ml's C++ ends the process that meets it.
+    """`model.trace(images)` in a process of its own: an assertion of hls4ml's C++ ends the process
+    that meets it.
 
     Args:
         model: compiled, of hls4ml.
@@ -374,9 +475,12 @@ def trace_apart(model: Any, images: Array, log: Path) -> tuple[Array, dict[str, 
         Predictions [N, classes], and each layer's values by name.
 
     Raises:
-        Hls4mlExportError: the process ended without a result; names how, and the last line that it said.
+        Hls4mlExportError: the process ended without a result; names how, and the last line that it
+            said.
     """
-    forked = multiprocessing.get_context("fork")  # the compiled model is loaded in this process, and does not pickle
+    forked = multiprocessing.get_context(
+        "fork"
+    )  # the compiled model is loaded in this process, and does not pickle
     receiving, sending = forked.Pipe(duplex=False)
 
     def child() -> None:
@@ -399,10 +503,14 @@ def trace_apart(model: Any, images: Array, log: Path) -> tuple[Array, dict[str, 
         code = process.exitcode or 0
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         said = log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-        raise Hls4mlExportError(f"hls4ml's simulation ended with {how}: {said[0]} (what it said: {log})") from None
+        raise Hls4mlExportError(
+            f"hls4ml's simulation ended with {how}: {said[0]} (what it said: {log})"
+        ) from None
     process.join()
     if isinstance(result, Exception):
-        raise Hls4mlExportError(f"hls4ml's simulation failed: {result} (what it said: {log})") from result
+        raise Hls4mlExportError(
+            f"hls4ml's simulation failed: {result} (what it said: {log})"
+        ) from result
     return result  # type: ignore[no-any-return]
 
 
@@ -439,11 +547,19 @@ def _convert(
     accelerator = {"board": BOARD} if backend == "VivadoAccelerator" else {}
     try:
         model = hls4ml.converters.convert_from_pytorch_model(
-            network, output_dir=str(folder), project_name="network", backend=backend, io_type="io_stream", hls_config=config, **accelerator
+            network,
+            output_dir=str(folder),
+            project_name="network",
+            backend=backend,
+            io_type="io_stream",
+            hls_config=config,
+            **accelerator,
         )
         model.compile()
     except Exception as error:
-        raise Hls4mlExportError(f"hls4ml cannot build {folder} for {backend}: {error} (what it said: {folder}.log)") from error
+        raise Hls4mlExportError(
+            f"hls4ml cannot build {folder} for {backend}: {error} (what it said: {folder}.log)"
+        ) from error
     return model
 
 
@@ -462,24 +578,45 @@ def _ratio(signal: Array, other: Array) -> float | None:
     """Power of the signal over that of the difference, in dB; None if they are equal."""
     difference = float(np.square(signal.astype(np.float64) - other).sum())
     power = float(np.square(signal.astype(np.float64)).sum())
-    return None if difference == 0 else round(10 * float(np.log10(max(power, 1e-300) / difference)), 2)
+    return (
+        None if difference == 0 else round(10 * float(np.log10(max(power, 1e-300) / difference)), 2)
+    )
 
 
 def _print(report: Mapping[str, Any], backend: str, stream: TextIO) -> None:
     result = report["backends"][backend]
-    print(f"  {'layer':<28} {'op':<10} {'weights':<26} {'result':<26} signal to difference", file=stream)
+    print(
+        f"  {'layer':<28} {'op':<10} {'weights':<26} {'result':<26} signal to difference",
+        file=stream,
+    )
     for layer in result["layers"]:
         ratio = layer["signal_to_difference_db"]
-        weights = "the core" if layer["on_core"] else layer.get("weight", layer.get("scale", "")).replace(",RND_CONV,SAT", "")
+        weights = (
+            "the core"
+            if layer["on_core"]
+            else layer.get("weight", layer.get("scale", "")).replace(",RND_CONV,SAT", "")
+        )
         text = "equal" if ratio is None else f"{ratio:.1f} dB"
         print(
-            f"  {layer['name']:<28} {layer['op']:<10} {weights:<26} {layer['result'].replace(',RND_CONV,SAT', ''):<26} {text}", file=stream
+            f"  {layer['name']:<28} {layer['op']:<10} {weights:<26} "
+            f"{layer['result'].replace(',RND_CONV,SAT', ''):<26} {text}",
+            file=stream,
         )
     print(
-        f"{backend}: {report['images']} test images, accuracy {100 * result['accuracy']:.2f} %, ours {100 * report['accuracy']:.2f} %, "
+        f"{backend}: {report['images']} test images, accuracy {100 * result['accuracy']:.2f} %, "
+        f"ours {100 * report['accuracy']:.2f} %, "
         f"same class {100 * result['agreement']:.2f} %",
         file=stream,
     )
 
 
-__all__ = ["BACKENDS", "FixedPoint", "Hls4mlExportError", "LayerTypes", "choose_types", "export_hls4ml", "last_place_of", "plain_network"]
+__all__ = [
+    "BACKENDS",
+    "FixedPoint",
+    "Hls4mlExportError",
+    "LayerTypes",
+    "choose_types",
+    "export_hls4ml",
+    "last_place_of",
+    "plain_network",
+]

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: ignore-errors
-"""The block quantizer's CUDA kernels in Triton: plan (width of each block), share (width groups), apply (round and pack), dequantize.
+"""The block quantizer's CUDA kernels in Triton: plan (width of each block), share (width groups),
+apply (round and pack), dequantize.
 
-The only module that imports triton; `triton_quantizer` imports it on its first call. Widths and exponents come from bit patterns, in
-integers. Floating-point operations are of three kinds, each exact or rounded once whatever a compiler contracts: products with powers of
-two, one addition that rounds to an integer, and conversions. They rely on subnormals not being flushed, as PTX has it without `.ftz`.
+The only module that imports triton; `triton_quantizer` imports it on its first call. Widths and
+exponents come from bit patterns, in integers. Floating-point operations are of three kinds, each
+exact or rounded once whatever a compiler contracts: products with powers of two, one addition that
+rounds to an integer, and conversions. They rely on subnormals not being flushed, as PTX has it
+without `.ftz`.
 
-A tile is five-dimensional, [row blocks, rows, positions, channel blocks, channels], so that a block's elements lie along axes 1 and 4
-and a value for each block broadcasts as [:, None, :, :, None]. Positions count the axes other than rows and channels, in their order.
+A tile is five-dimensional, [row blocks, rows, positions, channel blocks, channels], so that a
+block's elements lie along axes 1 and 4 and a value for each block broadcasts as [:, None, :, :,
+None]. Positions count the axes other than rows and channels, in their order.
 """
 
 import triton
@@ -27,29 +31,62 @@ _WEYL_1 = tl.constexpr(_WEYL[1])
 _INFINITY = tl.constexpr(0x7F800000)  # in float32's bits; NaN lies above
 _ONE = tl.constexpr(1 << 24)  # a peak's fraction is in units of 2**-24
 
-# The stream's fields differ at every step: specialised, a value that happens to be 1 or a multiple of 16 would compile anew.
-_VARYING = ["seed", "rank", "backward_count", "call_index", "stream_word", "q_row", "q_channel", "q_0", "q_1", "q_2", "size_1", "size_2"]
+# The stream's fields differ at every step: specialised, a value that happens to be 1 or a multiple
+# of 16 would compile anew.
+_VARYING = [
+    "seed",
+    "rank",
+    "backward_count",
+    "call_index",
+    "stream_word",
+    "q_row",
+    "q_channel",
+    "q_0",
+    "q_1",
+    "q_2",
+    "size_1",
+    "size_2",
+]
 
 
-# --- where things lie -----------------------------------------------------------------------------------------------------------------
+# --- where things lie
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _tile(P, C, RB: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr):
-    """First row block, position and channel block of this program; 64-bit where a tensor's offsets need it."""
+def _tile(
+    P, C, RB: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr
+):
+    """First row block, position and channel block of this program; 64-bit where a tensor's offsets
+    need it.
+    """
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
     channel_tiles = tl.cdiv(C, CB * BC)
     position_tiles = tl.cdiv(P, PT)
-    return program // (channel_tiles * position_tiles) * RB, program // channel_tiles % position_tiles * PT, program % channel_tiles * CB
+    return (
+        program // (channel_tiles * position_tiles) * RB,
+        program // channel_tiles % position_tiles * PT,
+        program % channel_tiles * CB,
+    )
 
 
 @triton.jit
 def _blocks(
-    row, position, channel, grid_rows, P, grid_channels, RB: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr
-):  # fmt: skip
-    """Indices r, p, c of a tile's blocks, [row blocks, positions, channel blocks], and which of them exist."""
+    row,
+    position,
+    channel,
+    grid_rows,
+    P,
+    grid_channels,
+    RB: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """Indices r, p, c of a tile's blocks, [row blocks, positions, channel blocks], and which of
+    them exist.
+    """
     r = (row + tl.arange(0, RB))[:, None, None]
     p = (position + tl.arange(0, PT))[None, :, None]
     c = (channel + tl.arange(0, CB))[None, None, :]
@@ -58,10 +95,23 @@ def _blocks(
 
 @triton.jit
 def _elements(
-    row, position, channel, N, P, C,
-    RB: tl.constexpr, BR: tl.constexpr, BRP: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, BCP: tl.constexpr,
-):  # fmt: skip
-    """The same for its elements, five-dimensional. BRP, BCP: a block's rows and channels BR, BC, up to a power of two."""
+    row,
+    position,
+    channel,
+    N,
+    P,
+    C,
+    RB: tl.constexpr,
+    BR: tl.constexpr,
+    BRP: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BC: tl.constexpr,
+    BCP: tl.constexpr,
+):
+    """The same for its elements, five-dimensional. BRP, BCP: a block's rows and channels BR, BC, up
+    to a power of two.
+    """
     i, j = tl.arange(0, BRP), tl.arange(0, BCP)
     n = ((row + tl.arange(0, RB))[:, None] * BR + i[None, :])[:, :, None, None, None]
     p = (position + tl.arange(0, PT))[None, None, :, None, None]
@@ -76,7 +126,9 @@ def _elements(
 
 @triton.jit
 def _position_offset(p, size_1, size_2, s_0, s_1, s_2, LEVELS: tl.constexpr):
-    """Offset of position p in a tensor whose positions are up to three axes, the inner ones of size_1 and size_2."""
+    """Offset of position p in a tensor whose positions are up to three axes, the inner ones of
+    size_1 and size_2.
+    """
     if LEVELS == 1:
         offset = p * s_0
     elif LEVELS == 2:
@@ -89,7 +141,9 @@ def _position_offset(p, size_1, size_2, s_0, s_1, s_2, LEVELS: tl.constexpr):
 
 @triton.jit
 def _logical(n, p, c, P, C, inner, ORDER: tl.constexpr):
-    """Index in the tensor's own order of axes; `inner` positions lie behind the channel axis, P // inner before it."""
+    """Index in the tensor's own order of axes; `inner` positions lie behind the channel axis, P //
+    inner before it.
+    """
     if ORDER == 0:  # channels first: all behind
         index = (n * C + c) * P + p
     elif ORDER == 1:  # channels last: none
@@ -110,7 +164,8 @@ def _scope_index(r, p, P, SCOPE: tl.constexpr):
     return index
 
 
-# --- the random stream ----------------------------------------------------------------------------------------------------------------
+# --- the random stream
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -131,30 +186,57 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _words(index, seed, rank, backward_count, call_index, stream_word, WIDE: tl.constexpr):
-    """The four words of the counter that serves `index`; the stream's fields come as the same bits in int32."""
+    """The four words of the counter that serves `index`; the stream's fields come as the same bits
+    in int32.
+    """
     group = index >> 3
     c1, c2 = backward_count.to(tl.uint32, bitcast=True), call_index.to(tl.uint32, bitcast=True)
     c3 = stream_word.to(tl.uint32, bitcast=True)
     if WIDE:
         c3 = c3 + (group >> 32).to(tl.uint32)
-    return philox(group.to(tl.uint32), c1, c2, c3, seed.to(tl.uint32, bitcast=True), rank.to(tl.uint32, bitcast=True))
+    return philox(
+        group.to(tl.uint32),
+        c1,
+        c2,
+        c3,
+        seed.to(tl.uint32, bitcast=True),
+        rank.to(tl.uint32, bitcast=True),
+    )
 
 
 @triton.jit
-def _numbers(index, seed, rank, backward_count, call_index, stream_word, SHARE: tl.constexpr, WIDE: tl.constexpr):
-    """The 16-bit numbers of index .. index + SHARE - 1, int32, along the last axis; index a multiple of SHARE, a divisor of 8."""
+def _numbers(
+    index,
+    seed,
+    rank,
+    backward_count,
+    call_index,
+    stream_word,
+    SHARE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The 16-bit numbers of index .. index + SHARE - 1, int32, along the last axis; index a
+    multiple of SHARE, a divisor of 8.
+    """
     w0, w1, w2, w3 = _words(index, seed, rank, backward_count, call_index, stream_word, WIDE)
-    # Numbers go word 0 low, word 0 high, word 1 low ..; an interleave picks the last bit of the index, its operands the bits before.
+    # Numbers go word 0 low, word 0 high, word 1 low ..; an interleave picks the last bit of the
+    # index, its operands the bits before.
     if SHARE == 8:
-        low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
+        low = tl.interleave(
+            tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF)
+        )
         high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
         numbers = tl.interleave(low, high)
     elif SHARE == 4:
         upper = (index & 4) != 0
         first, second = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
-        numbers = tl.interleave(tl.interleave(first & 0xFFFF, second & 0xFFFF), tl.interleave(first >> 16, second >> 16))
+        numbers = tl.interleave(
+            tl.interleave(first & 0xFFFF, second & 0xFFFF), tl.interleave(first >> 16, second >> 16)
+        )
     else:
-        word = tl.where((index & 4) != 0, tl.where((index & 2) != 0, w3, w2), tl.where((index & 2) != 0, w1, w0))
+        word = tl.where(
+            (index & 4) != 0, tl.where((index & 2) != 0, w3, w2), tl.where((index & 2) != 0, w1, w0)
+        )
         if SHARE == 2:
             numbers = tl.interleave(word & 0xFFFF, word >> 16)
         else:
@@ -164,13 +246,43 @@ def _numbers(index, seed, rank, backward_count, call_index, stream_word, SHARE: 
 
 @triton.jit
 def _element_numbers(
-    n, p, c, position, channel, P, C, inner, seed, rank, backward_count, call_index, stream_word,
-    RB: tl.constexpr, BRP: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, BCP: tl.constexpr,
-    ORDER: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """The number of each element of a tile. One counter serves SHARE neighbours of the logical order: Philox is the costliest part."""
+    n,
+    p,
+    c,
+    position,
+    channel,
+    P,
+    C,
+    inner,
+    seed,
+    rank,
+    backward_count,
+    call_index,
+    stream_word,
+    RB: tl.constexpr,
+    BRP: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BC: tl.constexpr,
+    BCP: tl.constexpr,
+    ORDER: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The number of each element of a tile. One counter serves SHARE neighbours of the logical
+    order: Philox is the costliest part.
+    """
     if SHARE == 1:
-        numbers = _numbers(_logical(n, p, c, P, C, inner, ORDER), seed, rank, backward_count, call_index, stream_word, 1, WIDE)
+        numbers = _numbers(
+            _logical(n, p, c, P, C, inner, ORDER),
+            seed,
+            rank,
+            backward_count,
+            call_index,
+            stream_word,
+            1,
+            WIDE,
+        )
     elif ORDER == 1:  # neighbours are channels
         first = channel * BC + tl.arange(0, CB * BC // SHARE) * SHARE
         n4, p4 = tl.reshape(n, [RB, BRP, 1, 1]), tl.reshape(p, [1, 1, PT, 1])
@@ -186,12 +298,15 @@ def _element_numbers(
     return numbers
 
 
-# --- bit patterns ---------------------------------------------------------------------------------------------------------------------
+# --- bit patterns
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _load_bits(x, offset, inside, KIND: tl.constexpr):
-    """float32 bit patterns of elements; KIND 0: float32 and 1: bfloat16, both as integers of their size, 2: float16."""
+    """float32 bit patterns of elements; KIND 0: float32 and 1: bfloat16, both as integers of their
+    size, 2: float16.
+    """
     if KIND == 0:
         bits = tl.load(x + offset, mask=inside, other=0)
     elif KIND == 1:
@@ -203,8 +318,11 @@ def _load_bits(x, offset, inside, KIND: tl.constexpr):
 
 @triton.jit
 def _normalise(peak):
-    """peak's bits -> fraction * 2**-24, exponent: peak = fraction * 2**-24 * 2**(exponent + 1), 2**23 <= fraction < 2**24."""
-    # A subnormal's bits are an integer below 2**23, in units of 2**-149, and float32 holds that integer.
+    """peak's bits -> fraction * 2**-24, exponent: peak = fraction * 2**-24 * 2**(exponent + 1),
+    2**23 <= fraction < 2**24.
+    """
+    # A subnormal's bits are an integer below 2**23, in units of 2**-149, and float32 holds that
+    # integer.
     subnormal = peak < 0x800000
     normal = tl.where(subnormal, peak.to(tl.float32).to(tl.int32, bitcast=True), peak)
     return (normal & 0x7FFFFF) | 0x800000, (normal >> 23) - 127 - tl.where(subnormal, 149, 0)
@@ -218,41 +336,93 @@ def _exceeds(fraction, bits):
 
 @triton.jit
 def _factors(exponent):
-    """Two float32 powers of two whose product is 2**exponent, -252 <= exponent <= 254; what lies beyond is as good as these.
+    """Two float32 powers of two whose product is 2**exponent, -252 <= exponent <= 254; what lies
+    beyond is as good as these.
 
-    One need not hold it, and the first brings x near 1 before the second can overflow or be subnormal.
+    One need not hold it, and the first brings x near 1 before the second can overflow or be
+    subnormal.
     """
     exponent = tl.minimum(tl.maximum(exponent, -252), 254)
     half = exponent >> 1
-    return ((half + 127) << 23).to(tl.float32, bitcast=True), ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
+    return ((half + 127) << 23).to(tl.float32, bitcast=True), ((exponent - half + 127) << 23).to(
+        tl.float32, bitcast=True
+    )
 
 
 @triton.jit
 def _store_values(values, offset, mantissa, scale, inside, BFLOAT16: tl.constexpr):
-    """mantissa * 2**scale, scale of blocks, into an integer view of a bfloat16 or float32 tensor. Subnormals: rounded once to float32."""
+    """mantissa * 2**scale, scale of blocks, into an integer view of a bfloat16 or float32 tensor.
+    Subnormals: rounded once to float32.
+    """
     first, second = _factors(scale)
-    bits = (mantissa.to(tl.float32) * first[:, None, :, :, None] * second[:, None, :, :, None]).to(tl.int32, bitcast=True)
+    bits = (mantissa.to(tl.float32) * first[:, None, :, :, None] * second[:, None, :, :, None]).to(
+        tl.int32, bitcast=True
+    )
     if BFLOAT16:
-        # Nearest-even as torch converts; only subnormals have anything in the lower half. Not `.to`: the interpreter's rounds otherwise.
+        # Nearest-even as torch converts; only subnormals have anything in the lower half. Not
+        # `.to`: the interpreter's rounds otherwise.
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
     tl.store(values + offset, bits, mask=inside)
 
 
-# --- the kernels ----------------------------------------------------------------------------------------------------------------------
+# --- the kernels
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def plan_kernel(
-    x, request, peaks, plans, state,
-    N, P, C, grid_rows, grid_channels, inner, size_1, size_2, x_row, x_channel, x_0, x_1, x_2, q_row, q_channel, q_0, q_1, q_2, scopes,
-    seed, rank, backward_count, call_index, stream_word,
-    RB: tl.constexpr, BR: tl.constexpr, BRP: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, BCP: tl.constexpr,
-    LEVELS: tl.constexpr, ORDER: tl.constexpr, SCOPE: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
-    THRESHOLD: tl.constexpr, MAY_BE_UNSIGNED: tl.constexpr, DROPS: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    x,
+    request,
+    peaks,
+    plans,
+    state,
+    N,
+    P,
+    C,
+    grid_rows,
+    grid_channels,
+    inner,
+    size_1,
+    size_2,
+    x_row,
+    x_channel,
+    x_0,
+    x_1,
+    x_2,
+    q_row,
+    q_channel,
+    q_0,
+    q_1,
+    q_2,
+    scopes,
+    seed,
+    rank,
+    backward_count,
+    call_index,
+    stream_word,
+    RB: tl.constexpr,
+    BR: tl.constexpr,
+    BRP: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BC: tl.constexpr,
+    BCP: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ORDER: tl.constexpr,
+    SCOPE: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    MAY_BE_UNSIGNED: tl.constexpr,
+    DROPS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
     EMPTY: tl.constexpr,
-):  # fmt: skip
-    """Peak (float32 bits) and plan of each block, width | signed << 4 | occupied << 5 | depth << 6, both [row block, position, channel
-    block]; state[scope] = largest exponent of its blocks with a width; state[scopes] = 1 if anything is NaN or Inf."""
+):
+    """Peak (float32 bits) and plan of each block, width | signed << 4 | occupied << 5 | depth << 6,
+    both [row block, position, channel
+    block]; state[scope] = largest exponent of its blocks with a width; state[scopes] = 1 if
+    anything is NaN or Inf."""
     row, position, channel = _tile(P, C, RB, PT, CB, BC, WIDE)
     n, p, c, inside = _elements(row, position, channel, N, P, C, RB, BR, BRP, PT, CB, BC, BCP)
     offset = n * x_row + c * x_channel + _position_offset(p, size_1, size_2, x_0, x_1, x_2, LEVELS)
@@ -272,7 +442,12 @@ def plan_kernel(
     fraction, exponent = _normalise(peak)
     depth = peak * 0
     asked = tl.load(
-        request + r * q_row + c * q_channel + _position_offset(p, size_1, size_2, q_0, q_1, q_2, LEVELS), mask=exists, other=0
+        request
+        + r * q_row
+        + c * q_channel
+        + _position_offset(p, size_1, size_2, q_0, q_1, q_2, LEVELS),
+        mask=exists,
+        other=0,
     ).to(tl.int32)
     if THRESHOLD:
         above = exponent - asked
@@ -305,15 +480,32 @@ def plan_kernel(
         tl.atomic_max(state + samples, tl.max(tl.max(stored, 2), 1), mask=samples < grid_rows)
     else:
         samples, places = (row + tl.arange(0, RB))[:, None], (position + tl.arange(0, PT))[None, :]
-        tl.atomic_max(state + samples * P + places, tl.max(stored, 2), mask=(samples < grid_rows) & (places < P))
+        tl.atomic_max(
+            state + samples * P + places,
+            tl.max(stored, 2),
+            mask=(samples < grid_rows) & (places < P),
+        )
     own = (r * P + p) * grid_channels + c
     tl.store(peaks + own, peak, mask=exists)
-    tl.store(plans + own, (width | (sign << 4) | (occupied.to(tl.int32) << 5) | (depth << 6)).to(tl.uint8), mask=exists)
+    tl.store(
+        plans + own,
+        (width | (sign << 4) | (occupied.to(tl.int32) << 5) | (depth << 6)).to(tl.uint8),
+        mask=exists,
+    )
 
 
 @triton.jit
 def share_kernel(
-    plans, shared, groups, P, grid_rows, grid_channels, GR: tl.constexpr, GC: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr
+    plans,
+    shared,
+    groups,
+    P,
+    grid_rows,
+    grid_channels,
+    GR: tl.constexpr,
+    GC: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Gives every block with a width the largest of its group of GR x GC blocks."""
     program = tl.program_id(0)
@@ -326,27 +518,77 @@ def share_kernel(
     for member in range(GR * GC):
         r, c = row + member // GC, channel + member % GC
         exists = (group < groups) & (r < grid_rows) & (c < grid_channels)
-        plan = tl.load(plans + (r * P + position) * grid_channels + c, mask=exists, other=0).to(tl.int32)
+        plan = tl.load(plans + (r * P + position) * grid_channels + c, mask=exists, other=0).to(
+            tl.int32
+        )
         widest = tl.maximum(widest, plan & 15)
-    # A tensor of its own: threads may hold copies of one element, and a copy must not read what another has already replaced.
+    # A tensor of its own: threads may hold copies of one element, and a copy must not read what
+    # another has already replaced.
     for member in range(GR * GC):
         r, c = row + member // GC, channel + member % GC
         exists = (group < groups) & (r < grid_rows) & (c < grid_channels)
         own = (r * P + position) * grid_channels + c
         plan = tl.load(plans + own, mask=exists, other=0).to(tl.int32)
-        tl.store(shared + own, tl.where((plan & 15) > 0, (plan & 0xF0) | widest, plan).to(tl.uint8), mask=exists)
+        tl.store(
+            shared + own,
+            tl.where((plan & 15) > 0, (plan & 0xF0) | widest, plan).to(tl.uint8),
+            mask=exists,
+        )
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def apply_kernel(
-    x, request, peaks, plans, state, codes, values, scales, headers,
-    N, P, C, grid_rows, grid_channels, inner, size_1, size_2, x_row, x_channel, x_0, x_1, x_2, q_row, q_channel, q_0, q_1, q_2,
-    seed, rank, backward_count, call_index, stream_word,
-    RB: tl.constexpr, BR: tl.constexpr, BRP: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, BCP: tl.constexpr,
-    LEVELS: tl.constexpr, ORDER: tl.constexpr, SCOPE: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr,
-    STOCHASTIC: tl.constexpr, DROPS: tl.constexpr, SHARE: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    """Scale, window, mantissas and headers from the plan. codes and values lie [N, positions, C]; scales, less the
+    x,
+    request,
+    peaks,
+    plans,
+    state,
+    codes,
+    values,
+    scales,
+    headers,
+    N,
+    P,
+    C,
+    grid_rows,
+    grid_channels,
+    inner,
+    size_1,
+    size_2,
+    x_row,
+    x_channel,
+    x_0,
+    x_1,
+    x_2,
+    q_row,
+    q_channel,
+    q_0,
+    q_1,
+    q_2,
+    seed,
+    rank,
+    backward_count,
+    call_index,
+    stream_word,
+    RB: tl.constexpr,
+    BR: tl.constexpr,
+    BRP: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BC: tl.constexpr,
+    BCP: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ORDER: tl.constexpr,
+    SCOPE: tl.constexpr,
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    DROPS: tl.constexpr,
+    SHARE: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Scale, window, mantissas and headers from the plan. codes and values lie [N, positions, C];
+    scales, less the
     ceiling, and headers lie as the grid."""
     row, position, channel = _tile(P, C, RB, PT, CB, BC, WIDE)
     r, p, c, exists = _blocks(row, position, channel, grid_rows, P, grid_channels, RB, PT, CB)
@@ -360,7 +602,11 @@ def apply_kernel(
     if STOCHASTIC:
         scale = scale + _exceeds(fraction, tl.maximum(magnitude_bits, 0)).to(tl.int32)
         if DROPS:
-            offset = r * q_row + c * q_channel + _position_offset(p, size_1, size_2, q_0, q_1, q_2, LEVELS)
+            offset = (
+                r * q_row
+                + c * q_channel
+                + _position_offset(p, size_1, size_2, q_0, q_1, q_2, LEVELS)
+            )
             lsb = tl.load(request + offset, mask=exists, other=0).to(tl.int32)
             scale = tl.where(depth > 0, tl.maximum(scale, lsb), scale)
     ceiling = tl.load(state + _scope_index(r, p, P, SCOPE), mask=(r < grid_rows) & (p < P), other=0)
@@ -368,23 +614,50 @@ def apply_kernel(
     active = width > 0
 
     n, p5, c5, inside = _elements(row, position, channel, N, P, C, RB, BR, BRP, PT, CB, BC, BCP)
-    bits = _load_bits(x, n * x_row + c5 * x_channel + _position_offset(p5, size_1, size_2, x_0, x_1, x_2, LEVELS), inside, KIND)
+    bits = _load_bits(
+        x,
+        n * x_row + c5 * x_channel + _position_offset(p5, size_1, size_2, x_0, x_1, x_2, LEVELS),
+        inside,
+        KIND,
+    )
     # In units of 2**-17 for stochastic rounding, exactly: x's 24 significant bits only move.
     first, second = _factors(depth - scale + (17 if STOCHASTIC else 0))
     second = tl.where(active, second, 0.0)
     y = bits.to(tl.float32, bitcast=True) * first[:, None, :, :, None] * second[:, None, :, :, None]
     if STOCHASTIC:
         numbers = _element_numbers(
-            n, p5, c5, position, channel, P, C, inner, seed, rank, backward_count, call_index, stream_word,
-            RB, BRP, PT, CB, BC, BCP, ORDER, SHARE, WIDE,
-        )  # fmt: skip
-        # floor(y + (2r + 1) * 2**-17) = floor((floor(y * 2**17) + 2r + 1) * 2**-17): what lies below 2**-17 cannot carry. (tl.floor
+            n,
+            p5,
+            c5,
+            position,
+            channel,
+            P,
+            C,
+            inner,
+            seed,
+            rank,
+            backward_count,
+            call_index,
+            stream_word,
+            RB,
+            BRP,
+            PT,
+            CB,
+            BC,
+            BCP,
+            ORDER,
+            SHARE,
+            WIDE,
+        )
+        # floor(y + (2r + 1) * 2**-17) = floor((floor(y * 2**17) + 2r + 1) * 2**-17): what lies
+        # below 2**-17 cannot carry. (tl.floor
         # may flush a subnormal to zero: 0 for -1, which cannot carry either, since 2r + 1 is odd.)
         mantissa = (tl.floor(y).to(tl.int32) + 2 * numbers + 1) >> 17
         nonzero = tl.max(tl.max(tl.where(inside, tl.abs(mantissa), 0), 4), 1) > 0
     else:
-        # 1.5 * 2**23 has units of 1, so the sum rounds y to nearest-even; below its leading bits it holds the integer. The product
-        # before it is exact, so it does not matter whether the two become one fused operation.
+        # 1.5 * 2**23 has units of 1, so the sum rounds y to nearest-even; below its leading bits it
+        # holds the integer. The product before it is exact, so it does not matter whether the two
+        # become one fused operation.
         mantissa = (y + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
         limit = ((1 << tl.maximum(magnitude_bits, 0)) - 1)[:, None, :, :, None]
         mantissa = tl.minimum(tl.maximum(mantissa, -limit), limit)
@@ -399,16 +672,40 @@ def apply_kernel(
         _store_values(values, offset, mantissa, scale, inside, True)
     place = _logical(r, p, c, P, grid_channels, inner, ORDER)
     tl.store(scales + place, tl.where(active, scale - ceiling, 0).to(tl.int8), mask=exists)
-    tl.store(headers + place, (tl.where(active, width | (sign << 4), 0) | (plan & 0x20)).to(tl.uint8), mask=exists)
+    tl.store(
+        headers + place,
+        (tl.where(active, width | (sign << 4), 0) | (plan & 0x20)).to(tl.uint8),
+        mask=exists,
+    )
 
 
 @triton.jit
 def dequantize_kernel(
-    codes, scales, headers, largest, values, N, P, C, grid_rows, grid_channels, inner,
-    RB: tl.constexpr, BR: tl.constexpr, BRP: tl.constexpr, PT: tl.constexpr, CB: tl.constexpr, BC: tl.constexpr, BCP: tl.constexpr,
-    ORDER: tl.constexpr, WIDE: tl.constexpr, BFLOAT16: tl.constexpr,
-):  # fmt: skip
-    """values = mantissa * 2**(largest + relative scale), of one scope; codes and values lie [N, positions, C]."""
+    codes,
+    scales,
+    headers,
+    largest,
+    values,
+    N,
+    P,
+    C,
+    grid_rows,
+    grid_channels,
+    inner,
+    RB: tl.constexpr,
+    BR: tl.constexpr,
+    BRP: tl.constexpr,
+    PT: tl.constexpr,
+    CB: tl.constexpr,
+    BC: tl.constexpr,
+    BCP: tl.constexpr,
+    ORDER: tl.constexpr,
+    WIDE: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """values = mantissa * 2**(largest + relative scale), of one scope; codes and values lie [N,
+    positions, C].
+    """
     row, position, channel = _tile(P, C, RB, PT, CB, BC, WIDE)
     r, p, c, exists = _blocks(row, position, channel, grid_rows, P, grid_channels, RB, PT, CB)
     place = _logical(r, p, c, P, grid_channels, inner, ORDER)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls that tell what a map is worth: thresholds from magnitude alone, and our own map in random places. See docs/policies.md."""
+"""Controls that tell what a map is worth: thresholds from magnitude alone, and our own map in
+random places. See docs/policies.md.
+"""
 
 import zlib
 from collections.abc import Mapping
@@ -15,14 +17,15 @@ from ..threshold import DynastyPolicy, ThresholdPolicy
 
 @dataclass(kw_only=True)
 class MagnitudePolicy(ThresholdPolicy):
-    """Thresholds from magnitude alone: an element's squared error counts relative to its tensor's mean square, whatever its gradient.
+    """Thresholds from magnitude alone: an element's squared error counts relative to its tensor's
+    mean square, whatever its gradient.
 
-    So all blocks of a tensor share one threshold, and their widths follow their magnitudes only. Prices, lambda and the measured balance
-    of the three roles are DYNASTY's.
+    So all blocks of a tensor share one threshold, and their widths follow their magnitudes only.
+    Prices, lambda and the measured balance of the three roles are DYNASTY's.
 
     Args:
-        calibrate: "roles" balances measured slopes of harm per cost over roles; "none" leaves the split to `role_weights`, harm of a
-            relative squared error of 1.
+        calibrate: "roles" balances measured slopes of harm per cost over roles; "none" leaves the
+            split to `role_weights`, harm of a relative squared error of 1.
     """
 
     calibrate: Literal["layers", "roles", "none"] = "roles"
@@ -30,7 +33,9 @@ class MagnitudePolicy(ThresholdPolicy):
 
     calibrations: ClassVar[tuple[str, ...]] = ("roles", "none")  # magnitude tells no layers apart
 
-    def predict(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def predict(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         total_macs = sum(sum(s.macs.values()) for s in layers.values())
         result: dict[str, dict[Role, Sensitivity]] = {}
         for name, s in layers.items():
@@ -39,7 +44,9 @@ class MagnitudePolicy(ThresholdPolicy):
             for role, square in zip(Role, (s.x_square, s.w_square, s.e_square), strict=True):
                 mean = float(square.double().mean())
                 result[name][role] = Sensitivity(
-                    harm=torch.full_like(square, 1.0 / mean if mean > 0 else 0.0, dtype=torch.float64),
+                    harm=torch.full_like(
+                        square, 1.0 / mean if mean > 0 else 0.0, dtype=torch.float64
+                    ),
                     price=bit_price(s, role, elements[role], total_macs),
                     mean_square=square.double(),
                     elements=elements[role],
@@ -49,11 +56,13 @@ class MagnitudePolicy(ThresholdPolicy):
 
 @dataclass(kw_only=True)
 class RandomPolicy(DynastyPolicy):
-    """DYNASTY's map with its places shuffled: a control for what it is worth to know which blocks need precision.
+    """DYNASTY's map with its places shuffled: a control for what it is worth to know which blocks
+    need precision.
 
-    Of each operand, what is at stake in each position group (W: block), harm * mean square, is handed to another one, drawn once a run.
-    A group's threshold relative to its own magnitude is then another group's: distribution of widths, role split, layers and zero
-    blocks stay DYNASTY's, only the place is random. Groups without signal or without harm keep theirs.
+    Of each operand, what is at stake in each position group (W: block), harm * mean square, is
+    handed to another one, drawn once a run. A group's threshold relative to its own magnitude is
+    then another group's: distribution of widths, role split, layers and zero blocks stay DYNASTY's,
+    only the place is random. Groups without signal or without harm keep theirs.
 
     Args:
         seed: of the order.
@@ -67,9 +76,14 @@ class RandomPolicy(DynastyPolicy):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer and not negative, not {self.seed!r}")
 
-    def sensitivities(self, layers: Mapping[str, LayerStatistics], *, loss: float) -> dict[str, dict[Role, Sensitivity]]:
+    def sensitivities(
+        self, layers: Mapping[str, LayerStatistics], *, loss: float
+    ) -> dict[str, dict[Role, Sensitivity]]:
         ours = super().sensitivities(layers, loss=loss)
-        return {name: {role: self._shuffle(f"{name}/{role.letter}", s) for role, s in roles.items()} for name, roles in ours.items()}
+        return {
+            name: {role: self._shuffle(f"{name}/{role.letter}", s) for role, s in roles.items()}
+            for name, roles in ours.items()
+        }
 
     def _shuffle(self, operand: str, s: Sensitivity) -> Sensitivity:
         square = s.mean_square.flatten()

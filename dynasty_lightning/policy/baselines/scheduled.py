@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rivals whose widths follow a schedule over the run: FracTrain's PFQ and cyclic precision (CPT). Sources: docs/policies.md."""
+"""Rivals whose widths follow a schedule over the run: FracTrain's PFQ and cyclic precision (CPT).
+Sources: docs/policies.md.
+"""
 
 import math
 import warnings
@@ -26,14 +28,17 @@ _LEAST_POINTS_A_CYCLE: Final = 4
 
 @dataclass(kw_only=True)
 class ScheduledPolicy(ABC):
-    """One width for X and W and one for E in all layers, which change with time: a published schedule, shifted to the cost of the run.
+    """One width for X and W and one for E in all layers, which change with time: a published
+    schedule, shifted to the cost of the run.
 
-    Published ranges are cheaper than 8 bits, but far from a given target. So a real `offset` is added to all of the schedule before it
-    is rounded and clamped to 2..8: the largest at which the rest of the schedule fits what is left of the whole run's budget, by the
-    cost of widths on the network's own GEMMs plus what zero blocks were last charged.
+    Published ranges are cheaper than 8 bits, but far from a given target. So a real `offset` is
+    added to all of the schedule before it is rounded and clamped to 2..8: the largest at which the
+    rest of the schedule fits what is left of the whole run's budget, by the cost of widths on the
+    network's own GEMMs plus what zero blocks were last charged.
 
     Args:
-        target_speedup: of the whole run; the measurement's own, which is meant for the next steps only, is not read.
+        target_speedup: of the whole run; the measurement's own, which is meant for the next steps
+            only, is not read.
     """
 
     target_speedup: float
@@ -55,7 +60,9 @@ class ScheduledPolicy(ABC):
 
     @abstractmethod
     def rest(self, step: int, steps: float) -> Mapping[Stage, int]:
-        """What the published schedule holds from there to the end, as far as it can be known, with its relative time."""
+        """What the published schedule holds from there to the end, as far as it can be known, with
+        its relative time.
+        """
 
     def observe(self, measurement: Measurement) -> bool:
         """Take note of a measurement; whether the offset may move now."""
@@ -69,26 +76,42 @@ class ScheduledPolicy(ABC):
     def update(self, measurement: Measurement) -> Entries:
         step, steps = measurement.step, measurement.steps
         if not math.isfinite(steps):
-            raise ValueError(f"{self.name} is a schedule over the whole run: give the Trainer max_epochs or max_steps")
+            raise ValueError(
+                f"{self.name} is a schedule over the whole run: give the Trainer max_epochs or "
+                f"max_steps"
+            )
         self._layers = list(dict.fromkeys([*self._layers, *measurement.layers]))
         shares = mac_shares(measurement.layers).values()
         self._shares = {gemm: sum(layer.get(gemm, 0.0) for layer in shares) for gemm in Gemm}
-        self._overhead = 1.0 / max(measurement.speedup, 1e-6) - width_cost(self._shares, self._widths)
+        self._overhead = 1.0 / max(measurement.speedup, 1e-6) - width_cost(
+            self._shares, self._widths
+        )
         is_due = self.observe(measurement)
         if step >= steps:
             # Evaluation runs with the last map; a new cycle would begin with the narrowest widths.
             return fixed_entries(dict.fromkeys(self._layers, self._widths))
         if is_due:
-            run_speedup = measurement.run_speedup if measurement.run_speedup > 0 else self.target_speedup
-            self._aim((steps / self.target_speedup - step / run_speedup) / (steps - step) - self._overhead, step, steps)
+            run_speedup = (
+                measurement.run_speedup if measurement.run_speedup > 0 else self.target_speedup
+            )
+            self._aim(
+                (steps / self.target_speedup - step / run_speedup) / (steps - step)
+                - self._overhead,
+                step,
+                steps,
+            )
         return self._choose(step, steps)
 
     def raise_precision(self) -> None:
-        """Nothing is widened: the schedule and its budget decide. The guard's 8 bits are in force until the next map, and are paid for."""
+        """Nothing is widened: the schedule and its budget decide. The guard's 8 bits are in force
+        until the next map, and are paid for.
+        """
         self._widths = dict.fromkeys(Role, MAX_BITS)
 
     def _aim(self, budget: float, step: int, steps: float) -> None:
-        """The largest offset at which the rest of the schedule costs no more than `budget` a step."""
+        """The largest offset at which the rest of the schedule costs no more than `budget` a
+        step.
+        """
         times = self.rest(step, steps)
         low, high = -_GREATEST_OFFSET, _GREATEST_OFFSET
         for _ in range(_BISECTIONS):
@@ -96,7 +119,9 @@ class ScheduledPolicy(ABC):
             chosen: Counter[tuple[int, int]] = Counter()
             for stage, time in times.items():
                 chosen[_shifted(stage, middle)] += time
-            cost = sum(time * width_cost(self._shares, _by_role(bits)) for bits, time in chosen.items())
+            cost = sum(
+                time * width_cost(self._shares, _by_role(bits)) for bits, time in chosen.items()
+            )
             low, high = (middle, high) if cost <= budget * chosen.total() else (low, middle)
         self.offset = low
 
@@ -114,9 +139,15 @@ class ScheduledPolicy(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.offset, self._overhead, self._layers = state["offset"], state["overhead"], list(state["layers"])
+        self.offset, self._overhead, self._layers = (
+            state["offset"],
+            state["overhead"],
+            list(state["layers"]),
+        )
         self._shares = {Gemm(gemm): share for gemm, share in state["shares"].items()}
-        self._widths = {Role.from_letter(letter): int(bits) for letter, bits in state["widths"].items()}
+        self._widths = {
+            Role.from_letter(letter): int(bits) for letter, bits in state["widths"].items()
+        }
 
 
 def _shifted(stage: Stage, offset: float) -> tuple[int, int]:
@@ -131,19 +162,23 @@ def _by_role(bits: tuple[int, int]) -> dict[Role, int]:
 
 @dataclass(kw_only=True)
 class PfqPolicy(ScheduledPolicy):
-    """Progressive fractional quantization (FracTrain, Fu et al., NeurIPS 2020, arXiv 2012.13113): wider when the loss stands still.
+    """Progressive fractional quantization (FracTrain, Fu et al., NeurIPS 2020, arXiv 2012.13113):
+    wider when the loss stands still.
 
-    The loss of each period is compared with those of the `window` - 1 periods before it. When none differs by more than `threshold` times
-    the mean loss of the run's first periods, the next stage begins, the window is emptied and the threshold multiplied by `decay`.
+    The loss of each period is compared with those of the `window` - 1 periods before it. When none
+    differs by more than `threshold` times the mean loss of the run's first periods, the next stage
+    begins, the window is emptied and the threshold multiplied by `decay`.
 
-    Stages have no length before they end, so the rest of the run is planned in equal parts for the stages to come, this one included, and
-    planned anew at each analysis. What a long cheap stage saves is spent later, to the last step: cost rises toward the end, as published.
+    Stages have no length before they end, so the rest of the run is planned in equal parts for the
+    stages to come, this one included, and planned anew at each analysis. What a long cheap stage
+    saves is spent later, to the last step: cost rises toward the end, as published.
 
     Args:
         forward, backward: bits of X and W, and of E, by stage.
         threshold, decay: epsilon and alpha; defaults as published for CIFAR-100.
         window: losses compared, the last included.
-        periods: the run is divided into these, for one loss each; published: 160 of 400 steps. No shorter than an analysis interval.
+        periods: the run is divided into these, for one loss each; published: 160 of 400 steps. No
+            shorter than an analysis interval.
         scale_periods: first periods whose mean loss is the unit of the differences.
     """
 
@@ -160,11 +195,20 @@ class PfqPolicy(ScheduledPolicy):
         super().__post_init__()
         forward, backward = _stages(self.forward, "forward"), _stages(self.backward, "backward")
         if len(forward) != len(backward):
-            raise ValueError(f"forward and backward must have a width for each stage alike, not {forward} and {backward}")
-        # The published widths are whole: if both roundings turned at the same offset, it would act in steps of a bit of everything.
-        self._stages = [(f - _HALF_STEP, b + _HALF_STEP) for f, b in zip(forward, backward, strict=True)]
+            raise ValueError(
+                f"forward and backward must have a width for each stage alike, not {forward} "
+                f"and {backward}"
+            )
+        # The published widths are whole: if both roundings turned at the same offset, it would act
+        # in steps of a bit of everything.
+        self._stages = [
+            (f - _HALF_STEP, b + _HALF_STEP) for f, b in zip(forward, backward, strict=True)
+        ]
         if not (self.threshold > 0 and 0 < self.decay <= 1):
-            raise ValueError(f"threshold must be positive and decay in (0, 1], not {self.threshold} and {self.decay}")
+            raise ValueError(
+                f"threshold must be positive and decay in (0, 1], not {self.threshold} and "
+                f"{self.decay}"
+            )
         for name, least in (("window", 2), ("periods", 1), ("scale_periods", 1)):
             _check_count(getattr(self, name), name, least)
         self.stage = 0
@@ -199,7 +243,9 @@ class PfqPolicy(ScheduledPolicy):
             return
         self._losses = [*self._losses, loss][-self.window :]
         limit = self.threshold * self.decay**self.stage * self._scale[0] / self._scale[1]
-        if len(self._losses) == self.window and all(abs(earlier - loss) <= limit for earlier in self._losses):
+        if len(self._losses) == self.window and all(
+            abs(earlier - loss) <= limit for earlier in self._losses
+        ):
             self.stage += 1
             self._losses = []
 
@@ -215,18 +261,25 @@ class PfqPolicy(ScheduledPolicy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self.stage, self._losses, self._last_step = state["stage"], list(state["losses"]), state["last_step"]
+        self.stage, self._losses, self._last_step = (
+            state["stage"],
+            list(state["losses"]),
+            state["last_step"],
+        )
         self._scale, self._period = tuple(state["scale"]), tuple(state["period"])
 
 
 @dataclass(kw_only=True)
 class CptPolicy(ScheduledPolicy):
-    """Cyclic precision training (Fu et al., ICLR 2021, arXiv 2101.09868): X and W rise from `least` to `most` bits in each of `cycles`.
+    """Cyclic precision training (Fu et al., ICLR 2021, arXiv 2101.09868): X and W rise from `least`
+    to `most` bits in each of `cycles`.
 
-    Half a cosine upwards, then back at once; E is constant. E shifts with the rest: at 8 bits it alone would keep the speedup below
-    5.33 with X and W at 2, and leave nothing to cycle at 5.1. The offset moves at the beginning of a cycle only, so cycles keep their form.
+    Half a cosine upwards, then back at once; E is constant. E shifts with the rest: at 8 bits it
+    alone would keep the speedup below 5.33 with X and W at 2, and leave nothing to cycle at 5.1.
+    The offset moves at the beginning of a cycle only, so cycles keep their form.
 
-    Widths change at analyses only, so the callback's interval bounds how finely a cycle is followed; it warns below 4 analyses a cycle.
+    Widths change at analyses only, so the callback's interval bounds how finely a cycle is
+    followed; it warns below 4 analyses a cycle.
 
     Args:
         least, most: bits of X and W.
@@ -254,7 +307,10 @@ class CptPolicy(ScheduledPolicy):
         return self._at(step * self.cycles % steps / steps)
 
     def rest(self, step: int, steps: float) -> Mapping[Stage, int]:
-        whole, phase = self.cycles - 1 - int(step * self.cycles // steps), step * self.cycles % steps / steps
+        whole, phase = (
+            self.cycles - 1 - int(step * self.cycles // steps),
+            step * self.cycles % steps / steps,
+        )
         points = [(i + 0.5) / _CYCLE_POINTS for i in range(_CYCLE_POINTS)]
         return {self._at(point): whole + (point > phase) for point in points}
 
@@ -265,7 +321,8 @@ class CptPolicy(ScheduledPolicy):
         if taken * self.cycles * _LEAST_POINTS_A_CYCLE > steps and not self._warned:
             self._warned = True
             warnings.warn(
-                f"cpt: {taken} steps between analyses do not follow a cycle of {steps / self.cycles:.4g}: "
+                f"cpt: {taken} steps between analyses do not follow a cycle of "
+                f"{steps / self.cycles:.4g}: "
                 f"set interval={max(int(steps / self.cycles / 10), 1)}, or fewer cycles",
                 stacklevel=2,
             )
@@ -278,7 +335,9 @@ class CptPolicy(ScheduledPolicy):
         self._last_step = 0
 
     def _at(self, phase: float) -> Stage:
-        return self.least + 0.5 * (self.most - self.least) * (1.0 - math.cos(math.pi * phase)), self.backward
+        return self.least + 0.5 * (self.most - self.least) * (
+            1.0 - math.cos(math.pi * phase)
+        ), self.backward
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "cycle": self._cycle, "last_step": self._last_step}
@@ -290,7 +349,11 @@ class CptPolicy(ScheduledPolicy):
 
 def _stages(bits: Sequence[int] | str, name: str) -> tuple[int, ...]:
     """Widths of the stages, also from text as a command line has it: 3+4+6+8."""
-    stages: Sequence[int] = [int(word) if word.isdecimal() else -1 for word in bits.split("+")] if isinstance(bits, str) else bits
+    stages: Sequence[int] = (
+        [int(word) if word.isdecimal() else -1 for word in bits.split("+")]
+        if isinstance(bits, str)
+        else bits
+    )
     if not isinstance(stages, Sequence) or not stages:
         raise ValueError(f"{name} must be a sequence of widths, one for each stage, not {bits!r}")
     for width in stages:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands of one width each: what they cost and how noisy they are, for policies that choose such widths."""
+"""Operands of one width each: what they cost and how noisy they are, for policies that choose such
+widths.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -25,27 +27,53 @@ EQUAL_SHARES: Final[Mapping[Gemm, float]] = {gemm: 1 / len(Gemm) for gemm in Gem
 def mac_shares(layers: Mapping[str, LayerStatistics]) -> dict[str, dict[Gemm, float]]:
     """Each GEMM's share of all MACs that training runs, by layer name."""
     total = max(sum(sum(s.macs.values()) for s in layers.values()), 1)
-    return {name: {gemm: macs / total for gemm, macs in s.macs.items()} for name, s in layers.items()}
+    return {
+        name: {gemm: macs / total for gemm, macs in s.macs.items()} for name, s in layers.items()
+    }
 
 
 def width_cost(shares: Mapping[Gemm, float], widths: Widths) -> float:
-    """Bit products of operands of one width each, as a share of what 8 x 8 bits cost: sum of share * b_a * b_b / 64."""
-    return sum(share * widths[READS[gemm][0]] * widths[READS[gemm][1]] for gemm, share in shares.items()) / MAX_BITS**2
+    """Bit products of operands of one width each, as a share of what 8 x 8 bits cost: sum of share
+    * b_a * b_b / 64.
+    """
+    return (
+        sum(
+            share * widths[READS[gemm][0]] * widths[READS[gemm][1]]
+            for gemm, share in shares.items()
+        )
+        / MAX_BITS**2
+    )
 
 
 def noise_levels(s: LayerStatistics, role: Role) -> Tensor:
-    """float64 [7]: NSR of an operand at 2 to 8 bits, as measured on Gaussian blocks; X's unsigned and signed blocks by their shares."""
-    block_shape = next((shape for shape in NOISE_TO_SIGNAL if shape[1] >= s.channels_per_block), max(NOISE_TO_SIGNAL))
-    signed = torch.tensor([noise_to_signal(role, b, block_shape=block_shape) for b in LEGAL_WIDTHS], dtype=torch.float64)
+    """float64 [7]: NSR of an operand at 2 to 8 bits, as measured on Gaussian blocks; X's unsigned
+    and signed blocks by their shares.
+    """
+    block_shape = next(
+        (shape for shape in NOISE_TO_SIGNAL if shape[1] >= s.channels_per_block),
+        max(NOISE_TO_SIGNAL),
+    )
+    signed = torch.tensor(
+        [noise_to_signal(role, b, block_shape=block_shape) for b in LEGAL_WIDTHS],
+        dtype=torch.float64,
+    )
     if role is not Role.ACTIVATION or not s.x_unsigned:
         return signed
-    unsigned = torch.tensor([noise_to_signal(role, b, signed=False, block_shape=block_shape) for b in LEGAL_WIDTHS], dtype=torch.float64)
+    unsigned = torch.tensor(
+        [noise_to_signal(role, b, signed=False, block_shape=block_shape) for b in LEGAL_WIDTHS],
+        dtype=torch.float64,
+    )
     return s.x_unsigned * unsigned + (1 - s.x_unsigned) * signed
 
 
-def fixed_entries(widths: Mapping[str, Mapping[Role, int]], backward: Mapping[Role, int] = MappingProxyType({})) -> Entries:
+def fixed_entries(
+    widths: Mapping[str, Mapping[Role, int]], backward: Mapping[Role, int] = MappingProxyType({})
+) -> Entries:
     """A map that asks for these widths, of which `backward` limits what backward reads."""
     return {
-        name: {role: OperandPrecision(bits=bits, backward_bits=backward.get(role, MAX_BITS)) for role, bits in roles.items()}
+        name: {
+            role: OperandPrecision(bits=bits, backward_bits=backward.get(role, MAX_BITS))
+            for role, bits in roles.items()
+        }
         for name, roles in widths.items()
     }

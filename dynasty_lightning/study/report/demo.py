@@ -36,7 +36,10 @@ SUMMARY_FILE: Final = "summary.json"
 ACCURACY_PICTURE: Final = "accuracy-speedup.png"
 TIME_PICTURE: Final = "widths-over-time.png"
 IMAGE_PICTURE: Final = "widths-over-image.png"
-DIGITS_NOTE: Final = "Digits show that everything runs; they are no evidence for accuracy: the test set is small and easy."
+DIGITS_NOTE: Final = (
+    "Digits show that everything runs; they are no evidence for accuracy: the "
+    "test set is small and easy."
+)
 BASELINE: Final = "uniform8"
 
 _ROLES: Final = {"X": "Activations X", "W": "Weights W", "E": "Errors E"}
@@ -83,7 +86,8 @@ class Spread:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The summary of a run folder, without runs that are not as a run is: those are told by a warning.
+    """The summary of a run folder, without runs that are not as a run is: those are told by a
+    warning.
 
     Raises:
         FileNotFoundError: there is none.
@@ -91,7 +95,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / SUMMARY_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {SUMMARY_FILE}: name a folder that `dynasty-lightning demo` wrote")
+        raise FileNotFoundError(
+            f"{folder} has no {SUMMARY_FILE}: name a folder that `dynasty-lightning demo` wrote"
+        )
     try:
         summary = read_json(path)
         summary = without_digest(summary, str(path)) if isinstance(summary, dict) else summary
@@ -104,7 +110,9 @@ def read_summary(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is no summary of a demo: {error}") from None
     if not isinstance(summary["runs"], list):
-        raise ValueError(f"{path} is no summary of a demo: its runs are no list, but {shown(summary['runs'])}")
+        raise ValueError(
+            f"{path} is no summary of a demo: its runs are no list, but {shown(summary['runs'])}"
+        )
     return {**summary, "runs": _sifted(summary["runs"], check_demo_run, f"{path}, run")}
 
 
@@ -130,7 +138,9 @@ def method_name(method: str) -> str:
 
 def spread(summary: Mapping[str, Any], method: str, figure: str) -> Spread:
     """A figure of one method over its seeds; absent and undefined values are left out."""
-    return Spread.of([r[figure] for r in summary["runs"] if r["name"] == method and r.get(figure) is not None])
+    return Spread.of(
+        [r[figure] for r in summary["runs"] if r["name"] == method and r.get(figure) is not None]
+    )
 
 
 def paired_difference(summary: Mapping[str, Any], method: str, baseline: str = BASELINE) -> Spread:
@@ -143,25 +153,49 @@ def paired_difference(summary: Mapping[str, Any], method: str, baseline: str = B
 def format_table(summary: Mapping[str, Any]) -> str:
     """Mean ± sample standard deviation over seeds, one column for each method."""
     methods = _methods(summary)
-    rows = [["", *map(method_name, methods)], ["runs (n)", *(str(_accuracy(summary, m).n) for m in methods)]]
+    rows = [
+        ["", *map(method_name, methods)],
+        ["runs (n)", *(str(_accuracy(summary, m).n) for m in methods)],
+    ]
     rows.append(["test accuracy (%)", *(_accuracy(summary, m).text() for m in methods)])
     differences = ["" if m == BASELINE else _signed(paired_difference(summary, m)) for m in methods]
     rows.append([f"  minus {method_name(BASELINE)}, by seed", *differences])
     for label, figure in _TABLE_RATIOS.items():
         rows.append([label, *(spread(summary, m, figure).text() for m in methods)])
-    bits = {role: {"runs": [{"name": r["name"], **(r.get("bits") or {})} for r in summary["runs"]]} for role in _ROLES}
+    bits = {
+        role: {"runs": [{"name": r["name"], **(r.get("bits") or {})} for r in summary["runs"]]}
+        for role in _ROLES
+    }
     means = [[spread(bits[role], m, role) for role in _ROLES] for m in methods]
-    rows.append(["bits X / W / E, last analysis", *(" / ".join(f"{b.mean:.1f}" for b in m) if m[0].n else "-" for m in means)])
+    rows.append(
+        [
+            "bits X / W / E, last analysis",
+            *(" / ".join(f"{b.mean:.1f}" for b in m) if m[0].n else "-" for m in means),
+        ]
+    )
     shares = [spread(summary, m, "analytics_share") for m in methods]
-    rows.append(["analysis (% of training time)", *(f"{100 * share.mean:.1f}" if share.n else "-" for share in shares)])
+    rows.append(
+        [
+            "analysis (% of training time)",
+            *(f"{100 * share.mean:.1f}" if share.n else "-" for share in shares),
+        ]
+    )
     rows.append(["seconds a run", *(spread(summary, m, "seconds").text(".1f") for m in methods)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     lines.insert(1, "-" * len(lines[0]))
     lines += [
         "",
-        f"±: sample standard deviation over the seeds. Accuracy: {summary.get('test_images', '?')} test images, tested with the",
-        "quantizer of training. Speedup and energy: ratios to uniform 8-bit blocks, whole run, warm-up included.",
+        f"±: sample standard deviation over the seeds. Accuracy: "
+        f"{summary.get('test_images', '?')} test images, tested with the",
+        "quantizer of training. Speedup and energy: ratios to uniform 8-bit blocks, whole run, "
+        "warm-up included.",
         "Energy is a model, not a measurement.",
     ]
     if summary["args"]["data"] == "digits":
@@ -173,7 +207,8 @@ def draw_report(folder: Path) -> list[Path]:
     """Draw what the folder has the figures for.
 
     Returns:
-        The pictures written: accuracy against speedup; widths over training and over an image where dynamic runs left them.
+        The pictures written: accuracy against speedup; widths over training and over an image where
+        dynamic runs left them.
     """
     # Not at import: the pictures are all that needs Matplotlib.
     import matplotlib
@@ -198,8 +233,16 @@ def draw_report(folder: Path) -> list[Path]:
 
 
 def _draw_time(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Path]:
-    history = read_history(folder / run["history_file"], run.get("history_sha256")) if "history_file" in run else []
-    return [save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE)] if len(history) > 1 else []
+    history = (
+        read_history(folder / run["history_file"], run.get("history_sha256"))
+        if "history_file" in run
+        else []
+    )
+    return (
+        [save_picture(draw_widths_over_time(history, run, summary), folder / TIME_PICTURE)]
+        if len(history) > 1
+        else []
+    )
 
 
 def _draw_image(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Path]:
@@ -210,7 +253,8 @@ def _draw_image(folder: Path, run: Mapping[str, Any], summary: Mapping[str, Any]
 
 
 def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
-    """One measurement a line, in the order of steps; lines that are none, or a step again, are left out with a warning.
+    """One measurement a line, in the order of steps; lines that are none, or a step again, are left
+    out with a warning.
 
     Args:
         sha256: of the file, as the summary has it; None takes any.
@@ -220,7 +264,10 @@ def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
     """
     content = read_bounded(path, MOST_JSON_BYTES)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise DamagedFile(f"{path} is damaged: it is not what {SUMMARY_FILE} has the digest of. Run the demo again")
+        raise DamagedFile(
+            f"{path} is damaged: it is not what {SUMMARY_FILE} has the digest of. Run the demo "
+            f"again"
+        )
     last = -1
 
     def check(line: bytes) -> None:
@@ -236,7 +283,8 @@ def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
 
 
 def read_widths(path: Path) -> dict[str, np.ndarray]:
-    """Images and the widths that they get in each convolution, as `draw_widths_over_image` takes them.
+    """Images and the widths that they get in each convolution, as `draw_widths_over_image` takes
+    them.
 
     Raises:
         OSError, ValueError: it cannot be read, or holds something else.
@@ -244,17 +292,42 @@ def read_widths(path: Path) -> dict[str, np.ndarray]:
     arrays = parse_arrays(read_sealed(path, MOST_JSON_BYTES), str(path), MOST_JSON_BYTES)
     images, labels = arrays.get("images"), arrays.get("labels")
     grids = [array for name, array in arrays.items() if name.startswith("X/")]
-    if images is None or labels is None or images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or not images.size:
-        raise ValueError(f"{path} holds no images uint8 [n, 1 or 3, height, width] with labels, but {sorted(arrays)}")
+    if (
+        images is None
+        or labels is None
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[1] not in (1, 3)
+        or not images.size
+    ):
+        raise ValueError(
+            f"{path} holds no images uint8 [n, 1 or 3, height, width] with labels, but "
+            f"{sorted(arrays)}"
+        )
     if labels.shape != images.shape[:1] or labels.dtype.kind != "U":
-        raise ValueError(f"{path} holds labels {labels.dtype} {labels.shape}, not a text for each of {len(images)} images")
-    if any(g.dtype != np.uint8 or g.ndim != 4 or len(g) != len(images) or not g.size or g.max() > _MOST_BITS for g in grids):
-        raise ValueError(f"{path} holds widths that are not uint8 [{len(images)}, channel blocks, rows, columns] up to {_MOST_BITS}")
+        raise ValueError(
+            f"{path} holds labels {labels.dtype} {labels.shape}, not a text for each of "
+            f"{len(images)} images"
+        )
+    if any(
+        g.dtype != np.uint8
+        or g.ndim != 4
+        or len(g) != len(images)
+        or not g.size
+        or g.max() > _MOST_BITS
+        for g in grids
+    ):
+        raise ValueError(
+            f"{path} holds widths that are not uint8 [{len(images)}, channel blocks, rows, "
+            f"columns] up to {_MOST_BITS}"
+        )
     return arrays
 
 
 def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
-    """Accuracy against speedup: a dot for each seed, mean and deviation for each method, float32 as a level."""
+    """Accuracy against speedup: a dot for each seed, mean and deviation for each method, float32 as
+    a level.
+    """
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5.6), layout="constrained")
@@ -267,19 +340,51 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
         runs = [r for r in summary["runs"] if r["name"] == method]
         accuracies += [100 * r["accuracy"] for r in runs]
         if method == "float32":
-            axes.axhline(accuracy.mean, color=colour, linestyle="--", linewidth=1.2, zorder=1, label=f"{label} (has no speedup)")
+            axes.axhline(
+                accuracy.mean,
+                color=colour,
+                linestyle="--",
+                linewidth=1.2,
+                zorder=1,
+                label=f"{label} (has no speedup)",
+            )
             if accuracy.n > 1:
-                axes.axhspan(accuracy.mean - accuracy.sd, accuracy.mean + accuracy.sd, color=colour, alpha=0.1, linewidth=0, zorder=0)
+                axes.axhspan(
+                    accuracy.mean - accuracy.sd,
+                    accuracy.mean + accuracy.sd,
+                    color=colour,
+                    alpha=0.1,
+                    linewidth=0,
+                    zorder=0,
+                )
             continue
         x = [r["speedup_charged"] for r in runs]
         speed = Spread.of(x)
         speeds += x
         marker = _MARKERS.get(method, "^")
-        axes.scatter(x, [100 * r["accuracy"] for r in runs], s=30, color=colour, alpha=0.45, linewidth=0, marker=marker, zorder=2)
+        axes.scatter(
+            x,
+            [100 * r["accuracy"] for r in runs],
+            s=30,
+            color=colour,
+            alpha=0.45,
+            linewidth=0,
+            marker=marker,
+            zorder=2,
+        )
         axes.errorbar(
-            speed.mean, accuracy.mean, xerr=_bar(speed), yerr=_bar(accuracy), fmt=marker, markersize=10, color=colour,
-            markeredgecolor="white", elinewidth=1.8, capsize=4, zorder=3,
-        )  # fmt: skip
+            speed.mean,
+            accuracy.mean,
+            xerr=_bar(speed),
+            yerr=_bar(accuracy),
+            fmt=marker,
+            markersize=10,
+            color=colour,
+            markeredgecolor="white",
+            elinewidth=1.8,
+            capsize=4,
+            zorder=3,
+        )
         axes.plot([], [], marker, markersize=9, color=colour, label=f"{label} at {speed.text()}x")
     axes.set_xscale("log")
     low, high = min(speeds) / 1.2, max(speeds) * 1.2
@@ -288,7 +393,10 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     axes.set_xticks([], minor=True)
     axes.set_xlim(low, high)
     # At least two points high, or the noise of a few test images would look large.
-    middle, half = (max(accuracies) + min(accuracies)) / 2, max((max(accuracies) - min(accuracies)) * 0.7, 1.0)
+    middle, half = (
+        (max(accuracies) + min(accuracies)) / 2,
+        max((max(accuracies) - min(accuracies)) * 0.7, 1.0),
+    )
     axes.set_ylim(middle - half, middle + half)
     axes.set_xlabel("Speedup in bit products over uniform 8-bit blocks (log scale)")
     axes.set_ylabel("Test accuracy (%)")
@@ -298,27 +406,40 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     counts = sorted({_accuracy(summary, m).n for m in _methods(summary)})
     n = " to ".join(map(str, counts[:: max(len(counts) - 1, 1)]))
     axes.set_title(
-        f"{_setting(summary)}. Whole run, zero blocks charged.\nSmall marks: seeds; large: mean ± sample standard deviation, n = {n}.",
+        f"{_setting(summary)}. Whole run, zero blocks charged.\nSmall marks: seeds; large: mean "
+        f"± sample standard deviation, n = {n}.",
         fontsize=8.5,
         color=NOTE_COLOUR,
     )
     return figure
 
 
-def draw_widths_over_time(history: Sequence[Mapping[str, Any]], run: Mapping[str, Any], summary: Mapping[str, Any]) -> "Figure":
+def draw_widths_over_time(
+    history: Sequence[Mapping[str, Any]], run: Mapping[str, Any], summary: Mapping[str, Any]
+) -> "Figure":
     """Mean widths by layer over the steps, a panel for each role."""
     from matplotlib import pyplot
 
     layers = list(history[-1]["bits"])
     steps = [h["step"] for h in history]
-    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(steps)), float(max(run.get("steps", 0), steps[-1]))]
+    edges = [
+        0.0,
+        *((a + b) / 2 for a, b in itertools.pairwise(steps)),
+        float(max(run.get("steps", 0), steps[-1])),
+    ]
     if edges[-1] <= edges[-2]:
         edges[-1] = edges[-2] + 1
-    figure, panels = pyplot.subplots(1, 3, sharey=True, figsize=(12, 1.9 + 0.27 * len(layers)), layout="constrained")
+    figure, panels = pyplot.subplots(
+        1, 3, sharey=True, figsize=(12, 1.9 + 0.27 * len(layers)), layout="constrained"
+    )
     mesh = None
     for axes, (role, name) in zip(panels, _ROLES.items(), strict=True):
-        values = np.array([[h["bits"].get(layer, {}).get(role, math.nan) for h in history] for layer in layers])
-        mesh = axes.pcolormesh(edges, np.arange(len(layers) + 1), values, vmin=0, vmax=_MOST_BITS, cmap="viridis")
+        values = np.array(
+            [[h["bits"].get(layer, {}).get(role, math.nan) for h in history] for layer in layers]
+        )
+        mesh = axes.pcolormesh(
+            edges, np.arange(len(layers) + 1), values, vmin=0, vmax=_MOST_BITS, cmap="viridis"
+        )
         axes.set_title(name, fontsize=10.5)
         axes.set_xlabel("Training step")
         axes.set_xlim(0, edges[-1])
@@ -338,18 +459,28 @@ def draw_widths_over_time(history: Sequence[Mapping[str, Any]], run: Mapping[str
     bar.outline.set_visible(False)  # type: ignore[operator]
     last = history[-1]["mean_bits"]
     bits = f"{last['X']:.1f} bits in X, {last['W']:.1f} in W and {last['E']:.1f} in E"
-    headline(figure, f"After a warm-up at 8 bits each layer gets widths of its own: {bits} on average at the end", width=120)
-    note = f"{_setting(summary)}, seed {run['seed']} (n = 1). Dashed: end of warm-up, step {run.get('warmup_steps', 0)}. "
+    headline(
+        figure,
+        f"After a warm-up at 8 bits each layer gets widths of its own: {bits} on average at the end",
+        width=120,
+    )
+    note = (
+        f"{_setting(summary)}, seed {run['seed']} (n = 1). Dashed: end of warm-up, step "
+        f"{run.get('warmup_steps', 0)}. "
+    )
     footnote(figure, note + "Numbers: last analysis. Zero blocks count as 0 bits.")
     return figure
 
 
-def draw_widths_over_image(widths: Mapping[str, np.ndarray], run: Mapping[str, Any], summary: Mapping[str, Any]) -> "Figure":
-    """Images above, and below them the widths that one layer's input blocks get, as a mean over channel blocks.
+def draw_widths_over_image(
+    widths: Mapping[str, np.ndarray], run: Mapping[str, Any], summary: Mapping[str, Any]
+) -> "Figure":
+    """Images above, and below them the widths that one layer's input blocks get, as a mean over
+    channel blocks.
 
     Args:
-        widths: "images" uint8 [n, channels, height, width], "labels" (names) and, for each convolution, "X/<layer>" uint8
-            [n, channel blocks, rows, columns].
+        widths: "images" uint8 [n, channels, height, width], "labels" (names) and, for each
+            convolution, "X/<layer>" uint8 [n, channel blocks, rows, columns].
     """
     from matplotlib import pyplot
 
@@ -357,19 +488,31 @@ def draw_widths_over_image(widths: Mapping[str, np.ndarray], run: Mapping[str, A
     grids = widths[f"X/{layer}"].mean(axis=1)
     images, names = widths["images"], widths["labels"]
     count = len(images)
-    figure, panels = pyplot.subplots(2, count, figsize=(2.5 * count + 1.2, 6.3), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(
+        2, count, figsize=(2.5 * count + 1.2, 6.3), layout="constrained", squeeze=False
+    )
     shown, most = None, max(math.ceil(grids.max()), 1)
     for column in range(count):
         pixels = np.moveaxis(images[column], 0, -1)
         top, bottom = panels[0, column], panels[1, column]
-        top.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+        top.imshow(
+            pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255
+        )
         top.set_title(str(names[column]), loc="center", fontsize=10.5)
         height, width = pixels.shape[:2]
         grid = grids[column]
-        shown = bottom.imshow(grid, cmap="viridis", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        bottom.set_title(f"{grid.min():.1f} to {grid.max():.1f} bits, mean {grid.mean():.1f}", loc="center", fontsize=9.5)
+        shown = bottom.imshow(
+            grid, cmap="viridis", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+        )
+        bottom.set_title(
+            f"{grid.min():.1f} to {grid.max():.1f} bits, mean {grid.mean():.1f}",
+            loc="center",
+            fontsize=9.5,
+        )
         if pixels.shape[-1] == 1:
-            bottom.contour(pixels[..., 0], levels=[_outline(pixels)], colors="white", linewidths=1.3)
+            bottom.contour(
+                pixels[..., 0], levels=[_outline(pixels)], colors="white", linewidths=1.3
+            )
         for axes in (top, bottom):
             axes.set_xticks([])
             axes.set_yticks([])
@@ -383,17 +526,24 @@ def draw_widths_over_image(widths: Mapping[str, np.ndarray], run: Mapping[str, A
     headline(figure, _image_sentence(images, grids), width=30 * count)
     blocks = widths[f"X/{layer}"].shape[1]
     note = f"{_setting(summary)}, seed {run['seed']}, after training; {count} test images."
-    footnote(figure, f"{note} A block: 1 sample x 4 channels at one position; channel blocks of this layer: {blocks}.")
+    footnote(
+        figure,
+        f"{note} A block: 1 sample x 4 channels at one position; channel blocks of this layer: "
+        f"{blocks}.",
+    )
     return figure
 
 
 def picture_layer(widths: Mapping[str, np.ndarray]) -> str:
-    """The convolution whose picture is drawn: of those whose input has several channel blocks, the first of the finest.
+    """The convolution whose picture is drawn: of those whose input has several channel blocks, the
+    first of the finest.
 
     Raises:
         ValueError: no convolution among the widths.
     """
-    grids = {name.removeprefix("X/"): grid for name, grid in widths.items() if name.startswith("X/")}
+    grids = {
+        name.removeprefix("X/"): grid for name, grid in widths.items() if name.startswith("X/")
+    }
     if not grids:
         raise ValueError("the widths hold no convolution: X/<layer> is missing")
     several = {name: grid for name, grid in grids.items() if grid.shape[1] > 1} or grids
@@ -412,19 +562,27 @@ def _accuracy_sentence(summary: Mapping[str, Any]) -> str:
 
 
 def _image_sentence(images: np.ndarray, grids: np.ndarray) -> str:
-    text = f"Each image gets its own widths, block by block: {grids.min():.1f} to {grids.max():.1f} bits"
+    text = (
+        f"Each image gets its own widths, block by block: {grids.min():.1f} to "
+        f"{grids.max():.1f} bits"
+    )
     if images.shape[1] > 1:
         return text
     figures, grounds = [], []
     for image, grid in zip(images, grids, strict=True):
-        rows, columns = (np.arange(n) * m // n for n, m in zip(image.shape[1:], grid.shape, strict=True))
+        rows, columns = (
+            np.arange(n) * m // n for n, m in zip(image.shape[1:], grid.shape, strict=True)
+        )
         drawn = image[0] > _outline(image)
         figures.append(grid[np.ix_(rows, columns)][drawn].mean())
         grounds.append(grid[np.ix_(rows, columns)][~drawn].mean())
     inside, outside = float(np.mean(figures)), float(np.mean(grounds))
     if inside - outside < _VISIBLE_BITS:
         return text
-    return f"Widths follow the image: {inside:.1f} bits on average inside the outline, {outside:.1f} outside"
+    return (
+        f"Widths follow the image: {inside:.1f} bits on average inside the outline, "
+        f"{outside:.1f} outside"
+    )
 
 
 def _outline(image: np.ndarray) -> float:
@@ -434,7 +592,10 @@ def _outline(image: np.ndarray) -> float:
 
 def _setting(summary: Mapping[str, Any]) -> str:
     args = summary["args"]
-    text = f"{args['data']}, {args['model']}, {args.get('epochs', '?')} epochs of {summary.get('train_images', '?')} images"
+    text = (
+        f"{args['data']}, {args['model']}, {args.get('epochs', '?')} epochs of "
+        f"{summary.get('train_images', '?')} images"
+    )
     return text + (" (no evidence for accuracy)" if args["data"] == "digits" else "")
 
 
@@ -449,7 +610,11 @@ def _accuracy(summary: Mapping[str, Any], method: str) -> Spread:
 
 
 def _signed(difference: Spread) -> str:
-    return difference.text("+.2f") if difference.n < 2 else f"{difference.mean:+.2f} ± {difference.sd:.2f}"
+    return (
+        difference.text("+.2f")
+        if difference.n < 2
+        else f"{difference.mean:+.2f} ± {difference.sd:.2f}"
+    )
 
 
 def _short(layer: str) -> str:
@@ -470,7 +635,9 @@ def footnote(figure: "Figure", text: str) -> None:
 
 @contextmanager
 def missing_glyphs() -> Iterator[None]:
-    """A name in letters that the font lacks is drawn as boxes, which anybody can see, and is no reason to warn."""
+    """A name in letters that the font lacks is drawn as boxes, which anybody can see, and is no
+    reason to warn.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         yield

@@ -28,11 +28,17 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         ValueError: no record in any of them.
     """
     found = [sift_records(path, check_reported) for path in files]
-    records, odd = list({r["key"]: r for some, _ in found for r in some}.values()), [text for _, texts in found for text in texts]
+    records, odd = (
+        list({r["key"]: r for some, _ in found for r in some}.values()),
+        [text for _, texts in found for text in texts],
+    )
     for text in odd:
         warnings.warn(text, stacklevel=2)
     if not records:
-        raise ValueError(f"no record in {', '.join(map(str, files))}: nothing has run yet" + (f", or {odd[0]}" if odd else ""))
+        raise ValueError(
+            f"no record in {', '.join(map(str, files))}: nothing has run yet"
+            + (f", or {odd[0]}" if odd else "")
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(records)
     written, parts = [], []
@@ -42,7 +48,9 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
         picture = draw_course(course, out.parent / f"{stem}.png")
         written += [picture] if picture else []
         parts.append(_course_section(course, picture))
-    for number, (setting, title) in enumerate(zip(settings, titles(settings), strict=True), start=1):
+    for number, (setting, title) in enumerate(
+        zip(settings, titles(settings), strict=True), start=1
+    ):
         stem = out.stem if len(settings) == 1 else f"{out.stem}-{number}"
         pictures = draw_setting(setting, out.parent, stem)
         written += pictures
@@ -60,8 +68,20 @@ def _course_section(course: Sequence[Setting], picture: Path | None) -> str:
     name = course[0].name
     lines = [f"## {name}: length of training\n"]
     lines += [f"![{name}: differences against epochs]({picture.name})\n"] if picture else []
-    header = ["method", "epochs", "runs", "accuracy %", "loss", f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]", "which says"]
-    several = [label for label, count in Counter(row.label for s in course for row in s.rows).items() if count > 1]
+    header = [
+        "method",
+        "epochs",
+        "runs",
+        "accuracy %",
+        "loss",
+        f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]",
+        "which says",
+    ]
+    several = [
+        label
+        for label, count in Counter(row.label for s in course for row in s.rows).items()
+        if count > 1
+    ]
     cells = []
     for label in several:
         for setting in course:
@@ -77,13 +97,22 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     if setting.values["data"] == "digits":
         lines.append(f"{DIGITS_NOTE}\n")
     lines += [f"![{title}: {path.stem.rpartition('-')[2]}]({path.name})\n" for path in pictures]
-    header = ["method", "runs", "accuracy %", "loss", f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]", "which says"]
+    header = [
+        "method",
+        "runs",
+        "accuracy %",
+        "loss",
+        f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]",
+        "which says",
+    ]
     lines += _table(header, [_accuracy_cells(setting, row) for row in setting.rows])
     cases = setting.against_rivals()
     lines += _rivals(setting, cases)
     lines.append(
-        f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; the intervals are Student's t, "
-        f"each for itself, not corrected for their number ({max(len(setting.rows) - 1, 0) + len(cases)}).\n"
+        f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; "
+        f"the intervals are Student's t, "
+        f"each for itself, not corrected for their number "
+        f"({max(len(setting.rows) - 1, 0) + len(cases)}).\n"
     )
     header = [
         "method",
@@ -97,23 +126,38 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     ]
     lines += _table(header, [_cost_cells(row) for row in setting.rows if not row.is_float])
     lines.append(
-        "Speedup in bit products and energy (a model) are ratios to uniform 8-bit blocks over the whole run, warm-up included; "
-        "charged: zero blocks are not free. Core: time of the same core at uniform 8 bits over its time, with its memory, over the whole "
-        "run, a model: a few steps stand for the rest, analysed ones left out. Bits: last analysis.\n"
+        "Speedup in bit products and energy (a model) are ratios to uniform 8-bit blocks over "
+        "the whole run, warm-up included; "
+        "charged: zero blocks are not free. Core: time of the same core at uniform 8 bits over "
+        "its time, with its memory, over the whole "
+        "run, a model: a few steps stand for the rest, analysed ones left out. Bits: last "
+        "analysis.\n"
     )
     lines += _failures(setting)
     return "\n".join(lines)
 
 
 def _rivals(setting: Setting, cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
-    """Ours minus each other method that was steered to the same target; where the two did not reach it, what each cost instead."""
+    """Ours minus each other method that was steered to the same target; where the two did not reach
+    it, what each cost instead.
+    """
     if not cases:
         return []
-    header = ["with the same target", "pairs", f"difference, points [{CONFIDENCE:.0%} interval]", "which says, of the first"]
+    header = [
+        "with the same target",
+        "pairs",
+        f"difference, points [{CONFIDENCE:.0%} interval]",
+        "which says, of the first",
+    ]
     return _table(
         header,
         [
-            [f"{row.label} minus {rival.label}", str(d.spread.n), d.text(), setting.costs_apart(row, rival) or d.reading()]
+            [
+                f"{row.label} minus {rival.label}",
+                str(d.spread.n),
+                d.text(),
+                setting.costs_apart(row, rival) or d.reading(),
+            ]
             for row, rival, d in cases
         ],
     )
@@ -124,15 +168,33 @@ def _accuracy_cells(setting: Setting, row: Row) -> list[str]:
     diverged = row.count(DIVERGED)
     reading = "" if difference is None else difference.reading()
     if diverged:
-        reading = f"**diverged in {diverged} of {len(row.runs)} runs**" + (f"; the others: {reading}" if reading and row.complete else "")
-    runs = str(len(row.complete)) if len(row.complete) == len(row.runs) else f"{len(row.complete)} of {len(row.runs)}"
-    return [row.label, runs, row.accuracy.text(), row.spread("loss").text(".3f"), "" if difference is None else difference.text(), reading]
+        reading = f"**diverged in {diverged} of {len(row.runs)} runs**" + (
+            f"; the others: {reading}" if reading and row.complete else ""
+        )
+    runs = (
+        str(len(row.complete))
+        if len(row.complete) == len(row.runs)
+        else f"{len(row.complete)} of {len(row.runs)}"
+    )
+    return [
+        row.label,
+        runs,
+        row.accuracy.text(),
+        row.spread("loss").text(".3f"),
+        "" if difference is None else difference.text(),
+        reading,
+    ]
 
 
 def _cost_cells(row: Row) -> list[str]:
     charged = [r["speedup_charged"] for r in row.complete if r.get("speedup_charged") is not None]
     energy = [row.spread(f"energy_ratio_{part}") for part in ("compute", "sram", "total")]
-    bits = [Spread.of([r["bits"][role] for r in row.complete if (r.get("bits") or {}).get(role) is not None]) for role in "XWE"]
+    bits = [
+        Spread.of(
+            [r["bits"][role] for r in row.complete if (r.get("bits") or {}).get(role) is not None]
+        )
+        for role in "XWE"
+    ]
     return [
         row.label,
         row.spread("speedup_charged").text(),
@@ -147,18 +209,28 @@ def _cost_cells(row: Row) -> list[str]:
 
 def _failures(setting: Setting) -> list[str]:
     lost = [(row, run) for row in setting.rows for run in row.runs if run["status"] != COMPLETE]
-    warned = [(row, run) for row in setting.rows for run in row.complete if run.get("warnings") or run.get("core_error")]
+    warned = [
+        (row, run)
+        for row in setting.rows
+        for run in row.complete
+        if run.get("warnings") or run.get("core_error")
+    ]
     lines = []
     if lost:
         lines.append("Not completed:\n")
     for row, run in lost:
-        accuracy = f", accuracy {100 * run['accuracy']:.2f} %" if run.get("accuracy") is not None else ""
+        accuracy = (
+            f", accuracy {100 * run['accuracy']:.2f} %" if run.get("accuracy") is not None else ""
+        )
         error = f": {_cell(last_line(run['error']))}" if run.get("error") else ""
         lines.append(f"- {row.label}, seed {run['seed']}: {run['status']}{accuracy}{error}")
     if warned:
         lines.append(("\n" if lost else "") + "Warnings:\n")
     for row, run in warned:
-        texts = [*run.get("warnings", []), *([f"core: {run['core_error']}"] if run.get("core_error") else [])]
+        texts = [
+            *run.get("warnings", []),
+            *([f"core: {run['core_error']}"] if run.get("core_error") else []),
+        ]
         lines.append(f"- {row.label}, seed {run['seed']}: {_cell('; '.join(texts))}")
     return [*lines, ""] if lines else []
 
@@ -171,7 +243,9 @@ def _left_out(odd: Sequence[str]) -> list[str]:
 def _provenance(records: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## How it was made\n"]
     for name, values in (("Machine", "machine"), ("Versions", "versions")):
-        distinct = dict.fromkeys(", ".join(f"{k} {v}" for k, v in r[values].items() if v is not None) for r in records)
+        distinct = dict.fromkeys(
+            ", ".join(f"{k} {v}" for k, v in r[values].items() if v is not None) for r in records
+        )
         lines += [f"- {name}: {text}" for text in distinct]
     commits: dict[str, int] = {}
     for record in records:
@@ -181,13 +255,22 @@ def _provenance(records: Sequence[Mapping[str, Any]]) -> str:
     lines += [f"- Commit {commit}: {count} runs" for commit, count in commits.items()]
     started = sorted(r["started"] for r in records)
     seconds = sum(r.get("wall_seconds") or 0 for r in records)
-    lines.append(f"- Started {started[0]} to {started[-1]}; {seconds / 3600:.1f} h of runs, each with one thread")
-    lines += ["\nRuns of these commands (each record holds the one that repeats it):\n", *(f"    {c}" for c in _commands(records)), ""]
+    lines.append(
+        f"- Started {started[0]} to {started[-1]}; {seconds / 3600:.1f} h of runs, each with "
+        f"one thread"
+    )
+    lines += [
+        "\nRuns of these commands (each record holds the one that repeats it):\n",
+        *(f"    {c}" for c in _commands(records)),
+        "",
+    ]
     return "\n".join(lines)
 
 
 def _commands(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Commands of runs, those that differ only in method joined, and seeds that follow each other too."""
+    """Commands of runs, those that differ only in method joined, and seeds that follow each other
+    too.
+    """
     seeds: dict[tuple[str, str], list[int]] = {}
     for record in records:
         options = options_of(record["command"])
@@ -196,13 +279,16 @@ def _commands(records: Sequence[Mapping[str, Any]]) -> list[str]:
         first = int(options.pop("--seed"))
         for name in ("--seeds", "--out"):
             options.pop(name, None)
-        seeds.setdefault((shlex.join(f"{k}={v}" for k, v in options.items()), method), []).append(first)
+        seeds.setdefault((shlex.join(f"{k}={v}" for k, v in options.items()), method), []).append(
+            first
+        )
     grids: dict[tuple[str, int, int], list[str]] = {}
     for (rest, method), values in seeds.items():
         for first, count in _ranges(values):
             grids.setdefault((rest, first, count), []).append(method)
     return [
-        f"dynasty-lightning compare --methods {shlex.quote(','.join(methods))} --seed {first} --seeds {count} {rest} --out FILE.jsonl"
+        f"dynasty-lightning compare --methods {shlex.quote(','.join(methods))} --seed {first} "
+        f"--seeds {count} {rest} --out FILE.jsonl"
         for (rest, first, count), methods in grids.items()
     ]
 

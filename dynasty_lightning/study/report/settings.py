@@ -15,22 +15,37 @@ CONFIDENCE: Final = 0.95
 CORE: Final = "speedup_core"
 OURS: Final = "dynasty"
 
-_SETTING: Final = ("data", "model", "epochs", "batch_size", "train_samples", "validation_samples", "learning_rate", "evaluate_on")
+_SETTING: Final = (
+    "data",
+    "model",
+    "epochs",
+    "batch_size",
+    "train_samples",
+    "validation_samples",
+    "learning_rate",
+    "evaluate_on",
+)
 _LATER_SETTING: Final = {"decay": "cosine", "accelerator": "cpu"}
-"""Of a setting, too, with what they are where a record is older than they; told only where they differ from that."""
+"""Of a setting, too, with what they are where a record is older than they; told only where they
+differ from that.
+"""
 _OF_BLOCKS: Final = {"mode": "fast", "block_shape": [4, 4], "width_group": None, "interval": 50}
 """Settings that belong to a row's name, with the values that are not told."""
 _FLOATS: Final = ("float32", "bf16")
 _NUMBER: Final = "0123456789."
 _TELLING_PAIRS: Final = 3
-"""The interval of two pairs is 13 of their standard errors wide on each side: that it holds zero says nothing."""
+"""The interval of two pairs is 13 of their standard errors wide on each side: that it holds zero
+says nothing.
+"""
 _REACHED: Final = 0.02
 """Of a target, by which a speedup may miss it and still be the same cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Paired differences in points: mean, and a two-sided interval of Student's t over the pairs (NaN for fewer than two)."""
+    """Paired differences in points: mean, and a two-sided interval of Student's t over the pairs
+    (NaN for fewer than two).
+    """
 
     spread: Spread
     low: float
@@ -53,7 +68,9 @@ class Difference:
         return f"{self.spread.mean:+.2f}{interval}"
 
     def reading(self) -> str:
-        """What the interval says, in words. A difference that was not found is not called absent."""
+        """What the interval says, in words. A difference that was not found is not called
+        absent.
+        """
         if self.spread.n < 2:
             return "no interval from fewer than two pairs"
         if self.high < 0:
@@ -95,7 +112,9 @@ class Row:
 
     @property
     def blocks(self) -> str:
-        """What the label tells of blocks and intervals, in brackets; empty where all is as usual."""
+        """What the label tells of blocks and intervals, in brackets; empty where all is as
+        usual.
+        """
         return self.label.partition(" ")[2]
 
     @property
@@ -134,11 +153,17 @@ class Setting:
         v = self.values
         task: Mapping[str, Any] = next((r["task"] for r in self.runs if r.get("task")), {})
         samples = task.get("train_samples") or v["train_samples"] or "all"
-        tested = f"{task.get('test_samples', 'all')} test" if v["evaluate_on"] == "test" else f"{v['validation_samples']} held-out training"
+        tested = (
+            f"{task.get('test_samples', 'all')} test"
+            if v["evaluate_on"] == "test"
+            else f"{v['validation_samples']} held-out training"
+        )
         kind = "windows" if "context" in task else "images"
         text = f"{self.name}: {v['epochs']} epochs of {samples} {kind}, batch {v['batch_size']}"
         text += "" if v["learning_rate"] is None else f", learning rate {v['learning_rate']:g}"
-        text += "".join(f", {name} {v[name]}" for name, usual in _LATER_SETTING.items() if v[name] != usual)
+        text += "".join(
+            f", {name} {v[name]}" for name, usual in _LATER_SETTING.items() if v[name] != usual
+        )
         return f"{text}; accuracy on {tested} {kind}"
 
     def baseline_of(self, row: Row) -> Row | None:
@@ -151,7 +176,9 @@ class Setting:
         return candidates[0] if candidates else None
 
     def pairs(self, row: Row) -> list[float] | None:
-        """Accuracy minus the baseline's with the same seed, in points; None for the baseline itself and where there is none."""
+        """Accuracy minus the baseline's with the same seed, in points; None for the baseline itself
+        and where there is none.
+        """
         baseline = self.baseline_of(row)
         return None if baseline is None or baseline is row else _paired(row, baseline)
 
@@ -161,7 +188,9 @@ class Setting:
         return None if pairs is None else Difference.of(pairs)
 
     def costs_apart(self, row: Row, rival: Row) -> str | None:
-        """What two rows with one target cost, where that is not the same: one of them is not within 2 % of the target, or tells nothing."""
+        """What two rows with one target cost, where that is not the same: one of them is not within
+        2 % of the target, or tells nothing.
+        """
         speeds = [r.spread("speedup_charged") for r in (row, rival)]
         target = float(row.target or "nan") if (row.target or "").count(".") <= 1 else math.nan
         if all(s.n and abs(s.mean - target) <= _REACHED * target for s in speeds):
@@ -170,7 +199,9 @@ class Setting:
         return f"not the same cost: {told}, where {row.target}x was asked for"
 
     def against_rivals(self) -> list[tuple[Row, Row, Difference]]:
-        """Ours and each other method with the same target and blocks, where a seed has both: accuracy of ours minus the other's."""
+        """Ours and each other method with the same target and blocks, where a seed has both:
+        accuracy of ours minus the other's.
+        """
         ours = [row for row in self.rows if row.method == OURS and row.target]
         cases = [
             (row, rival, Difference.of(_paired(row, rival)))
@@ -184,7 +215,11 @@ class Setting:
 def _paired(row: Row, reference: Row) -> list[float]:
     """Accuracies minus those of the reference with the same seed, in points."""
     accuracies = {r["seed"]: r["accuracy"] for r in reference.complete}
-    return [100 * (r["accuracy"] - accuracies[r["seed"]]) for r in row.complete if r["seed"] in accuracies]
+    return [
+        100 * (r["accuracy"] - accuracies[r["seed"]])
+        for r in row.complete
+        if r["seed"] in accuracies
+    ]
 
 
 def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:
@@ -192,7 +227,9 @@ def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:
     settings: dict[str, Setting] = {}
     for record in records:
         config = record["config"]
-        values = {name: config.get(name) for name in _SETTING} | {name: config.get(name, usual) for name, usual in _LATER_SETTING.items()}
+        values = {name: config.get(name) for name in _SETTING} | {
+            name: config.get(name, usual) for name, usual in _LATER_SETTING.items()
+        }
         setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(values=values))
         label = _label(config)
         row = next((r for r in setting.rows if r.label == label), None)
@@ -208,27 +245,49 @@ def titles(settings: Sequence[Setting]) -> list[str]:
     result = []
     for setting in settings:
         alike = [s for s in settings if s.name == setting.name]
-        apart = [name for name, value in setting.values.items() if any(s.values[name] != value for s in alike)]
-        result.append(", ".join([setting.name, *(f"{name.replace('_', ' ')} {setting.values[name]}" for name in apart)]))
+        apart = [
+            name
+            for name, value in setting.values.items()
+            if any(s.values[name] != value for s in alike)
+        ]
+        result.append(
+            ", ".join(
+                [
+                    setting.name,
+                    *(f"{name.replace('_', ' ')} {setting.values[name]}" for name in apart),
+                ]
+            )
+        )
     return result
 
 
 def courses(settings: Iterable[Setting]) -> list[list[Setting]]:
-    """Settings that differ in their number of epochs alone, shortest first; those that stand alone are left out."""
+    """Settings that differ in their number of epochs alone, shortest first; those that stand alone
+    are left out.
+    """
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
         others = {name: value for name, value in setting.values.items() if name != "epochs"}
         groups.setdefault(json.dumps(others, sort_keys=True), []).append(setting)
-    return [sorted(group, key=lambda s: s.values["epochs"]) for group in groups.values() if len(group) > 1]
+    return [
+        sorted(group, key=lambda s: s.values["epochs"])
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def _label(config: Mapping[str, Any]) -> str:
     """The method, and what of its blocks is not as usual."""
-    told = [] if config["method"] in _FLOATS else [
-        f"{name.replace('_', ' ')} {'x'.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, usual in _OF_BLOCKS.items()
-        if (value := config.get(name, usual)) != usual
-    ]  # fmt: skip
+    told = (
+        []
+        if config["method"] in _FLOATS
+        else [
+            f"{name.replace('_', ' ')} "
+            f"{'x'.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, usual in _OF_BLOCKS.items()
+            if (value := config.get(name, usual)) != usual
+        ]
+    )
     return config["method"] + (f" ({', '.join(told)})" if told else "")
 
 

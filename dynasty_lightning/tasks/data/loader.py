@@ -17,9 +17,10 @@ _AUGMENT_PADDING: Final = 4
 class EpochLoader(ABC):
     """Mini-batches of numbered samples, shuffled anew each epoch or in order.
 
-    A loader that shuffles is an endless stream of epochs, and each `iter` gives the next `len(loader)` batches of it: also
-    after an epoch that was left early or after `load_state_dict`, whatever Lightning counts as the epoch's rest. Epoch e is
-    shuffled by seed and e alone, so the state is two numbers, and what they were counted with. A loader that does not shuffle starts
+    A loader that shuffles is an endless stream of epochs, and each `iter` gives the next
+    `len(loader)` batches of it: also after an epoch that was left early or after `load_state_dict`,
+    whatever Lightning counts as the epoch's rest. Epoch e is shuffled by seed and e alone, so the
+    state is two numbers, and what they were counted with. A loader that does not shuffle starts
     anew each time.
 
     Args:
@@ -32,11 +33,21 @@ class EpochLoader(ABC):
         ValueError: a batch size below 1, or more samples than there are.
     """
 
-    def __init__(self, available: int, *, batch_size: int, shuffle: bool, seed: int = 0, samples: int | None = None) -> None:
+    def __init__(
+        self,
+        available: int,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        samples: int | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if samples is not None and not 1 <= samples <= available:
-            raise ValueError(f"samples must be in [1, {available}], the number there are, not {samples}")
+            raise ValueError(
+                f"samples must be in [1, {available}], the number there are, not {samples}"
+            )
         self._available, self.samples = available, available if samples is None else samples
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self._epoch = 0
@@ -47,7 +58,9 @@ class EpochLoader(ABC):
 
     @property
     def _shard(self) -> tuple[int, int]:
-        """(rank, ranks) of the processes that training is shared among; evaluation shows every process everything."""
+        """(rank, ranks) of the processes that training is shared among; evaluation shows every
+        process everything.
+        """
         if self.shuffle and dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
@@ -66,62 +79,92 @@ class EpochLoader(ABC):
         for _ in range(len(self)):
             epoch, batch = self._epoch, self._next_batch
             if epoch != shuffled:
-                shuffled, order = epoch, torch.randperm(self._available, generator=self._generator(epoch))
+                shuffled, order = (
+                    epoch,
+                    torch.randperm(self._available, generator=self._generator(epoch)),
+                )
             # Before the batch is handed out: a consumer that counts batches never asks for the end.
-            self._epoch, self._next_batch = (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+            self._epoch, self._next_batch = (
+                (epoch, batch + 1) if batch + 1 < len(self) else (epoch + 1, 0)
+            )
             yield self._batch(self._indices(order, batch), epoch, batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and next batch, and what they are numbers of; Lightning saves them in checkpoints."""
+        """Epoch and next batch, and what they are numbers of; Lightning saves them in
+        checkpoints.
+        """
         return {"epoch": self._epoch, "next_batch": self._next_batch, **self._counted_with()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a loader was.
 
         Raises:
-            ValueError: a state that lacks a number or has an odd one; in the middle of an epoch, one of another batch size over all ranks,
-                of other samples or of another order: this loader would show some samples of that epoch twice and others never.
+            ValueError: a state that lacks a number or has an odd one; in the middle of an epoch,
+                one of another batch size over all ranks,
+                of other samples or of another order: this loader would show some samples of that
+                epoch twice and others never.
         """
-        numbers: dict[str, Any] = {name: state.get(name) for name in ("epoch", "next_batch", *self._counted_with())}
+        numbers: dict[str, Any] = {
+            name: state.get(name) for name in ("epoch", "next_batch", *self._counted_with())
+        }
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(
-                    f"the loader's state lacks {name}, or has {value!r} for it: it is of another version or changed; take the weights alone"
+                    f"the loader's state lacks {name}, or has {value!r} for it: it is of "
+                    f"another version or changed; take the weights alone"
                 )
         if numbers["next_batch"]:
-            same_batches = numbers["batch_size"] * numbers["ranks"] == self._step  # shared out among other ranks, it is the same batch
+            same_batches = (
+                numbers["batch_size"] * numbers["ranks"] == self._step
+            )  # shared out among other ranks, it is the same batch
             for name, mine in self._counted_with().items():
                 if numbers[name] != mine and not (same_batches and name in ("batch_size", "ranks")):
                     raise ValueError(
-                        f"the checkpoint was made in the middle of an epoch with {name}={numbers[name]}, and this loader has "
-                        f"{name}={mine}: go on with {numbers[name]}, or from a checkpoint at the end of an epoch"
+                        f"the checkpoint was made in the middle of an epoch with "
+                        f"{name}={numbers[name]}, and this loader has "
+                        f"{name}={mine}: go on with {numbers[name]}, or from a checkpoint at "
+                        f"the end of an epoch"
                     )
             if numbers["next_batch"] >= len(self):
-                raise ValueError(f"the loader's state says batch {numbers['next_batch']} of an epoch of {len(self)}: it was changed")
+                raise ValueError(
+                    f"the loader's state says batch {numbers['next_batch']} of an epoch of "
+                    f"{len(self)}: it was changed"
+                )
         self._epoch, self._next_batch = numbers["epoch"], numbers["next_batch"]
 
     def _counted_with(self) -> dict[str, int]:
         """What a place in the middle of an epoch depends on."""
         return {
-            "batch_size": int(self.batch_size), "ranks": self._shard[1], "seed": int(self.seed), "samples": self.samples,
+            "batch_size": int(self.batch_size),
+            "ranks": self._shard[1],
+            "seed": int(self.seed),
+            "samples": self.samples,
             "available": self._available,
-        }  # fmt: skip
+        }
 
     @abstractmethod
     def _batch(self, samples: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         """The samples of these numbers, inputs and targets."""
 
     def _indices(self, order: Tensor, batch: int) -> Tensor:
-        """This process's share. All have as many: where an epoch does not divide, its first samples are shown twice."""
+        """This process's share. All have as many: where an epoch does not divide, its first samples
+        are shown twice.
+        """
         rank, ranks = self._shard
-        shown = torch.arange(batch * self._step, min((batch + 1) * self._step, self.samples) + (ranks - 1))
+        shown = torch.arange(
+            batch * self._step, min((batch + 1) * self._step, self.samples) + (ranks - 1)
+        )
         shown = shown[: len(shown) - len(shown) % ranks]
         return order[shown[rank::ranks] % self.samples]
 
     def _generator(self, epoch: int, purpose: int = 0, *, own: bool = False) -> torch.Generator:
-        """Random numbers of an epoch: purpose 0 for its order, others as a subclass likes; `own` are other ones in each process."""
+        """Random numbers of an epoch: purpose 0 for its order, others as a subclass likes; `own`
+        are other ones in each process.
+        """
         rank = self._shard[0] if own else 0
-        words = np.random.SeedSequence([self.seed, epoch, purpose, *[rank] * (rank > 0)]).generate_state(1, np.uint64)
+        words = np.random.SeedSequence(
+            [self.seed, epoch, purpose, *[rank] * (rank > 0)]
+        ).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(words[0]) >> 1)
 
 
@@ -163,8 +206,9 @@ class TensorLoader(EpochLoader):
 class WindowLoader(EpochLoader):
     """Windows of a text: `context` symbols, and the symbol that follows each of them.
 
-    Windows lie side by side. A loader that shuffles moves all of an epoch's windows by one random offset below `context`, so that an
-    epoch shows nearly every symbol once, and each epoch other windows.
+    Windows lie side by side. A loader that shuffles moves all of an epoch's windows by one random
+    offset below `context`, so that an epoch shows nearly every symbol once, and each epoch other
+    windows.
 
     Args:
         text: uint8 symbols [length].
@@ -176,34 +220,56 @@ class WindowLoader(EpochLoader):
     """
 
     def __init__(
-        self, text: np.ndarray, *, context: int, batch_size: int, shuffle: bool, seed: int = 0, samples: int | None = None
-    ) -> None:  # fmt: skip
+        self,
+        text: np.ndarray,
+        *,
+        context: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        samples: int | None = None,
+    ) -> None:
         available = window_count(len(text), context, shuffle=shuffle)
         if available < 1:
-            raise ValueError(f"a text of {len(text)} symbols has no room for a window of {context}: take a shorter context")
-        super().__init__(available, batch_size=batch_size, shuffle=shuffle, seed=seed, samples=samples)
+            raise ValueError(
+                f"a text of {len(text)} symbols has no room for a window of {context}: take a "
+                f"shorter context"
+            )
+        super().__init__(
+            available, batch_size=batch_size, shuffle=shuffle, seed=seed, samples=samples
+        )
         self._text = torch.from_numpy(text)
         self._context = context
 
     def _batch(self, samples: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        offset = int(torch.randint(self._context, (), generator=self._generator(epoch, 1))) if self.shuffle else 0
+        offset = (
+            int(torch.randint(self._context, (), generator=self._generator(epoch, 1)))
+            if self.shuffle
+            else 0
+        )
         positions = offset + samples[:, None] * self._context + torch.arange(self._context + 1)
         windows = self._text[positions].long()
         return windows[:, :-1], windows[:, 1:]
 
 
 def window_count(length: int, context: int, *, shuffle: bool) -> int:
-    """Windows side by side in `length` symbols, each with a symbol after it; with `shuffle`, after any offset below `context`."""
+    """Windows side by side in `length` symbols, each with a symbol after it; with `shuffle`, after
+    any offset below `context`.
+    """
     return max(length - 1 - (context - 1 if shuffle else 0), 0) // context
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flip, then a crop at a random place of the image padded by the mean colour."""
+    """Random horizontal flip, then a crop at a random place of the image padded by the mean
+    colour.
+    """
     count, channels, height, width = images.shape
     flip = torch.rand(count, generator=generator) < 0.5
     images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
     padded = F.pad(images, [_AUGMENT_PADDING] * 4)
-    top, left = (torch.randint(0, 2 * _AUGMENT_PADDING + 1, (count,), generator=generator) for _ in range(2))
+    top, left = (
+        torch.randint(0, 2 * _AUGMENT_PADDING + 1, (count,), generator=generator) for _ in range(2)
+    )
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
     sample = torch.arange(count)[:, None, None, None]

@@ -18,7 +18,9 @@ _EVALUATION_BATCH: Final = 500
 
 
 def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
-    """A data set by name. Raises ValueError for an unknown name, and what the readers in `files` raise."""
+    """A data set by name. Raises ValueError for an unknown name, and what the readers in `files`
+    raise.
+    """
     if name == "digits":
         return digits()
     if name == "fashion-mnist":
@@ -32,10 +34,12 @@ class TensorDataModule(pl.LightningDataModule):
     """Train, validation and test loaders of an `ImageData`; images become normalised float32.
 
     Args:
-        train_images: use only so many training images (the first of a seeded shuffle); None for all.
+        train_images: use only so many training images (the first of a seeded shuffle); None for
+            all.
         validation_images: hold so many training images back for validation.
         augment: crop and flip; None for CIFAR-100 only.
-        seed: of the order of batches and the augmentation. The choice of images does not depend on it.
+        seed: of the order of batches and the augmentation. The choice of images does not depend on
+            it.
 
     Raises:
         ValueError: more images asked for than there are.
@@ -60,7 +64,10 @@ class TensorDataModule(pl.LightningDataModule):
                 f"validation_images={validation_images} do not fit into them"
             )
         order = np.random.default_rng(0).permutation(available)
-        held, used = order[:validation_images], order[validation_images : validation_images + used_images]
+        held, used = (
+            order[:validation_images],
+            order[validation_images : validation_images + used_images],
+        )
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.augment = data.name == "cifar100" if augment is None else augment
         self._normalised = _normalised_levels(data.train_images)
@@ -93,7 +100,13 @@ class TensorDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> TensorLoader:
-        return TensorLoader(*self._train, batch_size=self.batch_size, shuffle=True, seed=self.seed, augment=self.augment)
+        return TensorLoader(
+            *self._train,
+            batch_size=self.batch_size,
+            shuffle=True,
+            seed=self.seed,
+            augment=self.augment,
+        )
 
     @override
     def val_dataloader(self) -> TensorLoader | list[Any]:
@@ -107,13 +120,17 @@ class TensorDataModule(pl.LightningDataModule):
 
 
 def _normalised_levels(images: np.ndarray) -> np.ndarray:
-    """[channels, 256] float32: what each pixel value becomes for mean 0 and deviation 1 over all images, by channel."""
+    """[channels, 256] float32: what each pixel value becomes for mean 0 and deviation 1 over all
+    images, by channel.
+    """
     levels = np.arange(256) / 255.0
     rows = []
     for channel in range(images.shape[1]):
         # Counts by value: exact sums, and no wide copy of all images.
         parts = (images[i : i + 1000, channel] for i in range(0, len(images), 1000))
-        counts = sum((np.bincount(part.ravel(), minlength=256) for part in parts), np.zeros(256, np.int64))
+        counts = sum(
+            (np.bincount(part.ravel(), minlength=256) for part in parts), np.zeros(256, np.int64)
+        )
         mean = (counts @ levels) / counts.sum()
         deviation = np.sqrt((counts @ (levels - mean) ** 2) / counts.sum())
         rows.append((levels - mean) / max(deviation, 1e-8))

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small networks for the demo, the studies and the benchmarks, and the LightningModules that train them."""
+"""Small networks for the demo, the studies and the benchmarks, and the LightningModules that train
+them.
+"""
 
 from .chartransformer import CharTransformer as CharTransformer
 from .classifier import Classifier as Classifier

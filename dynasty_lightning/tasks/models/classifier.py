@@ -21,21 +21,31 @@ class Classifier(pl.LightningModule):
         classes: number of classes.
         learning_rate, momentum, weight_decay: of SGD.
         decay: "cosine", or "steps": a tenth after half and again after three quarters of the run.
-        warmup_fraction: share of the run over which the learning rate rises linearly; with "cosine" only.
+        warmup_fraction: share of the run over which the learning rate rises linearly; with "cosine"
+            only.
 
     Raises:
         ValueError: an unknown decay, or a rise with "steps".
     """
 
     def __init__(
-        self, network: nn.Module, *, classes: int, learning_rate: float = 0.1, momentum: float = 0.9, weight_decay: float = 1e-4,
-        decay: Decay = "cosine", warmup_fraction: float = 0.0,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        *,
+        classes: int,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        decay: Decay = "cosine",
+        warmup_fraction: float = 0.0,
+    ) -> None:
         super().__init__()
         if decay not in DECAYS:
             raise ValueError(f"decay must be {' or '.join(map(repr, DECAYS))}, not {decay!r}")
         if decay == "steps" and warmup_fraction:
-            raise ValueError(f"decay 'steps' has no rise: leave warmup_fraction at 0, not {warmup_fraction}")
+            raise ValueError(
+                f"decay 'steps' has no rise: leave warmup_fraction at 0, not {warmup_fraction}"
+            )
         self.network = network
         self.learning_rate, self.momentum, self.weight_decay = learning_rate, momentum, weight_decay
         self.decay, self.warmup_fraction = decay, warmup_fraction
@@ -70,7 +80,11 @@ class Classifier(pl.LightningModule):
     @override
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(
-            self.parameters(), lr=self.learning_rate, momentum=self.momentum, nesterov=True, weight_decay=self.weight_decay
+            self.parameters(),
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=True,
+            weight_decay=self.weight_decay,
         )
         steps = int(self.trainer.estimated_stepping_batches)
         if self.decay == "steps":

@@ -15,7 +15,8 @@ from .decay import warmup_cosine
 
 
 class LanguageModel(pl.LightningModule):
-    """Cross entropy in nats per symbol, AdamW, a linear rise and then a cosine schedule over the whole run.
+    """Cross entropy in nats per symbol, AdamW, a linear rise and then a cosine schedule over the
+    whole run.
 
     Weight decay applies to matrices, not to biases and LayerNorm.
 
@@ -27,9 +28,15 @@ class LanguageModel(pl.LightningModule):
     """
 
     def __init__(
-        self, network: nn.Module, *, vocabulary: int, learning_rate: float = 3e-3, betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.1, warmup_fraction: float = 0.05,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        *,
+        vocabulary: int,
+        learning_rate: float = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        warmup_fraction: float = 0.05,
+    ) -> None:
         super().__init__()
         self.network = network
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
@@ -60,18 +67,28 @@ class LanguageModel(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
-        schedule = warmup_cosine(optimizer, steps=int(self.trainer.estimated_stepping_batches), warmup_fraction=self.warmup_fraction)
+        schedule = warmup_cosine(
+            optimizer,
+            steps=int(self.trainer.estimated_stepping_batches),
+            warmup_fraction=self.warmup_fraction,
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor], accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(
+        self, stage: str, batch: tuple[Tensor, Tensor], accuracy: MulticlassAccuracy
+    ) -> None:
         symbols, following = batch
         logits = self(symbols)
         loss = _cross_entropy(logits, following)
         accuracy(logits.flatten(0, 1), following.flatten())
         self.log(f"{stage}_accuracy", accuracy, prog_bar=stage == "val")
-        # Windows have one length, so a mean weighted by the windows of each batch is the mean over characters.
+        # Windows have one length, so a mean weighted by the windows of each batch is the mean over
+        # characters.
         self.log(f"{stage}_loss", loss, batch_size=len(symbols))
         self.log(f"{stage}_bits_per_character", loss / math.log(2), batch_size=len(symbols))
 

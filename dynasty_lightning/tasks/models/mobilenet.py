@@ -8,25 +8,42 @@ from torch import Tensor, nn
 
 from .initialization import initialize_convolutions
 
-# Expansion, channels, blocks, stride of the first (Sandler et al., 2018, table 2); the stride of the second stage is 2 there.
-_STAGES: Final = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+# Expansion, channels, blocks, stride of the first (Sandler et al., 2018, table 2); the stride of
+# the second stage is 2 there.
+_STAGES: Final = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
 _STEM: Final = 32
 _FEATURES: Final = 1280
 
 
 class _InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; added to the input where shapes are equal."""
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection; added to the input where shapes are
+    equal.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = inputs * expansion
         self.expand: nn.Module = nn.Identity()
         if expansion != 1:
-            self.expand = nn.Sequential(nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6())
+            self.expand = nn.Sequential(
+                nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()
+            )
         self.depthwise = nn.Sequential(
-            nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()
+            nn.Conv2d(hidden, hidden, 3, stride=stride, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
         )
-        self.project = nn.Sequential(nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.project = nn.Sequential(
+            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        )
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +54,8 @@ class _InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al., "Inverted Residuals and Linear Bottlenecks", 2018) of width 1.
 
-    Images are small, so the stem and the second stage have stride 1 and not 2: an image is halved three times, not five.
+    Images are small, so the stem and the second stage have stride 1 and not 2: an image is halved
+    three times, not five.
     """
 
     def __init__(self, *, in_channels: int = 3, classes: int = 10) -> None:
@@ -47,7 +65,9 @@ class MobileNetV2(nn.Module):
         blocks, inputs = [], _STEM
         for expansion, outputs, count, first_stride in _STAGES:
             for i in range(count):
-                blocks.append(_InvertedResidual(inputs, outputs, 1 if i else first_stride, expansion))
+                blocks.append(
+                    _InvertedResidual(inputs, outputs, 1 if i else first_stride, expansion)
+                )
                 inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.features = nn.Conv2d(inputs, _FEATURES, 1, bias=False)

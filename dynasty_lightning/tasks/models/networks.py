@@ -30,7 +30,9 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -38,14 +40,16 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """Residual network of depth 6n + 2 with 1x1 shortcuts (He et al., "Deep Residual Learning", 2016, section 4.2, option B).
+    """Residual network of depth 6n + 2 with 1x1 shortcuts (He et al., "Deep Residual Learning",
+    2016, section 4.2, option B).
 
     Args:
         depth: 8, 14, 20, ...
         stem_stride: 2 halves the image at once.
         width: channels of the first stage; the second and third have 2 and 4 times as many.
-        stem_width: channels of the stem; None for those of the first stage. ResNet-8x4 (Tian et al., "Contrastive Representation
-            Distillation", 2020) has width 64 behind a stem of 32, whose first block then has a shortcut of its own.
+        stem_width: channels of the stem; None for those of the first stage. ResNet-8x4 (Tian et
+            al., "Contrastive Representation Distillation", 2020) has width 64 behind a stem of 32,
+            whose first block then has a shortcut of its own.
 
     Raises:
         ValueError: a depth that is not 6n + 2.
@@ -82,7 +86,8 @@ class CifarResNet(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (He et al., 2016, table 1) for images of 32 x 32: a 3x3 stem of stride 1 without pooling, then four stages of two blocks.
+    """ResNet-18 (He et al., 2016, table 1) for images of 32 x 32: a 3x3 stem of stride 1 without
+    pooling, then four stages of two blocks.
 
     Args:
         width: channels of the first stage; each further stage has twice as many.
@@ -118,7 +123,12 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
     """A network for images by name, shaped for the data. Raises ValueError for an unknown name."""
     if name in _CIFAR_RESNETS:
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
-        return CifarResNet(**_CIFAR_RESNETS[name], in_channels=in_channels, classes=classes, stem_stride=2 if image_size == 28 else 1)
+        return CifarResNet(
+            **_CIFAR_RESNETS[name],
+            in_channels=in_channels,
+            classes=classes,
+            stem_stride=2 if image_size == 28 else 1,
+        )
     if name == "resnet18":
         return ResNet18(in_channels=in_channels, classes=classes)
     if name == "mobilenetv2":
@@ -129,5 +139,7 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
         return VisionTransformer(image_size=image_size, in_channels=in_channels, classes=classes)
     if name in ("mlp", "mlp1024"):
         width, hidden = (256, 2) if name == "mlp" else (1024, 3)
-        return multilayer_perceptron(features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden)
+        return multilayer_perceptron(
+            features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden
+        )
     raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")

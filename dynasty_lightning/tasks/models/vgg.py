@@ -11,21 +11,27 @@ from .initialization import initialize_convolutions
 class VggSmall(nn.Module):
     """Six 3x3 convolutions, the image halved after every second, and one linear layer.
 
-    The network that Zhang et al., "LQ-Nets" (2018), call VGG-Small: pooling comes before BatchNorm and ReLU, convolutions have no bias.
-    It goes back to the larger one of Courbariaux et al., "BinaryConnect" (2015).
+    The network that Zhang et al., "LQ-Nets" (2018), call VGG-Small: pooling comes before BatchNorm
+    and ReLU, convolutions have no bias. It goes back to the larger one of Courbariaux et al.,
+    "BinaryConnect" (2015).
 
     Args:
         image_size: of square images, 8 at least.
-        width: channels of the first two convolutions; the next two have twice, the last two four times as many.
+        width: channels of the first two convolutions; the next two have twice, the last two four
+            times as many.
 
     Raises:
         ValueError: an image that cannot be halved three times.
     """
 
-    def __init__(self, *, image_size: int = 32, in_channels: int = 3, classes: int = 10, width: int = 128) -> None:
+    def __init__(
+        self, *, image_size: int = 32, in_channels: int = 3, classes: int = 10, width: int = 128
+    ) -> None:
         super().__init__()
         if image_size < 8:
-            raise ValueError(f"image_size must be at least 8, not {image_size}: it is halved three times")
+            raise ValueError(
+                f"image_size must be at least 8, not {image_size}: it is halved three times"
+            )
         channels = [in_channels, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(pairwise(channels)):
