@@ -10,10 +10,10 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-numpy2
 NEWEST_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Of all tests, those in which NumPy or torch could differ. Not: mutants, sanitizers, and projects of hls4ml, which take minutes to compile.
-NEWEST_TESTS := tests/property tests/unit/test_cost.py tests/unit/test_data.py tests/unit/test_energy.py \
-  tests/unit/test_export.py tests/unit/test_compare_report.py tests/unit/test_matmul.py tests/unit/test_oracle.py tests/unit/test_precision_map.py \
-  tests/unit/test_report.py tests/unit/test_text.py tests/integration/test_lightning.py tests/integration/test_operators.py \
-  tests/integration/test_bridge.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_config.py tests/fpga/test_devices.py \
+NEWEST_TESTS := tests/property tests/cost/test_cost.py tests/tasks/test_data.py tests/cost/test_energy.py \
+  tests/hardware/test_export.py tests/study/test_compare_report.py tests/numerics/test_gemm.py tests/numerics/test_oracle.py tests/maps/test_precision_map.py \
+  tests/study/test_report.py tests/tasks/test_text.py tests/trainer/test_lightning.py tests/nn/test_operators.py \
+  tests/hardware/test_offload.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_config.py tests/fpga/test_devices.py \
   tests/fpga/test_emit.py tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
 NEWEST_LEFT_OUT := sanitized or (test_devices and reference)
 

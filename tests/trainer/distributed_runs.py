@@ -201,7 +201,7 @@ def _child(name: str, ranks: int, rank: int, folder: str, private: str) -> None:
                 world_size=ranks,
                 timeout=TIMEOUT,
             )
-        from tests.integration import distributed_settings
+        from tests.trainer import distributed_settings
 
         result = {"value": getattr(distributed_settings, name)(ranks, rank, Path(folder))}
     except BaseException as error:  # a rank that fails says why; the others find out by themselves
@@ -219,7 +219,7 @@ def run(name: str, ranks: int, folder: Path | None = None) -> list[dict]:
     or why it did not ("error").
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.integration.distributed_settings"])
+    context.set_forkserver_preload(["tests.trainer.distributed_settings"])
     with tempfile.TemporaryDirectory(dir=folder) as private:
         folder = folder or Path(private)
         processes = [

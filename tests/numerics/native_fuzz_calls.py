@@ -2,7 +2,7 @@
 """Calls the layer operators and the kernels' Python side with arguments that are wrong in a place
 or two.
 
-    python -m tests.native.fuzz_calls [--show]
+    python -m tests.numerics.native_fuzz_calls [--show]
 
 Each call must return or raise a Python exception. A crash ends the process: the last line it
 printed names the call.

@@ -684,7 +684,7 @@ def test_blocks_of_more_rows_than_memory_holds():
 import torch
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.roles import Role
-from tests.unit.native_cases import case
+from tests.numerics.native_cases import case
 for x in (torch.randn(8, 64), torch.randn(8, 4, 30)):
     expected = case(x, (8, 4), 1, Role.ERROR, bits=4).in_library(None)
     for rows in (1 << 30, 1 << 40, 1 << 52, 1 << 62):
@@ -699,7 +699,7 @@ for x in (torch.randn(8, 64), torch.randn(8, 4, 30)):
 
 
 def test_no_call_crashes():
-    done = python("-m", "tests.native.fuzz_calls", "--cases", "300")
+    done = python("-m", "tests.numerics.native_fuzz_calls", "--cases", "300")
     assert done.returncode == 0, (
         f"status {done.returncode} after {(done.stdout.splitlines() or ['nothing'])[-1]}: "
         f"{done.stderr[-500:]}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer, with random
-arguments: tests/native/fuzz.cpp.
+arguments: tests/numerics/native_fuzz.cpp.
 """
 
 import os
@@ -13,7 +13,7 @@ from dynasty_lightning.numerics.backends import native
 from fpga.libraries import find_compiler
 from tests.waiting import HANG_S
 
-HARNESS = Path(__file__).parents[1] / "native" / "fuzz.cpp"
+HARNESS = Path(__file__).with_name("native_fuzz.cpp")
 # Unoptimised: the intrinsics compile five times faster so, and sanitizers see every access.
 FLAGS = (
     *(flag for flag in native.FLAGS if flag not in ("-O3", "-shared", "-fPIC")),

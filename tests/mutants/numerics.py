@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E501
-"""Bends the C++ kernels in one place at a time and shows that the tests see it.   python -m tests.unit.native_mutations [--only NAME]
+"""Bends the C++ kernels in one place at a time and shows that the tests see it.   python -m tests.mutants.numerics [--only NAME]
 
 Each mutant is a copy of numerics/backends/cpp with one text replaced, built by `native.build` and put through the random operands of test_native.py, and
 a few sums of squares and widened results, in a process of its own. A text that does not occur exactly once in all of the sources, or a
@@ -24,7 +24,7 @@ from dynasty_lightning.numerics.moments import mean_squares_in_torch
 from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
 from dynasty_lightning.numerics.roles import Role
 
-from . import native_cases
+from tests.numerics import native_cases
 
 SEEDS = 250
 TIMEOUT_S = 120

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynasty_lightning.cli import command_line as cli
 from fpga import __main__ as fpga_cli
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.strip()

@@ -17,7 +17,7 @@ import lightning.pytorch as L
 import torch
 
 from dynasty_lightning import DynastyPrecision
-from tests.integration.distributed_runs import QUIET, Batches, Net, dynamic, images, outcome
+from tests.trainer.distributed_runs import QUIET, Batches, Net, dynamic, images, outcome
 
 
 class Data(L.LightningDataModule):

@@ -17,7 +17,7 @@ from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import SHARED, Role
 from dynasty_lightning.trainer.precision import DynastyPrecision
-from tests.integration.test_lightning import QUIET
+from tests.trainer.test_lightning import QUIET
 
 
 def saved_bytes(forward):

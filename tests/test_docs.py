@@ -9,7 +9,7 @@ import pytest
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 OURS = {"DynastyCallback": DynastyCallback, "DynastyPrecision": DynastyPrecision}
 
 

@@ -17,7 +17,7 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.calibration import Calibration
 
-from .test_lightning import digits, small_classifier, trainer
+from tests.trainer.test_lightning import digits, small_classifier, trainer
 
 X, W, E = Role
 LSB = {X: -2, W: -5, E: -9}
