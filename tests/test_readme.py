@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code blocks of README.md run as they stand."""
 
-import functools
 import re
 import shlex
 from pathlib import Path
 
 import lightning as L
 import pytest
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning.cli import command_line as cli
 from fpga import __main__ as fpga_cli
@@ -24,47 +20,30 @@ COMMANDS = [
 ]
 
 
-class Tiny(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
-
-    def training_step(self, batch, batch_idx):
-        images, labels = batch
-        return nn.functional.cross_entropy(self.network(images), labels)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Data(L.LightningDataModule):
-    def train_dataloader(self):
-        return DataLoader(TensorDataset(torch.randn(8, 1, 4, 4), torch.arange(8) % 3), batch_size=4)
-
-
 @pytest.fixture
 def _short(monkeypatch, tmp_path):
     """A Trainer of two steps that writes nothing into the tree."""
-    trainer = functools.partial(
-        L.Trainer,
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    monkeypatch.setattr(L, "Trainer", trainer)
+    whole = L.Trainer
+
+    def short(**arguments):
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return whole(**{**arguments, **quiet, "max_steps": 2, "limit_test_batches": 1})
+
+    monkeypatch.setattr(L, "Trainer", short)
 
 
 @pytest.mark.usefixtures("_short")
 def test_the_python_blocks_of_the_readme_run_one_after_the_other(capsys):
-    """With a model and data of the reader's own, as the text has it."""
+    """As they stand, but for the length of training."""
     assert len(BLOCKS) == 2
-    names: dict[str, object] = {"data": Data()}
+    names: dict[str, object] = {}
     for block in BLOCKS:
-        names["model"] = Tiny()
         exec(compile(block, "README.md", "exec"), names)
     assert "cycles" in capsys.readouterr().out
 

@@ -293,7 +293,7 @@ def test_the_packages_loaders_share_an_epoch_out_and_evaluate_everything_on_each
 
 
 def test_every_test_that_the_docs_name_is_there():
-    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "distributed.md").read_text()
     code = "".join(
         Path(__file__).with_name(f"{name}.py").read_text()
         for name in ("test_distributed", "test_launchers", "test_lightning")
