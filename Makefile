@@ -17,6 +17,9 @@ NEWEST_TESTS := tests/property tests/cost/test_cost.py tests/tasks/test_data.py 
   tests/fpga/test_emit.py tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py
 NEWEST_LEFT_OUT := sanitized or (test_devices and reference)
 
+# Both C++ trees, and the harness that runs mutated jobs.
+CPP := $(shell find fpga/hls dynasty_lightning/numerics/backends/cpp tests/fuzz -name '*.h' -o -name '*.cpp')
+
 .PHONY: help demo test test-numpy2 soak fuzz check csim bench notebooks clean setup system
 .DEFAULT_GOAL := help
 
@@ -35,9 +38,10 @@ test-numpy2: $(NEWEST)/.installed system  ## Run what NumPy 2 could change, in a
 soak: setup system  ## Train, offload and tear down for an hour: memory, descriptors and threads stay flat
 	$(BIN)/python -m tests.soak --minutes 60
 
-check: setup  ## Lint, format, types, import layers
+check: setup  ## Lint, format of Python and C++, types, import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -30,8 +30,8 @@ import torch
 from dynasty_lightning.files import write_whole
 from dynasty_lightning.study.demo import machine, versions
 from fpga import GemmConfig, GemmJob, open_device
-from fpga.csim import compiler_version
-from fpga.vectors import random_operand
+from fpga.build.toolchain import compiler_version
+from fpga.verify.vectors import random_operand
 
 WIDTHS = (2, 3, 4, 5, 6)
 

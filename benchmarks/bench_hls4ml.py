@@ -23,7 +23,7 @@ from dynasty_lightning.hardware.hls4ml.project import export_hls4ml
 from dynasty_lightning.study.demo import DemoConfig, machine, run_demo, versions
 from dynasty_lightning.study.export import export_run
 from fpga.images import load_images
-from fpga.runtime import Program
+from fpga.network.program import Program
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "percentile 100": {"percentile": 100.0},

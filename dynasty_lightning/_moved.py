@@ -3,14 +3,9 @@
 that says where they lie now.
 """
 
-import importlib
-import sys
-import warnings
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Final
+
+from fpga import _moved
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
 MOVED: Final = {
@@ -86,31 +81,6 @@ MOVED: Final = {
 """Old paths and new ones, both below the package."""
 
 
-class _Moved(MetaPathFinder, Loader):
-    """Finds a module by its old path: it is the one at the new path, not a second one."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        package, _, old = fullname.partition(".")
-        return ModuleSpec(fullname, self) if package == _PACKAGE and old in MOVED else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        new = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
-        warnings.warn(
-            f"{spec.name} has moved to {new}; the old path goes with the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        module = importlib.import_module(new)
-        self._spec = module.__spec__
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # importlib has given it the old path's
-
-
 def install() -> None:
     """Once for the process."""
-    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Moved())
+    _moved.install(_PACKAGE, MOVED)

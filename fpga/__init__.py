@@ -3,17 +3,21 @@
 library only.
 """
 
-from . import requires as requires
+from . import requires as requires  # isort: split
+
+from . import _moved
 from .config import GemmConfig as GemmConfig
-from .device import Device as Device
-from .device import GemmResult as GemmResult
 from .devices import open_device as open_device
+from .devices.base import Device as Device
+from .devices.base import GemmResult as GemmResult
 from .errors import CompileError as CompileError
 from .errors import DeviceError as DeviceError
 from .errors import DeviceTimeout as DeviceTimeout
 from .errors import ToolMissing as ToolMissing
+from .geometry import Geometry as Geometry
+from .geometry import JobError as JobError
 from .job import GemmJob as GemmJob
-from .job import Geometry as Geometry
-from .job import JobError as JobError
 from .operand import Operand as Operand
 from .operand import OperandError as OperandError
+
+_moved.install(__name__, _moved.MOVED)

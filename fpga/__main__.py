@@ -4,29 +4,42 @@
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from .build.emit import add_emit_arguments, run_emit
+from .build.vendor import add_build_arguments, run_build
 from .config import EDGES, GemmConfig
-from .deploy import add_deploy_arguments, run_deploy
 from .devices import DEVICES, open_device
-from .emit import add_emit_arguments, run_emit
 from .errors import CompileError, DeviceError, DeviceTimeout, ToolMissing
 from .fields import read_object, shown
-from .libraries import CacheError, run
+from .libraries import CacheError
+from .network.deploy import add_deploy_arguments, run_deploy
 from .registers import REGISTERS
-from .selftest import report, run_cases, write_junit
-from .vectors import SEED, write_vectors
-from .vendor import add_build_arguments, run_build
-
-BENCH_SECONDS: Final = 600.0
+from .verify.bench import run_bench
+from .verify.selftest import report, run_cases, write_junit
+from .verify.vectors import SEED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 all well, 1 something differs or failed, 2 bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (CacheError, CompileError, DeviceError, DeviceTimeout, ToolMissing) as error:
+        print(f"dynasty-fpga: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"dynasty-fpga: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dynasty-fpga: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dynasty-fpga", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -34,18 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "csim", help="compile the core with g++ and compare it with the reference"
     )
     add_config_arguments(csim)
-    csim.add_argument(
-        "--values",
-        type=int,
-        default=0,
-        metavar="N",
-        help="go on until N values are compared (default: one round of jobs)",
-    )
-    csim.add_argument(
-        "--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)"
-    )
-    csim.add_argument(
-        "--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI"
+    _add_comparison_arguments(
+        csim, 0, "go on until N values are compared (default: one round of jobs)"
     )
     csim.add_argument(
         "--bench",
@@ -59,34 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run the same jobs on any device, a board too, and compare them with the reference",
     )
     add_config_arguments(selftest)
-    selftest.add_argument("--device", choices=sorted(DEVICES), required=True)
-    selftest.add_argument(
-        "--board",
-        default="pynq-z2",
-        metavar="NAME",
-        help="which board it is (default: %(default)s)",
-    )
-    selftest.add_argument(
-        "--overlay",
-        type=Path,
-        metavar="FILE",
-        help="the .bit of a real board; its .hwh lies beside it",
-    )
-    selftest.add_argument(
-        "--clock-mhz", type=float, metavar="MHZ", help="clock of the core (default: the board's)"
-    )
-    selftest.add_argument(
-        "--values",
-        type=int,
-        default=1_000_000,
-        metavar="N",
-        help="compare at least N values (default: %(default)s)",
-    )
-    selftest.add_argument(
-        "--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)"
-    )
-    selftest.add_argument(
-        "--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI"
+    _add_device_arguments(selftest)
+    _add_comparison_arguments(
+        selftest, 1_000_000, "compare at least N values (default: %(default)s)"
     )
     selftest.set_defaults(run=_run_selftest)
 
@@ -103,26 +81,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     deploy = commands.add_parser(
         "deploy",
-        help="write a folder for a board: driver, network, overlay or its sources, script, notebook",
+        help="write a folder for a board: driver, network, overlay or its sources, script, "
+        "notebook",
     )
     add_deploy_arguments(deploy)
     deploy.set_defaults(run=run_deploy)
 
     registers = commands.add_parser("registers", help="print the register map")
     registers.set_defaults(run=_run_registers)
+    return parser
 
-    options = parser.parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except (CacheError, CompileError, DeviceError, DeviceTimeout, ToolMissing) as error:
-        print(f"dynasty-fpga: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"dynasty-fpga: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dynasty-fpga: interrupted", file=sys.stderr)
-        return 130
+
+def _add_comparison_arguments(parser: argparse.ArgumentParser, values: int, text: str) -> None:
+    """How many random jobs, which, and where their results go; `text` is of `--values`."""
+    parser.add_argument("--values", type=int, default=values, metavar="N", help=text)
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="seed of the random jobs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, for CI"
+    )
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=sorted(DEVICES), required=True)
+    parser.add_argument(
+        "--board",
+        default="pynq-z2",
+        metavar="NAME",
+        help="which board it is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overlay",
+        type=Path,
+        metavar="FILE",
+        help="the .bit of a real board; its .hwh lies beside it",
+    )
+    parser.add_argument(
+        "--clock-mhz", type=float, metavar="MHZ", help="clock of the core (default: the board's)"
+    )
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,31 +225,6 @@ def _compare(options: argparse.Namespace, config: GemmConfig, arguments: dict[st
         write_junit(options.junit, f"dpgemm.{options.device}", results)
         print(f"JUnit: {options.junit}")
     return any(r.problem for r in results)
-
-
-def run_bench(config: GemmConfig) -> int:
-    """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would;
-    0 if it has nothing to say.
-
-    Raises:
-        CompileError: vectors differ, or it did not end; with what it printed.
-    """
-    from .csim import FLAGS, HLS, KERNEL_SOURCES, compile_cpp, sources
-
-    bench = "test/test_dpgemm.cpp"
-    with tempfile.TemporaryDirectory(prefix="dpgemm-bench-") as work:
-        folder = Path(work)
-        for name, content in (sources(config) | {bench: (HLS / bench).read_bytes()}).items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(content)
-        write_vectors(config, folder / "vectors")
-        compile_cpp(folder, [*KERNEL_SOURCES, bench], Path("test_dpgemm"), list(FLAGS))
-        printed = run(
-            [str(folder / "test_dpgemm"), "vectors"], folder=folder, seconds=BENCH_SECONDS
-        )
-    complaints = "WARNING" in printed
-    print(printed if complaints else "vendor's bench: " + printed.splitlines()[-1])
-    return int(complaints)
 
 
 def _run_registers(_: argparse.Namespace) -> int:

@@ -12,14 +12,14 @@ from typing import Any, Final
 
 from .engines import ENGINES, Engine
 from .fields import is_whole, shown
-from .registers import LAYOUT_VERSION
+from .registers import HEADER_SHIFT, LAYOUT_VERSION
 
 EDGES: Final = (4, 8, 16)
 MAX_BITS: Final = 8
 MIN_BITS: Final = 2
 ACCUMULATOR_BITS: Final = 48
-SHIFT_BITS: Final = 5
-"""Width of a header's shift: exponents of one operand span at most 2**5 - 1 binades."""
+WINDOW: Final = 8
+"""Binades between an operand's largest block and the smallest that counts (docs/numerics.md)."""
 MAX_TILE: Final = 64
 MAX_GROUP: Final = 1 << 30
 """`config.h` keeps a group's sides in an int."""
@@ -34,7 +34,8 @@ _HEADER: Final = Template(
 
 namespace dp {
 
-constexpr uint32_t kEngine = $engine_code;  // $engine
+// $engine
+constexpr uint32_t kEngine = $engine_code;
 constexpr int kEdge = $block_edge;
 constexpr int kTile = $tile;
 constexpr int kLanesM = $lanes_m;
@@ -43,7 +44,10 @@ constexpr int kMaxBits = $max_bits;
 constexpr int kMinBits = $min_bits;
 constexpr int kShiftBits = $shift_bits;
 constexpr int kAccBits = $accumulator_bits;
-constexpr int kGroupRows = $group_rows;  // elements that share one width; 0: each block has its own
+// Binades between an operand's largest block and the smallest that counts.
+constexpr int kWindow = $window;
+// Elements that share one width; 0: each block has its own.
+constexpr int kGroupRows = $group_rows;
 constexpr int kGroupChannels = $group_channels;
 constexpr int kStreamDepth = $stream_depth;
 constexpr int kBurstWords = $burst_words;
@@ -119,7 +123,7 @@ class GemmConfig:
 
     @property
     def max_shift(self) -> int:
-        return (1 << SHIFT_BITS) - 1
+        return (1 << HEADER_SHIFT.bits) - 1
 
     @property
     def digest(self) -> str:
@@ -163,8 +167,9 @@ class GemmConfig:
             lanes_n=self.lanes[1],
             max_bits=MAX_BITS,
             min_bits=MIN_BITS,
-            shift_bits=SHIFT_BITS,
+            shift_bits=HEADER_SHIFT.bits,
             accumulator_bits=ACCUMULATOR_BITS,
+            window=WINDOW,
             group_rows=(self.width_group or (0, 0))[0],
             group_channels=(self.width_group or (0, 0))[1],
             digest_word=self.digest[:8],

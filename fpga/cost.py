@@ -5,17 +5,17 @@ time with memory (docs/core.md).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Array
 from .config import GemmConfig
 from .engines import BITS
-from .job import GemmJob, Part, Walk
-from .operand import Operand, segment_words
-
-Array = npt.NDArray[Any]
+from .job import GemmJob
+from .operand import Operand
+from .packing import segment_words
+from .walk import Part, Walk
 
 _ABSENT: Final = len(BITS)  # code of a place beyond the operand's last block, which costs nothing
 _CODES: Final = np.array([BITS.index(b) if b in BITS else _ABSENT for b in range(9)], np.int8)

@@ -4,18 +4,17 @@ nearest (docs/numerics.md).
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import Array, padded
 from .config import MAX_BITS, MIN_BITS
+from .config import WINDOW as WINDOW
 from .operand import Operand
 
-Array = npt.NDArray[Any]
 Scope = Literal["sample", "row"]
 
-WINDOW: Final = 8
 _NONE: Final = -(1 << 14)
 
 
@@ -85,17 +84,7 @@ def quantize_activations(
         ValueError: an empty or non-finite operand, another type than float32, a request that does
             not broadcast.
     """
-    if x.ndim != 3 or x.dtype != np.float32 or 0 in x.shape:
-        raise ValueError(
-            f"x must be float32 [rows, positions, channels], none empty, not {x.dtype} {x.shape}"
-        )
-    if not np.isfinite(x).all():
-        raise ValueError("x holds NaN or Inf, which has no integer form: look at the layer before")
-    rows, positions, channels = x.shape
-    missing = -channels % edge
-    blocks = (np.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x).reshape(
-        rows, positions, -1, edge
-    )
+    blocks = _blocked(x, edge)
     grid = blocks.shape[:3]
     try:
         asked = np.broadcast_to(request.values, grid)
@@ -104,18 +93,11 @@ def quantize_activations(
             f"the request's shape {request.values.shape} does not broadcast to the grid {grid}"
         ) from None
     peak = np.abs(blocks).max(axis=3)
-    occupied = peak > 0
     # frexp, not log2: float32 log2 rounds the value just below 2**k up to k.
     exponent = np.frexp(peak)[1].astype(np.int32) - 1
     signed = blocks.min(axis=3) < 0
-
-    if request.is_threshold:
-        above = exponent - asked
-        width = np.clip(above + 1 + signed, max(request.least_bits, MIN_BITS), request.most_bits)
-        width = np.where(above < 0, request.least_bits, width)
-    else:
-        width = asked
-    width = np.where(occupied, width, 0)
+    width = _widths(exponent, signed, asked, request)
+    width = np.where(peak > 0, width, 0)
     if width_group is not None:
         width = _share(width, width_group[1] // edge)
 
@@ -133,7 +115,7 @@ def quantize_activations(
     mantissas = np.clip(np.rint(scaled), -limit, limit).astype(np.int16)
     live &= (mantissas != 0).any(axis=3)
     return Operand(
-        mantissas=mantissas.reshape(rows, positions, -1)[..., :channels],
+        mantissas=mantissas.reshape(*x.shape[:2], -1)[..., : x.shape[2]],
         scale_exponents=np.where(live, scale, 0),
         bits=np.where(live, width, 0),
         signed=signed & live,
@@ -142,10 +124,29 @@ def quantize_activations(
     )
 
 
+def _blocked(x: Array, edge: int) -> Array:
+    """X, checked, as [rows, positions, channel blocks, edge], padded with zeros."""
+    if x.ndim != 3 or x.dtype != np.float32 or 0 in x.shape:
+        raise ValueError(
+            f"x must be float32 [rows, positions, channels], none empty, not {x.dtype} {x.shape}"
+        )
+    if not np.isfinite(x).all():
+        raise ValueError("x holds NaN or Inf, which has no integer form: look at the layer before")
+    return padded(x, 2, edge).reshape(*x.shape[:2], -1, edge)
+
+
+def _widths(exponent: Array, signed: Array, asked: Array, request: ActivationRequest) -> Array:
+    """Width of each block that is not all zero."""
+    if not request.is_threshold:
+        return asked
+    above = exponent - asked
+    width = np.clip(above + 1 + signed, max(request.least_bits, MIN_BITS), request.most_bits)
+    return np.where(above < 0, request.least_bits, width)
+
+
 def _share(width: Array, blocks: int) -> Array:
     """Each non-zero block takes the largest width of its run of `blocks` channel blocks."""
-    missing = -width.shape[2] % blocks
-    runs = np.pad(width, ((0, 0), (0, 0), (0, missing))).reshape(*width.shape[:2], -1, blocks)
+    runs = padded(width, 2, blocks).reshape(*width.shape[:2], -1, blocks)
     most = np.broadcast_to(runs.max(axis=3, keepdims=True), runs.shape).reshape(
         *width.shape[:2], -1
     )[..., : width.shape[2]]

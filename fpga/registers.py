@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table: the core's registers, the words of a job, and the error codes. `registers.h` is rendered from it."""
+"""One table: the core's registers, the words of a job, the bits of headers and directories, and the
+error codes. `registers.h` is rendered from it.
+"""
 
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from string import Template
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 LAYOUT_VERSION: Final = 2
 """Changes with every change of the packed form, of the job's words or of the registers."""
@@ -15,7 +19,9 @@ AP_IDLE: Final = 1 << 2
 
 @dataclass(frozen=True)
 class Register:
-    """An s_axilite register; `offset` in bytes is what the vendor tool is expected to assign: a driver reads the .hwh by name."""
+    """An s_axilite register; `offset` in bytes is what the vendor tool is expected to assign: a
+    driver reads the .hwh by name.
+    """
 
     name: str
     offset: int
@@ -24,8 +30,9 @@ class Register:
     description: str
 
 
-# Control signals have fixed places (UG1399, "S_AXILITE Control Register Map"); arguments follow from 0x10 in the top function's order:
-# 8 bytes for an input word, 16 for an output of up to 32 bits and 20, rounded up to 24, for one of 64, whose valid flag comes behind it.
+# Control signals have fixed places (UG1399, "S_AXILITE Control Register Map"); arguments follow
+# from 0x10 in the top function's order: 8 bytes for an input word, 16 for an output of up to 32
+# bits and 20, rounded up to 24, for one of 64, whose valid flag comes behind it.
 CONTROL: Final = (
     Register(
         "CTRL",
@@ -73,17 +80,33 @@ FLAG_ROW_EXPONENTS: Final = 1 << 1
 
 JOB_WORDS: Final = (
     ("layout_version", "LAYOUT_VERSION"),
-    ("words_job", "32-bit words of the job in memory, row exponents included: checked before the rest is read, and nothing behind them is"),
+    (
+        "words_job",
+        "32-bit words of the job in memory, row exponents included: checked before the rest is "
+        "read, and nothing behind them is",
+    ),
     ("gemm", "0 forward, 1 dgrad, 2 wgrad"),
     ("flags", "bit 0: raw int64 output; bit 1: A has row exponents"),
     ("rows", "N, rows of X and E"),
     ("in_channels", "channels of X, and of W"),
     ("out_channels", "channels of E and Y, rows of W"),
-    *((f"{name}_{axis}", text) for name, text in (
-        ("input", "positions of X"), ("output", "positions of E and Y"), ("taps", "taps of W"),
-        ("stride", "of the convolution"), ("padding", "zeros on either side"), ("dilation", "between taps"),
-    ) for axis in "zyx"),
-    ("exponent", "int32: exponent of the result's LSB; ignored with row exponents, which follow the job's words"),
+    *(
+        (f"{name}_{axis}", text)
+        for name, text in (
+            ("input", "positions of X"),
+            ("output", "positions of E and Y"),
+            ("taps", "taps of W"),
+            ("stride", "of the convolution"),
+            ("padding", "zeros on either side"),
+            ("dilation", "between taps"),
+        )
+        for axis in "zyx"
+    ),
+    (
+        "exponent",
+        "int32: exponent of the result's LSB; ignored with row exponents, which follow the job's "
+        "words",
+    ),
     ("tile_begin", "first output tile"),
     ("tile_count", "output tiles"),
     ("step_begin", "first step along k"),
@@ -91,8 +114,9 @@ JOB_WORDS: Final = (
     ("words_a", "64-bit words of A in memory: nothing behind them is read"),
     ("words_b", "64-bit words of B in memory"),
     ("words_c", "32-bit words of the result in memory: nothing behind them is written"),
-)  # fmt: skip
+)
 
+_CORRUPT: Final = "operand memory is corrupt"
 ERRORS: Final = (
     (0, "none", "no error"),
     (1, "layout_version", "the job was written for another layout version than the core's"),
@@ -100,27 +124,54 @@ ERRORS: Final = (
     (
         3,
         "extent",
-        "an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result does not fit its memory",
+        "an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the "
+        "result does not fit its memory",
     ),
     (4, "range", "the job's tiles or steps lie outside the GEMM"),
-    (5, "header_a", "a block of A has an illegal header: operand memory is corrupt"),
-    (6, "header_b", "a block of B has an illegal header: operand memory is corrupt"),
-    (
-        7,
-        "segment_a",
-        "a segment of A is not as long as its directory says: operand memory is corrupt",
-    ),
-    (
-        8,
-        "segment_b",
-        "a segment of B is not as long as its directory says: operand memory is corrupt",
-    ),
+    (5, "header_a", f"a block of A has an illegal header: {_CORRUPT}"),
+    (6, "header_b", f"a block of B has an illegal header: {_CORRUPT}"),
+    (7, "segment_a", f"a segment of A is not as long as its directory says: {_CORRUPT}"),
+    (8, "segment_b", f"a segment of B is not as long as its directory says: {_CORRUPT}"),
     (
         9,
         "job_memory",
-        "the job's memory, as it says itself, ends before its words or the row exponents that it announces",
+        "the job's memory, as it says itself, ends before its words or the row exponents that it "
+        "announces",
     ),
 )
+
+
+class BitField(NamedTuple):
+    """Bits of a word: from `at` on, `bits` of them."""
+
+    at: int
+    bits: int
+
+    @property
+    def mask(self) -> int:
+        """Ones in its place."""
+        return ((1 << self.bits) - 1) << self.at
+
+
+HEADER_BITS: Final = 16
+HEADERS_PER_WORD: Final = 64 // HEADER_BITS
+HEADER_WIDTH: Final = BitField(0, 4)
+"""Planes of the block; 0: a zero block, whose header is 0."""
+HEADER_SIGNED: Final = BitField(4, 1)
+HEADER_SHIFT: Final = BitField(5, 5)
+"""Exponent above the operand's base: exponents of one operand span at most 2**5 - 1 binades."""
+HEADER_RESERVED: Final = BitField(10, 6)
+"""Zero."""
+HEADER_FIELDS: Final = (
+    ("width", HEADER_WIDTH),
+    ("signed", HEADER_SIGNED),
+    ("shift", HEADER_SHIFT),
+    ("reserved", HEADER_RESERVED),
+)
+
+DIRECTORY_OFFSET: Final = BitField(0, 32)
+DIRECTORY_LENGTH: Final = BitField(32, 16)
+"""A directory word: where a segment begins, and its words; 0 for one without a non-zero block."""
 
 _HEADER: Final = Template(
     """\
@@ -137,6 +188,14 @@ enum class Gemm : uint32_t { $gemms };
 constexpr uint32_t kFlagRaw = $flag_raw;
 constexpr uint32_t kFlagRowExponents = $flag_row;
 constexpr int kAxes = $axes;
+
+// Bits of a header, one a block (or a block's row).
+constexpr int kHeaderBits = $header_bits;
+constexpr int kHeadersPerWord = $headers_per_word;
+$header_fields
+
+// Bits of a directory word.
+$directory_fields
 
 // Words of a job.
 enum JobWord : int {
@@ -161,13 +220,35 @@ def registers_header() -> str:
         flag_raw=FLAG_RAW,
         flag_row=FLAG_ROW_EXPONENTS,
         axes=AXES,
+        header_bits=HEADER_BITS,
+        headers_per_word=HEADERS_PER_WORD,
+        header_fields=_bit_fields("Header", HEADER_FIELDS),
+        directory_fields=_bit_fields(
+            "Directory", (("offset", DIRECTORY_OFFSET), ("length", DIRECTORY_LENGTH))
+        ),
         job_words="\n".join(
-            f"  kJob{_camel(name)} = {index},  // {text}"
+            _commented(f"kJob{_camel(name)} = {index},", text)
             for index, (name, text) in enumerate(JOB_WORDS)
         ),
         job_count=len(JOB_WORDS),
-        errors="\n".join(f"  k{_camel(name)} = {code},  // {text}" for code, name, text in ERRORS),
+        errors="\n".join(
+            _commented(f"k{_camel(name)} = {code},", text) for code, name, text in ERRORS
+        ),
     )
+
+
+def _bit_fields(prefix: str, fields: Iterable[tuple[str, BitField]]) -> str:
+    return "\n".join(
+        f"constexpr int k{prefix}{_camel(name)}At = {field.at};\n"
+        f"constexpr int k{prefix}{_camel(name)}Bits = {field.bits};"
+        for name, field in fields
+    )
+
+
+def _commented(entry: str, text: str) -> str:
+    """An enumerator with its comment above it, in lines that clang-format leaves alone."""
+    lines = textwrap.wrap(text, 100, initial_indent="  // ", subsequent_indent="  // ")
+    return "\n".join([*lines, f"  {entry}"])
 
 
 def error_text(code: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 import torch
 
 from fpga.images import load_images
-from fpga.runtime import Program
+from fpga.network.program import Program
 
 from ..hardware.hls4ml.project import BACKENDS, export_hls4ml
 from ..study.demo import DATA_DEFAULTS, METHODS, DemoConfig, WorkerDied, run_demo

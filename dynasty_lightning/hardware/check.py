@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fpga import CompileError, DeviceError, ToolMissing, open_device
-from fpga.board_files import load_board
+from fpga.boards import load_board
 from fpga.libraries import CacheError
 
 from ..nn.layers import dynamic_layers

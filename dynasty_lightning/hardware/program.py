@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a trained network into a program for `fpga.runtime`: recorded from a run, weights packed,
+"""Turns a trained network into a program for `fpga.network.runner`: recorded from a run, weights packed,
 BatchNorm as scale and shift.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fpga import GemmConfig
-from fpga.program import Program, ProgramError
+from fpga.network.program import Program, ProgramError
 
 from ..nn.layers import dynamic_layers
 from .offload import config_for
@@ -34,7 +34,7 @@ def export_program(
 
     The network runs twice, on random samples, and its operations become steps in whichever form
     they are called: module, function, method, operator, in place. What a step may be:
-    `fpga.program.STEP_KINDS`. A softmax or log_softmax is a step like any other
+    `fpga.network.program.STEP_KINDS`. A softmax or log_softmax is a step like any other
     (docs/architecture.md).
 
     Args:

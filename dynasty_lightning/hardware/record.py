@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpga import GemmConfig, Operand
-from fpga.operand import pack
+from fpga.packing import pack
 
 from ..nn.gemms import EXECUTORS
 from ..nn.layers import DynamicLayer, dynamic_layers
@@ -333,7 +333,7 @@ class _Recorder(TorchDispatchMode):
         raise ExportError(
             f"{subject}{_place()} calls {name}: the runtime has {what}. Replace it by an "
             f"operation of "
-            "fpga.program.STEP_KINDS, or export the network up to there"
+            "fpga.network.program.STEP_KINDS, or export the network up to there"
         )
 
 

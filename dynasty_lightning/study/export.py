@@ -11,7 +11,8 @@ import torch
 
 from fpga import open_device
 from fpga.images import load_images, save_images
-from fpga.runtime import Program, Runner
+from fpga.network.program import Program
+from fpga.network.runner import Runner
 
 from ..files import DamagedFile
 from ..hardware.program import export_program

@@ -17,13 +17,14 @@ pytest.importorskip("pynq", reason="needs pynq")
 
 from fpga import DeviceError, DeviceTimeout, GemmConfig, GemmJob, ToolMissing, open_device
 from fpga.__main__ import main
-from fpga.board import PynqDevice, SimulatedPynqDevice
-from fpga.board_files import load_board
-from fpga.overlay_files import CORE_ADDRESS, bit_bytes, bit_part, hwh_text, write_overlay
-from fpga.reference import ReferenceDevice
+from fpga.boards import load_board
+from fpga.devices.overlay import CORE_ADDRESS, bit_bytes, bit_part, hwh_text, write_overlay
+from fpga.devices.pynq import PynqDevice
+from fpga.devices.pynq_sim import SimulatedPynqDevice
+from fpga.devices.reference import ReferenceDevice
+from fpga.devices.sim_board import PAGE, SimulatedBoard
 from fpga.registers import AP_START, LAYOUT_VERSION, REGISTERS
-from fpga.simboard import PAGE, SimulatedBoard
-from fpga.vectors import random_operand
+from fpga.verify.vectors import random_operand
 from tests.waiting import HANG_S, Clock
 
 OFFSETS = {r.name: r.offset for r in REGISTERS}
@@ -181,7 +182,7 @@ def test_a_handoff_whose_addresses_are_not_the_bitstreams_is_seen(
     handoff.write_text(
         handoff.read_text().replace(offset, f'NAME="ADDRESS_OFFSET" VALUE="{OFFSETS["words_a"]}"')
     )
-    monkeypatch.setattr("fpga.board.time", clock)
+    monkeypatch.setattr("fpga.devices.pynq.time", clock)
     with pytest.raises(DeviceError, match="layout version"):
         open_board(overlay)
     assert clock.now < 20
@@ -225,7 +226,7 @@ def test_a_core_that_never_ends_is_left_in_time(
     device: SimulatedPynqDevice, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device.simulated.faults.hang = True
-    monkeypatch.setattr("fpga.board.time", clock)
+    monkeypatch.setattr("fpga.devices.pynq.time", clock)
     with pytest.raises(DeviceTimeout, match=r"did not end within 0\.\d+ s; call reset\(\)"):
         device.run(product(), timeout_s=0.9)
     assert 0.8 < clock.now < 5
@@ -333,7 +334,7 @@ def test_ctrl_c_leaves_a_device_that_must_be_reset(
     device.simulated.faults.hang = True
     # The interrupt comes while the driver waits for the core, not before.
     monkeypatch.setattr(
-        "fpga.board.time", Interrupting(lambda: os.kill(os.getpid(), signal.SIGINT))
+        "fpga.devices.pynq.time", Interrupting(lambda: os.kill(os.getpid(), signal.SIGINT))
     )
     with pytest.raises(KeyboardInterrupt):
         device.run(product(), timeout_s=HANG_S)
@@ -377,7 +378,7 @@ def test_a_power_cycle_in_the_middle_of_a_run(
     device: SimulatedPynqDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device.simulated.faults.hang = True
-    monkeypatch.setattr("fpga.board.time", Interrupting(device.simulated.power_cycle))
+    monkeypatch.setattr("fpga.devices.pynq.time", Interrupting(device.simulated.power_cycle))
     with pytest.raises((DeviceTimeout, DeviceError)):
         device.run(product(), timeout_s=5.0)
     monkeypatch.undo()
@@ -435,7 +436,7 @@ def test_without_pynq_the_extra_is_named(overlay: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "pynq", None)
     with pytest.raises(ToolMissing, match=r"pip install 'dynasty-lightning\[pynq\]'"):
         open_board(overlay)
-    monkeypatch.setitem(sys.modules, "fpga.simboard", None)
+    monkeypatch.setitem(sys.modules, "fpga.devices.sim_board", None)
     with pytest.raises(ToolMissing, match="a simulated board needs the pynq package"):
         open_device("pynq-sim")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import fpga.board
+import fpga.devices.lock
 from fpga import DeviceError
-from fpga.board import _lock_folder, _take_board
+from fpga.devices.lock import lock_folder, take_board
 
 NOBODY = 65534
 NAME = "board"
@@ -33,7 +33,7 @@ def folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[os.stat_result]:
-    handle = _take_board(NAME, folder)
+    handle = take_board(NAME, folder)
     try:
         yield os.fstat(handle)
     finally:
@@ -76,7 +76,7 @@ def test_another_users_lock_is_taken_and_waited_for(folder: Path) -> None:
             DeviceError, match=f"{NAME} is in use by process {os.getpid()}: close that one"
         ),
     ):
-        _take_board(NAME, folder)
+        take_board(NAME, folder)
     assert (folder / FILE).read_text() == "what another version wrote"
 
 
@@ -87,7 +87,7 @@ def test_a_lock_that_cannot_be_read_is_named(folder: Path) -> None:
         f"lies there"
     )
     with as_another_user(), pytest.raises(DeviceError, match=message):
-        _take_board(NAME, folder)
+        take_board(NAME, folder)
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -102,7 +102,7 @@ def test_a_link_in_a_locks_place_is_not_followed(folder: Path, exists: bool) -> 
         match=r"cannot be opened: .*\.lock: Too many levels of symbolic links: remove what lies "
         r"there",
     ):
-        _take_board(NAME, folder)
+        take_board(NAME, folder)
     assert victim.read_text() == "precious" if exists else not victim.exists()
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_lock_is_not_locked(folder: Path, make: Callable[[Path], obje
         match=r"\.lock is no lock of ours, but a device, a folder or another name of some file: "
         r"remove it",
     ):
-        _take_board(NAME, folder)
+        take_board(NAME, folder)
     with open(folder / "other") as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -127,14 +127,14 @@ def test_what_is_no_lock_is_not_locked(folder: Path, make: Callable[[Path], obje
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", ".hidden", "x" * 101, "line\n", "a b"])
 def test_a_name_is_a_file_name(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match="a lock's name must be up to 100 letters"):
-        _take_board(name, folder)
+        take_board(name, folder)
     assert not list(folder.iterdir())
 
 
 def test_a_second_process_is_told_who_has_it_until_that_one_is_gone(folder: Path) -> None:
-    take = f"b._take_board({NAME!r}, pathlib.Path({str(folder)!r}))"
+    take = f"b.take_board({NAME!r}, pathlib.Path({str(folder)!r}))"
     code = (
-        f"import sys, pathlib, fpga.board as b; {take}; print('taken', flush=True); "
+        f"import sys, pathlib, fpga.devices.lock as b; {take}; print('taken', flush=True); "
         f"sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -150,7 +150,7 @@ def test_a_second_process_is_told_who_has_it_until_that_one_is_gone(folder: Path
         with pytest.raises(
             DeviceError, match=f"{NAME} is in use by process {other.pid}: close that one, or wait"
         ):
-            _take_board(NAME, folder)
+            take_board(NAME, folder)
         other.kill()
     with held(folder):
         pass
@@ -159,21 +159,21 @@ def test_a_second_process_is_told_who_has_it_until_that_one_is_gone(folder: Path
 @pytest.fixture
 def own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where locks go on a machine without /run/lock."""
-    monkeypatch.setattr(fpga.board, "_SHARED_LOCKS", folder / "none")
+    monkeypatch.setattr(fpga.devices.lock, "_SHARED_LOCKS", folder / "none")
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder / f"dynasty-dpgemm-{os.geteuid()}"
 
 
 def test_without_a_common_folder_locks_go_to_one_of_the_users_own(own: Path) -> None:
-    assert _lock_folder() == own
+    assert lock_folder() == own
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    with held(_lock_folder()):
+    with held(lock_folder()):
         assert [path.name for path in own.iterdir()] == [FILE]
 
 
 def test_a_common_folder_comes_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fpga.board, "_SHARED_LOCKS", folder)
-    assert _lock_folder() == folder
+    monkeypatch.setattr(fpga.devices.lock, "_SHARED_LOCKS", folder)
+    assert lock_folder() == folder
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_folder_that_others_can_change_is_not_used(
         match=r"dynasty-dpgemm-\d+, for locks, is no folder of this user's alone: remove it, or "
         r"set TMPDIR",
     ):
-        _lock_folder()
+        lock_folder()
 
 
 def test_another_users_folder_is_not_used(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,4 +206,4 @@ def test_another_users_folder_is_not_used(own: Path, monkeypatch: pytest.MonkeyP
     own.with_name(f"dynasty-dpgemm-{other}").mkdir(mode=0o700)
     monkeypatch.setattr(os, "geteuid", lambda: other)
     with pytest.raises(DeviceError, match="is no folder of this user's alone"):
-        _lock_folder()
+        lock_folder()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fpga import GemmConfig
+from fpga.build.sources import HLS
+from fpga.build.toolchain import ap_types
 from fpga.config import edge_of_shape
-from fpga.csim import HLS, ap_types
 from fpga.libraries import find_compiler
 from fpga.registers import ERRORS, JOB_WORDS, REGISTERS, error_text, registers_header
 
@@ -82,7 +83,7 @@ def test_the_arguments_of_the_top_function_are_the_registers_in_order() -> None:
     assert names == [r.name for r in REGISTERS if r.offset >= 0x10]
     top = (HLS / "kernel/top.cpp").read_text()
     for name in names:
-        assert f"#pragma HLS INTERFACE s_axilite port={name} bundle=control" in top
+        assert f"#pragma HLS INTERFACE s_axilite port = {name} bundle = control" in top
 
 
 def test_every_error_code_has_a_text() -> None:

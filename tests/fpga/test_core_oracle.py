@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand
-from fpga.job import Walk
-from fpga.operand import pack
-from fpga.vectors import random_jobs, random_operand
+from fpga.packing import pack
+from fpga.verify.vectors import random_jobs, random_operand
+from fpga.walk import Walk
 
 from . import core_oracle
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fpga.csim as csim
-import fpga.device
+import fpga.devices.base
 from fpga import (
     CompileError,
     DeviceError,
@@ -24,16 +23,19 @@ from fpga import (
     ToolMissing,
     open_device,
 )
-from fpga.csim import build_library, sources
-from fpga.device import CoreStatus
-from fpga.job import Walk, job_words
+from fpga.build import sources as hls
+from fpga.build import toolchain
+from fpga.build.sources import sources
+from fpga.devices.base import CoreStatus
+from fpga.devices.csim import CSimDevice, build_library
 from fpga.libraries import find_compiler
-from fpga.operand import pack
+from fpga.packing import pack
 from fpga.registers import FLAG_ROW_EXPONENTS, JOB_WORDS, LAYOUT_VERSION, error_text
-from fpga.vectors import random_jobs, random_operand
+from fpga.verify.vectors import random_jobs, random_operand
+from fpga.walk import Walk, job_words
 from tests.waiting import HANG_S, wait_until
 
-ROOT = Path(csim.__file__).parent
+ROOT = Path(fpga.__file__).parent
 
 
 def script(path: Path, text: str) -> Path:
@@ -54,8 +56,8 @@ def product(
 def copied_hls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the C++ that a test may bend."""
     folder = tmp_path / "hls"
-    shutil.copytree(csim.HLS, folder)
-    monkeypatch.setattr(csim, "HLS", folder)
+    shutil.copytree(hls.HLS, folder)
+    monkeypatch.setattr(hls, "HLS", folder)
     return folder
 
 
@@ -82,13 +84,13 @@ def test_the_library_is_built_once_from_the_bytes_that_a_vendor_tool_would_get(
     assert len(log.read_text().splitlines()) == 1
     assert build_library(GemmConfig(tile=8), cache=tmp_path / "cache") != first
     files = sources(GemmConfig())
-    for path in [*csim.HLS.glob("kernel/*"), *csim.HLS.glob("include/dpgemm/*")]:
-        name = path.relative_to(csim.HLS).as_posix()
+    for path in [*hls.HLS.glob("kernel/*"), *hls.HLS.glob("include/dpgemm/*")]:
+        name = path.relative_to(hls.HLS).as_posix()
         assert files[name] == path.read_bytes(), name
     assert set(files) == {
-        p.relative_to(csim.HLS).as_posix()
+        p.relative_to(hls.HLS).as_posix()
         for f in ("kernel", "include")
-        for p in csim.HLS.glob(f"{f}/**/*.*")
+        for p in hls.HLS.glob(f"{f}/**/*.*")
     }
 
 
@@ -113,7 +115,7 @@ def test_without_a_compiler_the_package_is_named(
 def test_without_ap_types_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(csim.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ToolMissing, match=r"pip install 'dynasty-lightning\[fpga\]'"):
         open_device("csim", cache=tmp_path)
     monkeypatch.setenv("DYNASTY_AP_TYPES", str(tmp_path))
@@ -272,7 +274,7 @@ def test_calls_side_by_side_do_not_disturb_one_another() -> None:
 
 def launch(
     job: GemmJob,
-    device: csim.CSimDevice,
+    device: CSimDevice,
     *,
     a: np.ndarray | None = None,
     b: np.ndarray | None = None,
@@ -355,7 +357,7 @@ def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_na
         words[[name for name, _ in JOB_WORDS].index("flags")] |= FLAG_ROW_EXPONENTS
         return words
 
-    monkeypatch.setattr(fpga.device, "job_words", hostile)
+    monkeypatch.setattr(fpga.devices.base, "job_words", hostile)
     with (
         open_device("csim") as device,
         pytest.raises(

@@ -23,8 +23,8 @@ from fpga import (
 )
 from fpga.config import ACCUMULATOR_BITS
 from fpga.cost import core_cost, core_cycles
-from fpga.job import Walk
-from fpga.vectors import Layer, random_jobs, random_operand
+from fpga.verify.vectors import Layer, random_jobs, random_operand
+from fpga.walk import Walk
 
 from . import core_oracle
 

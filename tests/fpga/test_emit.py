@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 import fpga.__main__
-import fpga.csim
-import fpga.emit
+import fpga.build.emit
+import fpga.verify.bench
 from fpga import CompileError, GemmConfig
 from fpga.__main__ import main
-from fpga.board_files import board_names, load_board, read_board
-from fpga.csim import HLS, ap_types, sources
-from fpga.emit import FolderChanged, check_folder, emit
+from fpga.boards import board_names, load_board, read_board
+from fpga.build.emit import FolderChanged, check_folder, emit
+from fpga.build.sources import HLS, sources
+from fpga.build.toolchain import ap_types
 
 MOCK = Path(__file__).with_name("vendor_mock.tcl")
 
@@ -224,7 +225,7 @@ def test_the_mock_sees_a_misspelt_script(
 
 def test_the_ports_of_the_top_function_are_those_of_the_block_design(folder: Path) -> None:
     top = (folder / "kernel/top.cpp").read_text()
-    bundles = set(re.findall(r"m_axi port=\w+ bundle=(\w+)", top))
+    bundles = set(re.findall(r"m_axi port = \w+ bundle = (\w+)", top))
     assert bundles == {"gmem_job", "gmem_a", "gmem_b", "gmem_c"}
     assert all(b in (folder / "settings.tcl").read_text() for b in bundles)
 
@@ -265,7 +266,7 @@ def test_a_failure_in_the_middle_leaves_the_earlier_folder(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fpga.emit, "write_vectors", full)
+    monkeypatch.setattr(fpga.build.emit, "write_vectors", full)
     with pytest.raises(OSError, match="No space left"):
         emit(GemmConfig(tile=8), load_board("pynq-z2"), copied)
     assert contents(copied) == before
@@ -285,7 +286,7 @@ def test_a_source_with_a_misspelt_pragma_is_not_emitted(
 ) -> None:
     bent = sources(GemmConfig())
     bent["kernel/top.cpp"] = bent["kernel/top.cpp"].replace(b"HLS DATAFLOW", b"HLS DATAFLW")
-    monkeypatch.setattr(fpga.emit, "sources", lambda _: dict(bent))
+    monkeypatch.setattr(fpga.build.emit, "sources", lambda _: dict(bent))
     with pytest.raises(
         ValueError,
         match=r"kernel/top.cpp, line \d+: unknown pragma HLS DATAFLW; did you mean 'DATAFLOW'",
@@ -437,10 +438,10 @@ def test_a_bench_that_fails_or_hangs_is_told(
         (folder / output).write_text(f"#!/bin/sh\n{body}\n")
         (folder / output).chmod(0o755)
 
-    monkeypatch.setattr(fpga.csim, "compile_cpp", compile_script)
-    monkeypatch.setattr(fpga.__main__, "BENCH_SECONDS", 2.0)
+    monkeypatch.setattr(fpga.verify.bench, "compile_cpp", compile_script)
+    monkeypatch.setattr(fpga.verify.bench, "BENCH_SECONDS", 2.0)
     with pytest.raises(CompileError, match=message):
-        fpga.__main__.run_bench(GemmConfig())
+        fpga.verify.bench.run_bench(GemmConfig())
 
 
 def test_csim_with_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
@@ -453,7 +454,7 @@ def test_csim_with_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
 def test_boards_are_checked_key_by_key(tmp_path: Path) -> None:
     assert board_names() == ["kv260", "pynq-z1", "pynq-z2", "ultra96-v2", "zcu104"]
     assert all(load_board(name).bytes_per_cycle > 16 for name in board_names())
-    good = json.loads((Path(fpga.emit.__file__).parent / "boards/pynq-z2.json").read_text())
+    good = json.loads((Path(fpga.__file__).parent / "boards/pynq-z2.json").read_text())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(good))
     assert replace(load_board("pynq-z2"), name="mine") == read_board(path)

@@ -172,7 +172,8 @@ def test_a_folder_that_is_not_safe_is_told_with_what_would_make_it_so(
     belongs_to_another(folder, monkeypatch)
     with pytest.raises(
         CacheError,
-        match=rf"in {folder}, which belongs to user \d+: set DYNASTY_CACHE to a folder of your own$",
+        match=rf"in {folder}, which belongs to user \d+: set DYNASTY_CACHE to a folder of your "
+        rf"own$",
     ):
         cache.get()
 

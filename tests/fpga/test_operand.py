@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpga import GemmConfig, Operand, OperandError
-from fpga.operand import PackedOperand, pack, segment_words, unpack
-from fpga.vectors import random_operand
+from fpga.packing import PackedOperand, pack, segment_words, unpack
+from fpga.verify.vectors import random_operand
 
 
 def same(a: Operand, b: Operand) -> bool:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fpga.csim import HLS
-from fpga.pragmas import RULES, lint
+from fpga.build.pragmas import RULES, lint
+from fpga.build.sources import HLS
 
 BODY = """\
 void helper(const int* in, int n) {
@@ -24,7 +24,7 @@ def messages(in_function: str = "", in_loop: str = "", after: str = "") -> list[
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*HLS.glob("kernel/*.cpp"), *HLS.glob("include/dpgemm/*.h")]),
+    sorted([*HLS.glob("kernel/*.cpp"), *HLS.glob("*/**/*.h")]),
     ids=lambda p: p.name,
 )
 def test_our_sources_pass(path: object) -> None:
@@ -36,6 +36,14 @@ def test_every_pragma_that_we_use_is_seen() -> None:
     assert text.count("#pragma HLS") > 60
     bent = text.replace("#pragma HLS ", "#pragma HLS X")
     assert sum("unknown pragma" in p.message for p in lint(bent)) == text.count("#pragma HLS")
+
+
+def test_pragmas_as_a_formatter_writes_them_pass() -> None:
+    loop = (
+        "#pragma HLS PIPELINE II = 1 style = flp\n"
+        "#pragma HLS LOOP_TRIPCOUNT min = 1 max = \\\n    kTile * kTile"
+    )
+    assert messages("#pragma HLS ARRAY_PARTITION variable = buffer complete dim = 1", loop) == []
 
 
 def test_good_pragmas_pass() -> None:
@@ -53,6 +61,8 @@ def test_good_pragmas_pass() -> None:
     [
         ("loop", "PIPELIN II=1", "unknown pragma HLS PIPELIN; did you mean 'PIPELINE'?"),
         ("loop", "PIPELINE I=1", "PIPELINE has no option 'I'"),
+        ("loop", "PIPELINE I = 1", "PIPELINE has no option 'I'"),
+        ("loop", "PIPELINE II = 1 1", "PIPELINE has no option '1'"),
         ("loop", "PIPELINE II=", "II must be a number or a constant, not ''"),
         ("loop", "PIPELINE II=1 II=2", "gives II twice"),
         ("loop", "PIPELINE style=fast", "style must be one of stp, frp, flp, not 'fast'"),

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from fpga import GemmConfig, Operand
-from fpga.operand import pack
-from fpga.program import STEP_KINDS, Program, ProgramError, graph_text
-from fpga.runtime import OPERATIONS
+from fpga.network.program import STEP_KINDS, Program, ProgramError, graph_text
+from fpga.network.runner import OPERATIONS
+from fpga.packing import pack
 
 Graph = dict[str, Any]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-import fpga.deploy
+import fpga.network.deploy
 from fpga import GemmConfig
-from fpga.board_files import Board, load_board, read_board
-from fpga.csim import HLS
-from fpga.emit import settings_tcl
+from fpga.boards import Board, load_board, read_board
+from fpga.build.emit import settings_tcl
+from fpga.build.sources import HLS
 from fpga.quoting import (
     markdown_code,
     markdown_text,
@@ -27,10 +27,10 @@ from fpga.quoting import (
     tcl_list,
     tcl_word,
 )
-from fpga.selftest import CaseResult, write_junit
+from fpga.verify.selftest import CaseResult, write_junit
 
 MOCK = Path(__file__).with_name("vendor_mock.tcl")
-BOARDS = Path(fpga.deploy.__file__).parent / "boards"
+BOARDS = Path(fpga.__file__).parent / "boards"
 HOSTILE = (
     '"; exec touch pwned; "',
     "[exec touch pwned]",
@@ -95,7 +95,11 @@ def texts(printed: str) -> list[str]:
 
 
 SHOW = """
-proc show {text} { set codes {}; foreach c [split $text {}] { lappend codes [scan $c %c] }; puts $codes }
+proc show {text} {
+  set codes {}
+  foreach c [split $text {}] { lappend codes [scan $c %c] }
+  puts $codes
+}
 """
 
 
@@ -140,13 +144,14 @@ def test_the_vendor_scripts_get_a_hostile_board_part_as_one_word(tmp_path: Path)
 def test_a_script_and_its_notebook_hold_a_boards_texts_as_texts(text: str) -> None:
     """Same statements, same cells, whatever the board is called."""
     plain, script = (
-        fpga.deploy._script(board) for board in (load_board("pynq-z2"), bent(title=text, name=text))
+        fpga.network.deploy._script(board)
+        for board in (load_board("pynq-z2"), bent(title=text, name=text))
     )
     assert ast.dump(ast.parse(script)) == ast.dump(ast.parse(plain)).replace(
         "'pynq-z2'", repr(text)
     )
     first, second = (
-        json.loads(json.dumps(fpga.deploy._notebook(s)))["cells"] for s in (plain, script)
+        json.loads(json.dumps(fpga.network.deploy._notebook(s)))["cells"] for s in (plain, script)
     )
     assert [(c["cell_type"], c["id"]) for c in first] == [(c["cell_type"], c["id"]) for c in second]
     for one, other in zip(first[1:], second[1:], strict=True):

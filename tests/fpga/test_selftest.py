@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fpga import DeviceError, GemmConfig, GemmJob, GemmResult
-from fpga.reference import ReferenceDevice
-from fpga.selftest import report, run_cases, write_junit
-from fpga.vectors import LAYERS, MAGIC, random_jobs, vector, write_vectors
+from fpga.devices.reference import ReferenceDevice
+from fpga.verify.selftest import report, run_cases, write_junit
+from fpga.verify.vectors import LAYERS, MAGIC, random_jobs, vector, write_vectors
 
 
 class Bent(ReferenceDevice):

@@ -18,7 +18,9 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "lightning", "dynasty_lightning", "torchmetrics", "hls4ml", "scipy"}:
+        package = name.partition(".")[0]
+        blocked = {"torch", "lightning", "dynasty_lightning", "torchmetrics", "hls4ml", "scipy"}
+        if package in blocked:
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Block())
 """
@@ -32,9 +34,9 @@ def test_everything_imports_and_computes_where_torch_is_blocked() -> None:
     code = BLOCKED + "".join(
         f"import {m.removesuffix('.__init__')}\n"
         for m in modules
-        if not m.endswith(("__main__", "simboard"))
+        if not m.endswith(("__main__", "sim_board"))
     )
-    code += "from fpga import open_device\nfrom fpga.selftest import run_cases\n"
+    code += "from fpga import open_device\nfrom fpga.verify.selftest import run_cases\n"
     code += (
         "results = list(run_cases(open_device('reference')))\nassert results and not "
         "any(r.problem for r in results)\n"
@@ -59,7 +61,7 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
         allowed = ALLOWED | (
-            {"pynq", "pynqmetadata"} if path.name in ("board.py", "simboard.py") else set()
+            {"pynq", "pynqmetadata"} if path.name in ("pynq.py", "sim_board.py") else set()
         )
         allowed |= (
             {"matplotlib"} if path.parent.name == "templates" else set()
@@ -68,7 +70,7 @@ def test_a_file_is_python_3_10_and_imports_numpy_and_the_standard_library_only(p
             assert name.partition(".")[0] in allowed, f"line {node.lineno}: {name}"
 
 
-@pytest.mark.parametrize("path", ["__init__.py", "requires.py", "templates/classify.py"])
+@pytest.mark.parametrize("path", ["__init__.py", "requires.py", "network/templates/classify.py"])
 def test_what_an_old_python_reads_first_is_written_for_it(path: str) -> None:
     ast.parse((ROOT / path).read_text(), feature_version=(3, 6))
 
@@ -77,8 +79,8 @@ def test_what_an_old_python_reads_first_is_written_for_it(path: str) -> None:
 def test_an_old_python_is_told_which_one_it_takes(version: tuple[int, ...], tmp_path: Path) -> None:
     """In one sentence, before anything that it cannot read."""
     shutil.copytree(ROOT, tmp_path / "fpga", ignore=shutil.ignore_patterns("__pycache__", "hls"))
-    shutil.copy(ROOT / "templates/classify.py", tmp_path)
-    for name in ("config.py", "device.py", "runtime.py"):
+    shutil.copy(ROOT / "network/templates/classify.py", tmp_path)
+    for name in ("config.py", "devices/base.py", "network/runner.py"):
         (tmp_path / "fpga" / name).write_text("raise SyntaxError('an old Python')")
     code = (
         f"import sys, runpy; sys.version_info = {version}; runpy.run_path('classify.py', "

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fpga import GemmConfig, GemmJob, open_device
-from fpga.vectors import random_jobs, random_operand
+from fpga.verify.vectors import random_jobs, random_operand
 from tests.waiting import HANG_S
 
 from . import core_oracle

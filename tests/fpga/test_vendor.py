@@ -11,9 +11,9 @@ import pytest
 
 from fpga import CompileError, DeviceTimeout, GemmConfig, ToolMissing
 from fpga.__main__ import main
-from fpga.board_files import load_board
-from fpga.emit import FolderChanged, emit
-from fpga.vendor import REPORT, build, find_tool, read_report
+from fpga.boards import load_board
+from fpga.build.emit import FolderChanged, emit
+from fpga.build.vendor import REPORT, build, find_tool, read_report
 from tests.waiting import wait_until
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>

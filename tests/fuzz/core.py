@@ -1,4 +1,6 @@
-"""Mutated jobs on the emitted C++ under AddressSanitizer and UndefinedBehaviorSanitizer.   python -m tests.fuzz.core [--count N]
+"""Mutated jobs on the emitted C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python -m tests.fuzz.core [--count N]
 
 Recorded jobs are changed in their words, operands and sizes, and run on buffers that end where the
 job says: the core must refuse with an error code or compute, but never read or write elsewhere.
@@ -14,9 +16,10 @@ from collections import Counter
 from pathlib import Path
 
 from fpga import GemmConfig
-from fpga.csim import FLAGS, KERNEL_SOURCES, SANITIZER_FLAGS, compile_cpp, sources
+from fpga.build.sources import KERNEL_SOURCES, sources
+from fpga.build.toolchain import FLAGS, SANITIZER_FLAGS, compile_cpp, write_files
 from fpga.registers import ERRORS
-from fpga.vectors import write_vectors
+from fpga.verify.vectors import write_vectors
 
 HARNESS = Path(__file__).with_suffix(".cpp")
 CONFIGS = {
@@ -36,9 +39,7 @@ _FLAGS = (
 
 def compiled(config: GemmConfig, folder: Path) -> Path:
     """The harness for a core, its vectors beside it."""
-    for name, content in (sources(config) | {HARNESS.name: HARNESS.read_bytes()}).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+    write_files(folder, sources(config) | {HARNESS.name: HARNESS.read_bytes()})
     write_vectors(config, folder / "vectors")
     compile_cpp(folder, [*KERNEL_SOURCES, HARNESS.name], Path("core"), list(_FLAGS))
     return folder / "core"

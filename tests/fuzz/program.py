@@ -15,14 +15,21 @@ from typing import Any, Final
 
 import numpy as np
 
-import fpga.program
 from fpga import GemmConfig, Operand
+from fpga.devices.reference import ReferenceDevice
 from fpga.files import MOST_ARRAY_BYTES, parse_arrays, seal_record
 from fpga.images import IMAGES_FILE, load_images
-from fpga.operand import PackedOperand, pack, unpack
-from fpga.program import ARRAYS_FILE, GRAPH_FILE, STEP_KINDS, Program, ProgramError
-from fpga.reference import ReferenceDevice
-from fpga.runtime import Runner
+from fpga.network import limits
+from fpga.network.program import (
+    ARRAYS_FILE,
+    FORMAT,
+    GRAPH_FILE,
+    STEP_KINDS,
+    Program,
+    ProgramError,
+)
+from fpga.network.runner import Runner
+from fpga.packing import PackedOperand, pack, unpack
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, near_value, odd_value, to_json
@@ -39,8 +46,8 @@ and memory here.
 def scale_limits() -> None:
     """For this process."""
     for name, value in _SMALL.items():
-        assert getattr(fpga.program, name) >= value, name
-        setattr(fpga.program, name, value)
+        assert getattr(limits, name) >= value, name
+        setattr(limits, name, value)
 
 
 # -- programs to begin with
@@ -110,7 +117,7 @@ class _Builder:
             labels=labels or [],
         )
         graph = {
-            "format": fpga.program.FORMAT,
+            "format": FORMAT,
             "input_shape": list(input_shape),
             "config": self.config.to_dict(),
             "labels": program.labels,

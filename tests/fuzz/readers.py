@@ -25,13 +25,12 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.study.method import Method
 from fpga.__main__ import config_from
-from fpga.board import _check_files
-from fpga.board_files import load_board, read_board
+from fpga.boards import load_board, read_board
+from fpga.build.emit import MANIFEST, check_folder, emit
+from fpga.build.vendor import read_report
 from fpga.config import GemmConfig
-from fpga.emit import MANIFEST, check_folder, emit
+from fpga.devices.overlay import bit_bytes, bit_part, check_overlay, hwh_text
 from fpga.files import read_json
-from fpga.overlay_files import bit_bytes, bit_part, hwh_text
-from fpga.vendor import read_report
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, near_value, odd_value, to_json
@@ -404,14 +403,18 @@ def _make_hwh(rng: random.Random) -> bytes:
 def _read_hwh(data: bytes, folder: Path) -> Callable[[], object]:
     (folder / "a.bit").write_bytes(bit_bytes(_BOARD.part))
     (folder / "a.hwh").write_bytes(data)
-    _check_files(folder / "a.bit", _BOARD)
+    check_overlay(folder / "a.bit", _BOARD)
     return lambda: None
 
 
-_SYNTHESIS: Final = b"""<profile><UserAssignments><TargetClockPeriod>10.00</TargetClockPeriod></UserAssignments><PerformanceEstimates>
-<SummaryOfTimingAnalysis><EstimatedClockPeriod>7.3</EstimatedClockPeriod></SummaryOfTimingAnalysis><SummaryOfOverallLatency>
-<Worst-caseLatency>1234</Worst-caseLatency></SummaryOfOverallLatency><SummaryOfLoopLatency><L1><PipelineII>1</PipelineII><L2><PipelineII>2
-</PipelineII></L2></L1></SummaryOfLoopLatency></PerformanceEstimates><AreaEstimates><Resources><LUT>100</LUT><DSP>3</DSP></Resources>
+_SYNTHESIS: Final = b"""<profile>
+<UserAssignments><TargetClockPeriod>10.00</TargetClockPeriod></UserAssignments>
+<PerformanceEstimates>
+<SummaryOfTimingAnalysis><EstimatedClockPeriod>7.3</EstimatedClockPeriod></SummaryOfTimingAnalysis>
+<SummaryOfOverallLatency><Worst-caseLatency>1234</Worst-caseLatency></SummaryOfOverallLatency>
+<SummaryOfLoopLatency><L1><PipelineII>1</PipelineII><L2><PipelineII>2
+</PipelineII></L2></L1></SummaryOfLoopLatency></PerformanceEstimates>
+<AreaEstimates><Resources><LUT>100</LUT><DSP>3</DSP></Resources>
 <AvailableResources><LUT>53200</LUT></AvailableResources></AreaEstimates></profile>"""
 _NUMBERS: Final = (
     b"-1",

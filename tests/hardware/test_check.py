@@ -15,7 +15,7 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from fpga import CompileError, DeviceError, ToolMissing
 from fpga.libraries import CacheError
-from fpga.reference import ReferenceDevice
+from fpga.devices.reference import ReferenceDevice
 
 
 @pytest.fixture

@@ -25,12 +25,13 @@ from dynasty_lightning.study.report.demo import read_summary
 from dynasty_lightning.tasks.data import load_data
 from dynasty_lightning.tasks.models import build_model
 from fpga import Operand, open_device
-from fpga.board_files import load_board
-from fpga.deploy import DeployError, deploy
+from fpga.boards import load_board
+from fpga.network.deploy import DeployError, deploy
 from fpga.images import load_images, save_images
-from fpga.overlay_files import bit_bytes, write_overlay
+from fpga.devices.overlay import bit_bytes, write_overlay
 from fpga.quantizer import ActivationRequest, quantize_activations
-from fpga.runtime import Program, ProgramError, Runner
+from fpga.network.program import Program, ProgramError
+from fpga.network.runner import Runner
 
 
 def same(a: Operand, b: Operand) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dynasty_lightning.hardware.program import export_program
 from dynasty_lightning.nn.convert import convert
 from fpga import open_device
-from fpga.runtime import Program, Runner
+from fpga.network.program import Program
+from fpga.network.runner import Runner
 
 
 class MnistExample(nn.Module):

@@ -19,8 +19,8 @@ from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from fpga import open_device
-from fpga.program import Program
-from fpga.runtime import Runner
+from fpga.network.program import Program
+from fpga.network.runner import Runner
 
 
 def run(program: Program, images: Tensor) -> np.ndarray[Any, Any]:

@@ -5,7 +5,7 @@ templates, C++ source.
 Importing this module imports hls4ml.
 
     register(config)  # once, before hls4ml converts: the layer, and the source of the core of `config`
-    network.head = DynamicGemm(runner.layers["head"], geometry=None, config=config)  # runner: fpga.runtime.Runner
+    network.head = DynamicGemm(runner.layers["head"], geometry=None, config=config)  # runner: fpga.network.runner.Runner
     model = hls4ml.converters.convert_from_pytorch_model(network, backend="Vitis", ...)
 
 `hls4ml_export.plain_network` makes such layers from the steps of a network program.
@@ -26,13 +26,14 @@ from hls4ml.utils.torch import HLS4MLModule
 from torch import Tensor
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
+from fpga.build.single_header import LAYER_HEADER, single_header
 from fpga.files import write_whole
-from fpga.job import SUM_BITS, Walk, job_words
+from fpga.job import SUM_BITS
 from fpga.libraries import library_folder, make_folder
-from fpga.operand import pack
+from fpga.network.program import GemmLayer
+from fpga.packing import pack
 from fpga.quantizer import WINDOW
-from fpga.runtime import GemmLayer
-from fpga.single_header import LAYER_HEADER, single_header
+from fpga.walk import Walk, job_words
 
 BACKENDS: Final = ("Vivado", "Vitis", "VivadoAccelerator")
 """Those whose templates are Vivado's C++."""

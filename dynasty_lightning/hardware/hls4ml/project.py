@@ -27,7 +27,8 @@ from torch import fx, nn
 
 from fpga import Operand, open_device
 from fpga.files import write_whole
-from fpga.runtime import Program, Runner, geometry_of
+from fpga.network.program import Program, geometry_of
+from fpga.network.runner import Runner
 
 BACKENDS: Final = {"vitis": "Vitis", "vivado-accelerator": "VivadoAccelerator"}
 BOARD: Final = "pynq-z2"

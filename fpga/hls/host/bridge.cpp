@@ -16,12 +16,13 @@ struct DpgemmStatus {
 
 extern "C" {
 
-// Runs one job. `text` gets what the simulation printed, cut to `text_size` with its end; empty means that all went well.
-void dpgemm_run(const uint32_t* job, const uint64_t* a, const uint64_t* b, uint32_t* c, DpgemmStatus* status, char* text,
-                size_t text_size) {
+// Runs one job. `text` gets what the simulation printed, cut to `text_size` with its end; empty
+// means that all went well.
+void dpgemm_run(const uint32_t* job, const uint64_t* a, const uint64_t* b, uint32_t* c,
+                DpgemmStatus* status, char* text, size_t text_size) {
   std::cout.str("");
-  dpgemm(job, a, b, c, &status->version, &status->capability, &status->cycles, &status->words_a, &status->words_b, &status->words_c,
-         &status->error);
+  dpgemm(job, a, b, c, &status->version, &status->capability, &status->cycles, &status->words_a,
+         &status->words_b, &status->words_c, &status->error);
   const std::string printed = std::cout.str();
   const size_t length = std::min(printed.size(), text_size - 1);
   std::memcpy(text, printed.data(), length);

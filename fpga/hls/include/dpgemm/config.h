@@ -5,7 +5,8 @@
 
 namespace dp {
 
-constexpr uint32_t kEngine = 1;  // bit_planes
+// bit_planes
+constexpr uint32_t kEngine = 1;
 constexpr int kEdge = 4;
 constexpr int kTile = 16;
 constexpr int kLanesM = 8;
@@ -14,7 +15,10 @@ constexpr int kMaxBits = 8;
 constexpr int kMinBits = 2;
 constexpr int kShiftBits = 5;
 constexpr int kAccBits = 48;
-constexpr int kGroupRows = 0;  // elements that share one width; 0: each block has its own
+// Binades between an operand's largest block and the smallest that counts.
+constexpr int kWindow = 8;
+// Elements that share one width; 0: each block has its own.
+constexpr int kGroupRows = 0;
 constexpr int kGroupChannels = 0;
 constexpr int kStreamDepth = 32;
 constexpr int kBurstWords = 64;

@@ -12,12 +12,13 @@ constexpr int kFloatLeast = -149;  // exponent of the smallest subnormal
 constexpr uint32_t kFloatInfinity = 0x7f800000;
 
 // sum * 2**exponent, nearest-even, subnormals kept, Inf on overflow, +0 for zero.
-inline uint32_t to_float32(Acc_t sum, int32_t exponent) {
+inline uint32_t ToFloat32(Acc_t sum, int32_t exponent) {
   const bool is_negative = sum < 0;
   const uint64_t magnitude = is_negative ? uint64_t(-int64_t(sum)) : uint64_t(int64_t(sum));
   if (magnitude == 0) return 0;
   int top = 0;
-  TOP: for (int bit = 0; bit < kAccBits; ++bit) {
+TOP:
+  for (int bit = 0; bit < kAccBits; ++bit) {
 #pragma HLS UNROLL
     if ((magnitude >> bit) & 1) top = bit;
   }
@@ -40,7 +41,8 @@ inline uint32_t to_float32(Acc_t sum, int32_t exponent) {
     if (rest > half || (rest == half && (kept & 1))) ++kept;
   }
   if (kept == 0) return 0;
-  // The hidden bit of a normal number adds one to the exponent field, and so does a carry out of the fraction, up to infinity.
+  // The hidden bit of a normal number adds one to the exponent field, and so does a carry out of
+  // the fraction, up to infinity.
   const uint32_t field = normal < kFloatLeast ? 0 : uint32_t(binade + kFloatBias - 1);
   return (uint32_t(is_negative) << 31) | ((field << kFloatFraction) + uint32_t(kept));
 }

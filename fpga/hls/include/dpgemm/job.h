@@ -46,11 +46,11 @@ struct Job {
   uint32_t k_blocks;  // channel blocks of A (forward, dgrad; for each tap) or lines of E (wgrad)
   uint32_t m_tiles;
   uint32_t n_tiles;
-  uint32_t k_steps;   // of one tap (forward, dgrad), or of all lines (wgrad)
+  uint32_t k_steps;  // of one tap (forward, dgrad), or of all lines (wgrad)
 };
 
 // Reads a job's words and checks them; `job` may be used only if the result is kNone.
-Error decode_job(const uint32_t* words, Job& job);
+Error DecodeJob(const uint32_t* words, Job& job);
 
 // The blocks of one output tile.
 struct Tile {
@@ -65,7 +65,7 @@ struct Step {
   uint32_t k_begin, k_count;
 };
 
-Tile tile_at(const Job& job, uint32_t index);
-Step step_at(const Job& job, const Tile& tile, uint32_t index);
+Tile TileAt(const Job& job, uint32_t index);
+Step StepAt(const Job& job, const Tile& tile, uint32_t index);
 
 }  // namespace dp

@@ -12,55 +12,119 @@ constexpr uint32_t kFlagRaw = 1;
 constexpr uint32_t kFlagRowExponents = 2;
 constexpr int kAxes = 3;
 
+// Bits of a header, one a block (or a block's row).
+constexpr int kHeaderBits = 16;
+constexpr int kHeadersPerWord = 4;
+constexpr int kHeaderWidthAt = 0;
+constexpr int kHeaderWidthBits = 4;
+constexpr int kHeaderSignedAt = 4;
+constexpr int kHeaderSignedBits = 1;
+constexpr int kHeaderShiftAt = 5;
+constexpr int kHeaderShiftBits = 5;
+constexpr int kHeaderReservedAt = 10;
+constexpr int kHeaderReservedBits = 6;
+
+// Bits of a directory word.
+constexpr int kDirectoryOffsetAt = 0;
+constexpr int kDirectoryOffsetBits = 32;
+constexpr int kDirectoryLengthAt = 32;
+constexpr int kDirectoryLengthBits = 16;
+
 // Words of a job.
 enum JobWord : int {
-  kJobLayoutVersion = 0,  // LAYOUT_VERSION
-  kJobWordsJob = 1,  // 32-bit words of the job in memory, row exponents included: checked before the rest is read, and nothing behind them is
-  kJobGemm = 2,  // 0 forward, 1 dgrad, 2 wgrad
-  kJobFlags = 3,  // bit 0: raw int64 output; bit 1: A has row exponents
-  kJobRows = 4,  // N, rows of X and E
-  kJobInChannels = 5,  // channels of X, and of W
-  kJobOutChannels = 6,  // channels of E and Y, rows of W
-  kJobInputZ = 7,  // positions of X
-  kJobInputY = 8,  // positions of X
-  kJobInputX = 9,  // positions of X
-  kJobOutputZ = 10,  // positions of E and Y
-  kJobOutputY = 11,  // positions of E and Y
-  kJobOutputX = 12,  // positions of E and Y
-  kJobTapsZ = 13,  // taps of W
-  kJobTapsY = 14,  // taps of W
-  kJobTapsX = 15,  // taps of W
-  kJobStrideZ = 16,  // of the convolution
-  kJobStrideY = 17,  // of the convolution
-  kJobStrideX = 18,  // of the convolution
-  kJobPaddingZ = 19,  // zeros on either side
-  kJobPaddingY = 20,  // zeros on either side
-  kJobPaddingX = 21,  // zeros on either side
-  kJobDilationZ = 22,  // between taps
-  kJobDilationY = 23,  // between taps
-  kJobDilationX = 24,  // between taps
-  kJobExponent = 25,  // int32: exponent of the result's LSB; ignored with row exponents, which follow the job's words
-  kJobTileBegin = 26,  // first output tile
-  kJobTileCount = 27,  // output tiles
-  kJobStepBegin = 28,  // first step along k
-  kJobStepCount = 29,  // steps along k
-  kJobWordsA = 30,  // 64-bit words of A in memory: nothing behind them is read
-  kJobWordsB = 31,  // 64-bit words of B in memory
-  kJobWordsC = 32,  // 32-bit words of the result in memory: nothing behind them is written
+  // LAYOUT_VERSION
+  kJobLayoutVersion = 0,
+  // 32-bit words of the job in memory, row exponents included: checked before the rest is read, and
+  // nothing behind them is
+  kJobWordsJob = 1,
+  // 0 forward, 1 dgrad, 2 wgrad
+  kJobGemm = 2,
+  // bit 0: raw int64 output; bit 1: A has row exponents
+  kJobFlags = 3,
+  // N, rows of X and E
+  kJobRows = 4,
+  // channels of X, and of W
+  kJobInChannels = 5,
+  // channels of E and Y, rows of W
+  kJobOutChannels = 6,
+  // positions of X
+  kJobInputZ = 7,
+  // positions of X
+  kJobInputY = 8,
+  // positions of X
+  kJobInputX = 9,
+  // positions of E and Y
+  kJobOutputZ = 10,
+  // positions of E and Y
+  kJobOutputY = 11,
+  // positions of E and Y
+  kJobOutputX = 12,
+  // taps of W
+  kJobTapsZ = 13,
+  // taps of W
+  kJobTapsY = 14,
+  // taps of W
+  kJobTapsX = 15,
+  // of the convolution
+  kJobStrideZ = 16,
+  // of the convolution
+  kJobStrideY = 17,
+  // of the convolution
+  kJobStrideX = 18,
+  // zeros on either side
+  kJobPaddingZ = 19,
+  // zeros on either side
+  kJobPaddingY = 20,
+  // zeros on either side
+  kJobPaddingX = 21,
+  // between taps
+  kJobDilationZ = 22,
+  // between taps
+  kJobDilationY = 23,
+  // between taps
+  kJobDilationX = 24,
+  // int32: exponent of the result's LSB; ignored with row exponents, which follow the job's words
+  kJobExponent = 25,
+  // first output tile
+  kJobTileBegin = 26,
+  // output tiles
+  kJobTileCount = 27,
+  // first step along k
+  kJobStepBegin = 28,
+  // steps along k
+  kJobStepCount = 29,
+  // 64-bit words of A in memory: nothing behind them is read
+  kJobWordsA = 30,
+  // 64-bit words of B in memory
+  kJobWordsB = 31,
+  // 32-bit words of the result in memory: nothing behind them is written
+  kJobWordsC = 32,
   kJobWords = 33,
 };
 
 enum class Error : uint32_t {
-  kNone = 0,  // no error
-  kLayoutVersion = 1,  // the job was written for another layout version than the core's
-  kGemm = 2,  // the job names no GEMM, or an unknown flag
-  kExtent = 3,  // an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result does not fit its memory
-  kRange = 4,  // the job's tiles or steps lie outside the GEMM
-  kHeaderA = 5,  // a block of A has an illegal header: operand memory is corrupt
-  kHeaderB = 6,  // a block of B has an illegal header: operand memory is corrupt
-  kSegmentA = 7,  // a segment of A is not as long as its directory says: operand memory is corrupt
-  kSegmentB = 8,  // a segment of B is not as long as its directory says: operand memory is corrupt
-  kJobMemory = 9,  // the job's memory, as it says itself, ends before its words or the row exponents that it announces
+  // no error
+  kNone = 0,
+  // the job was written for another layout version than the core's
+  kLayoutVersion = 1,
+  // the job names no GEMM, or an unknown flag
+  kGemm = 2,
+  // an extent, stride or dilation is zero or too large, a tap is beyond the padding, or the result
+  // does not fit its memory
+  kExtent = 3,
+  // the job's tiles or steps lie outside the GEMM
+  kRange = 4,
+  // a block of A has an illegal header: operand memory is corrupt
+  kHeaderA = 5,
+  // a block of B has an illegal header: operand memory is corrupt
+  kHeaderB = 6,
+  // a segment of A is not as long as its directory says: operand memory is corrupt
+  kSegmentA = 7,
+  // a segment of B is not as long as its directory says: operand memory is corrupt
+  kSegmentB = 8,
+  // the job's memory, as it says itself, ends before its words or the row exponents that it
+  // announces
+  kJobMemory = 9,
 };
 
 }  // namespace dp

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .fields import Field, check_fields, matching, number, one_of, read_object, shown, whole
+from ..fields import Field, check_fields, matching, number, one_of, read_object, shown, whole
 
-FOLDER: Final = Path(__file__).parent / "boards"
+FOLDER: Final = Path(__file__).parent
 MAX_BOARD_BYTES: Final = 64 << 10
 CLOCK_MHZ: Final = number(10, 500)
 """What may be asked of a clock, for any board."""

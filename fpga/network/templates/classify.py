@@ -19,7 +19,8 @@ except ImportError as error:  # an older Python, or no NumPy
 
 import numpy as np
 from fpga.images import load_images
-from fpga.runtime import Program, Runner
+from fpga.network.program import Program
+from fpga.network.runner import Runner
 
 # %%
 # The one word to change: "pynq" is the board; "pynq-sim" simulates it under the pynq package,

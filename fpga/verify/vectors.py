@@ -11,24 +11,24 @@ A vector file holds little-endian 32-bit words:
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from .config import GemmConfig
-from .cost import core_cost
-from .engines import BITS
-from .files import write_whole
-from .job import GemmJob, Geometry, Walk, job_words, round_once
-from .operand import Operand, pack
-from .reference import exact_sums
-
-Array = npt.NDArray[Any]
+from ..arrays import Array
+from ..config import WINDOW, GemmConfig
+from ..cost import core_cost
+from ..devices.reference import exact_sums
+from ..engines import BITS
+from ..files import write_whole
+from ..geometry import Geometry
+from ..job import GemmJob
+from ..operand import Operand
+from ..packing import pack
+from ..walk import Walk, job_words
 
 MAGIC: Final = 0x31566744
 SEED: Final = 20230117
-_WINDOW_BINADES: Final = 8
 
 
 class Layer(NamedTuple):
@@ -126,7 +126,7 @@ def random_operand(
         bits = np.where(rng.random(grid) < 0.1, 0, bits)
     flags = (rng.random(grid) < signed) & (bits > 0)
     largest = int(rng.integers(-8, 8))
-    shared = largest - rng.choice([0, 1, 4, _WINDOW_BINADES], size=grid)
+    shared = largest - rng.choice([0, 1, 4, WINDOW], size=grid)
     exponents = np.where(bits > 0, shared + 1 - (bits - flags), 0)
 
     def spread(values: Array) -> Array:
@@ -172,10 +172,7 @@ def vector(job: GemmJob, config: GemmConfig) -> Array:
     a, b = pack(job.a, config), pack(job.b, config)
     raw = job.output == "int64"
     sums = exact_sums(job)
-    exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
-    result = (
-        np.ascontiguousarray(sums if raw else round_once(sums, exponents)).view("<u4").reshape(-1)
-    )
+    result = np.ascontiguousarray(sums if raw else job.rounded(sums)).view("<u4").reshape(-1)
     words = job_words(
         walk,
         raw=raw,

@@ -4,19 +4,16 @@ Shares no code with the core.
 """
 
 import time
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .config import GemmConfig
-from .cost import core_cost
-from .device import Device, GemmResult
-from .errors import DeviceTimeout
-from .job import GemmJob, Walk, round_once
-from .operand import OperandError
-
-Array = npt.NDArray[Any]
+from ..arrays import Array
+from ..config import GemmConfig
+from ..cost import core_cost
+from ..errors import DeviceTimeout
+from ..job import GemmJob
+from ..walk import Walk
+from .base import Device, GemmResult
 
 _FLOAT64_EXACT = 1 << 53
 
@@ -31,18 +28,11 @@ class ReferenceDevice(Device):
 
     def _run(self, job: GemmJob, timeout_s: float) -> GemmResult:
         for operand in (job.a, job.b):
-            if operand.block_edge != self.config.block_edge:
-                raise OperandError(
-                    f"the core takes blocks of edge {self.config.block_edge}, not "
-                    f"{operand.block_edge}"
-                )
-            if self.config.width_group is not None:
-                operand.check_width_group(self.config.width_group)
+            operand.check_for(self.config)
         cost = core_cost(job, self.config)
         sums = exact_sums(job, deadline=time.monotonic() + timeout_s)
-        exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
         return GemmResult(
-            values=sums if job.output == "int64" else round_once(sums, exponents),
+            values=sums if job.output == "int64" else job.rounded(sums),
             exponent=job.exponents,
             cycles=cost.cycles,
             words_a=cost.words_a,

@@ -6,66 +6,33 @@ ctypes.
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import threading
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import numpy.typing as npt
-
-from .config import GemmConfig
-from .device import CoreDevice, CoreStatus
-from .errors import DeviceError, DeviceTimeout, ToolMissing
-from .job import beyond_memory
-from .libraries import (
-    COMPILE_SECONDS,
-    cached_library,
-    find_compiler,
-    library_folder,
-    load_cached,
-    run,
-    version_of,
+from ..arrays import Array
+from ..build.sources import BRIDGE_SOURCE, CAPTURE_HEADER, KERNEL_SOURCES, simulation_sources
+from ..build.toolchain import (
+    FLAGS,
+    SANITIZER_FLAGS,
+    ap_types_digest,
+    compile_cpp,
+    compiler_version,
+    write_files,
 )
-from .registers import registers_header
+from ..config import GemmConfig
+from ..errors import DeviceError, DeviceTimeout
+from ..libraries import cached_library, library_folder, load_cached
+from ..walk import beyond_memory
+from .base import CoreDevice, CoreStatus
 
-Array = npt.NDArray[Any]
+__all__ = ["CSimDevice", "build_library"]
+
 Sanitizer = Literal["address", "undefined"]
 
-HLS: Final = Path(__file__).parent / "hls"
-KERNEL_SOURCES: Final = (
-    "kernel/compute.cpp",
-    "kernel/job.cpp",
-    "kernel/memory.cpp",
-    "kernel/top.cpp",
-)
-HEADERS: Final = tuple(
-    f"include/dpgemm/{n}.h" for n in ("address", "block", "float32", "gemm", "job", "types")
-)
-BRIDGE_SOURCE: Final = "host/bridge.cpp"
-CAPTURE_HEADER: Final = "host/capture.h"
 _STACK_BYTES: Final = 256 << 20
 _TEXT_BYTES: Final = 4096
-
-FLAGS: Final = (
-    "-std=c++14",
-    "-O3",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-pragmas",
-    "-Wno-unused-label",  # pragmas and loop labels are for the vendor tool
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",  # ap_int's default constructor reads its own value
-)
-# ap_int shifts negative numbers to the left, which C++20 defines and every compiler does alike.
-SANITIZER_FLAGS: Final = (
-    "-O1",
-    "-g",
-    "-fno-omit-frame-pointer",
-    "-fno-sanitize-recover=all",
-    "-fno-sanitize=shift-base",
-)
 
 
 class CSimDevice(CoreDevice):
@@ -178,16 +145,6 @@ def _load(path: Path) -> Any:
     return entry
 
 
-def sources(config: GemmConfig) -> dict[str, bytes]:
-    """What a core is compiled from, by path: the same bytes that `emit` writes for the vendor
-    tool.
-    """
-    files = {name: (HLS / name).read_bytes() for name in (*KERNEL_SOURCES, *HEADERS)}
-    files["include/dpgemm/config.h"] = config.config_header().encode()
-    files["include/dpgemm/registers.h"] = registers_header().encode()
-    return dict(sorted(files.items()))
-
-
 def build_library(
     config: GemmConfig,
     *,
@@ -202,9 +159,7 @@ def build_library(
         ToolMissing, CompileError, CacheError: see `CSimDevice`.
     """
     flags = [*FLAGS, *((f"-fsanitize={sanitizer}", *SANITIZER_FLAGS) if sanitizer else ())]
-    files = sources(config) | {
-        name: (HLS / name).read_bytes() for name in (BRIDGE_SOURCE, CAPTURE_HEADER)
-    }
+    files = simulation_sources(config)
     key = hashlib.sha256()
     for part in (compiler_version(), ap_types_digest(), *flags):
         key.update(part.encode() + b"\0")
@@ -212,10 +167,7 @@ def build_library(
         key.update(name.encode() + b"\0" + content + b"\0")
 
     def compile_in(folder: Path) -> Path:
-        for name, content in files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+        write_files(folder, files)
         chosen = [*KERNEL_SOURCES, BRIDGE_SOURCE]
         compile_cpp(
             folder,
@@ -231,60 +183,6 @@ def build_library(
     )
 
 
-def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
-    """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError."""
-    command = [
-        *find_compiler(),
-        *flags,
-        "-isystem",
-        str(ap_types()),
-        "-Iinclude",
-        *names,
-        "-o",
-        str(output),
-    ]
-    run(command, folder=folder, seconds=COMPILE_SECONDS, output=output)
-
-
-def compiler_version() -> str:
-    """First line of the compiler's own version. Raises ToolMissing or CompileError."""
-    return version_of(find_compiler())
-
-
-def ap_types() -> Path:
-    """The folder of ap_int.h and hls_stream.h: DYNASTY_AP_TYPES, or the installed hls4ml's. Raises
-    ToolMissing.
-    """
-    if given := os.environ.get("DYNASTY_AP_TYPES"):
-        folder = Path(given)
-        if not (folder / "ap_int.h").exists():
-            raise ToolMissing(f"DYNASTY_AP_TYPES names {folder}, which has no ap_int.h")
-        return folder
-    # Found, not imported: importing hls4ml takes seconds.
-    spec = importlib.util.find_spec("hls4ml")
-    for location in (spec.submodule_search_locations or []) if spec else []:
-        folder = Path(location) / "templates" / "vivado" / "ap_types"
-        if (folder / "ap_int.h").exists():
-            return folder
-    raise ToolMissing(
-        "C simulation needs the ap_types that come with hls4ml: pip install "
-        "'dynasty-lightning[fpga]' (or set DYNASTY_AP_TYPES)"
-    )
-
-
-def ap_types_digest() -> str:
-    """SHA-256 of the ap_types headers."""
-    return _digest_of(ap_types())
-
-
-@functools.lru_cache
-def _digest_of(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.h")):
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _sanitizer_from_environment() -> Sanitizer | None:
     """DPGEMM_SANITIZER, so that a whole test run can be sanitized. Raises ValueError for an unknown
     one.
@@ -293,6 +191,3 @@ def _sanitizer_from_environment() -> Sanitizer | None:
     if value not in (None, "address", "undefined"):
         raise ValueError(f"DPGEMM_SANITIZER must be 'address' or 'undefined', not {value!r}")
     return value  # type: ignore[return-value]
-
-
-__all__ = ["CSimDevice", "ap_types", "build_library", "compile_cpp", "compiler_version", "sources"]

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from pynq.buffer import PynqBuffer
 from pynq.metadata.runtime_metadata_parser import RuntimeMetadataParser
 from pynq.pl_server.device import Device as PynqBase
 from pynqmetadata.frontends import Metadata
 
-from .board_files import Board
-from .config import GemmConfig
+from ..arrays import Array
+from ..boards import Board
+from ..config import GemmConfig
+from ..registers import AP_DONE, AP_IDLE, AP_START, LAYOUT_VERSION, REGISTERS
+from ..walk import beyond_memory
 from .csim import CSimDevice
-from .job import beyond_memory
-from .overlay_files import CORE_ADDRESS, CORE_RANGE, bit_part
-from .registers import AP_DONE, AP_IDLE, AP_START, LAYOUT_VERSION, REGISTERS
-
-Array = npt.NDArray[Any]
+from .overlay import CORE_ADDRESS, CORE_RANGE, bit_part
 
 MEMORY_BASE: Final = 0x16800000  # where Linux puts the contiguous memory on a Zynq-7000
 PAGE: Final = 4096

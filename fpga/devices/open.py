@@ -4,10 +4,11 @@
 from collections.abc import Callable
 from typing import Any, Final
 
-from .board import PynqDevice, SimulatedPynqDevice
-from .config import GemmConfig
+from ..config import GemmConfig
+from .base import Device
 from .csim import CSimDevice
-from .device import Device
+from .pynq import PynqDevice
+from .pynq_sim import SimulatedPynqDevice
 from .reference import ReferenceDevice
 
 DEVICES: Final[dict[str, Callable[..., Device]]] = {

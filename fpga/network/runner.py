@@ -7,24 +7,22 @@ features].
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from .device import Device
-from .job import GemmJob, Geometry
-from .program import ARRAYS_FILE as ARRAYS_FILE
-from .program import GRAPH_FILE as GRAPH_FILE
-from .program import GemmLayer as GemmLayer
-from .program import Program as Program
-from .program import ProgramError as ProgramError
-from .program import Step, geometry_of, mean_axes, pool_dilation
+from .._moved import names_moved
+from ..arrays import Array
+from ..devices.base import Device
+from ..geometry import Geometry
+from ..job import GemmJob
+from .program import Program, ProgramError, geometry_of
+from .shapes import Step, mean_axes, pool_dilation
+from .softmax import softmax
 
-Array = npt.NDArray[Any]
+__all__ = ["OPERATIONS", "Runner", "StepReport"]
 
 
 @dataclass
@@ -294,48 +292,7 @@ def _slice(_: Runner, step: Step, x: Array) -> Array:
 
 
 def _softmax(_: Runner, step: Step, x: Array) -> Array:
-    """In float64 with an exp and a log of sums and products alone, added up in order, rounded once:
-    the same on every machine.
-    """
-    if not np.isfinite(x).all():
-        raise ValueError("x holds NaN or Inf: look at the layer before")
-    wide = x.astype(np.float64)
-    wide -= wide.max(axis=step["axis"], keepdims=True)
-    powers = _exp(wide)
-    total = np.take(np.cumsum(powers, axis=step["axis"]), [-1], axis=step["axis"])
-    result: Array = wide - _log(total) if step.get("log") else powers / total
-    return result.astype(np.float32)
-
-
-_LN2_HIGH: Final = float.fromhex(
-    "0x1.62e42fee00000p-1"
-)  # 32 bits: products with exponents are exact
-_LN2_LOW: Final = float.fromhex("0x1.a39ef35793c76p-33")
-
-
-def _exp(x: Array) -> Array:
-    """e**x for float64 x <= 0, within two units in the last place."""
-    x = np.maximum(x, -745.0)  # below, all is 0
-    power = np.rint(x * (1 / math.log(2)))
-    rest = (x - power * _LN2_HIGH) - power * _LN2_LOW
-    result = np.ones_like(rest)
-    for degree in range(13, 0, -1):  # Taylor's series; |rest| <= ln(2) / 2
-        result = 1 + result * rest / degree
-    scaled: Array = np.ldexp(result, power.astype(np.int32))
-    return scaled
-
-
-def _log(x: Array) -> Array:
-    """ln x for float64 x >= 1, within two units in the last place."""
-    fraction, power = np.frexp(x)
-    small = fraction < math.sqrt(0.5)
-    fraction, power = np.where(small, 2 * fraction, fraction), power - small
-    ratio = (fraction - 1) / (fraction + 1)  # ln f = 2 artanh(ratio), |ratio| < 0.172
-    square, series = ratio * ratio, np.zeros_like(ratio)
-    for odd in range(21, 0, -2):
-        series = 1 / odd + series * square
-    result: Array = power * _LN2_HIGH + (2 * ratio * series + power * _LN2_LOW)
-    return result
+    return softmax(x, step["axis"], log=bool(step.get("log")))
 
 
 OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
@@ -362,12 +319,7 @@ OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
     "softmax": _softmax,
 }
 
-__all__ = [
-    "OPERATIONS",
-    "GemmLayer",
-    "Program",
-    "ProgramError",
-    "Runner",
-    "StepReport",
-    "geometry_of",
-]
+
+__getattr__ = names_moved(
+    __name__, dict.fromkeys(("ARRAYS_FILE", "GRAPH_FILE", "GemmLayer"), "network.program")
+)

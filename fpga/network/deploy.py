@@ -13,12 +13,12 @@ from pathlib import Path
 from string import Template
 from typing import Any, Final
 
-from .board_files import Board, board_names, load_board
-from .emit import emit
-from .images import IMAGES_FILE, load_images
-from .overlay_files import bit_part
-from .quoting import markdown_code, markdown_text, python_literal, shell_word
-from .runtime import ARRAYS_FILE, GRAPH_FILE, Program
+from ..boards import Board, board_names, load_board
+from ..build.emit import emit
+from ..devices.overlay import bit_part
+from ..images import IMAGES_FILE, load_images
+from ..quoting import markdown_code, markdown_text, python_literal, shell_word
+from .program import ARRAYS_FILE, GRAPH_FILE, Program
 
 MARKER: Final = "deploy.json"
 SCRIPT: Final = "classify.py"
@@ -99,7 +99,7 @@ def _fill(
     images: int,
 ) -> None:
     shutil.copytree(
-        Path(__file__).parent,
+        Path(__file__).parents[1],
         folder / "fpga",
         ignore=shutil.ignore_patterns("__pycache__", ".*", "*.toml"),
     )

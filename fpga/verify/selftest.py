@@ -12,11 +12,11 @@ from typing import TextIO
 
 import numpy as np
 
-from .device import Device
-from .files import write_whole
-from .job import GemmJob
-from .quoting import xml_text
-from .reference import ReferenceDevice
+from ..devices.base import Device
+from ..devices.reference import ReferenceDevice
+from ..files import write_whole
+from ..job import GemmJob
+from ..quoting import xml_text
 from .vectors import SEED, random_jobs
 
 

@@ -6,11 +6,14 @@
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
-from .board_files import Board
-from .registers import REGISTERS
+from ..boards import Board
+from ..errors import DeviceError
+from ..fields import read_xml
+from ..registers import ARGUMENTS, REGISTERS
 
 CORE_VLNV: Final = "dynasty-lightning:hls:dpgemm:1.0"
 CORE_NAME: Final = "core"
@@ -19,6 +22,16 @@ CORE_RANGE: Final = 0x10000
 OVERLAY: Final = "dpgemm"
 _HEADER_BYTES: Final = 4096
 _PART: Final = re.compile(r"[A-Za-z0-9]{3,42}(-[A-Za-z0-9]{1,16}){0,4}")
+
+
+class CorePlace(NamedTuple):
+    """The core on its bus: address and bytes of its registers, and their byte offsets by our
+    names.
+    """
+
+    address: int
+    size: int
+    offsets: dict[str, int]
 
 
 def write_overlay(folder: Path, board: Board, *, clock_mhz: float | None = None) -> Path:
@@ -69,6 +82,87 @@ def bit_part(path: Path) -> str:
     except (struct.error, IndexError, UnicodeDecodeError):
         pass
     raise ValueError(f"{path} has no bitstream header with a part: it is damaged, or no .bit file")
+
+
+def _vlnv(ip: Any) -> str:
+    return str(ip.get("type", "")) if isinstance(ip, Mapping) else ""
+
+
+def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
+    """Byte offsets by our names, within `size`. The vendor tool may append _r to a name, or split
+    64 bits into _1 and _2.
+    """
+    found: dict[str, int] = {}
+    for name in ("CTRL", *(argument for argument, *_ in ARGUMENTS)):
+        for candidate in (name, f"{name}_r", f"{name}_1", f"{name}_r_1", f"{name}_o"):
+            if candidate in registers:
+                found[name] = int(registers[candidate]["address_offset"])
+                break
+        else:
+            raise DeviceError(
+                f"the .hwh names no register {name!r} (it has {', '.join(sorted(registers))}): "
+                f"it belongs to another version of the core"
+            )
+        second = candidate.removesuffix("_1") + "_2"
+        if candidate.endswith("_1") and second in registers:
+            found[f"{name}_high"] = int(registers[second]["address_offset"])
+        elif int(registers[candidate]["size"]) == 64:
+            found[f"{name}_high"] = found[name] + 4
+    for name, offset in found.items():
+        if offset % 4 or not 0 <= offset <= size - 4:
+            raise ValueError(f"register {name} at {offset:#x} of {size:#x} bytes")
+    return found
+
+
+def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
+    """Where a handoff says that the core is.
+
+    Args:
+        ip_dict: of `pynq.Overlay`: the handoff's IPs by name.
+        hwh: for messages.
+
+    Raises:
+        DeviceError: it has no core, more than one, or not its registers.
+    """
+    ours = CORE_VLNV.rpartition(":")[0]
+    cores = [ip for ip in ip_dict.values() if _vlnv(ip).rpartition(":")[0] == ours]
+    if len(cores) != 1:
+        held = ", ".join(sorted(_vlnv(ip) for ip in ip_dict.values()))
+        raise DeviceError(f"{hwh} has {len(cores)} cores {CORE_VLNV}, not one; it has {held}")
+    try:
+        address, size = int(cores[0]["phys_addr"]), int(cores[0]["addr_range"])
+        return CorePlace(address, size, _offsets(cores[0]["registers"], size))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeviceError(
+            f"{hwh} does not say where the core's registers are ({type(error).__name__}: "
+            f"{error}): it is damaged, or of another version of the core"
+        ) from None
+
+
+def check_overlay(overlay: Path, board: Board) -> None:
+    """Bitstream and handoff there, and for this board's part."""
+    hwh = overlay.with_suffix(".hwh")
+    for path in (overlay, hwh):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: an overlay is a .bit and a .hwh of one name; `make "
+                f"bitstream` in a build folder makes both"
+            )
+    part = bit_part(overlay)
+    chip = board.part.partition("-")[0]
+    if part.partition("-")[0] != chip:
+        raise DeviceError(f"{overlay} was built for {part}, but {board.title} has {board.part}")
+    try:
+        info = read_xml(hwh).find("SYSTEMINFO")
+    except ValueError as error:
+        raise DeviceError(str(error)) from None
+    described = "" if info is None else info.get("DEVICE", "")
+    described = described if described.startswith("xc") else f"xc{described}"  # 7z020, but xczu3eg
+    if described == "xc" or not chip.startswith(described):
+        raise DeviceError(
+            f"{hwh} describes {described}, but the bitstream beside it is for {part}: they do "
+            f"not belong together"
+        )
 
 
 def hwh_text(board: Board, *, clock_mhz: float | None = None) -> str:

@@ -6,18 +6,17 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from .config import GemmConfig
-from .errors import DeviceError, DeviceTimeout
-from .job import GemmJob, Part, Walk, job_words, round_once
-from .operand import PackedOperand, pack
-from .registers import LAYOUT_VERSION, error_text
-
-Array = npt.NDArray[Any]
+from ..arrays import Array
+from ..config import GemmConfig
+from ..errors import DeviceError, DeviceTimeout
+from ..job import GemmJob
+from ..packing import PackedOperand, pack
+from ..registers import LAYOUT_VERSION, error_text
+from ..walk import Part, Walk, job_words
 
 MAX_TIMEOUT_S: Final = 1e6
 _LAUNCH_BLOCKS: Final = 1 << 18
@@ -154,8 +153,7 @@ class CoreDevice(Device):
             else:
                 values = c.view("<f4").reshape(job.result_shape)
         if total is not None:
-            exponents = job.exponents[:, None, None] if job.a.row_exponents else job.exponents
-            values = total if job.output == "int64" else round_once(total, exponents)
+            values = total if job.output == "int64" else job.rounded(total)
         assert values is not None
         cycles, words_a, words_b, words_c = (int(n) for n in counts)
         return GemmResult(
