@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
 MOVED: Final = {
@@ -84,6 +84,16 @@ MOVED: Final = {
     "workers": "study.workers",
 }
 """Old paths and new ones, both below the package."""
+DEFINITIONS: Final = {
+    "maps.precision_map": {
+        "BitWidthMap": "maps.bit_width_map",
+        "FORMAT_VERSION": "maps.file",
+        "MOST_BYTES": "maps.file",
+        "model_structure": "maps.structure",
+        "structure_hash": "maps.structure",
+    },
+}
+"""Names that left a module which stays, and where they lie now."""
 
 
 class _Moved(MetaPathFinder, Loader):
@@ -114,3 +124,18 @@ def install() -> None:
     """Once for the process."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Moved())
+
+
+def definition(module: str, name: str) -> Any:
+    """What a module's `__getattr__` gives for a name that left it. Raises AttributeError for any
+    other.
+    """
+    new = DEFINITIONS.get(module.removeprefix(f"{_PACKAGE}."), {}).get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{module}.{name} has moved to {_PACKAGE}.{new}; the old place goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(importlib.import_module(f"{_PACKAGE}.{new}"), name)

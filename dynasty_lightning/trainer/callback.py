@@ -27,7 +27,8 @@ from ..cost.analytics import AnalyticsCost, analytics_share
 from ..cost.bit_products import StepCost
 from ..cost.energy import EnergyModel, energy_ratios
 from ..cost.run_cost import RunCost
-from ..maps.precision_map import BitWidthMap, PrecisionMap
+from ..maps.bit_width_map import BitWidthMap
+from ..maps.precision_map import PrecisionMap
 from ..nn.layers import DynamicLayer
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
