@@ -60,7 +60,8 @@ from scipy.stats import spearmanr
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
-from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+from dynasty_lightning.policy.sensitivity import Sensitivity, layer_sensitivities
+from dynasty_lightning.policy.statistics import LayerStatistics
 from dynasty_lightning.policy.threshold import DynastyPolicy
 from dynasty_lightning.tasks.tasks import Task, build_task
 from dynasty_lightning.trainer.step_size import effective_step_sizes

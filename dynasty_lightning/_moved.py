@@ -64,10 +64,10 @@ MOVED: Final = {
     "models.transformer": "tasks.models.transformer",
     "models.vgg": "tasks.models.vgg",
     "models.vit": "tasks.models.vit",
-    "policy.controls": "policy.baselines.controls",
+    "policy.controls": "policy.baselines.magnitude",
     "policy.generator": "policy.threshold",
     "policy.precision_map": "maps.precision_map",
-    "policy.rivals": "policy.baselines.rivals",
+    "policy.rivals": "policy.baselines.per_layer",
     "policy.scheduled": "policy.baselines.scheduled",
     "policy.widths": "policy.baselines.widths",
     "precision": "trainer.precision",
@@ -91,6 +91,22 @@ DEFINITIONS: Final = {
         "MOST_BYTES": "maps.file",
         "model_structure": "maps.structure",
         "structure_hash": "maps.structure",
+    },
+    "policy.baselines.magnitude": {"RandomPolicy": "policy.baselines.random"},
+    "policy.baselines.per_layer": {"AmpaPolicy": "policy.baselines.ampa"},
+    "policy.baselines.scheduled": {
+        "CptPolicy": "policy.baselines.cpt",
+        "PfqPolicy": "policy.baselines.pfq",
+    },
+    "policy.schedule": {
+        "ALLOCATIONS": "policy.allocation",
+        "Allocation": "policy.allocation",
+    },
+    "policy.threshold": {
+        "GREATEST_SPEEDUP": "policy.base",
+        "UniformPolicy": "policy.uniform",
+        "check_policy": "policy.base",
+        "check_target": "policy.base",
     },
 }
 """Names that left a module which stays, and where they lie now."""

@@ -12,11 +12,11 @@ from ..cost.bit_products import ZERO_CHARGE
 from ..numerics.roles import READS, Role
 from .sensitivity import (
     FORWARD_SHARE,
-    LayerStatistics,
     bit_price,
     operand_elements,
     progress_and_share,
 )
+from .statistics import LayerStatistics
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7

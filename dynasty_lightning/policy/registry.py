@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from .baselines.controls import MagnitudePolicy, RandomPolicy
-from .baselines.rivals import AmpaPolicy, PerLayerPolicy
-from .baselines.scheduled import CptPolicy, PfqPolicy
-from .threshold import DynastyPolicy, Policy, UniformPolicy
+from .base import Policy
+from .baselines.ampa import AmpaPolicy
+from .baselines.cpt import CptPolicy
+from .baselines.magnitude import MagnitudePolicy
+from .baselines.per_layer import PerLayerPolicy
+from .baselines.pfq import PfqPolicy
+from .baselines.random import RandomPolicy
+from .threshold import DynastyPolicy
+from .uniform import UniformPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

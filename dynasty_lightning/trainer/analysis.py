@@ -23,7 +23,7 @@ from ..nn.layers import DynamicLayer
 from ..nn.probe import ProbeRecord
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Gemm, Role
-from ..policy.sensitivity import LayerStatistics
+from ..policy.statistics import LayerStatistics
 from .look import LayerWidths, Look, StepReader, Uses, add_uses
 from .ranks import Ranks
 

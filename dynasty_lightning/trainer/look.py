@@ -23,7 +23,7 @@ from ..nn.layers import DynamicLayer, LayerObservation
 from ..nn.probe import ProbeRecord
 from ..numerics.formats import MAX_BITS
 from ..numerics.roles import SHARED, Gemm, Role
-from ..policy.sensitivity import LayerStatistics
+from ..policy.statistics import LayerStatistics
 from .ranks import Ranks
 
 _MOST_AXES: Final = 8  # of an operand: more are averaged over like positions that differ

@@ -4,7 +4,7 @@ import torch
 
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.roles import Gemm, Role
-from dynasty_lightning.policy.sensitivity import LayerStatistics
+from dynasty_lightning.policy.statistics import LayerStatistics
 
 X, W, E = Role
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.policy.base import Measurement
 from dynasty_lightning.policy.sensitivity import NATURAL_LOSS, bit_price, layer_sensitivities
-from dynasty_lightning.policy.threshold import DynastyPolicy, Measurement, UniformPolicy
+from dynasty_lightning.policy.threshold import DynastyPolicy
+from dynasty_lightning.policy.uniform import UniformPolicy
 
 from .layer_statistics import linear
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.operand_precision import OperandPrecision
 from ...numerics.roles import READS, Gemm, Role
+from ..base import Entries
 from ..noise import NOISE_TO_SIGNAL, noise_to_signal
-from ..sensitivity import LayerStatistics
-from ..threshold import Entries
+from ..statistics import LayerStatistics
 
 Widths = Mapping[Role, float]
 
@@ -76,4 +76,17 @@ def fixed_entries(
             for role, bits in roles.items()
         }
         for name, roles in widths.items()
+    }
+
+
+def saved_widths(widths: Mapping[str, Mapping[Role, int]]) -> dict[str, dict[str, int]]:
+    return {
+        name: {role.letter: bits for role, bits in roles.items()} for name, roles in widths.items()
+    }
+
+
+def loaded_widths(state: Mapping[str, Mapping[str, int]]) -> dict[str, dict[Role, int]]:
+    return {
+        name: {Role.from_letter(k): int(bits) for k, bits in roles.items()}
+        for name, roles in state.items()
     }
