@@ -85,6 +85,10 @@ MOVED: Final = {
 }
 """Old paths and new ones, both below the package."""
 DEFINITIONS: Final = {
+    "cost.bit_products": {
+        "NetworkCost": "cost.counts",
+        "StepCost": "cost.counts",
+    },
     "maps.precision_map": {
         "BitWidthMap": "maps.bit_width_map",
         "FORMAT_VERSION": "maps.file",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Role
-from .bit_products import GemmCost
+from .counts import GemmCost
 from .energy import EnergyModel, energy, traffic
 
 MAP_OPS: Final = 20

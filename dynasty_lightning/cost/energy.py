@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Final
 
-from .bit_products import BASELINE_BITS, GemmCost
+from .counts import BASELINE_BITS, GemmCost
 
 _BITS_PER_BYTE: Final = 8
 _FLOAT32_BITS: Final = 32

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .bit_products import StepCost
+from .counts import StepCost
 
 
 class RunCost:

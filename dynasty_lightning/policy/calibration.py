@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..cost.bit_products import ZERO_CHARGE
+from ..cost.counts import ZERO_CHARGE
 from ..numerics.roles import READS, Role
 from .sensitivity import (
     FORWARD_SHARE,

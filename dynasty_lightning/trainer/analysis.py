@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any, Final, cast
 
 from ..cost.analytics import AnalyticsCost
-from ..cost.bit_products import StepCost
+from ..cost.counts import StepCost
 from ..nn.layers import DynamicLayer
 from ..nn.probe import ProbeRecord
 from ..numerics.geometry import LayerGeometry

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from ..cost.analytics import AnalyticsCost, analytics_share
-from ..cost.bit_products import StepCost
+from ..cost.counts import StepCost
 from ..cost.energy import EnergyModel, energy_ratios
 from ..cost.run_cost import RunCost
 from ..maps.bit_width_map import BitWidthMap

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..cost.analytics import AnalyticsCost, analytics_cost
-from ..cost.bit_products import StepCost, layer_cost
+from ..cost.bit_products import layer_cost
+from ..cost.counts import StepCost
 from ..nn.layers import DynamicLayer, LayerObservation
 from ..nn.probe import ProbeRecord
 from ..numerics.formats import MAX_BITS

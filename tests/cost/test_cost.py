@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
+from dynasty_lightning.cost.bit_products import layer_cost
+from dynasty_lightning.cost.counts import GemmCost, NetworkCost
 from dynasty_lightning.cost.run_cost import RunCost
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.layout import BandedWeight

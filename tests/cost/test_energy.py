@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dynasty_lightning.cost.analytics import AnalyticsCost, analytics_cost, analytics_share
-from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
+from dynasty_lightning.cost.bit_products import layer_cost
+from dynasty_lightning.cost.counts import GemmCost, NetworkCost
 from dynasty_lightning.cost.energy import Energy, EnergyModel, energy, energy_ratios, traffic
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.roles import Gemm, Role
