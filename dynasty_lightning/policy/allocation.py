@@ -21,6 +21,14 @@ class Allocation:
 
     Raises:
         ValueError: a value out of range.
+
+    >>> late = Allocation.named("late-20")  # the last fifth of the run at 8 bits
+    >>> [round(cost, 2) for cost in late.shares(progress=0.0, mean=0.4)]  # now, and from now on
+    [0.25, 0.4]
+    >>> late.shares(progress=0.9, mean=0.4)
+    (1.0, 1.0)
+    >>> late.next_mark(step=0, last_step=1000)
+    800
     """
 
     start: float = 1.0

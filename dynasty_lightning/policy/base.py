@@ -15,7 +15,7 @@ from .statistics import LayerStatistics
 __all__ = ["GREATEST_SPEEDUP", "Entries", "Measurement", "Policy", "check_policy", "check_target"]
 
 Entries = dict[str, dict[Role, OperandPrecision]]
-"""A map: what is asked of each operand, by layer name and role."""
+"""A map: an `OperandPrecision` for each operand, by layer name and role."""
 
 GREATEST_SPEEDUP: Final = 16.0
 """8 x 8 over 2 x 2 bits; beyond it only zero blocks help, which no policy can promise."""
@@ -33,6 +33,13 @@ class Measurement:
             without one.
         step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
         run_speedup: of all steps so far together; NaN where nobody keeps count.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> seen = Measurement(
+    ...     layers={"fc": example_layer()}, loss=0.7, speedup=4.0, target_speedup=5.0
+    ... )
+    >>> seen.step, seen.steps
+    (0, inf)
     """
 
     layers: Mapping[str, LayerStatistics]
@@ -54,6 +61,28 @@ class Policy(Protocol):
         wants_probes: some analyses shall measure the loss increase of rounding.
         fixed_widths: it chooses none: no cost can be met with it, and the loss guard has nothing
             to widen.
+
+    A policy of one's own; `DynastyCallback(policy=Narrow())` trains with it:
+
+    >>> class Narrow(Policy):
+    ...     name, needs_statistics, wants_probes = "narrow", False, False
+    ...
+    ...     def initial(self, layers):
+    ...         return {name: {Role.WEIGHT: OperandPrecision(bits=3)} for name in layers}
+    ...
+    ...     def update(self, measurement):
+    ...         return {}  # all operands keep what they have
+    ...
+    ...     def raise_precision(self): ...
+    ...
+    ...     def state_dict(self):
+    ...         return {}
+    ...
+    ...     def load_state_dict(self, state): ...
+    >>> int(Narrow().initial(["fc"])["fc"][Role.WEIGHT].bits)
+    3
+    >>> Narrow().figures()
+    {}
     """
 
     name: str
@@ -68,13 +97,13 @@ class Policy(Protocol):
         ...
 
     def update(self, measurement: Measurement) -> Entries:
-        """The map for the next interval, after each analysis; operands that it leaves out keep what
-        they have.
+        """The map for the next interval, after each analysis; operands that it leaves out keep
+        their `OperandPrecision`.
         """
         ...
 
     def raise_precision(self) -> None:
-        """Widen, because the loss guard says so; a policy of fixed widths has nothing to widen."""
+        """Widen, because the loss guard asks for it; fixed widths stay as they are."""
         ...
 
     def figures(self) -> dict[str, float | None]:
@@ -87,8 +116,14 @@ class Policy(Protocol):
 
 
 def check_target(target_speedup: float) -> float:
-    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what
-    is no number, else ValueError.
+    """The target as a float. Raises unless widths from 8 down to 2 bits can meet it: TypeError for
+    what is no number, else ValueError.
+
+    >>> check_target(5)
+    5.0
+    >>> check_target(17)
+    Traceback (most recent call last):
+    ValueError: target_speedup must be in [1, 16], not 17: ...
     """
     if isinstance(target_speedup, bool) or not isinstance(target_speedup, numbers.Real):
         raise TypeError(f"target_speedup must be a number, not {target_speedup!r}")
@@ -115,8 +150,15 @@ _LATER_ATTRIBUTES: Final[Mapping[str, Any]] = {"fixed_widths": False, "figures":
 
 
 def check_policy(policy: Any) -> Policy:
-    """Raises TypeError for a class in place of an object, and for an object that lacks what a
-    `Policy` has.
+    """The policy; raise TypeError for a class in place of an object, and for an object that lacks
+    what a `Policy` has.
+
+    >>> from dynasty_lightning.policy.uniform import UniformPolicy
+    >>> check_policy(UniformPolicy(bits=4)).name
+    'uniform'
+    >>> check_policy(UniformPolicy)
+    Traceback (most recent call last):
+    TypeError: policy takes an object: UniformPolicy(...), not the class UniformPolicy
     """
     if isinstance(policy, type):
         raise TypeError(

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Final
 
 from .._moved import definition
 
+__all__ = ["SETTLED", "AnalysisSchedule", "LossGuard"]
+
 SETTLED: Final = 0.08
 """The loop has settled when cost is within this fraction (in log) of its target."""
 _MAX_SETTLING_EVENTS: Final = 12
@@ -19,6 +21,14 @@ _FAR: Final = 2.0  # times the guard's limit
 class AnalysisSchedule:
     """Steps at which an analysis runs: once in the warm-up's middle and at its end, often until
     cost has settled, then every `interval`.
+
+    >>> schedule, due = AnalysisSchedule(interval=50, warmup_steps=20), []
+    >>> for step in range(1, 101):
+    ...     if step == schedule.next_step:
+    ...         due.append(step)
+    ...         schedule.advance(step, log_error=0.5 if step < 30 else 0.0, last_step=1000)
+    >>> due
+    [10, 20, 25, 30, 80]
     """
 
     interval: int = 50
@@ -103,6 +113,11 @@ class LossGuard:
     an easy task, makes a best mean that the next batches cannot hold. And half of the losses must
     be above the limit, too, unless the mean is far beyond it: a task that comes once in a while,
     with a loss of its own, moves the mean alone.
+
+    >>> guard = LossGuard(ratio=2.0)
+    >>> guard.check(1.0)
+    >>> guard.check(2.5)
+    'the training loss rose to 2.5, more than 2 times its best mean 1'
     """
 
     WINDOW: ClassVar[int] = 10

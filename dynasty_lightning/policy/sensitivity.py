@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From observed second moments to sensitivities: predicted harm of a unit of squared rounding
-error. Derivation: docs/thresholds.md.
+"""From observed second moments to sensitivities: the predicted loss increase (harm) of a unit of
+squared rounding error. Derivation: docs/thresholds.md.
 """
 
 import math
@@ -14,22 +14,25 @@ from torch import Tensor
 from ..numerics.roles import READS, SHARED, Gemm, Role
 from .statistics import LayerStatistics
 
+__all__ = ["Sensitivity", "layer_sensitivities", "progress_and_share"]
+
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands,
 .14 to .25 (docs/thresholds.md).
 """
 NATURAL_LOSS: Final = 16.0
 """In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch,
-a scale against underflow), whose
-square Fisher information would take for curvature, and leave E nothing."""
+a scale against underflow), whose square Fisher information would take for curvature, and leave E
+nothing.
+"""
 ASSUMED_GAIN: Final = 0.01
 """What a step takes off the loss, as a share of it, where no step size is known: of a prompt in
 front of a frozen network, say.
 """
 LEAST_GAIN: Final = 2.0**-24
-"""A step that takes less off the loss, as a share of it, than float32 can tell says as little of
-what gradients are worth as one at a
-learning rate of 0."""
+"""A step that takes less off the loss, as a share of it, than float32 resolves shows as little of
+what gradients are worth as one at a learning rate of 0.
+"""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded.
 """
@@ -37,8 +40,21 @@ MIN_PARTNER_BITS: Final = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Of one operand: harm of a unit squared error of one element (map- or grid-shaped), price of
-    one bit of one element, mean square.
+    """Of one operand.
+
+    Attributes:
+        harm: predicted loss increase of a unit squared error of one element, as a share of the
+            loss; map- or grid-shaped.
+        price: of one bit of one element, as a share of an 8-bit step's cost.
+        mean_square: of its elements, the shape of `harm`.
+        elements: of the operand in one batch.
+
+    >>> import torch
+    >>> s = Sensitivity(
+    ...     harm=torch.ones(1, 2), price=1e-3, mean_square=torch.full((1, 2), 4.0), elements=64.0
+    ... )
+    >>> float((s.harm * s.mean_square).mean()) * s.elements  # of losing the whole operand
+    256.0
     """
 
     harm: Tensor
@@ -52,9 +68,9 @@ def layer_sensitivities(
 ) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error
-    of X or W, and what a step gains less for noise in its gradient. With M terms of the loss
-    (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l over
+    Harm is loss increase over the loss L, one currency for all roles: what the loss is higher for
+    an error of X or W, and what a step gains less for noise in its gradient. With M terms of the
+    loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l over
     the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to
     4):
 
@@ -76,8 +92,13 @@ def layer_sensitivities(
         loss: L; only its size matters.
 
     Returns:
-        A harm of zero throughout an operand means that this step could not tell, not that it needs
-        nothing.
+        A harm of zero throughout an operand means that this step shows nothing of it, not that it
+        needs nothing.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> found = layer_sensitivities({"fc": example_layer()}, loss=1.0)["fc"]
+    >>> {role.letter: round(float(s.harm.mean()), 2) for role, s in found.items()}
+    {'X': 1.0, 'W': 0.41, 'E': 16.03}
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / loss if loss > 0 else 1.0
@@ -87,24 +108,14 @@ def layer_sensitivities(
     below = 0
     for name, s in layers.items():
         counts = operand_elements(s)
-        x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
-        moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
-        weighed = float(w.mean()) * counts[Role.WEIGHT]
-        positions = output_positions(s) / s.samples
-        spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
-        energy = gradient_energy(s) * s.ranks**2
-        own = share / energy if s.learns and energy > 0 else 0.0
         reached = max(below, 1) if s.has_dgrad else 0
         harm = {
-            Role.ACTIVATION: dx
-            * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
-            Role.WEIGHT: 0.5 * terms * s.dw_square.double()
-            + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
-            Role.ERROR: own * patch_energy(s).expand_as(s.e_square)
-            + (reached * share / spread if spread > 0 else 0.0),
+            **_forward_harm(s, counts, terms=terms, progress=progress),
+            Role.ERROR: _error_harm(s, counts, share=share, reached=reached),
         }
         below += s.learns
-        square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
+        squares = zip(Role, (s.x_square, s.w_square, s.e_square), strict=True)
+        square = {role: values.double() for role, values in squares}
         result[name] = {
             role: Sensitivity(
                 harm=scale * harm[role],
@@ -115,6 +126,34 @@ def layer_sensitivities(
             for role in Role
         }
     return result
+
+
+def _forward_harm(
+    s: LayerStatistics, counts: Mapping[Role, float], *, terms: float, progress: float
+) -> dict[Role, Tensor]:
+    """s_X and s_W times the loss."""
+    x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
+    moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
+    weighed = float(w.mean()) * counts[Role.WEIGHT]
+    return {
+        Role.ACTIVATION: dx
+        * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
+        Role.WEIGHT: 0.5 * terms * s.dw_square.double()
+        + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
+    }
+
+
+def _error_harm(
+    s: LayerStatistics, counts: Mapping[Role, float], *, share: float, reached: int
+) -> Tensor:
+    """s_E times the loss."""
+    positions = output_positions(s) / s.samples
+    spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
+    energy = gradient_energy(s) * s.ranks**2
+    own = share / energy if s.learns and energy > 0 else 0.0
+    return own * patch_energy(s).expand_as(s.e_square) + (
+        reached * share / spread if spread > 0 else 0.0
+    )
 
 
 def loss_terms(layers: Mapping[str, LayerStatistics]) -> float:
@@ -159,14 +198,19 @@ def progress_and_share(
 ) -> tuple[float, float]:
     """What a step takes off the loss to first order, and the same share of it that each layer has
     that learns.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> layers = {"below": example_layer(), "frozen": example_layer(step_size=0.0)}
+    >>> [round(gain, 3) for gain in progress_and_share(layers, loss=1.0)]
+    [3.2, 3.2]
     """
     learning = sum(s.learns for s in layers.values())
-    if not learning:  # what learns is no layer of ours
+    if not learning:  # what learns is no converted layer
         return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
     progress = sum(layer_gains(layers, loss=loss).values())
     if (
         0 < progress < LEAST_GAIN * loss
-    ):  # no gradients at all are another matter: they tell nothing
+    ):  # no gradients at all are another matter: they show nothing
         progress = ASSUMED_GAIN * loss
     return progress, progress / learning
 

@@ -5,16 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Gemm, Role
 
-__all__ = ["LayerStatistics"]
+__all__ = ["LayerStatistics", "example_layer"]
 
 
 class Probe(Protocol):
-    """What `nn.probe.ProbeRecord` holds: tensors [3 roles, 2 shifts]."""
+    """Loss increase of rounding, measured rather than predicted: tensors [3 roles, 2 shifts]
+    (`nn.probe.ProbeRecord`).
+    """
 
     @property
     def loss(self) -> Tensor: ...
@@ -50,7 +53,13 @@ class LayerStatistics:
         backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
         unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1
             where absent.
-        probe: harm measured in this step, if it was.
+        probe: loss increase measured in this step, if it was.
+
+    >>> layer = example_layer(outputs=8, inputs=4)
+    >>> layer.learns, layer.has_dgrad, layer.is_finite
+    (True, True, True)
+    >>> layer.macs[Gemm.FORWARD]
+    256
     """
 
     geometry: LayerGeometry
@@ -90,3 +99,36 @@ class LayerStatistics:
         adversary.
         """
         return self.macs.get(Gemm.DGRAD, 0) > 0
+
+
+def example_layer(
+    *,
+    outputs: int = 8,
+    inputs: int = 8,
+    step_size: float = 0.5,
+    dw: float = 0.1,
+    dx: float = 0.25,
+    probe: Probe | None = None,
+    dgrad: bool = True,
+) -> LayerStatistics:
+    """A Linear layer that saw 8 samples, to try a policy on: mean squares of X 4, E 2, W 1, of its
+    gradients `dx` and `dw`, the same everywhere; blocks of 4 x 4.
+
+    >>> example_layer().mean_bits[Role.WEIGHT]
+    5.0
+    """
+    macs = 8 * outputs * inputs
+    return LayerStatistics(
+        geometry=LayerGeometry(kind="linear", weight_shape=(outputs, inputs)),
+        samples=8,
+        step_size=step_size,
+        macs={Gemm.FORWARD: macs, Gemm.WGRAD: macs} | ({Gemm.DGRAD: macs} if dgrad else {}),
+        mean_bits={Role.ACTIVATION: 4.0, Role.WEIGHT: 5.0, Role.ERROR: 3.0},
+        x_square=torch.full((1, inputs // 4), 4.0),
+        e_square=torch.full((1, outputs // 4), 2.0),
+        dx_square=torch.full((1, inputs // 4), dx),
+        w_square=torch.full((outputs // 4, inputs // 4), 1.0),
+        dw_square=torch.full((outputs // 4, inputs // 4), dw),
+        channels_per_block=4,
+        probe=probe,
+    )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a
 noise budget.
+
+Harm is short for predicted loss increase: how much higher the loss gets by rounding, as a share of
+the loss (docs/thresholds.md).
 """
 
 import math
@@ -34,14 +37,15 @@ _NOISE_GAIN: Final = 0.7
 _HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
 _MEMORY: Final = 64.0
 """Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a
-thousand times the usual one for a step
-would else set E's thresholds for 27 analyses, in all of which E is zero."""
+thousand times the usual one for a step would else set E's thresholds for 27 analyses, in all of
+which E is zero.
+"""
 
 
 @dataclass(kw_only=True)
 class ThresholdPolicy(Policy, ABC):
-    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda
-    is steered.
+    """Thresholds that minimise predicted loss increase (harm) + lambda * cost, whatever predicts
+    it; lambda is steered.
 
     Args:
         noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to
@@ -59,6 +63,20 @@ class ThresholdPolicy(Policy, ABC):
             (docs/thresholds.md, Calibration).
         role_weights: what predicted harm of X, W and E counts times, 1 where not given: for
             ablations, and for a split measured elsewhere.
+
+    A policy of this kind only has to predict:
+
+    >>> class Flat(ThresholdPolicy):
+    ...     name = "flat"
+    ...
+    ...     def predict(self, layers, *, loss):
+    ...         known = layer_sensitivities(layers, loss=loss)
+    ...         return {
+    ...             name: {r: replace(s, harm=s.harm.clamp(max=1.0)) for r, s in roles.items()}
+    ...             for name, roles in known.items()
+    ...         }
+    >>> Flat(name="flat", least_bits={"X": 3}).figures()["lambda"] is None
+    True
     """
 
     noise_budget: float | None = None
@@ -133,7 +151,7 @@ class ThresholdPolicy(Policy, ABC):
     def sensitivities(
         self, layers: Mapping[str, LayerStatistics], *, loss: float
     ) -> dict[str, dict[Role, Sensitivity]]:
-        """What `predict` says, harm times its role's weight and what calibration found."""
+        """What `predict` gives, harm times its role's weight and what calibration found."""
         return {
             name: {
                 role: replace(
@@ -159,20 +177,20 @@ class ThresholdPolicy(Policy, ABC):
             self.multiplier = self._level or 1.0
         else:
             self._steer(measurement, drift)
-        # An operand without any harm is one that this step could not tell about, not one that needs
-        # nothing: it keeps what it has.
+        # An operand without any harm is one of which this step shows nothing, not one that needs
+        # nothing: it keeps its OperandPrecision.
         entries = {
             name: {
-                role: self._entry(name, role, s)
+                role: self._precision(name, role, s)
                 for role, s in roles.items()
                 if bool((s.harm > 0).any())
             }
             for name, roles in sensitivities.items()
         }
         self.predicted_harm = sum(
-            _predicted_harm(sensitivities[name][role], entry.values, role)
+            _predicted_harm(sensitivities[name][role], precision.values, role)
             for name, roles in entries.items()
-            for role, entry in roles.items()
+            for role, precision in roles.items()
         )
         return entries
 
@@ -208,7 +226,7 @@ class ThresholdPolicy(Policy, ABC):
         # 1).
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
 
-    def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
+    def _precision(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
         # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades
         # above the mean's threshold at most.
@@ -285,6 +303,20 @@ class ThresholdPolicy(Policy, ABC):
 class DynastyPolicy(ThresholdPolicy):
     """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md,
     equations 1 to 4).
+
+    E of this layer is the most sensitive operand, so its least significant bit is the finest:
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> policy = DynastyPolicy()
+    >>> seen = Measurement(
+    ...     layers={"fc": example_layer()}, loss=1.0, speedup=4.0, target_speedup=5.0
+    ... )
+    >>> {role.letter: int(p.lsb_exponent.max()) for role, p in policy.update(seen)["fc"].items()}
+    {'X': 0, 'W': 0, 'E': -3}
+    >>> before = policy.figures()["lambda"]
+    >>> _ = policy.update(seen)  # short of its target: lambda rises, and widths will fall
+    >>> policy.figures()["lambda"] > before
+    True
     """
 
     name: str = "dynasty"

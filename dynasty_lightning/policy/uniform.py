@@ -15,7 +15,15 @@ __all__ = ["UniformPolicy", "check_backward_bits"]
 
 @dataclass
 class UniformPolicy(Policy):
-    """Fixed widths: one for all, or one for each role; `backward_bits` as in `ThresholdPolicy`."""
+    """Fixed widths: one for all, or one for each role; `backward_bits` as in `ThresholdPolicy`.
+
+    >>> policy = UniformPolicy(bits={"X": 4, "W": 4, "E": 6})
+    >>> int(policy.initial(["fc"])["fc"][Role.ERROR].bits)
+    6
+    >>> UniformPolicy(bits=1)
+    Traceback (most recent call last):
+    ValueError: bits must be 0 (block not computed) or in [2, 8], not 1
+    """
 
     bits: int | Mapping[str, int] = 8
     backward_bits: Mapping[str, int] = field(default_factory=dict)
@@ -58,6 +66,12 @@ class UniformPolicy(Policy):
 def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
     """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is
     none.
+
+    >>> {role.letter: bits for role, bits in check_backward_bits({"X": 2, "W": 4}).items()}
+    {'X': 2, 'W': 4}
+    >>> check_backward_bits({"E": 4})
+    Traceback (most recent call last):
+    ValueError: backward_bits limits X in WGRAD and W in DGRAD to 2 bits or more, not E to 4
     """
     items = by_letter("backward_bits", backward_bits)
     result = {

@@ -9,9 +9,8 @@ import pytest
 from dynasty_lightning import DynastyCallback
 from dynasty_lightning.policy.base import Measurement, Policy, check_policy
 from dynasty_lightning.policy.registry import POLICIES, make_policy
+from dynasty_lightning.policy.statistics import example_layer as linear
 from dynasty_lightning.policy.threshold import DynastyPolicy
-
-from .layer_statistics import linear
 
 
 class Eight(Policy):
