@@ -56,6 +56,24 @@ def layer_cost(
 
     Raises:
         ValueError: shapes or grids that do not belong together.
+
+    Eight samples through a Linear of 4 inputs and 8 outputs, at 4 bits everywhere:
+
+    >>> geometry = LayerGeometry(kind="linear", weight_shape=(8, 4))
+    >>> grids = {Role.ACTIVATION: (2, 1), Role.WEIGHT: (2, 1), Role.ERROR: (2, 2)}
+    >>> cost = layer_cost(
+    ...     geometry,
+    ...     input_shape=(8, 4),
+    ...     output_shape=(8, 8),
+    ...     bits={role: torch.full(grid, 4) for role, grid in grids.items()},
+    ...     occupied={role: torch.ones(grid, dtype=torch.bool) for role, grid in grids.items()},
+    ...     block_shape=(4, 4),
+    ...     has_dgrad=True,
+    ... )
+    >>> cost[Gemm.FORWARD].macs, cost[Gemm.FORWARD].products, cost[Gemm.FORWARD].baseline
+    (256, 4096, 16384)
+    >>> sum(cost.values(), GemmCost()).speedup_charged
+    4.0
     """
     grids = _grid_shapes(geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT])
     copies = backward_bits or {}

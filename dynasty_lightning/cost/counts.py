@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Additive counts of a GEMM, a layer, a step or a network, and the speedups that follow."""
+"""Additive counts of a GEMM, a layer, a step or a network, and the reductions in bit operations
+that follow from them. docs/cost.md: what is counted.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -44,6 +46,12 @@ class GemmCost:
         single_bits, single_blocks: of these, what no second GEMM reads: X and W where backward has
             copies of its own.
         outputs: float32 results, the same in either run.
+
+    >>> half = GemmCost(products=16, products_charged=20, baseline=64)
+    >>> half.speedup_ideal, half.speedup_charged
+    (4.0, 3.2)
+    >>> (half + half).scaled(10).baseline
+    1280
     """
 
     macs: float = 0
@@ -91,15 +99,15 @@ class GemmCost:
 
     @property
     def speedup_ideal(self) -> float:
-        """`baseline` over `products`: zero blocks are free on both sides. NaN before anything is
-        counted.
+        """Reduction in bit operations, `baseline` over `products`: zero blocks are free on both
+        sides. NaN before anything is counted.
         """
         return _ratio(self.baseline, self.products)
 
     @property
     def speedup_charged(self) -> float:
-        """`baseline`, its zero blocks free, over `products_charged`: the harsher of the figures
-        that can be formed.
+        """Reduction in bit operations, zero blocks counted: `baseline`, its own zero blocks free,
+        over `products_charged`. The harsher of the figures that can be formed.
         """
         return _ratio(self.baseline, self.products_charged)
 
@@ -125,6 +133,13 @@ class NetworkCost:
         gemms: cost of each GEMM, summed over the converted layers; a GEMM that no layer runs is
             absent.
         macs_outside: MACs a step, over all their GEMMs, of the layers that are not converted.
+
+    >>> layer = {Gemm.FORWARD: GemmCost(products=16, products_charged=16, baseline=64)}
+    >>> network = NetworkCost.from_layers([layer, layer], macs_outside=1)
+    >>> network.converted.speedup_charged
+    4.0
+    >>> network.speedup_network()  # one MAC outside, at 8 bits in either run
+    2.0
     """
 
     gemms: Mapping[Gemm, GemmCost]

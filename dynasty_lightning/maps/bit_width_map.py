@@ -27,6 +27,15 @@ class BitWidthMap:
     Raises:
         ValueError: a grid of an unknown layer, of another type or shape, or with widths outside {0,
             2..8}.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> head = LayerGeometry(kind="linear", weight_shape=(8, 8))
+    >>> widths = BitWidthMap(
+    ...     structure=ModelStructure(layers={"head": head}),
+    ...     bits={"head": {Role.WEIGHT: torch.tensor([[4, 4], [8, 0]], dtype=torch.uint8)}},
+    ... )
+    >>> widths.mean_bits(Role.WEIGHT), widths.zero_share(Role.WEIGHT)
+    (4.0, 0.25)
     """
 
     structure: ModelStructure

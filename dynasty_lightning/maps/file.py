@@ -21,6 +21,8 @@ from ..files import DamagedFile, parse_json, read_bounded, write_whole
 from ..numerics.roles import Role
 from .structure import ModelStructure, mapping
 
+__all__ = ["FORMAT_VERSION", "MOST_BYTES"]
+
 FORMAT_VERSION: Final = 1
 _HEADER: Final = "dynasty"
 _DIGEST: Final = "sha256"
@@ -50,7 +52,7 @@ def render_header(format_name: str, structure: ModelStructure, **more: Any) -> s
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
-    # safetensors refuses tensors that share memory, as two operands of one request do.
+    # safetensors refuses tensors that share memory, as two operands with one OperandPrecision do.
     copies = {key: value.clone() for key, value in tensors.items()}
     write_whole(
         path,

@@ -31,10 +31,21 @@ _STATE_FIELDS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionMap:
-    """What a policy asks of every operand of every layer; absent entries mean 8 bits.
+    """An `OperandPrecision` for operands of layers; those that are left out get 8 bits.
 
     Raises:
-        ValueError: an entry of an unknown layer, or whose shape fits no grid of that layer.
+        ValueError: a layer that the structure lacks, a shape that fits no grid of its layer, or
+            `backward_bits` of E.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> head = LayerGeometry(kind="linear", weight_shape=(10, 64))
+    >>> precisions = PrecisionMap(
+    ...     structure=ModelStructure(layers={"head": head}),
+    ...     entries={"head": {Role.WEIGHT: OperandPrecision(bits=4)}},
+    ... )
+    >>> precisions.save("map.safetensors")
+    >>> PrecisionMap.load("map.safetensors").hash() == precisions.hash()
+    True
     """
 
     structure: ModelStructure

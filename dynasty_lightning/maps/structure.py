@@ -58,6 +58,14 @@ _GEOMETRY_FIELDS: Final = {
 class ModelStructure:
     """What a map belongs to: the converted layers by name, and how their operands are cut into
     blocks.
+
+    >>> head = LayerGeometry(kind="linear", weight_shape=(10, 64))
+    >>> structure = ModelStructure(layers={"head": head}, block_shape=(4, 4))
+    >>> ModelStructure.from_json(json.loads(json.dumps(structure.to_json()))) == structure
+    True
+    >>> structure.check_equal(ModelStructure(layers={}), "map.safetensors")
+    Traceback (most recent call last):
+    ValueError: map.safetensors is of another model: layer 'head' is not there in it and ...
     """
 
     layers: Mapping[str, LayerGeometry]
@@ -73,7 +81,7 @@ class ModelStructure:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelStructure":
-        """The inverse of `to_json`. Raises ValueError for anything else."""
+        """The inverse of `to_json`, read back from JSON. Raises ValueError for anything else."""
         check_fields("the structure", mapping("the structure", data), _STRUCTURE_FIELDS)
         layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
         width_group = data["width_group"]
@@ -118,6 +126,12 @@ def model_structure(model: nn.Module) -> ModelStructure:
 
     Raises:
         ValueError: no such module, two of one name, or layers of different block formats.
+
+    >>> from dynasty_lightning import convert
+    >>> net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    >>> _ = convert(net)
+    >>> list(model_structure(net).layers)
+    ['0', '2']
     """
     layers: dict[str, LayerGeometry] = {}
     formats: dict[BlockFormat, str] = {}
@@ -149,7 +163,14 @@ def model_structure(model: nn.Module) -> ModelStructure:
 
 
 def structure_hash(model: nn.Module) -> str:
-    """`model_structure(model).hash()`: equal exactly where maps can be exchanged."""
+    """`model_structure(model).hash()`: equal exactly where maps can be exchanged.
+
+    >>> from dynasty_lightning import convert
+    >>> nets = [nn.Sequential(nn.Linear(8, n)) for n in (4, 4, 6)]
+    >>> a, b, c = (structure_hash(net) for net in nets if convert(net))
+    >>> a == b, a == c
+    (True, False)
+    """
     return model_structure(model).hash()
 
 

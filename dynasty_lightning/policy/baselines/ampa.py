@@ -20,7 +20,7 @@ __all__ = ["AmpaPolicy"]
 class AmpaPolicy(Policy):
     """Bits taken from the least sensitive operands first, after AMPA (Ding et al., ICML 2024).
 
-    Only the abstract and the inputs of its Algorithm 1 could be read, so this is our construction
+    Only the abstract and the inputs of its Algorithm 1 could be read, so this is a construction
     from them (docs/policies.md): sensitivity of an operand = quantization loss * mean gradient
     magnitude, a first-order bound of the change of the loss, here elements * rms gradient * rms
     error; for E, whose gradient the paper does not name there, its own magnitude. In units of the
@@ -29,9 +29,16 @@ class AmpaPolicy(Policy):
     Every analysis allocates anew (the paper's Itv).
 
     Args:
-        spread: how many bits an operand may have less than the widest of its role; our reading of
+        spread: how many bits an operand may have less than the widest of its role; a reading of
             "fair allocation threshold".
         smoothing: weight of the past in the moving averages of sensitivities.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> layers = {"fc": example_layer(), "head": example_layer(outputs=4)}
+    >>> seen = Measurement(layers=layers, loss=1.0, speedup=1.0, target_speedup=2.0)
+    >>> entries = AmpaPolicy().update(seen)
+    >>> sorted({int(p.bits) for roles in entries.values() for p in roles.values()})
+    [5, 6]
     """
 
     spread: int = 2
@@ -57,12 +64,12 @@ class AmpaPolicy(Policy):
         if measurement.target_speedup is None:
             raise ValueError("ampa steers to a cost: give the callback target_speedup=...")
         layers = measurement.layers
-        in_force = sum(
+        present = sum(
             width_cost(shares, self._of(name)) for name, shares in mac_shares(layers).items()
         )
         # Zero blocks are charged and save nothing here: what they add does not depend on the
         # widths.
-        overhead = 1.0 / max(measurement.speedup, 1e-6) - in_force
+        overhead = 1.0 / max(measurement.speedup, 1e-6) - present
         budget = self._relief / measurement.target_speedup - overhead
         self._relief = 1.0
         self._observe(layers)
@@ -72,7 +79,7 @@ class AmpaPolicy(Policy):
     def raise_precision(self) -> None:
         """Give the next map twice the cost. The loss guard calls it."""
         self._relief = 2.0
-        self._widths = {}  # 8 bits are in force until then
+        self._widths = {}  # 8 bits are active until then
 
     def _of(self, name: str) -> Mapping[Role, int]:
         return self._widths.get(name, dict.fromkeys(Role, MAX_BITS))

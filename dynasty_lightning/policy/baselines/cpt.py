@@ -32,6 +32,13 @@ class CptPolicy(ScheduledPolicy):
         least, most: bits of X and W.
         backward: bits of E.
         cycles: in the whole run; published: 32.
+
+    >>> policy = CptPolicy(target_speedup=4.0, cycles=4)
+    >>> [round(policy.now(step, 1000)[0], 1) for step in (0, 125, 249, 250)]  # of X and W
+    [3.0, 5.5, 8.0, 3.0]
+    >>> _ = policy.initial(["fc"])
+    >>> round(policy.offset, 2)  # bits that are added to all of it
+    -2.5
     """
 
     least: int = 3

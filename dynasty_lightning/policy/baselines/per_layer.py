@@ -36,7 +36,7 @@ class PerLayerPolicy(DynastyPolicy):
     """One width for each operand of each layer: least predicted harm + lambda * cost over all
     combinations of 2 to 8 bits.
 
-    Our construction of what HAWQ-like mixed precision does (HAWQ-V3, Yao et al., ICML 2021: layer
+    A construction of what HAWQ-like mixed precision does (HAWQ-V3, Yao et al., ICML 2021: layer
     widths from a sum of second-order perturbations under a cost limit). Harm is DYNASTY's own,
     summed over the operand; noise is measured NSR; lambda is steered as there. A layer's three
     widths are chosen together, which is exact, since a GEMM reads one layer's operands only.
@@ -44,6 +44,14 @@ class PerLayerPolicy(DynastyPolicy):
     Args:
         hysteresis: a width moves only as far as it must for lambda within this many binades of LSB,
             4**-h to 4**h times its value.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> policy = PerLayerPolicy()
+    >>> seen = Measurement(
+    ...     layers={"fc": example_layer()}, loss=1.0, speedup=4.0, target_speedup=5.0
+    ... )
+    >>> {role.letter: int(p.bits) for role, p in policy.update(seen)["fc"].items()}
+    {'X': 3, 'W': 2, 'E': 6}
     """
 
     name: str = "per_layer"

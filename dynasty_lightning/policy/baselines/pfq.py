@@ -34,6 +34,12 @@ class PfqPolicy(ScheduledPolicy):
         periods: the run is divided into these, for one loss each; published: 160 of 400 steps. No
             shorter than an analysis interval.
         scale_periods: first periods whose mean loss is the unit of the differences.
+
+    >>> policy = PfqPolicy(target_speedup=4.0)
+    >>> {role.letter: int(p.bits) for role, p in policy.initial(["fc"])["fc"].items()}
+    {'X': 2, 'W': 2, 'E': 4}
+    >>> policy.stage, round(policy.offset, 2)  # bits that are added to all of the schedule
+    (0, -2.25)
     """
 
     forward: Sequence[int] | str = (3, 4, 6, 8)

@@ -30,6 +30,12 @@ class RandomPolicy(DynastyPolicy):
 
     Args:
         seed: of the order.
+
+    >>> RandomPolicy(seed=1).name
+    'random'
+    >>> RandomPolicy(seed=-1)
+    Traceback (most recent call last):
+    ValueError: seed must be an integer and not negative, not -1
     """
 
     seed: int = 0
@@ -43,10 +49,10 @@ class RandomPolicy(DynastyPolicy):
     def sensitivities(
         self, layers: Mapping[str, LayerStatistics], *, loss: float
     ) -> dict[str, dict[Role, Sensitivity]]:
-        ours = super().sensitivities(layers, loss=loss)
+        placed = super().sensitivities(layers, loss=loss)
         return {
             name: {role: self._shuffle(f"{name}/{role.letter}", s) for role, s in roles.items()}
-            for name, roles in ours.items()
+            for name, roles in placed.items()
         }
 
     def _shuffle(self, operand: str, s: Sensitivity) -> Sensitivity:

@@ -38,6 +38,20 @@ class ScheduledPolicy(Policy, ABC):
     Args:
         target_speedup: of the whole run; the measurement's own, which is meant for the next steps
             only, is not read.
+
+    >>> class Rising(ScheduledPolicy):
+    ...     name = "rising"
+    ...
+    ...     def now(self, step, steps):  # bits of X and W, and of E
+    ...         return 3 + 5 * step / steps, 8
+    ...
+    ...     def rest(self, step, steps):
+    ...         return {self.now(s, 10): 1 for s in range(int(10 * step / steps), 10)}
+    >>> policy = Rising(target_speedup=2.0, name="rising")
+    >>> {role.letter: int(p.bits) for role, p in policy.initial(["fc"])["fc"].items()}
+    {'X': 2, 'W': 2, 'E': 7}
+    >>> round(policy.offset, 1)  # bits that are added to all of it
+    -0.5
     """
 
     target_speedup: float
@@ -102,7 +116,7 @@ class ScheduledPolicy(Policy, ABC):
         return self._choose(step, steps)
 
     def raise_precision(self) -> None:
-        """Nothing is widened: the schedule and its budget decide. The guard's 8 bits are in force
+        """Nothing is widened: the schedule and its budget decide. The guard's 8 bits are active
         until the next map, and are paid for.
         """
         self._widths = dict.fromkeys(Role, MAX_BITS)
