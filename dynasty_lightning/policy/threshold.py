@@ -114,13 +114,7 @@ class ThresholdPolicy(Policy, ABC):
             Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]")
             for k, v in by_letter("least_bits", self.least_bits)
         }
-        self._backward = check_backward_bits(self.backward_bits)
-        for role, bits in self._backward.items():
-            if bits < self._least.get(role, 0):
-                raise ValueError(
-                    f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, "
-                    f"{self._least[role]}"
-                )
+        self._backward = check_backward_bits(self.backward_bits, self._least)
         self._role_weights = dict.fromkeys(Role, 1.0) | {
             Role.from_letter(k): v for k, v in by_letter("role_weights", self.role_weights)
         }

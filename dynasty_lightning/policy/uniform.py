@@ -3,6 +3,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ..numerics.formats import MAX_BITS, MIN_BITS, check_bits
@@ -63,9 +64,11 @@ class UniformPolicy(Policy):
         return None
 
 
-def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
-    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is
-    none.
+def check_backward_bits(
+    backward_bits: Mapping[str, int], least_bits: Mapping[Role, int] = MappingProxyType({})
+) -> dict[Role, int]:
+    """By role. Raises ValueError for a role that FORWARD does not read, for a width that is none,
+    and for one below that role's `least_bits`.
 
     >>> {role.letter: bits for role, bits in check_backward_bits({"X": 2, "W": 4}).items()}
     {'X': 2, 'W': 4}
@@ -83,6 +86,11 @@ def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
             raise ValueError(
                 f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, "
                 f"not {role.letter} to {bits}"
+            )
+        if bits < least_bits.get(role, 0):
+            raise ValueError(
+                f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, "
+                f"{least_bits[role]}"
             )
     return result
 
