@@ -10,8 +10,8 @@ STAMP := $(VENV)/.installed
 NEWEST := .venv-numpy2
 NEWEST_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Of all tests, those in which NumPy or torch could differ. Not: mutants, sanitizers, and projects of hls4ml, which take minutes to compile.
-NEWEST_TESTS := tests/property tests/cost/test_cost.py tests/tasks/test_data.py tests/cost/test_energy.py \
-  tests/hardware/test_export.py tests/study/test_compare_report.py tests/numerics/test_gemm.py tests/numerics/test_oracle.py tests/maps/test_precision_map.py \
+NEWEST_TESTS := tests/property tests/cost tests/tasks/test_data.py \
+  tests/hardware/test_export.py tests/study/test_compare_report.py tests/numerics/test_gemm.py tests/numerics/test_oracle.py tests/maps \
   tests/study/test_report.py tests/tasks/test_text.py tests/trainer/test_lightning.py tests/nn/test_operators.py \
   tests/hardware/test_offload.py tests/fpga/test_operand.py tests/fpga/test_csim.py tests/fpga/test_config.py tests/fpga/test_devices.py \
   tests/fpga/test_emit.py tests/fpga/test_selftest.py tests/fpga/test_core_oracle.py

@@ -58,9 +58,11 @@ from harm import (
 from scipy.stats import spearmanr
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
+from dynasty_lightning.files import write_whole
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
-from dynasty_lightning.policy.sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+from dynasty_lightning.policy.sensitivity import Sensitivity, layer_sensitivities
+from dynasty_lightning.policy.statistics import LayerStatistics
 from dynasty_lightning.policy.threshold import DynastyPolicy
 from dynasty_lightning.tasks.tasks import Task, build_task
 from dynasty_lightning.trainer.step_size import effective_step_sizes
@@ -599,7 +601,7 @@ def draw(
     handles.append(Line2D([], [], color="black", lw=0.8, label="measured = predicted"))
     figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
     plt.close(figure)
     print(f"wrote {path}")
 

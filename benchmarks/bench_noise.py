@@ -401,7 +401,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     right.legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
 
 
 def main() -> None:

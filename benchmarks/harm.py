@@ -31,7 +31,7 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.quantize import quantize
 from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.roles import Role
-from dynasty_lightning.policy.sensitivity import LayerStatistics
+from dynasty_lightning.policy.statistics import LayerStatistics
 
 LEAST_WITHIN = 8
 """Entries that a layer needs for a correlation of its own."""

@@ -2,7 +2,7 @@
 """Train neural networks in block-wise dynamic precision from a Lightning Trainer."""
 
 from . import _moved
-from .maps.precision_map import BitWidthMap as BitWidthMap
+from .maps.bit_width_map import BitWidthMap as BitWidthMap
 from .maps.precision_map import PrecisionMap as PrecisionMap
 from .nn.convert import ConversionReport as ConversionReport
 from .nn.convert import convert as convert

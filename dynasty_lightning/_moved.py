@@ -3,7 +3,8 @@
 that says where they lie now.
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from fpga import _moved
 
@@ -59,10 +60,10 @@ MOVED: Final = {
     "models.transformer": "tasks.models.transformer",
     "models.vgg": "tasks.models.vgg",
     "models.vit": "tasks.models.vit",
-    "policy.controls": "policy.baselines.controls",
+    "policy.controls": "policy.baselines.magnitude",
     "policy.generator": "policy.threshold",
     "policy.precision_map": "maps.precision_map",
-    "policy.rivals": "policy.baselines.rivals",
+    "policy.rivals": "policy.baselines.per_layer",
     "policy.scheduled": "policy.baselines.scheduled",
     "policy.widths": "policy.baselines.widths",
     "precision": "trainer.precision",
@@ -79,8 +80,43 @@ MOVED: Final = {
     "workers": "study.workers",
 }
 """Old paths and new ones, both below the package."""
+DEFINITIONS: Final = {
+    "cost.bit_products": {
+        "NetworkCost": "cost.counts",
+        "StepCost": "cost.counts",
+    },
+    "maps.precision_map": {
+        "BitWidthMap": "maps.bit_width_map",
+        "FORMAT_VERSION": "maps.file",
+        "MOST_BYTES": "maps.file",
+        "model_structure": "maps.structure",
+        "structure_hash": "maps.structure",
+    },
+    "policy.baselines.magnitude": {"RandomPolicy": "policy.baselines.random"},
+    "policy.baselines.per_layer": {"AmpaPolicy": "policy.baselines.ampa"},
+    "policy.baselines.scheduled": {
+        "CptPolicy": "policy.baselines.cpt",
+        "PfqPolicy": "policy.baselines.pfq",
+    },
+    "policy.schedule": {
+        "ALLOCATIONS": "policy.allocation",
+        "Allocation": "policy.allocation",
+    },
+    "policy.threshold": {
+        "GREATEST_SPEEDUP": "policy.base",
+        "UniformPolicy": "policy.uniform",
+        "check_policy": "policy.base",
+        "check_target": "policy.base",
+    },
+}
+"""Names that left a module which stays, and where they lie now."""
 
 
 def install() -> None:
     """Once for the process."""
     _moved.install(_PACKAGE, MOVED)
+
+
+def names_left(module: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that stays where names of it have left."""
+    return _moved.names_moved(module, DEFINITIONS[module.removeprefix(f"{_PACKAGE}.")])

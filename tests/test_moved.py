@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dynasty_lightning._moved import MOVED
+from dynasty_lightning._moved import DEFINITIONS, MOVED
 
 _OPTIONAL = {"core.triton_kernels", "hls4ml_export", "hls4ml_layer"}
 
@@ -46,3 +46,21 @@ def test_the_warning_points_at_who_imports_and_nobody_of_us_does():
         "<string>:3: DeprecationWarning: dynasty_lightning.callback has moved to "
         "dynasty_lightning.trainer.callback" in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(module, name) for module, names in DEFINITIONS.items() for name in names],
+)
+def test_a_name_that_left_its_module_is_found_there_with_a_warning(module, name):
+    old = importlib.import_module(f"dynasty_lightning.{module}")
+    new = DEFINITIONS[module][name]
+    assert name not in vars(old), "it is there, so no warning is given"
+    with pytest.warns(
+        DeprecationWarning, match=rf"{module}.{name} has moved to .*\.{new};"
+    ) as seen:
+        found = getattr(old, name)
+    assert found is getattr(importlib.import_module(f"dynasty_lightning.{new}"), name)
+    assert seen[0].filename == __file__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = old.nothing

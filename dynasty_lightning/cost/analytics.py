@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Role
-from .bit_products import GemmCost
+from .counts import GemmCost
 from .energy import EnergyModel, energy, traffic
+
+__all__ = ["AnalyticsCost", "AnalyticsShare", "analytics_cost", "analytics_share"]
 
 MAP_OPS: Final = 20
 """Float32 operations to renew one map entry: averages, sensitivity, logarithm, threshold,
@@ -37,6 +39,12 @@ class AnalyticsCost:
         map_operations: float32 operations that renew map entries.
         width_operations: integer operations that choose each block's width, at every step.
         bytes: statistics written and read, thresholds written at an event and read at every step.
+
+    >>> cost = AnalyticsCost(squares=100, bytes=10) + AnalyticsCost(map_operations=20)
+    >>> cost.scaled(0.5).squares
+    50.0
+    >>> round(cost.energy())  # picojoule, most of it off-chip bytes
+    2159
     """
 
     squares: float = 0
@@ -76,7 +84,11 @@ class AnalyticsCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalyticsShare:
-    """Analytics over a training step without it, each in its own unit; 0.01 is 1 %."""
+    """Analytics over a training step without it, each in its own unit; 0.01 is 1 %.
+
+    >>> AnalyticsShare(operations=0.02, bytes=0.01, energy=0.01).operations
+    0.02
+    """
 
     operations: float
     bytes: float
@@ -106,6 +118,19 @@ def analytics_cost(
 
     Raises:
         ValueError: `interval` is below 1.
+
+    >>> import torch
+    >>> grids = {Role.ACTIVATION: (2, 1), Role.WEIGHT: (2, 1), Role.ERROR: (2, 2)}
+    >>> cost = analytics_cost(
+    ...     LayerGeometry(kind="linear", weight_shape=(8, 4)),
+    ...     input_shape=(8, 4),
+    ...     output_shape=(8, 8),
+    ...     bits={role: torch.zeros(grid) for role, grid in grids.items()},
+    ...     has_dgrad=True,
+    ...     interval=50,
+    ... )
+    >>> cost.width_operations, round(cost.squares, 2)  # of all blocks; of X, W, E, dX, dW / 50
+    (24, 3.84)
     """
     if interval < 1:
         raise ValueError(f"interval is a number of steps and at least 1, not {interval}")
@@ -131,6 +156,10 @@ def analytics_share(
 
     A MAC is two operations; the step has those that the mathematics needs, without padding. Bytes
     and energy are the step's off-chip bytes and `energy(cost).total`.
+
+    >>> step = GemmCost(macs=1000, products=64000, stored_bits=8000)
+    >>> round(analytics_share(AnalyticsCost(squares=10, bytes=15), step).operations, 3)
+    0.01
     """
     step_operations, step_bytes, step_energy = (
         2 * cost.macs,

@@ -2,184 +2,25 @@
 """Exact sums over all block pairs of the three GEMMs, from grids of widths.
 
 A convolution is a sum over taps of block GEMMs, so every sum over pairs factorises into a sum of
-products of small
-sums: no pair is ever formed. docs/cost.md gives the formulas and says what is counted.
+products of small sums: no pair is ever formed. docs/cost.md gives the formulas and says what is
+counted.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, reduce
-from typing import Final, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .._moved import names_left
 from ..numerics.formats import MAX_BITS
 from ..numerics.geometry import LayerGeometry
-from ..numerics.roles import READS, Gemm, Role
+from ..numerics.roles import READS, SHARED, Gemm, Role
+from .counts import BASELINE_BITS, ZERO_CHARGE, GemmCost
+from .pair_sums import TapAxis, forward_gram, gram, per_tap, tap_axes, wgrad_gram
 
-BASELINE_BITS: Final = MAX_BITS
-ZERO_CHARGE: Final = 4
-"""Bit products a MAC that the charged figures put on a pair with a zero block: as if both blocks
-had 2 bits.
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemmCost:
-    """Additive counts of one training step: of one GEMM, a layer, or a network.
-
-    Whole numbers from `layer_cost`; averages over ranks need not be. `*_baseline`: the same of the
-    uniform 8-bit run of the same tensors, which skips the blocks that were zero before
-    quantization.
-
-    Attributes:
-        macs: multiply-accumulates that the mathematics needs; zero padding needs none.
-        pair_macs: MACs of all pairs of blocks that meet, zero or not, ragged edges filled up.
-        block_macs: MACs that the block array executes: `pair_macs` of the pairs in which neither
-            block is zero.
-        products: bit products, b_a * b_b for each executed MAC.
-        products_charged: `products`, plus `ZERO_CHARGE` for each MAC of the pairs that are skipped.
-        baseline: 64 for each MAC of pairs whose blocks are both occupied.
-        baseline_charged: `baseline`, plus `ZERO_CHARGE` for each MAC of the pairs that it skips.
-        block_products: executed block pairs (pairs of dot-product operands, for blocks of one row).
-        dot_products: shifts and accumulator updates, one for each output and block product.
-        read_bits: element bits that block products read on chip, before reuse; headers not
-            included.
-        stored_bits: element bits of both operands, each once; blocks that are zero take none.
-        stored_blocks: blocks of both operands, each with a header in either run.
-        single_bits, single_blocks: of these, what no second GEMM reads: X and W where backward has
-            copies of its own.
-        outputs: float32 results, the same in either run.
-    """
-
-    macs: float = 0
-    pair_macs: float = 0
-    block_macs: float = 0
-    products: float = 0
-    products_charged: float = 0
-    baseline: float = 0
-    baseline_charged: float = 0
-    block_products: float = 0
-    block_products_baseline: float = 0
-    dot_products: float = 0
-    dot_products_baseline: float = 0
-    read_bits: float = 0
-    read_bits_baseline: float = 0
-    stored_bits: float = 0
-    stored_bits_baseline: float = 0
-    stored_blocks: float = 0
-    single_bits: float = 0
-    single_blocks: float = 0
-    outputs: float = 0
-
-    def __add__(self, other: "GemmCost") -> "GemmCost":
-        return GemmCost.from_list(
-            a + b for a, b in zip(self.to_list(), other.to_list(), strict=True)
-        )
-
-    def at_baseline(self) -> "GemmCost":
-        """What the uniform 8-bit run of the same tensors has: of a step whose operands passed
-        unquantized, which is no cheaper.
-        """
-        return replace(
-            self,
-            products=self.baseline,
-            products_charged=self.baseline_charged,
-            block_products=self.block_products_baseline,
-            dot_products=self.dot_products_baseline,
-            read_bits=self.read_bits_baseline,
-            stored_bits=self.stored_bits_baseline,
-        )
-
-    def scaled(self, factor: float) -> "GemmCost":
-        """Every count times `factor`, e.g. a number of steps."""
-        return GemmCost.from_list(factor * a for a in self.to_list())
-
-    @property
-    def speedup_ideal(self) -> float:
-        """`baseline` over `products`: zero blocks are free on both sides. NaN before anything is
-        counted.
-        """
-        return _ratio(self.baseline, self.products)
-
-    @property
-    def speedup_charged(self) -> float:
-        """`baseline`, its zero blocks free, over `products_charged`: the harsher of the figures
-        that can be formed.
-        """
-        return _ratio(self.baseline, self.products_charged)
-
-    def to_list(self) -> list[float]:
-        """All counts in field order."""
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @classmethod
-    def from_list(cls, values: Iterable[float]) -> "GemmCost":
-        """The inverse of `to_list`. Raises ValueError for another number of counts."""
-        return cls(**dict(zip((f.name for f in fields(cls)), values, strict=True)))
-
-
-StepCost: TypeAlias = GemmCost
-"""The counts of a whole step: costs of GEMMs add up to costs of layers, networks and runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkCost:
-    """One training step of a network: the converted layers by GEMM, and the MACs outside them.
-
-    Attributes:
-        gemms: cost of each GEMM, summed over the converted layers; a GEMM that no layer runs is
-            absent.
-        macs_outside: MACs a step, over all their GEMMs, of the layers that are not converted.
-    """
-
-    gemms: Mapping[Gemm, GemmCost]
-    macs_outside: float = 0
-
-    def __post_init__(self) -> None:
-        if not self.macs_outside >= 0:
-            raise ValueError(
-                f"macs_outside counts MACs and is not negative, but is {self.macs_outside}"
-            )
-
-    @classmethod
-    def from_layers(
-        cls, layers: Iterable[Mapping[Gemm, GemmCost]], *, macs_outside: float = 0
-    ) -> "NetworkCost":
-        """Sum over layers of what `layer_cost` returned."""
-        gemms: dict[Gemm, GemmCost] = {}
-        for layer in layers:
-            for gemm, cost in layer.items():
-                gemms[gemm] = gemms.get(gemm, GemmCost()) + cost
-        return cls(gemms=dict(sorted(gemms.items())), macs_outside=macs_outside)
-
-    @property
-    def converted(self) -> GemmCost:
-        """All GEMMs of the converted layers; has `speedup_ideal` and `speedup_charged`, as has each
-        of `gemms`.
-        """
-        return sum(self.gemms.values(), GemmCost())
-
-    def speedup_network(self, *, outside_bits: int = BASELINE_BITS) -> float:
-        """`speedup_charged` with the MACs outside conversion added to both sides, `outside_bits`**2
-        bit products each.
-
-        8, the default, runs them as the baseline runs everything else; 24, a float32 mantissa, is
-        harsher.
-
-        Raises:
-            ValueError: `outside_bits` is below 1.
-        """
-        if outside_bits < 1:
-            raise ValueError(
-                f"outside_bits is the width of unconverted operands and at least 1, not "
-                f"{outside_bits}"
-            )
-        outside = outside_bits**2 * self.macs_outside
-        return _ratio(self.converted.baseline + outside, self.converted.products_charged + outside)
+__all__ = ["layer_cost"]
 
 
 def layer_cost(
@@ -214,135 +55,212 @@ def layer_cost(
 
     Raises:
         ValueError: shapes or grids that do not belong together.
+
+    Eight samples through a Linear of 4 inputs and 8 outputs, at 4 bits everywhere:
+
+    >>> geometry = LayerGeometry(kind="linear", weight_shape=(8, 4))
+    >>> grids = {Role.ACTIVATION: (2, 1), Role.WEIGHT: (2, 1), Role.ERROR: (2, 2)}
+    >>> cost = layer_cost(
+    ...     geometry,
+    ...     input_shape=(8, 4),
+    ...     output_shape=(8, 8),
+    ...     bits={role: torch.full(grid, 4) for role, grid in grids.items()},
+    ...     occupied={role: torch.ones(grid, dtype=torch.bool) for role, grid in grids.items()},
+    ...     block_shape=(4, 4),
+    ...     has_dgrad=True,
+    ... )
+    >>> cost[Gemm.FORWARD].macs, cost[Gemm.FORWARD].products, cost[Gemm.FORWARD].baseline
+    (256, 4096, 16384)
+    >>> sum(cost.values(), GemmCost()).speedup_charged
+    4.0
     """
-    block_rows, block_channels = block_shape
-    x_shape, e_shape, w_shape = _grid_shapes(
-        geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT]
-    )
+    grids = _grid_shapes(geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT])
     copies = backward_bits or {}
-    backward = {**bits, **copies}
-    for role, shape in zip(Role, (x_shape, w_shape, e_shape), strict=True):
-        if any(tuple(grid.shape) != shape for grid in (bits[role], backward[role], occupied[role])):
-            raise ValueError(
-                f"the shapes need a grid {shape} of {role.letter}, not "
-                f"{tuple(bits[role].shape)} widths "
-                f"and {tuple(occupied[role].shape)} flags"
-            )
-    x_blocks = x_shape[geometry.channel_axis]
-    band = _band(geometry.groups, w_shape, first_columns, block_channels, x_blocks)
-    is_stored = band < x_blocks
+    _check_grids(grids, bits, {**bits, **copies}, occupied)
+    x_blocks = grids[Role.ACTIVATION][geometry.channel_axis]
+    layer = _Layer(
+        geometry=geometry,
+        input_shape=input_shape,
+        output_shape=output_shape,
+        block_shape=block_shape,
+        grids=grids,
+        band=_band(geometry.groups, grids[Role.WEIGHT], first_columns, block_shape[1], x_blocks),
+        copies=frozenset(copies),
+    )
+    factors = {role: _factors(layer, role, bits[role], occupied[role]) for role in Role}
+    backward = factors | {
+        role: _factors(layer, role, copies[role], occupied[role])
+        for role in SHARED
+        if role in copies
+    }
+    grams = _grams(layer, factors, backward, has_dgrad=has_dgrad, has_wgrad=has_wgrad)
+    return {
+        gemm: _gemm_cost(layer, gemm, sums, factors if gemm is Gemm.FORWARD else backward)
+        for gemm, sums in sorted(grams.items())
+    }
 
-    # First reductions, over row blocks or over channel blocks and taps, mostly stay below 2**24;
-    # then float32 is exact.
-    row_blocks = math.prod(x_shape[:-1]) if geometry.kind == "linear" else x_shape[0]
-    channel_blocks = max(x_blocks, e_shape[geometry.channel_axis], len(band))
-    largest = MAX_BITS * max(row_blocks, channel_blocks * math.prod(geometry.taps))
-    dtype = torch.float32 if largest < 1 << 24 else torch.float64
 
-    def samples_of(role: Role, widths: Mapping[Role, Tensor]) -> Tensor:
-        return _rows_first(_factors(widths[role], occupied[role], dtype), geometry)
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """A layer's training step, its grids checked.
 
-    def weights(widths: Mapping[Role, Tensor]) -> Tensor:
-        factors = _factors(widths[Role.WEIGHT], occupied[Role.WEIGHT], torch.float64).reshape(
-            3, *band.shape, -1
+    Attributes:
+        band: int64 [row blocks, band blocks], the channel block that a block of W reads; that of X
+            behind the last where none is stored.
+        copies: operands that backward has a copy of its own of.
+    """
+
+    geometry: LayerGeometry
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    block_shape: tuple[int, int]
+    grids: Mapping[Role, tuple[int, ...]]
+    band: Tensor
+    copies: frozenset[Role]
+
+    @property
+    def samples(self) -> int:
+        """Rows of X. A Linear's tokens are further rows."""
+        return math.prod(self.input_shape[:-1]) if self._is_linear else self.input_shape[0]
+
+    @property
+    def row_blocks(self) -> int:
+        """Of X and E, likewise."""
+        grid = self.grids[Role.ACTIVATION]
+        return math.prod(grid[:-1]) if self._is_linear else grid[0]
+
+    @property
+    def is_stored(self) -> Tensor:
+        """bool, the shape of `band`."""
+        return self.band < self.grids[Role.ACTIVATION][self.geometry.channel_axis]
+
+    @property
+    def reads(self) -> Tensor | None:
+        """`band`, or None where every row block reads every channel, one column for each."""
+        return None if self.geometry.groups == 1 else self.band
+
+    @property
+    def axes(self) -> list[TapAxis]:
+        return tap_axes(self.geometry, self.input_shape, self.output_shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors of X and E. First reductions, over row blocks or over channel blocks and
+        taps, mostly stay below 2**24; then float32 is exact.
+        """
+        channels = (
+            self.grids[r][self.geometry.channel_axis] for r in (Role.ACTIVATION, Role.ERROR)
         )
-        return factors * is_stored.unsqueeze(-1)
+        channel_blocks = max(*channels, len(self.band))
+        largest = MAX_BITS * max(self.row_blocks, channel_blocks * math.prod(self.geometry.taps))
+        return torch.float32 if largest < 1 << 24 else torch.float64
 
-    x, e, w = samples_of(Role.ACTIVATION, bits), samples_of(Role.ERROR, bits), weights(bits)
-    x_backward = samples_of(Role.ACTIVATION, backward) if Role.ACTIVATION in copies else x
-    w_backward = weights(backward) if Role.WEIGHT in copies else w
-    x_total, e_total = (
-        x.sum(1).double(),
-        e.sum(1).double(),
-    )  # over samples: [3, channel blocks, *image]
+    def blocks(self, role: Role) -> int:
+        """Stored blocks of an operand."""
+        if role is Role.WEIGHT:
+            return int(self.is_stored.sum()) * math.prod(self.geometry.taps)
+        return math.prod(self.grids[role])
+
+    @property
+    def _is_linear(self) -> bool:
+        return self.geometry.kind == "linear"
+
+
+def _grams(
+    layer: _Layer,
+    factors: Mapping[Role, Tensor],
+    backward: Mapping[Role, Tensor],
+    *,
+    has_dgrad: bool,
+    has_wgrad: bool,
+) -> dict[Gemm, Tensor]:
+    """Pair sums of each GEMM, FORWARD's from `factors`, the others' from what `backward` reads."""
+    x, w, e = (factors[role] for role in Role)
+    block_rows, block_channels = layer.block_shape
     # Pairs meet E at W's row blocks: a block of one row spans the channels of several of them.
-    e_block = torch.arange(len(band)) * block_rows // block_channels
-    e_rows = e if block_rows == block_channels else e.index_select(2, e_block)
-    axes = _tap_axes(geometry, input_shape, output_shape)
-    grams = {Gemm.FORWARD: _forward_gram(x_total, w, None if geometry.groups == 1 else band, axes)}
+    e_block = torch.arange(len(layer.band)) * block_rows // block_channels
+    axes = layer.axes
+    grams = {Gemm.FORWARD: forward_gram(_over_samples(x), w, layer.reads, axes)}
     if has_wgrad:
-        grams[Gemm.WGRAD] = _wgrad_gram(
-            e_rows, x_backward, None if geometry.groups == 1 else band, axes
-        )
+        e_rows = e if block_rows == block_channels else e.index_select(2, e_block)
+        grams[Gemm.WGRAD] = wgrad_gram(e_rows, backward[Role.ACTIVATION], layer.reads, axes)
     if has_dgrad:
-        grams[Gemm.DGRAD] = _gram(
-            _per_tap(e_total, (axis.inside for axis in axes))[:, e_block], w_backward.sum(2)
-        )
+        e_total = per_tap(_over_samples(e), (axis.inside for axis in axes))
+        grams[Gemm.DGRAD] = gram(e_total[:, e_block], backward[Role.WEIGHT].sum(2))
+    return grams
 
-    reads_inside = math.prod(axis.reads_inside for axis in axes)
-    samples = math.prod(input_shape[:-1]) if geometry.kind == "linear" else input_shape[0]
-    macs = samples * reads_inside * geometry.out_channels * geometry.weight_shape[1]
-    pairs = row_blocks * reads_inside * int(is_stored.sum())
+
+def _gemm_cost(
+    layer: _Layer, gemm: Gemm, pair_sums: Tensor, factors: Mapping[Role, Tensor]
+) -> GemmCost:
+    """The counts of one GEMM, from its pair sums and the factors of what it reads."""
+    block_rows, block_channels = layer.block_shape
     elements = block_rows * block_channels
-    blocks = {r: bits[r].numel() for r in Role} | {
-        Role.WEIGHT: int(is_stored.sum()) * math.prod(geometry.taps)
-    }
-    pair_macs = (
-        block_rows * elements
-    )  # a pair has block_rows**2 outputs, each a dot product over block_channels
-    e_sums = _sums(e_total)
-    sums = {
-        Gemm.FORWARD: (_sums(x_total), _sums(w)),
-        Gemm.DGRAD: (e_sums, _sums(w_backward)),
-        Gemm.WGRAD: (e_sums, _sums(x_backward.double())),
-    }
+    # A pair has block_rows**2 outputs, each a dot product over block_channels.
+    pair_macs = block_rows * elements
+    reads_inside = math.prod(axis.reads_inside for axis in layer.axes)
+    pairs = layer.row_blocks * reads_inside * int(layer.is_stored.sum())
+    sums = {role: _sums(factors[role]) for role in READS[gemm]}
+    g = pair_sums.long().tolist()
+    executed, executed_baseline = g[_NONZERO][_NONZERO], g[_OCCUPIED][_OCCUPIED]
+    baseline = BASELINE_BITS**2 * executed_baseline
+    g_bits, alone = g[_BITS][_BITS], [role for role in READS[gemm] if role in layer.copies]
     outputs = {
-        Gemm.FORWARD: output_shape,
-        Gemm.DGRAD: input_shape,
-        Gemm.WGRAD: geometry.weight_shape,
+        Gemm.FORWARD: layer.output_shape,
+        Gemm.DGRAD: layer.input_shape,
+        Gemm.WGRAD: layer.geometry.weight_shape,
     }
-    costs = {}
-    for gemm, gram in sorted(grams.items()):
-        g = gram.long().tolist()
-        executed, executed_baseline = g[_NONZERO][_NONZERO], g[_OCCUPIED][_OCCUPIED]
-        baseline = BASELINE_BITS**2 * executed_baseline
-        costs[gemm] = GemmCost(
-            macs=macs,
-            pair_macs=pair_macs * pairs,
-            block_macs=pair_macs * executed,
-            products=pair_macs * g[_BITS][_BITS],
-            products_charged=pair_macs * (g[_BITS][_BITS] + ZERO_CHARGE * (pairs - executed)),
-            baseline=pair_macs * baseline,
-            baseline_charged=pair_macs * (baseline + ZERO_CHARGE * (pairs - executed_baseline)),
-            block_products=executed,
-            block_products_baseline=executed_baseline,
-            dot_products=block_rows**2 * executed,
-            dot_products_baseline=block_rows**2 * executed_baseline,
-            read_bits=elements * (g[_BITS][_NONZERO] + g[_NONZERO][_BITS]),
-            read_bits_baseline=elements * 2 * BASELINE_BITS * executed_baseline,
-            stored_bits=elements * sum(s[_BITS] for s in sums[gemm]),
-            stored_bits_baseline=elements * BASELINE_BITS * sum(s[_OCCUPIED] for s in sums[gemm]),
-            stored_blocks=sum(blocks[r] for r in READS[gemm]),
-            single_bits=elements
-            * sum(s[_BITS] for r, s in zip(READS[gemm], sums[gemm], strict=True) if r in copies),
-            single_blocks=sum(blocks[r] for r in READS[gemm] if r in copies),
-            outputs=math.prod(outputs[gemm]),
-        )
-    return costs
+    weights = layer.geometry.out_channels * layer.geometry.weight_shape[1]
+    return GemmCost(
+        macs=layer.samples * reads_inside * weights,
+        pair_macs=pair_macs * pairs,
+        block_macs=pair_macs * executed,
+        products=pair_macs * g_bits,
+        products_charged=pair_macs * (g_bits + ZERO_CHARGE * (pairs - executed)),
+        baseline=pair_macs * baseline,
+        baseline_charged=pair_macs * (baseline + ZERO_CHARGE * (pairs - executed_baseline)),
+        block_products=executed,
+        block_products_baseline=executed_baseline,
+        dot_products=block_rows**2 * executed,
+        dot_products_baseline=block_rows**2 * executed_baseline,
+        read_bits=elements * (g[_BITS][_NONZERO] + g[_NONZERO][_BITS]),
+        read_bits_baseline=elements * 2 * BASELINE_BITS * executed_baseline,
+        stored_bits=elements * sum(s[_BITS] for s in sums.values()),
+        stored_bits_baseline=elements * BASELINE_BITS * sum(s[_OCCUPIED] for s in sums.values()),
+        stored_blocks=sum(layer.blocks(role) for role in READS[gemm]),
+        single_bits=elements * sum(sums[role][_BITS] for role in alone),
+        single_blocks=sum(layer.blocks(role) for role in alone),
+        outputs=math.prod(outputs[gemm]),
+    )
 
 
-# -- Grids. X and E become [3, row blocks, channel blocks, *image]; the leading axis holds what pair
-# sums are made of.
+# -- Grids. X and E become [3, row blocks, channel blocks, *image], W [3, row blocks, band blocks,
+# taps]; the leading axis holds what pair sums are made of.
 _BITS, _NONZERO, _OCCUPIED = range(3)
 
 
-def _factors(bits: Tensor, occupied: Tensor, dtype: torch.dtype) -> Tensor:
+def _factors(layer: _Layer, role: Role, bits: Tensor, occupied: Tensor) -> Tensor:
     """[3, *grid] on the CPU: widths, and 1 where the quantized or the input block is not zero."""
+    dtype = torch.float64 if role is Role.WEIGHT else layer.dtype
     factors = torch.empty(3, *bits.shape, dtype=dtype)
     factors[_BITS] = bits
     torch.clamp(factors[_BITS], max=1, out=factors[_NONZERO])
     factors[_OCCUPIED] = occupied
-    return factors
+    if role is Role.WEIGHT:
+        stored = layer.is_stored
+        return factors.reshape(3, *stored.shape, -1) * stored.unsqueeze(-1)
+    # A Linear's tokens are further rows: it has no taps that would tie positions together.
+    return factors.flatten(1, -2) if layer.geometry.kind == "linear" else factors
+
+
+def _over_samples(factors: Tensor) -> Tensor:
+    """float64 [3, channel blocks, *image]."""
+    return factors.sum(1).double()
 
 
 def _sums(factors: Tensor) -> list[int]:
     """Of each factor over all blocks."""
-    return factors.flatten(1).sum(1).long().tolist()  # type: ignore[no-any-return]
-
-
-def _rows_first(factors: Tensor, geometry: LayerGeometry) -> Tensor:
-    """A Linear's tokens are further rows: it has no taps that would tie positions together."""
-    return factors.flatten(1, -2) if geometry.kind == "linear" else factors
+    return _over_samples(factors).flatten(1).sum(1).long().tolist()  # type: ignore[no-any-return]
 
 
 def _grid_shapes(
@@ -351,8 +269,8 @@ def _grid_shapes(
     output_shape: tuple[int, ...],
     block_shape: tuple[int, int],
     weight_bits: Tensor,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Grids of X, E and W. Raises ValueError for tensor or block shapes that do not fit the
+) -> dict[Role, tuple[int, ...]]:
+    """Grids of X, W and E. Raises ValueError for tensor or block shapes that do not fit the
     layer.
     """
     rows, channels = block_shape
@@ -361,34 +279,51 @@ def _grid_shapes(
             f"block_shape is rows x channels with channels a multiple of rows, not {block_shape}"
         )
     axis = geometry.channel_axis
-    if geometry.kind == "linear":
-        expected = (*input_shape[:-1], geometry.out_channels)
-    else:
-        image = zip(
-            input_shape[2:],
-            geometry.taps,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            strict=False,
-        )
-        output = ((h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in image)
-        expected = (input_shape[0], geometry.out_channels, *output)
     has_axes = len(input_shape) == len(geometry.weight_shape) or (
         geometry.kind == "linear" and len(input_shape) >= 2
     )
-    if not has_axes or input_shape[axis] != geometry.in_channels or tuple(output_shape) != expected:
+    if (
+        not has_axes
+        or input_shape[axis] != geometry.in_channels
+        or tuple(output_shape) != _output_shape(geometry, input_shape)
+    ):
         raise ValueError(
             f"input_shape {input_shape} and output_shape {output_shape} do not belong to {geometry}"
         )
-    grids = []
-    for shape in (input_shape, output_shape):
-        grid = [-(-shape[0] // rows), *shape[1:]]
-        grid[axis] = -(-shape[axis] // channels)
-        grids.append(tuple(grid))
     # How many columns a band has is the operand's choice (numerics.layout.BandedWeight).
     columns = -(-geometry.in_channels // channels) if geometry.groups == 1 else weight_bits.shape[1]
-    return grids[0], grids[1], (-(-geometry.out_channels // rows), columns, *geometry.taps)
+    grids = {Role.WEIGHT: (-(-geometry.out_channels // rows), columns, *geometry.taps)}
+    for role, shape in ((Role.ACTIVATION, input_shape), (Role.ERROR, output_shape)):
+        grid = [-(-shape[0] // rows), *shape[1:]]
+        grid[axis] = -(-shape[axis] // channels)
+        grids[role] = tuple(grid)
+    return grids
+
+
+def _output_shape(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Y's shape, from X's after explicit padding."""
+    if geometry.kind == "linear":
+        return (*input_shape[:-1], geometry.out_channels)
+    g = geometry
+    image = zip(input_shape[2:], g.taps, g.stride, g.padding, g.dilation, strict=False)
+    output = ((h + 2 * p - d * (k - 1) - 1) // s + 1 for h, k, s, p, d in image)
+    return (input_shape[0], g.out_channels, *output)
+
+
+def _check_grids(
+    grids: Mapping[Role, tuple[int, ...]],
+    bits: Mapping[Role, Tensor],
+    backward: Mapping[Role, Tensor],
+    occupied: Mapping[Role, Tensor],
+) -> None:
+    for role in Role:
+        shape = grids[role]
+        if any(tuple(grid.shape) != shape for grid in (bits[role], backward[role], occupied[role])):
+            raise ValueError(
+                f"the shapes need a grid {shape} of {role.letter}, not "
+                f"{tuple(bits[role].shape)} widths "
+                f"and {tuple(occupied[role].shape)} flags"
+            )
 
 
 def _band(
@@ -416,123 +351,4 @@ def _band(
     return (first.unsqueeze(1) // block_channels + torch.arange(w_shape[1])).clamp(max=x_blocks)
 
 
-# -- Taps. Which input position an output position reads is separable: one small table for each
-# spatial axis.
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TapAxis:
-    """One spatial axis of a convolution.
-
-    Attributes:
-        inside: float64 [taps, outputs]; 1 where the tap of that output reads the image, not
-            padding.
-        reached: float64 [taps, image]; 1 where some output reads that position at that tap.
-        reads_inside: number of (tap, output) that read the image.
-    """
-
-    inside: Tensor
-    reached: Tensor
-    reads_inside: int
-    taps: int
-    stride: int
-    padding: int
-    dilation: int
-
-
-def _tap_axes(
-    geometry: LayerGeometry, input_shape: Sequence[int], output_shape: Sequence[int]
-) -> list[_TapAxis]:
-    if geometry.kind == "linear":
-        return []
-    g = geometry
-    sizes = zip(
-        input_shape[2:], output_shape[2:], g.taps, g.stride, g.padding, g.dilation, strict=True
-    )
-    return [_tap_axis(*size) for size in sizes]
-
-
-@lru_cache(maxsize=256)
-def _tap_axis(
-    image: int, outputs: int, taps: int, stride: int, padding: int, dilation: int
-) -> _TapAxis:
-    position = torch.arange(taps).unsqueeze(1) * dilation + torch.arange(outputs) * stride - padding
-    inside = (position >= 0) & (position < image)
-    reached = torch.zeros(taps, image + 1, dtype=torch.float64)  # one more, for what reads padding
-    reached.scatter_(1, torch.where(inside, position, image), 1.0)
-    return _TapAxis(
-        inside=inside.double(),
-        reached=reached[:, :image].contiguous(),
-        reads_inside=int(inside.sum()),
-        taps=taps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-    )
-
-
-def _per_tap(values: Tensor, tables: Iterable[Tensor]) -> Tensor:
-    """[3, K, *positions] -> [3, K, taps]: sum over the positions that take part at each tap."""
-    # Each contraction takes the first position axis away and puts its taps last, so the order of
-    # the axes is kept.
-    values = reduce(lambda v, table: torch.tensordot(v, table, dims=([2], [1])), tables, values)
-    return values.reshape(*values.shape[:2], -1)
-
-
-def _all_taps(values: Tensor, axes: Sequence[_TapAxis], output: Sequence[int]) -> Tensor:
-    """[3, N, K, *image] -> [3, N, K, *output]: sum over taps of what each output position reads;
-    padding is zero.
-    """
-    for dim, (axis, outputs) in enumerate(zip(axes, output, strict=True), start=3):
-        after_last = [0, 0] * (values.ndim - 1 - dim)
-        padded = (
-            F.pad(values, [*after_last, axis.padding, axis.padding]) if axis.padding else values
-        )
-        views = []
-        for tap in range(axis.taps):
-            start = tap * axis.dilation
-            window = slice(start, start + axis.stride * (outputs - 1) + 1, axis.stride)
-            views.append(padded[(slice(None),) * dim + (window,)])
-        values = reduce(torch.add, views)
-    return values
-
-
-# -- Pair sums. Entry (a, b) of a gram: sum over all pairs of factor a of the left block times
-# factor b of the right.
-
-
-def _gram(left: Tensor, right: Tensor) -> Tensor:
-    return left.flatten(1).double() @ right.flatten(1).double().T
-
-
-def _forward_gram(
-    x_total: Tensor, w: Tensor, band: Tensor | None, axes: Sequence[_TapAxis]
-) -> Tensor:
-    """Sum over channel blocks and taps of (sum of X over samples and positions) times (sum of W
-    over row blocks).
-    """
-    left = _per_tap(x_total, (axis.reached for axis in axes))  # [3, channel blocks, taps]
-    if band is None:  # every row block reads every channel, one column for each
-        return _gram(left, w.sum(1))
-    right = w.new_zeros(
-        3, x_total.shape[1] + 1, w.shape[3]
-    )  # one more, for columns that are not stored
-    right.index_add_(1, band.flatten(), w.flatten(1, 2))
-    return _gram(left, right[:, :-1])
-
-
-def _wgrad_gram(e: Tensor, x: Tensor, band: Tensor | None, axes: Sequence[_TapAxis]) -> Tensor:
-    """Sum over samples and positions of (E's row blocks) times (sum over taps of the X that their
-    bands read there).
-    """
-    if band is None:  # every row block reads every channel, so both sums are taken first
-        return _gram(e.sum(2), _all_taps(x.sum(2, keepdim=True), axes, e.shape[3:]))
-    read = torch.zeros(*x.shape[:2], len(band), *x.shape[3:], dtype=x.dtype)
-    for columns in band.T:
-        rows = (columns < x.shape[2]).nonzero().flatten()
-        read.index_add_(2, rows, x.index_select(2, columns[rows]))
-    return _gram(e, _all_taps(read, axes, e.shape[3:]))
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else (math.inf if numerator else math.nan)
+__getattr__ = names_left(__name__)

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Final
 
-from .bit_products import BASELINE_BITS, GemmCost
+from .counts import BASELINE_BITS, GemmCost
+
+__all__ = ["Energy", "EnergyModel", "Traffic", "energy", "energy_ratios", "traffic"]
 
 _BITS_PER_BYTE: Final = 8
 _FLOAT32_BITS: Final = 32
@@ -40,6 +42,9 @@ class EnergyModel:
 
     Raises:
         ValueError: a constant that is not positive and finite.
+
+    >>> EnergyModel(dram_per_byte=20.0).sram_per_byte  # memory in the package
+    1.25
     """
 
     mac_8x8: float = 0.23
@@ -63,7 +68,12 @@ class EnergyModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Energy:
-    """Picojoule by where it is spent."""
+    """Picojoule by where it is spent.
+
+    >>> spent = Energy(compute=2.0, sram=1.0, dram=5.0)
+    >>> spent.compute_and_sram, spent.total
+    (3.0, 8.0)
+    """
 
     compute: float
     sram: float
@@ -82,7 +92,11 @@ class Energy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Bytes moved, headers included: on chip after reuse, and off chip."""
+    """Bytes moved, headers included: on chip after reuse, and off chip.
+
+    >>> Traffic(sram_bytes=64.0, dram_bytes=16.0).dram_bytes
+    16.0
+    """
 
     sram_bytes: float
     dram_bytes: float
@@ -91,6 +105,10 @@ class Traffic:
 def traffic(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool = False) -> Traffic:
     """Bytes that `cost` moves under the reuse and the passes of `model`; `baseline`: those of the
     uniform 8-bit run.
+
+    >>> cost = GemmCost(stored_bits=64, stored_bits_baseline=128, stored_blocks=1)
+    >>> traffic(cost).dram_bytes, traffic(cost, baseline=True).dram_bytes  # a header of 2 bytes
+    (15.0, 27.0)
     """
     m = model or EnergyModel()
     blocks = cost.block_products_baseline if baseline else cost.block_products
@@ -118,6 +136,10 @@ def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool =
         cost: counts of a GEMM, a layer, a step or a run.
         model: the constants; None takes the defaults.
         baseline: whose energy.
+
+    >>> cost = GemmCost(products=16 * 64, baseline=64 * 64, dot_products=16)
+    >>> round(energy(cost).compute, 2), round(energy(cost, baseline=True).compute, 2)  # picojoule
+    (7.68, 14.72)
     """
     m = model or EnergyModel()
     products = cost.baseline if baseline else cost.products
@@ -131,15 +153,19 @@ def energy(cost: GemmCost, model: EnergyModel | None = None, *, baseline: bool =
 
 
 def energy_ratios(cost: GemmCost, model: EnergyModel | None = None) -> dict[str, float]:
-    """The uniform 8-bit run's energy over ours; NaN where ours is zero.
+    """The uniform 8-bit run's energy over that of `cost`; NaN where that is zero.
 
     Keys: `energy_ratio_compute`, `energy_ratio_sram` (compute and SRAM) and `energy_ratio_total`
         (with DRAM).
+
+    >>> cost = GemmCost(products=16, baseline=64, stored_bits=64, stored_bits_baseline=128)
+    >>> {name: round(ratio, 2) for name, ratio in energy_ratios(cost).items()}
+    {'energy_ratio_compute': 4.0, 'energy_ratio_sram': 4.0, 'energy_ratio_total': 2.0}
     """
-    ours, base = energy(cost, model), energy(cost, model, baseline=True)
+    own, base = energy(cost, model), energy(cost, model, baseline=True)
     pairs = {
-        "energy_ratio_compute": (base.compute, ours.compute),
-        "energy_ratio_sram": (base.compute_and_sram, ours.compute_and_sram),
-        "energy_ratio_total": (base.total, ours.total),
+        "energy_ratio_compute": (base.compute, own.compute),
+        "energy_ratio_sram": (base.compute_and_sram, own.compute_and_sram),
+        "energy_ratio_total": (base.total, own.total),
     }
     return {name: b / o if o else math.nan for name, (b, o) in pairs.items()}

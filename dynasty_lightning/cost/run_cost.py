@@ -4,12 +4,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .bit_products import StepCost
+from .counts import StepCost
+
+__all__ = ["RunCost"]
 
 
 class RunCost:
     """Integrates step costs: a measurement holds for the steps since the one before it, warm-up
     included.
+
+    >>> run = RunCost()
+    >>> run.add(StepCost(products=64, baseline=64), steps=10)  # warm-up at 8 bits
+    >>> run.add(StepCost(products=16, baseline=64), steps=30)
+    >>> run.steps, round(run.sum.speedup_ideal, 2)
+    (40, 2.29)
     """
 
     def __init__(self) -> None:

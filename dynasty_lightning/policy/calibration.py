@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured marginal harm per cost, balanced over roles and layers: what corrects predicted harm
-while training runs.
+"""Measured loss increase per cost, balanced over roles and layers: what corrects the predicted one
+(harm) while training runs.
 """
 
 import math
@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..cost.bit_products import ZERO_CHARGE
+from ..cost.counts import ZERO_CHARGE
 from ..numerics.roles import READS, Role
 from .sensitivity import (
     FORWARD_SHARE,
-    LayerStatistics,
     bit_price,
     operand_elements,
     progress_and_share,
 )
+from .statistics import LayerStatistics
+
+__all__ = ["Calibration", "Slope", "measured_slopes"]
 
 _GAIN: Final = 0.5
 _MAX_LOG_STEP: Final = 0.7
@@ -30,6 +32,9 @@ _LEAST_BITS: Final = (
 class Slope:
     """Between the finer and the coarser shift of an operand's thresholds: harm added, share of a
     step's cost saved.
+
+    >>> Slope(harm=0.002, cost=0.1).harm
+    0.002
     """
 
     harm: float
@@ -45,6 +50,10 @@ def measured_slopes(
     Returns:
         By layer and role; nothing if no layer was probed or one has a measurement that is not
         finite.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> measured_slopes({"fc": example_layer(probe=None)}, loss=1.0)
+    {}
     """
     probes = [s.probe for s in layers.values() if s.probe is not None]
     if not all(
@@ -95,6 +104,14 @@ class Calibration:
         by_layer: also balance the layers of a role.
         smoothing: weight of the past in the moving average of log slopes: single ones swing
             several-fold between events.
+
+    >>> calibration = Calibration(by_layer=False)
+    >>> flat, steep = Slope(harm=0.001, cost=0.1), Slope(harm=0.008, cost=0.1)
+    >>> calibration.update(
+    ...     {"fc": {Role.ACTIVATION: flat, Role.WEIGHT: flat, Role.ERROR: steep}}
+    ... )
+    >>> [round(calibration.multiplier("fc", role), 2) for role in Role]  # E will get more bits
+    [0.71, 0.71, 2.0]
     """
 
     by_layer: bool = True

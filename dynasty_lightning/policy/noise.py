@@ -16,6 +16,8 @@ from torch import Tensor
 from ..numerics.formats import MAX_BITS, MIN_BITS
 from ..numerics.roles import Role
 
+__all__ = ["ideal_lsb_exponent", "noise_to_signal"]
+
 NOISE_PER_LSB: Final = {Role.ACTIVATION: 1 / 12, Role.WEIGHT: 1 / 12, Role.ERROR: 1 / 6}
 """kappa: mean squared error in units of LSB**2, of uniform rounding error; nearest 1/12, stochastic
 f(1-f) averaged, 1/6.
@@ -90,8 +92,8 @@ NOISE_TO_SIGNAL: Final[Noise] = {
     },
 }
 """sum err**2 / sum x**2 at 2 to 8 bits, by block shape and (role, signed): Gaussian blocks
-(unsigned X: after ReLU), each of a
-scale of its own that is spread evenly over one binade."""
+(unsigned X: after ReLU), each of a scale of its own that is spread evenly over one binade.
+"""
 
 THRESHOLD_OFFSET: Final[Mapping[Role, float]] = MappingProxyType(
     {Role.ACTIVATION: 1.625, Role.WEIGHT: 1.5, Role.ERROR: 1.0625}
@@ -111,6 +113,9 @@ def noise_to_signal(
 
     Raises:
         ValueError: a width outside [2, 8], a block shape that was not measured, or unsigned W or E.
+
+    >>> noise_to_signal(Role.WEIGHT, 4), noise_to_signal(Role.WEIGHT, 5)
+    (0.01306, 0.003236)
     """
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"noise was measured at {MIN_BITS} to {MAX_BITS} bits, not {bits}")
@@ -142,6 +147,12 @@ def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role
 
     Raises:
         ValueError: lambda or price negative or not finite, or a harm negative or NaN.
+
+    A thousand times the harm, and the least significant bit is five binades finer:
+
+    >>> harm = torch.tensor([0.001, 1.0])
+    >>> [round(t, 2) for t in ideal_lsb_exponent(1.0, 0.001, harm, Role.WEIGHT).tolist()]
+    [1.0, -3.98]
     """
     for name, value in (("lambda", multiplier), ("price", price)):
         if not (math.isfinite(value) and value >= 0):

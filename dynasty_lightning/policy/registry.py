@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-from .baselines.controls import MagnitudePolicy, RandomPolicy
-from .baselines.rivals import AmpaPolicy, PerLayerPolicy
-from .baselines.scheduled import CptPolicy, PfqPolicy
-from .threshold import DynastyPolicy, Policy, UniformPolicy
+from .base import Policy
+from .baselines.ampa import AmpaPolicy
+from .baselines.cpt import CptPolicy
+from .baselines.magnitude import MagnitudePolicy
+from .baselines.per_layer import PerLayerPolicy
+from .baselines.pfq import PfqPolicy
+from .baselines.random import RandomPolicy
+from .threshold import DynastyPolicy
+from .uniform import UniformPolicy
+
+__all__ = ["POLICIES", "PolicyKind", "make_policy"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +31,12 @@ class PolicyKind:
         source: where the rule was published.
         takes_speedup, takes_noise: targets that it can be given; a policy that takes one needs one.
         plans_speedup: it needs the speedup when it is made, not with each measurement.
+
+    >>> kind = POLICIES["cpt"]
+    >>> kind.text
+    'X and W rise in cosine cycles, E constant'
+    >>> kind.takes_speedup, kind.takes_noise
+    (True, False)
     """
 
     make: Callable[..., Policy]
@@ -44,24 +57,24 @@ POLICIES: Final = MappingProxyType(
         ),
         "dynasty": PolicyKind(
             make=DynastyPolicy,
-            text="thresholds from predicted harm and cost, block by block",
-            source="ours, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
+            text="thresholds from predicted loss increase and cost, block by block",
+            source="this project, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
             takes_noise=True,
         ),
         "per_layer": PolicyKind(
             make=PerLayerPolicy,
-            text="one width for each operand of each layer, by predicted harm and cost",
-            source="our construction after HAWQ-V3 (arXiv 2011.10680)",
+            text="one width for each operand of each layer, by predicted loss increase and cost",
+            source="constructed here, after HAWQ-V3 (arXiv 2011.10680)",
         ),
         "magnitude": PolicyKind(
             make=MagnitudePolicy,
             text="thresholds from the tensor's mean square, without gradients",
-            source="ours, a control",
+            source="this project, a control",
         ),
         "random": PolicyKind(
             make=RandomPolicy,
             text="dynasty's precisions, each in another place of its operand",
-            source="ours, a control",
+            source="this project, a control",
         ),
         "pfq": PolicyKind(
             make=PfqPolicy,
@@ -78,7 +91,7 @@ POLICIES: Final = MappingProxyType(
         "ampa": PolicyKind(
             make=AmpaPolicy,
             text="bits taken from the operands of least first-order sensitivity",
-            source="our construction after AMPA (PMLR 235:10960)",
+            source="constructed here, after AMPA (PMLR 235:10960)",
         ),
     }
 )
@@ -112,6 +125,12 @@ def make_policy(
     Raises:
         ValueError: an unknown name, a target that the policy does not take, none where it needs
             one, or a wrong option.
+
+    >>> make_policy("dynasty", target_speedup=5.0, hysteresis=0.1).hysteresis
+    0.1
+    >>> make_policy("cpt", target_speedup=5.0, cycle=8)
+    Traceback (most recent call last):
+    ValueError: policy 'cpt': no option 'cycle', did you mean 'cycles'?; it has ...
     """
     if name not in POLICIES:
         raise ValueError(

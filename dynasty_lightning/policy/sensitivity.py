@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From observed second moments to sensitivities: predicted harm of a unit of squared rounding
-error. Derivation: docs/thresholds.md.
+"""From observed second moments to sensitivities: the predicted loss increase (harm) of a unit of
+squared rounding error. Derivation: docs/thresholds.md.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import READS, SHARED, Gemm, Role
+from .statistics import LayerStatistics
+
+__all__ = ["Sensitivity", "layer_sensitivities", "progress_and_share"]
 
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands,
@@ -20,104 +22,39 @@ FORWARD_SHARE: Final = 0.25
 """
 NATURAL_LOSS: Final = 16.0
 """In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch,
-a scale against underflow), whose
-square Fisher information would take for curvature, and leave E nothing."""
+a scale against underflow), whose square Fisher information would take for curvature, and leave E
+nothing.
+"""
 ASSUMED_GAIN: Final = 0.01
 """What a step takes off the loss, as a share of it, where no step size is known: of a prompt in
 front of a frozen network, say.
 """
 LEAST_GAIN: Final = 2.0**-24
-"""A step that takes less off the loss, as a share of it, than float32 can tell says as little of
-what gradients are worth as one at a
-learning rate of 0."""
+"""A step that takes less off the loss, as a share of it, than float32 resolves shows as little of
+what gradients are worth as one at a learning rate of 0.
+"""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded.
 """
 
 
-class Probe(Protocol):
-    """What `nn.probe.ProbeRecord` holds: tensors [3 roles, 2 shifts]."""
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def wgrad(self) -> Tensor: ...
-    @property
-    def forward(self) -> Tensor: ...
-    @property
-    def bits(self) -> Tensor: ...
-    @property
-    def zeros(self) -> Tensor: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerStatistics:
-    """Smoothed observations of one layer; X and E maps and W grids as in docs/architecture.md.
-
-    Attributes:
-        samples: N, rows of the batch, of all micro-batches and ranks.
-        ranks: how many share the batch. The loss is the mean of theirs, so that E as a layer has it
-            is so many times that of the loss.
-        positions: of X and of E in a sample, on average, where they vary and the moments are one
-            value for each channel block.
-        step_size: of the optimizer at the layer's weight in the next step (`effective_step_sizes`);
-            0 of a weight whose gradient nobody wanted, NaN of one that learns nobody knows how
-            fast.
-        macs: multiply-accumulates of each GEMM that training runs.
-        mean_bits: mean width of each role's blocks, zero blocks included.
-        x_square, e_square, dx_square, w_square, dw_square: second moments; of E as the layer has
-            it, of dX and dW as the loss has them.
-        channels_per_block: columns of an exponent block.
-        x_unsigned: share of X's nonzero blocks that have no negative element.
-        backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
-        unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1
-            where absent.
-        probe: harm measured in this step, if it was.
-    """
-
-    geometry: LayerGeometry
-    samples: int
-    step_size: float
-    macs: Mapping[Gemm, int]
-    mean_bits: Mapping[Role, float]
-    x_square: Tensor
-    e_square: Tensor
-    dx_square: Tensor
-    w_square: Tensor
-    dw_square: Tensor
-    channels_per_block: int
-    x_unsigned: float = 0.0
-    backward_bits: Mapping[Role, float] = field(default_factory=dict)
-    unlimited: Mapping[Role, float] = field(default_factory=dict)
-    probe: Probe | None = None
-    ranks: int = 1
-    positions: tuple[float, float] | None = None
-
-    @property
-    def learns(self) -> bool:
-        """Whether anybody wants the gradient of the weight."""
-        return self.step_size != 0
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all second moments are."""
-        return all(
-            bool(t.isfinite().all())
-            for t in (self.x_square, self.e_square, self.dx_square, self.w_square, self.dw_square)
-        )
-
-    @property
-    def has_dgrad(self) -> bool:
-        """Whether anybody wants the gradient of X: a layer below, an embedding, a prompt, an
-        adversary.
-        """
-        return self.macs.get(Gemm.DGRAD, 0) > 0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """Of one operand: harm of a unit squared error of one element (map- or grid-shaped), price of
-    one bit of one element, mean square.
+    """Of one operand.
+
+    Attributes:
+        harm: predicted loss increase of a unit squared error of one element, as a share of the
+            loss; map- or grid-shaped.
+        price: of one bit of one element, as a share of an 8-bit step's cost.
+        mean_square: of its elements, the shape of `harm`.
+        elements: of the operand in one batch.
+
+    >>> import torch
+    >>> s = Sensitivity(
+    ...     harm=torch.ones(1, 2), price=1e-3, mean_square=torch.full((1, 2), 4.0), elements=64.0
+    ... )
+    >>> float((s.harm * s.mean_square).mean()) * s.elements  # of losing the whole operand
+    256.0
     """
 
     harm: Tensor
@@ -131,11 +68,11 @@ def layer_sensitivities(
 ) -> dict[str, dict[Role, Sensitivity]]:
     """Harm per unit of squared error, and price of a bit, for every operand.
 
-    Harm is loss over the loss L, one currency for all roles: what the loss is higher for an error
-    of X or W, and what a step gains less for noise in its gradient. With M terms of the loss
-    (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l over
-    the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1 to
-    4):
+    Harm is loss increase over the loss L, one currency for all roles: what the loss is higher for
+    an error of X or W, and what a step gains less for noise in its gradient. With M terms of the
+    loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l
+    over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1
+    to 4):
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = M <dW**2> / (2 L) + P / (4 L) / sum W**2
@@ -155,8 +92,13 @@ def layer_sensitivities(
         loss: L; only its size matters.
 
     Returns:
-        A harm of zero throughout an operand means that this step could not tell, not that it needs
-        nothing.
+        A harm of zero throughout an operand means that this step shows nothing of it, not that it
+        needs nothing.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> found = layer_sensitivities({"fc": example_layer()}, loss=1.0)["fc"]
+    >>> {role.letter: round(float(s.harm.mean()), 2) for role, s in found.items()}
+    {'X': 1.0, 'W': 0.41, 'E': 16.03}
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
     scale = 1.0 / loss if loss > 0 else 1.0
@@ -166,24 +108,14 @@ def layer_sensitivities(
     below = 0
     for name, s in layers.items():
         counts = operand_elements(s)
-        x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
-        moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
-        weighed = float(w.mean()) * counts[Role.WEIGHT]
-        positions = output_positions(s) / s.samples
-        spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
-        energy = gradient_energy(s) * s.ranks**2
-        own = share / energy if s.learns and energy > 0 else 0.0
         reached = max(below, 1) if s.has_dgrad else 0
         harm = {
-            Role.ACTIVATION: dx
-            * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
-            Role.WEIGHT: 0.5 * terms * s.dw_square.double()
-            + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
-            Role.ERROR: own * patch_energy(s).expand_as(s.e_square)
-            + (reached * share / spread if spread > 0 else 0.0),
+            **_forward_harm(s, counts, terms=terms, progress=progress),
+            Role.ERROR: _error_harm(s, counts, share=share, reached=reached),
         }
         below += s.learns
-        square = {Role.ACTIVATION: x, Role.WEIGHT: w, Role.ERROR: s.e_square.double()}
+        squares = zip(Role, (s.x_square, s.w_square, s.e_square), strict=True)
+        square = {role: values.double() for role, values in squares}
         result[name] = {
             role: Sensitivity(
                 harm=scale * harm[role],
@@ -194,6 +126,34 @@ def layer_sensitivities(
             for role in Role
         }
     return result
+
+
+def _forward_harm(
+    s: LayerStatistics, counts: Mapping[Role, float], *, terms: float, progress: float
+) -> dict[Role, Tensor]:
+    """s_X and s_W times the loss."""
+    x, w, dx = s.x_square.double(), s.w_square.double(), s.dx_square.double()
+    moved = float((dx * x).mean()) * counts[Role.ACTIVATION]
+    weighed = float(w.mean()) * counts[Role.WEIGHT]
+    return {
+        Role.ACTIVATION: dx
+        * (0.5 * terms + (FORWARD_SHARE * progress / moved if moved > 0 else 0.0)),
+        Role.WEIGHT: 0.5 * terms * s.dw_square.double()
+        + (FORWARD_SHARE * progress / weighed if weighed > 0 else 0.0),
+    }
+
+
+def _error_harm(
+    s: LayerStatistics, counts: Mapping[Role, float], *, share: float, reached: int
+) -> Tensor:
+    """s_E times the loss."""
+    positions = output_positions(s) / s.samples
+    spread = positions * float(s.e_square.double().mean()) * counts[Role.ERROR]
+    energy = gradient_energy(s) * s.ranks**2
+    own = share / energy if s.learns and energy > 0 else 0.0
+    return own * patch_energy(s).expand_as(s.e_square) + (
+        reached * share / spread if spread > 0 else 0.0
+    )
 
 
 def loss_terms(layers: Mapping[str, LayerStatistics]) -> float:
@@ -238,14 +198,19 @@ def progress_and_share(
 ) -> tuple[float, float]:
     """What a step takes off the loss to first order, and the same share of it that each layer has
     that learns.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> layers = {"below": example_layer(), "frozen": example_layer(step_size=0.0)}
+    >>> [round(gain, 3) for gain in progress_and_share(layers, loss=1.0)]
+    [3.2, 3.2]
     """
     learning = sum(s.learns for s in layers.values())
-    if not learning:  # what learns is no layer of ours
+    if not learning:  # what learns is no converted layer
         return ASSUMED_GAIN * loss, ASSUMED_GAIN * loss
     progress = sum(layer_gains(layers, loss=loss).values())
     if (
         0 < progress < LEAST_GAIN * loss
-    ):  # no gradients at all are another matter: they tell nothing
+    ):  # no gradients at all are another matter: they show nothing
         progress = ASSUMED_GAIN * loss
     return progress, progress / learning
 

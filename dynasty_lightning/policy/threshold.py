@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The map generator: thresholds by reverse water filling, and lambda steered to a cost target or a
 noise budget.
+
+Harm is short for predicted loss increase: how much higher the loss gets by rounding, as a share of
+the loss (docs/thresholds.md).
 """
 
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
 
-from ..numerics.formats import MAX_BITS, MIN_BITS, check_bits
+from .._moved import names_left
+from ..numerics.formats import MAX_BITS, check_bits
 from ..numerics.operand_precision import OperandPrecision
-from ..numerics.roles import SHARED, Role
+from ..numerics.roles import Role
+from .base import Entries, Measurement, Policy
 from .calibration import Calibration, measured_slopes
 from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
-from .sensitivity import LayerStatistics, Sensitivity, layer_sensitivities
+from .sensitivity import Sensitivity, layer_sensitivities
+from .statistics import LayerStatistics
+from .uniform import by_letter, check_backward_bits
 
-Entries = dict[str, dict[Role, OperandPrecision]]
+__all__ = ["DynastyPolicy", "ThresholdPolicy"]
 
-GREATEST_SPEEDUP: Final = 16.0
-"""8 x 8 over 2 x 2 bits; beyond it only zero blocks help, which no policy can promise."""
 _MAX_LOG_STEP: Final = 1.5
 _COST_GAIN: Final = (
     2.0  # d ln cost / d ln lambda is near -0.4 at 3 to 4 bits, so 2 is a damped Newton step
@@ -32,113 +37,15 @@ _NOISE_GAIN: Final = 0.7
 _HARM_FLOOR: Final = 2.0**-20  # of an operand's mean
 _MEMORY: Final = 64.0
 """Most that an average may exceed what is seen now, in squares: three bits. A gradient that is a
-thousand times the usual one for a step
-would else set E's thresholds for 27 analyses, in all of which E is zero."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What one analysis hands to a policy.
-
-    Attributes:
-        layers: observations by layer name, in order of depth.
-        loss: smoothed training loss; only its size matters.
-        speedup: measured now, in the currency of the target.
-        target_speedup: what the next steps need so that the whole run meets its target; None
-            without one.
-        step, steps: optimizer steps done, and of the whole run (infinite where that is not known).
-        run_speedup: of all steps so far together; NaN where nobody keeps count.
-    """
-
-    layers: Mapping[str, LayerStatistics]
-    loss: float
-    speedup: float
-    target_speedup: float | None
-    step: int = 0
-    steps: float = math.inf
-    run_speedup: float = math.nan
-
-
-class Policy(Protocol):
-    """Statistics in, map out, state saved.
-
-    Attributes:
-        name: as checkpoints and records tell it.
-        needs_statistics: the run begins with warm-up steps at 8 bits, whose statistics the first
-            map needs.
-        wants_probes: some analyses shall measure harm.
-    """
-
-    name: str
-    needs_statistics: bool
-
-    @property
-    def wants_probes(self) -> bool: ...
-
-    def initial(self, layers: Mapping[str, Any]) -> Entries:
-        """The map before anything is measured, by layer name."""
-        ...
-
-    def update(self, measurement: Measurement) -> Entries:
-        """The map for the next interval, after each analysis; operands that it leaves out keep what
-        they have.
-        """
-        ...
-
-    def raise_precision(self) -> None:
-        """Widen, because the loss guard says so; a policy of fixed widths has nothing to widen."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-@dataclass
-class UniformPolicy:
-    """Fixed widths: one for all, or one for each role; `backward_bits` as in `ThresholdPolicy`."""
-
-    bits: int | Mapping[str, int] = 8
-    backward_bits: Mapping[str, int] = field(default_factory=dict)
-    name: str = "uniform"
-    needs_statistics: bool = False
-    wants_probes: bool = False
-
-    def __post_init__(self) -> None:
-        widths = (
-            {r.letter: self.bits for r in Role}
-            if isinstance(self.bits, int)
-            else dict(_by_letter("bits", self.bits))
-        )
-        self._bits = {Role.from_letter(letter): check_bits(bits) for letter, bits in widths.items()}
-        self._backward = check_backward_bits(self.backward_bits)
-
-    def initial(self, layers: Mapping[str, Any]) -> Entries:
-        return {
-            name: {
-                r: OperandPrecision(bits=bits, backward_bits=self._backward.get(r, MAX_BITS))
-                for r, bits in self._bits.items()
-            }
-            for name in layers
-        }
-
-    def update(self, measurement: Measurement) -> Entries:
-        return self.initial(measurement.layers)
-
-    def raise_precision(self) -> None:
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        return None
+thousand times the usual one for a step would else set E's thresholds for 27 analyses, in all of
+which E is zero.
+"""
 
 
 @dataclass(kw_only=True)
-class ThresholdPolicy(ABC):
-    """Thresholds that minimise predicted harm + lambda * cost, whatever predicts the harm; lambda
-    is steered.
+class ThresholdPolicy(Policy, ABC):
+    """Thresholds that minimise predicted loss increase (harm) + lambda * cost, whatever predicts
+    it; lambda is steered.
 
     Args:
         noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to
@@ -156,6 +63,20 @@ class ThresholdPolicy(ABC):
             (docs/thresholds.md, Calibration).
         role_weights: what predicted harm of X, W and E counts times, 1 where not given: for
             ablations, and for a split measured elsewhere.
+
+    A policy of this kind only has to predict:
+
+    >>> class Flat(ThresholdPolicy):
+    ...     name = "flat"
+    ...
+    ...     def predict(self, layers, *, loss):
+    ...         known = layer_sensitivities(layers, loss=loss)
+    ...         return {
+    ...             name: {r: replace(s, harm=s.harm.clamp(max=1.0)) for r, s in roles.items()}
+    ...             for name, roles in known.items()
+    ...         }
+    >>> Flat(name="flat", least_bits={"X": 3}).figures()["lambda"] is None
+    True
     """
 
     noise_budget: float | None = None
@@ -191,17 +112,11 @@ class ThresholdPolicy(ABC):
             )
         self._least = {
             Role.from_letter(k): check_bits(v, name=f"least_bits[{k}]")
-            for k, v in _by_letter("least_bits", self.least_bits)
+            for k, v in by_letter("least_bits", self.least_bits)
         }
-        self._backward = check_backward_bits(self.backward_bits)
-        for role, bits in self._backward.items():
-            if bits < self._least.get(role, 0):
-                raise ValueError(
-                    f"backward_bits of {role.letter}, {bits}, must not be below its least_bits, "
-                    f"{self._least[role]}"
-                )
+        self._backward = check_backward_bits(self.backward_bits, self._least)
         self._role_weights = dict.fromkeys(Role, 1.0) | {
-            Role.from_letter(k): v for k, v in _by_letter("role_weights", self.role_weights)
+            Role.from_letter(k): v for k, v in by_letter("role_weights", self.role_weights)
         }
         for role, weight in self._role_weights.items():
             if not (isinstance(weight, int | float) and 0 < weight < math.inf):
@@ -230,7 +145,7 @@ class ThresholdPolicy(ABC):
     def sensitivities(
         self, layers: Mapping[str, LayerStatistics], *, loss: float
     ) -> dict[str, dict[Role, Sensitivity]]:
-        """What `predict` says, harm times its role's weight and what calibration found."""
+        """What `predict` gives, harm times its role's weight and what calibration found."""
         return {
             name: {
                 role: replace(
@@ -256,20 +171,20 @@ class ThresholdPolicy(ABC):
             self.multiplier = self._level or 1.0
         else:
             self._steer(measurement, drift)
-        # An operand without any harm is one that this step could not tell about, not one that needs
-        # nothing: it keeps what it has.
+        # An operand without any harm is one of which this step shows nothing, not one that needs
+        # nothing: it keeps its OperandPrecision.
         entries = {
             name: {
-                role: self._entry(name, role, s)
+                role: self._precision(name, role, s)
                 for role, s in roles.items()
                 if bool((s.harm > 0).any())
             }
             for name, roles in sensitivities.items()
         }
         self.predicted_harm = sum(
-            _predicted_harm(sensitivities[name][role], entry.values, role)
+            _predicted_harm(sensitivities[name][role], precision.values, role)
             for name, roles in entries.items()
-            for role, entry in roles.items()
+            for role, precision in roles.items()
         )
         return entries
 
@@ -305,7 +220,7 @@ class ThresholdPolicy(ABC):
         # 1).
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
 
-    def _entry(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
+    def _precision(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:
         assert self.multiplier is not None
         # Where this batch shows no harm (a dark border, a dead channel) the next may: ten binades
         # above the mean's threshold at most.
@@ -346,6 +261,16 @@ class ThresholdPolicy(ABC):
         fields = {f: getattr(s, f) for f in LayerStatistics.__dataclass_fields__}
         return LayerStatistics(**{**fields, **averages})
 
+    def figures(self) -> dict[str, float | None]:
+        """lambda, the predicted loss increase of its last map (`predicted_harm`), and what harm of
+        each role counts times by now, `weight_X` and so on.
+        """
+        weights = {
+            f"weight_{role.letter}": weight * math.exp(self.calibration.log_role[role.letter])
+            for role, weight in self._role_weights.items()
+        }
+        return {"lambda": self.multiplier, "predicted_harm": self.predicted_harm, **weights}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "multiplier": self.multiplier,
@@ -372,6 +297,20 @@ class ThresholdPolicy(ABC):
 class DynastyPolicy(ThresholdPolicy):
     """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md,
     equations 1 to 4).
+
+    E of this layer is the most sensitive operand, so its least significant bit is the finest:
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> policy = DynastyPolicy()
+    >>> seen = Measurement(
+    ...     layers={"fc": example_layer()}, loss=1.0, speedup=4.0, target_speedup=5.0
+    ... )
+    >>> {role.letter: int(p.lsb_exponent.max()) for role, p in policy.update(seen)["fc"].items()}
+    {'X': 0, 'W': 0, 'E': -3}
+    >>> before = policy.figures()["lambda"]
+    >>> _ = policy.update(seen)  # short of its target: lambda rises, and widths will fall
+    >>> policy.figures()["lambda"] > before
+    True
     """
 
     name: str = "dynasty"
@@ -410,74 +349,4 @@ def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
     return float(per_element.mean()) * s.elements
 
 
-def _by_letter(name: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The items of an option that has a value for each role. Raises ValueError for what is no
-    mapping.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"{name} takes a value for each role that it names, e.g. {{'X': 2, 'W': 4}} "
-            f"(X:2/W:4 as text), not {given!r}"
-        )
-    return given.items()
-
-
-def check_backward_bits(backward_bits: Mapping[str, int]) -> dict[Role, int]:
-    """By role. Raises ValueError for a role that FORWARD does not read, and for a width that is
-    none.
-    """
-    items = _by_letter("backward_bits", backward_bits)
-    result = {
-        Role.from_letter(letter): check_bits(bits, name=f"backward_bits[{letter}]")
-        for letter, bits in items
-    }
-    for role, bits in result.items():
-        if role not in SHARED or bits < MIN_BITS:
-            raise ValueError(
-                f"backward_bits limits X in WGRAD and W in DGRAD to {MIN_BITS} bits or more, "
-                f"not {role.letter} to {bits}"
-            )
-    return result
-
-
-def check_target(target_speedup: float) -> float:
-    """Raise unless a cost target can be met with widths from 8 down to 2 bits: TypeError for what
-    is no number, else ValueError.
-    """
-    if isinstance(target_speedup, bool) or not isinstance(target_speedup, numbers.Real):
-        raise TypeError(f"target_speedup must be a number, not {target_speedup!r}")
-    if not 1.0 <= target_speedup <= GREATEST_SPEEDUP:
-        raise ValueError(
-            f"target_speedup must be in [1, {GREATEST_SPEEDUP:g}], not {target_speedup}: "
-            f"1 is 8 bits everywhere, {GREATEST_SPEEDUP:g} is 2 bits everywhere"
-        )
-    return float(target_speedup)
-
-
-_POLICY_ATTRIBUTES: Final = (
-    "name",
-    "needs_statistics",
-    "wants_probes",
-    "initial",
-    "update",
-    "raise_precision",
-    "state_dict",
-    "load_state_dict",
-)
-
-
-def check_policy(policy: Any) -> Policy:
-    """Raises TypeError for a class in place of an object, and for an object that lacks what a
-    `Policy` has.
-    """
-    if isinstance(policy, type):
-        raise TypeError(
-            f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}"
-        )
-    missing = [name for name in _POLICY_ATTRIBUTES if not hasattr(policy, name)]
-    if missing:
-        raise TypeError(
-            f"{type(policy).__name__} is no Policy: it lacks {', '.join(missing)} "
-            f"(dynasty_lightning.policy.threshold.Policy)"
-        )
-    return policy  # type: ignore[no-any-return]
+__getattr__ = names_left(__name__)

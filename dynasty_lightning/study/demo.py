@@ -24,7 +24,7 @@ from ..files import seal_record, write_whole
 from ..hardware.check import check_on_core, describe
 from ..nn.inspect import activation_widths
 from ..numerics.formats import MAX_BITS, MIN_BITS
-from ..policy.threshold import check_target
+from ..policy.base import check_target
 from ..tasks.data import DATASETS, TensorDataModule, load_data
 from ..tasks.models import MODELS, Classifier, LanguageModel
 from ..trainer.callback import DynastyCallback

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..numerics.formats import MAX_BITS, MIN_BITS, MX_BLOCK
+from ..policy.base import check_target
 from ..policy.registry import POLICIES
-from ..policy.threshold import check_target
 from ..trainer.callback import DynastyCallback
 from ..trainer.precision import DynastyPrecision
 

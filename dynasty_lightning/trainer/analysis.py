@@ -18,12 +18,12 @@ from enum import Enum
 from typing import Any, Final, cast
 
 from ..cost.analytics import AnalyticsCost
-from ..cost.bit_products import StepCost
+from ..cost.counts import StepCost
 from ..nn.layers import DynamicLayer
 from ..nn.probe import ProbeRecord
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Gemm, Role
-from ..policy.sensitivity import LayerStatistics
+from ..policy.statistics import LayerStatistics
 from .look import LayerWidths, Look, StepReader, Uses, add_uses
 from .ranks import Ranks
 

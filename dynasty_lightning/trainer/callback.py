@@ -24,25 +24,26 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from ..cost.analytics import AnalyticsCost, analytics_share
-from ..cost.bit_products import StepCost
+from ..cost.counts import StepCost
 from ..cost.energy import EnergyModel, energy_ratios
 from ..cost.run_cost import RunCost
-from ..maps.precision_map import BitWidthMap, PrecisionMap
+from ..maps.bit_width_map import BitWidthMap
+from ..maps.precision_map import PrecisionMap
 from ..nn.layers import DynamicLayer
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
-from ..policy.registry import make_policy
-from ..policy.schedule import SETTLED, Allocation, AnalysisSchedule, LossGuard
-from ..policy.sensitivity import progress_and_share
-from ..policy.threshold import (
+from ..policy.allocation import Allocation
+from ..policy.base import (
     GREATEST_SPEEDUP,
     Entries,
     Measurement,
     Policy,
-    UniformPolicy,
     check_policy,
     check_target,
 )
+from ..policy.registry import make_policy
+from ..policy.schedule import SETTLED, AnalysisSchedule, LossGuard
+from ..policy.sensitivity import progress_and_share
 from .analysis import Analysis, Finding, Phase, StepClock
 from .checked_state import reading, replace_field, sealed_state
 from .look import Look
@@ -150,7 +151,7 @@ class DynastyCallback(Callback):
                 f"{', '.join(options) or 'noise_budget'} to its constructor"
             )
         self.policy: Policy = check_policy(policy)
-        if type(policy) is UniformPolicy and self.target_speedup is not None:
+        if policy.fixed_widths and self.target_speedup is not None:
             raise ValueError(
                 f"target_speedup={target_speedup} is met by choosing widths, and {policy} has "
                 f"fixed ones: give one of the two"
@@ -837,15 +838,15 @@ class DynastyCallback(Callback):
         return {name: layer_step_size(layer, sizes) for name, layer in self._layers.items()}
 
     def _record(self, step: int, found: Finding, cost: StepCost, loss: float) -> None:
-        widths = found.widths
+        widths, figures = found.widths, self.policy.figures()
         self.history.append(
             {
                 "step": step,
                 "speedup_ideal": cost.speedup_ideal,
                 "speedup_charged": cost.speedup_charged,
                 **energy_ratios(cost, self.energy_model),
-                "lambda": getattr(self.policy, "multiplier", None),
-                "noise_ratio": getattr(self.policy, "predicted_harm", math.nan),
+                "lambda": figures.get("lambda"),
+                "noise_ratio": figures.get("predicted_harm", math.nan),
                 "loss": loss,
                 "bits": widths.layers,
                 "mean_bits": widths.mean_bits,
@@ -885,7 +886,7 @@ class DynastyCallback(Callback):
             )
         self._raised = True
         self.promises.guard_raised()
-        if not isinstance(self.policy, UniformPolicy):
+        if not self.policy.fixed_widths:
             self.policy.raise_precision()
             self._apply({}, keep=False)
             self._analysis.maps_are_gone()

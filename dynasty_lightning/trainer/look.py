@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ..cost.analytics import AnalyticsCost, analytics_cost
-from ..cost.bit_products import StepCost, layer_cost
+from ..cost.bit_products import layer_cost
+from ..cost.counts import StepCost
 from ..nn.layers import DynamicLayer, LayerObservation
 from ..nn.probe import ProbeRecord
 from ..numerics.formats import MAX_BITS
 from ..numerics.roles import SHARED, Gemm, Role
-from ..policy.sensitivity import LayerStatistics
+from ..policy.statistics import LayerStatistics
 from .ranks import Ranks
 
 _MOST_AXES: Final = 8  # of an operand: more are averaged over like positions that differ

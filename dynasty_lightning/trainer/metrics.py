@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
-from ..cost.bit_products import GemmCost
+from ..cost.counts import GemmCost
 from ..cost.energy import EnergyModel, energy_ratios
 from ..numerics.roles import Gemm, Role
 

@@ -21,7 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ..maps.precision_map import ModelStructure, PrecisionMap
+from ..maps.precision_map import PrecisionMap
+from ..maps.structure import ModelStructure
 from ..nn.convert import ConversionReport, check_names, convert, grow
 from ..nn.layers import DynamicLayer, check_seed, dynamic_layers
 from ..nn.plan import Mode

@@ -23,7 +23,7 @@ from benchmarks.harm import (
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
-from dynasty_lightning.policy.sensitivity import LayerStatistics
+from dynasty_lightning.policy.statistics import LayerStatistics
 
 BATCH = 6
 STEP_SIZES = {"0": 0.3, "2": 0.7}

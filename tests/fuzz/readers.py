@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from dynasty_lightning.maps import precision_map as maps
-from dynasty_lightning.maps.precision_map import BitWidthMap, PrecisionMap, model_structure
+from dynasty_lightning.maps import bit_width_map, file
+from dynasty_lightning.maps.bit_width_map import BitWidthMap
+from dynasty_lightning.maps.precision_map import PrecisionMap
+from dynasty_lightning.maps.structure import model_structure
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
@@ -86,7 +88,7 @@ _WIDTHS: Final = {
     "0/W/bits": torch.full((2, 1, 3, 3), 4, dtype=torch.uint8),
     "4/X/bits": torch.full((2, 18), 3, dtype=torch.uint8),
 }
-_WIDTHS_HEADER: Final = maps._render_header(maps._WIDTHS_FORMAT, _STRUCTURE)
+_WIDTHS_HEADER: Final = file.render_header(bit_width_map._FORMAT, _STRUCTURE)
 
 
 def _changed_map(
@@ -174,7 +176,7 @@ def _map_bytes(rng: random.Random, header: str, tensors: dict[str, torch.Tensor]
 
 def _digest_of(text: str, tensors: dict[str, torch.Tensor]) -> str:
     try:
-        return maps._digest([text], tensors)
+        return file.digest([text], tensors)
     except (TypeError, UnicodeEncodeError):  # of a type or a text that no map has
         return ""
 

@@ -17,8 +17,7 @@ from dynasty_lightning.policy.sensitivity import (
     loss_terms,
     patch_energy,
 )
-
-from .layer_statistics import linear
+from dynasty_lightning.policy.statistics import example_layer as linear
 
 X, W, E = Role
 

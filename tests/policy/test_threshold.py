@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.policy.base import Measurement
 from dynasty_lightning.policy.sensitivity import NATURAL_LOSS, bit_price, layer_sensitivities
-from dynasty_lightning.policy.threshold import DynastyPolicy, Measurement, UniformPolicy
-
-from .layer_statistics import linear
+from dynasty_lightning.policy.statistics import example_layer as linear
+from dynasty_lightning.policy.threshold import DynastyPolicy
+from dynasty_lightning.policy.uniform import UniformPolicy
 
 LAYERS = {
     "a": linear(outputs=4, inputs=8, step_size=0.5, dw=0.1),

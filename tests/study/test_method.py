@@ -2,7 +2,8 @@
 
 import pytest
 
-from dynasty_lightning.policy.threshold import DynastyPolicy, UniformPolicy
+from dynasty_lightning.policy.threshold import DynastyPolicy
+from dynasty_lightning.policy.uniform import UniformPolicy
 from dynasty_lightning.study.method import Method, parse_methods
 
 

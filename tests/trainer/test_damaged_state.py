@@ -22,7 +22,7 @@ from dynasty_lightning import (
     Role,
 )
 from dynasty_lightning.files import DamagedFile
-from dynasty_lightning.maps.precision_map import ModelStructure
+from dynasty_lightning.maps.structure import ModelStructure
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.study import demo
 from dynasty_lightning.study.checkpoint import RunCheckpoint

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchmetrics import MetricCollection
 
-from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
+from dynasty_lightning.cost.bit_products import layer_cost
+from dynasty_lightning.cost.counts import GemmCost, NetworkCost
 from dynasty_lightning.cost.energy import EnergyModel, energy_ratios
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.roles import Role

@@ -20,7 +20,8 @@ from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
-from dynasty_lightning.policy.threshold import DynastyPolicy, UniformPolicy
+from dynasty_lightning.policy.threshold import DynastyPolicy
+from dynasty_lightning.policy.uniform import UniformPolicy
 from dynasty_lightning.trainer.promises import PromiseWarning
 
 QUIET = {

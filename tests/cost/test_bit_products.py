@@ -1,9 +1,6 @@
-"""Bit products against nested loops over every pair of blocks, and the sums that are formed from
-them.
-"""
+"""Bit products against nested loops over every pair of blocks."""
 
 import itertools
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
-from dynasty_lightning.cost.run_cost import RunCost
+from dynasty_lightning.cost.bit_products import layer_cost
+from dynasty_lightning.cost.counts import NetworkCost
 from dynasty_lightning.numerics.geometry import LayerGeometry
-from dynasty_lightning.numerics.layout import BandedWeight
 from dynasty_lightning.numerics.roles import Gemm, Role
+from tests.cost.cases import E, W, X, case_of, conv_case, cost_of, random_case
 
-X, W, E = Role
-WIDTHS = np.array([0, 2, 3, 4, 5, 6, 7, 8])
 COUNTS = (
     "products",
     "products_charged",
@@ -28,97 +23,6 @@ COUNTS = (
     "block_macs",
     "block_products",
 )
-
-
-def random_case(g: np.random.Generator, block_shape=(4, 4), groups=None):
-    """Arguments of `layer_cost` for a small random layer."""
-    kind = int(g.integers(4)) if groups is None else int(g.integers(1, 4))
-    n = int(g.integers(1, 10))
-    if kind == 0:
-        inputs, outputs = (int(v) for v in g.integers(1, 40, 2))
-        tokens = [int(v) for v in g.integers(1, 4, int(g.integers(3)))]
-        geometry = LayerGeometry(kind="linear", weight_shape=(outputs, inputs))
-        input_shape, output_shape = (n, *tokens, inputs), (n, *tokens, outputs)
-    else:
-        groups = int(g.choice([1, 1, 2, 3, 5])) if groups is None else groups
-        per_group, out_per_group = int(g.integers(1, 8)), int(g.integers(1, 6))
-        if g.random() < 0.2:
-            per_group = out_per_group = 1  # depthwise
-        taps, stride, padding, dilation = (
-            tuple(int(v) for v in g.integers(low, high, kind))
-            for low, high in ((1, 4), (1, 3), (0, 3), (1, 3))
-        )
-        image = tuple(
-            int(g.integers(max(1, d * (k - 1) + 1 - 2 * p), 8))
-            for k, p, d in zip(taps, padding, dilation, strict=True)
-        )
-        geometry = LayerGeometry(
-            kind="conv",
-            weight_shape=(groups * out_per_group, per_group, *taps),
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-        )
-        output = [
-            (h + 2 * p - d * (k - 1) - 1) // s + 1
-            for h, k, s, p, d in zip(image, taps, stride, padding, dilation, strict=True)
-        ]
-        input_shape, output_shape = (
-            (n, groups * per_group, *image),
-            (n, groups * out_per_group, *output),
-        )
-    return case_of(g, geometry, input_shape, output_shape, block_shape)
-
-
-def case_of(g, geometry, input_shape, output_shape, block_shape):
-    rows, channels = block_shape
-    axis = geometry.channel_axis
-
-    def grid(shape, channel_axis):
-        shape = list(shape)
-        shape[0], shape[channel_axis] = -(-shape[0] // rows), -(-shape[channel_axis] // channels)
-        return tuple(shape)
-
-    band = (
-        None
-        if geometry.groups == 1
-        else BandedWeight(geometry.weight_shape, geometry.groups, block_shape)
-    )
-    shapes = {
-        X: grid(input_shape, axis),
-        W: grid(geometry.weight_shape if band is None else band.shape, 1),
-        E: grid(output_shape, axis),
-    }
-    occupied = {r: torch.from_numpy(g.random(shape) < 0.8) for r, shape in shapes.items()}
-    bits = {
-        r: torch.from_numpy(g.choice(WIDTHS, shape).astype(np.uint8)) * occupied[r]
-        for r, shape in shapes.items()
-    }
-    first = None if band is None else band.first_columns
-    if first is not None:
-        beyond = first[:, None] // channels + torch.arange(shapes[W][1]) >= shapes[X][1]
-        bits[W][beyond], occupied[W][beyond] = 0, False
-    backward = {
-        r: torch.minimum(bits[r], torch.full_like(bits[r], int(g.integers(2, 9))))
-        for r in (X, W)
-        if g.random() < 0.5
-    }
-    return {
-        "backward_bits": backward,
-        "geometry": geometry,
-        "input_shape": input_shape,
-        "output_shape": output_shape,
-        "bits": bits,
-        "occupied": occupied,
-        "block_shape": block_shape,
-        "has_dgrad": True,
-        "first_columns": first,
-    }
-
-
-def cost_of(case) -> dict[Gemm, GemmCost]:
-    return layer_cost(case["geometry"], **{k: v for k, v in case.items() if k != "geometry"})
 
 
 def brute_force(case) -> dict[Gemm, dict[str, int]]:
@@ -242,17 +146,6 @@ def test_macs_are_those_of_a_convolution_of_ones(seed):
         )
     assert tuple(y.shape) == case["output_shape"]
     assert {c.macs for c in cost_of(case).values()} == {int(y.sum())}
-
-
-def conv_case(g, batch=8, channels=8, block_shape=(4, 4)):
-    geometry = LayerGeometry(
-        kind="conv",
-        weight_shape=(channels, channels, 3, 3),
-        stride=(1, 1),
-        padding=(1, 1),
-        dilation=(1, 1),
-    )
-    return case_of(g, geometry, (batch, channels, 6, 6), (batch, channels, 6, 6), block_shape)
 
 
 def fill(case, width):
@@ -414,57 +307,3 @@ def test_refuses_a_band_that_is_not_aligned():
         cost_of(case | {"first_columns": case["first_columns"] + 1})
     with pytest.raises(ValueError, match="grouped weights"):
         cost_of(case | {"first_columns": None})
-
-
-def test_costs_add_and_survive_a_list():
-    costs = list(cost_of(conv_case(np.random.default_rng(0))).values())
-    total = costs[0] + costs[1]
-    assert total.products == costs[0].products + costs[1].products
-    assert total.scaled(3).to_list() == [3 * v for v in total.to_list()]
-    assert GemmCost.from_list(total.to_list()) == total
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        GemmCost.from_list([1.0])
-
-
-def test_speedups_of_nothing():
-    assert math.isnan(GemmCost().speedup_ideal)
-    assert GemmCost(baseline=64).speedup_ideal == math.inf
-
-
-def test_network_cost():
-    layers = [cost_of(random_case(np.random.default_rng(seed))) for seed in range(3)]
-    layers[0].pop(Gemm.DGRAD)
-    network = NetworkCost.from_layers(layers, macs_outside=1000)
-    assert list(network.gemms) == list(Gemm)
-    assert network.gemms[Gemm.DGRAD] == layers[1][Gemm.DGRAD] + layers[2][Gemm.DGRAD]
-    total = network.converted
-    assert total.products == sum(c.products for layer in layers for c in layer.values())
-    assert network.speedup_network() == (total.baseline + 64_000) / (
-        total.products_charged + 64_000
-    )
-    assert abs(network.speedup_network(outside_bits=24) - 1) < abs(network.speedup_network() - 1)
-    assert NetworkCost.from_layers(layers).speedup_network() == total.speedup_charged
-    with pytest.raises(ValueError, match="macs_outside"):
-        NetworkCost(gemms={}, macs_outside=-1)
-    with pytest.raises(ValueError, match="outside_bits"):
-        network.speedup_network(outside_bits=0)
-
-
-def test_run_cost_weighs_by_steps_and_resumes():
-    slow, fast = (
-        GemmCost(products=64, products_charged=64, baseline=64),
-        GemmCost(products=8, products_charged=16, baseline=64),
-    )
-    run = RunCost()
-    run.add(slow, 10)  # warm-up
-    run.add(fast, 20)
-    other = RunCost()
-    other.load_state_dict(run.state_dict())
-    for r in (run, other):
-        r.add(fast, 10)
-        assert r.steps == 40
-        assert r.sum.speedup_ideal == 40 * 64 / (10 * 64 + 30 * 8)
-        assert r.sum.speedup_charged == 40 * 64 / (10 * 64 + 30 * 16)
-    assert run.sum == other.sum
-    with pytest.raises(ValueError, match="take back"):
-        run.add(fast, -1)

@@ -1,57 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Controls that tell what a map is worth: thresholds from magnitude alone, and our own map in
-random places. See docs/policies.md.
+"""A control that shows what places are worth: DYNASTY's map in random ones. See
+docs/policies.md.
 """
 
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 
 from ...numerics.roles import Role
-from ..sensitivity import LayerStatistics, Sensitivity, bit_price, operand_elements
-from ..threshold import DynastyPolicy, ThresholdPolicy
+from ..sensitivity import Sensitivity
+from ..statistics import LayerStatistics
+from ..threshold import DynastyPolicy
 
-
-@dataclass(kw_only=True)
-class MagnitudePolicy(ThresholdPolicy):
-    """Thresholds from magnitude alone: an element's squared error counts relative to its tensor's
-    mean square, whatever its gradient.
-
-    So all blocks of a tensor share one threshold, and their widths follow their magnitudes only.
-    Prices, lambda and the measured balance of the three roles are DYNASTY's.
-
-    Args:
-        calibrate: "roles" balances measured slopes of harm per cost over roles; "none" leaves the
-            split to `role_weights`, harm of a relative squared error of 1.
-    """
-
-    calibrate: Literal["layers", "roles", "none"] = "roles"
-    name: str = "magnitude"
-
-    calibrations: ClassVar[tuple[str, ...]] = ("roles", "none")  # magnitude tells no layers apart
-
-    def predict(
-        self, layers: Mapping[str, LayerStatistics], *, loss: float
-    ) -> dict[str, dict[Role, Sensitivity]]:
-        total_macs = sum(sum(s.macs.values()) for s in layers.values())
-        result: dict[str, dict[Role, Sensitivity]] = {}
-        for name, s in layers.items():
-            result[name] = {}
-            elements = operand_elements(s)
-            for role, square in zip(Role, (s.x_square, s.w_square, s.e_square), strict=True):
-                mean = float(square.double().mean())
-                result[name][role] = Sensitivity(
-                    harm=torch.full_like(
-                        square, 1.0 / mean if mean > 0 else 0.0, dtype=torch.float64
-                    ),
-                    price=bit_price(s, role, elements[role], total_macs),
-                    mean_square=square.double(),
-                    elements=elements[role],
-                )
-        return result
+__all__ = ["RandomPolicy"]
 
 
 @dataclass(kw_only=True)
@@ -66,6 +30,12 @@ class RandomPolicy(DynastyPolicy):
 
     Args:
         seed: of the order.
+
+    >>> RandomPolicy(seed=1).name
+    'random'
+    >>> RandomPolicy(seed=-1)
+    Traceback (most recent call last):
+    ValueError: seed must be an integer and not negative, not -1
     """
 
     seed: int = 0
@@ -79,10 +49,10 @@ class RandomPolicy(DynastyPolicy):
     def sensitivities(
         self, layers: Mapping[str, LayerStatistics], *, loss: float
     ) -> dict[str, dict[Role, Sensitivity]]:
-        ours = super().sensitivities(layers, loss=loss)
+        placed = super().sensitivities(layers, loss=loss)
         return {
             name: {role: self._shuffle(f"{name}/{role.letter}", s) for role, s in roles.items()}
-            for name, roles in ours.items()
+            for name, roles in placed.items()
         }
 
     def _shuffle(self, operand: str, s: Sensitivity) -> Sensitivity:
