@@ -57,7 +57,7 @@ def test_a_name_that_left_its_module_is_found_there_with_a_warning(module, name)
     new = DEFINITIONS[module][name]
     assert name not in vars(old), "it is there, so no warning is given"
     with pytest.warns(
-        DeprecationWarning, match=rf"{module}.{name} has moved to .*\.{new};"
+        DeprecationWarning, match=rf"{module}.{name} has moved to .*\.{new}\.{name};"
     ) as seen:
         found = getattr(old, name)
     assert found is getattr(importlib.import_module(f"dynasty_lightning.{new}"), name)
