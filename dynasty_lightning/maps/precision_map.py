@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
 from ..files import DamagedFile, parse_json, read_bounded, write_whole
+from ..numerics.banded import band_width
 from ..numerics.formats import LINE_BLOCKS, MAX_BITS, BlockFormat
 from ..numerics.geometry import LayerGeometry
-from ..numerics.layout import band_width
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import SHARED, Role
 

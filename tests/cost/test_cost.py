@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from dynasty_lightning.cost.bit_products import GemmCost, NetworkCost, layer_cost
 from dynasty_lightning.cost.run_cost import RunCost
+from dynasty_lightning.numerics.banded import BandedWeight
 from dynasty_lightning.numerics.geometry import LayerGeometry
-from dynasty_lightning.numerics.layout import BandedWeight
 from dynasty_lightning.numerics.roles import Gemm, Role
 
 X, W, E = Role

@@ -23,10 +23,10 @@ from dynasty_lightning.maps.precision_map import (
     structure_hash,
 )
 from dynasty_lightning.nn.convert import convert
-from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.banded import BandedWeight
+from dynasty_lightning.numerics.formats import MAX_LSB_EXPONENT, BlockFormat
 from dynasty_lightning.numerics.geometry import LayerGeometry
-from dynasty_lightning.numerics.layout import BandedWeight
-from dynasty_lightning.numerics.operand_precision import MAX_LSB_EXPONENT, OperandPrecision
+from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 
 X, W, E = Role
