@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,12 @@ from common import (
 )
 from torch import Tensor, nn
 
-from dynasty_lightning import Role, StreamPosition, convert
+from dynasty_lightning import Role, convert
+from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.backends.triton import available, dequantize_cuda, quantize_cuda
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import quantize_in_torch
+from dynasty_lightning.numerics.quantized import QuantizedBlocks
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.tasks.models import build_model
 
 BLOCK = (4, 4)
@@ -72,9 +75,9 @@ OPERANDS = (
     Operand("Linear, tokens", (64, 197, 768), (8, 5, 32), 2),
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "X nearest, 8 bits": {"role": Role.ACTIVATION, "stochastic": False, "is_threshold": False},
-    "E stochastic, 8 bits": {"role": Role.ERROR, "stochastic": True, "is_threshold": False},
-    "E threshold, drops": {"role": Role.ERROR, "stochastic": True, "is_threshold": True},
+    "X nearest, 8 bits": {"role": Role.ACTIVATION, "is_threshold": False},
+    "E stochastic, 8 bits": {"role": Role.ERROR, "is_threshold": False},
+    "E threshold, drops": {"role": Role.ERROR, "is_threshold": True},
 }
 
 
@@ -106,15 +109,15 @@ def quantizer(a: argparse.Namespace) -> list[dict[str, Any]]:
         target = torch.empty_like(x)
         competitors = [Competitor(name="copy", step=repeated(lambda t=target, s=x: t.copy_(s)))]  # type: ignore[misc]
         equal: dict[str, bool] = {}
-        packed: tuple[Tensor, ...] = ()
         for name, options in SETTINGS.items():
             request = torch.tensor(
                 -8 if options["is_threshold"] else 8, dtype=torch.int32, device="cuda"
             )
-            call = prepared(x, layout, request, options)
-            packed, equal[name] = compared(call, x, layout, request, options)
+            recipe = Recipe(request=request, **options)
+            call = partial(quantize_cuda, x, layout, recipe, want_values=True)
+            packed, equal[name] = compared(call, x, layout, recipe)
             competitors.append(Competitor(name=name, step=repeated(call)))
-        back = lambda p=packed, at=layout: dequantize_cuda(*p[:4], at, torch.bfloat16)  # noqa: E731
+        back = partial(dequantize_cuda, packed, torch.bfloat16)
         competitors.append(Competitor(name="dequantize", step=repeated(back)))
         for competitor in competitors:
             warm_up(competitor)
@@ -123,54 +126,15 @@ def quantizer(a: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def prepared(
-    x: Tensor, layout: BlockLayout, request: Tensor, options: dict[str, Any]
-) -> Callable[[], tuple[Tensor, ...] | None]:
-    return lambda: quantize_cuda(
-        x,
-        layout,
-        request,
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
-        want_values=True,
-        **options,
-    )
-
-
 def compared(
-    call: Callable[[], tuple[Tensor, ...] | None],
-    x: Tensor,
-    layout: BlockLayout,
-    request: Tensor,
-    options: dict[str, Any],
-) -> tuple[tuple[Tensor, ...], bool]:
+    call: Callable[[], QuantizedBlocks | None], x: Tensor, layout: BlockLayout, recipe: Recipe
+) -> tuple[QuantizedBlocks, bool]:
     """The call's results, and whether mantissas and exponents are those of pure torch."""
     results = call()
     assert results is not None, "the operand is finite"
-    threshold = options["is_threshold"]
-    expected = quantize_in_torch(
-        x,
-        layout,
-        bits=None if threshold else request,
-        lsb_exponent=request if threshold else None,
-        role=options["role"],
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        stochastic=options["stochastic"],
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
-    )
+    expected = quantize_in_torch(x, layout, recipe)
     fields = ("codes", "relative_exponents", "headers", "largest_exponents")
-    same = all(
-        torch.equal(got, getattr(expected, name))
-        for name, got in zip(fields, results, strict=False)
-    )
+    same = all(torch.equal(getattr(results, name), getattr(expected, name)) for name in fields)
     return results, same
 
 

@@ -18,6 +18,7 @@ quantizer too.
 import argparse
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ from common import (
 from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import quantize_in_torch
-from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.memory import empty_channels_innermost
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
 
 OPERANDS: dict[str, tuple[tuple[int, ...], int, bool]] = {  # shape, channel axis, channels_last
@@ -48,11 +50,11 @@ OPERANDS: dict[str, tuple[tuple[int, ...], int, bool]] = {  # shape, channel axi
     "tokens 64x64x768": ((64, 64, 768), 2, False),
     "linear 1024x3072": ((1024, 3072), 1, False),
 }
-KINDS: dict[str, dict[str, Any]] = {
-    "X nearest": {"role": Role.ACTIVATION, "stochastic": False, "is_threshold": False},
-    "W nearest": {"role": Role.WEIGHT, "stochastic": False, "is_threshold": False},
-    "E stochastic": {"role": Role.ERROR, "stochastic": True, "is_threshold": False},
-    "E threshold, drops": {"role": Role.ERROR, "stochastic": True, "is_threshold": True},
+KINDS: dict[str, Recipe] = {
+    "X nearest": Recipe(role=Role.ACTIVATION, request=torch.tensor(8)),
+    "W nearest": Recipe(role=Role.WEIGHT, request=torch.tensor(8)),
+    "E stochastic": Recipe(role=Role.ERROR, request=torch.tensor(8)),
+    "E threshold, drops": Recipe(role=Role.ERROR, request=torch.tensor(-2), is_threshold=True),
 }
 EXPECTED = {"X nearest": 2.0, "W nearest": 2.0, "E stochastic": 3.0, "E threshold, drops": 3.0}
 
@@ -68,43 +70,22 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
         torch.empty_like(x),
         BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=axis),
     )
-    values = native.empty_channels_innermost(layout, torch.bfloat16)
-    codes = native.empty_channels_innermost(layout, torch.uint8)
+    values = empty_channels_innermost(layout, torch.bfloat16)
+    codes = empty_channels_innermost(layout, torch.uint8)
     made = [Competitor(name="memcpy", step=repeated(lambda: target.copy_(x), a.repeat))]
 
-    def call(options: dict[str, Any]) -> Callable[[], Any]:
-        request = torch.tensor(-2 if options["is_threshold"] else 8)
-        return lambda: native.quantize(
-            x,
-            layout,
-            request,
-            least_bits=0,
-            most_bits=8,
-            width_group=None,
-            force_signed=False,
-            stream=StreamPosition(),
-            scope="tensor",
-            values=values,
-            codes=codes,
-            **options,
-        )
+    def call(recipe: Recipe) -> Callable[[], Any]:
+        return lambda: native.quantize(x, layout, recipe, values=values, codes=codes)
 
     made += [
-        Competitor(name=kind, step=repeated(call(options), a.repeat))
-        for kind, options in KINDS.items()
+        Competitor(name=kind, step=repeated(call(recipe), a.repeat))
+        for kind, recipe in KINDS.items()
     ]
     saved = call(KINDS["X nearest"])()
-    largest = int(saved.largest_exponents)
-    kept, back = saved.codes.clone(), values.clone()
+    kept, back = replace(saved, codes=saved.codes.clone()), values.clone()
     made.append(
         Competitor(
-            name="dequantize",
-            step=repeated(
-                lambda: native.dequantize(
-                    kept, saved.relative_exponents, saved.headers, largest, layout, values
-                ),
-                a.repeat,
-            ),
+            name="dequantize", step=repeated(lambda: native.dequantize(kept, values), a.repeat)
         )
     )
     made.append(
@@ -116,9 +97,9 @@ def competitors(name: str, a: argparse.Namespace) -> list[Competitor]:
     if a.torch:
         made += [
             Competitor(
-                name=f"{kind}, pure torch", step=repeated(in_torch(x, layout, options), a.repeat)
+                name=f"{kind}, pure torch", step=repeated(in_torch(x, layout, recipe), a.repeat)
             )
-            for kind, options in KINDS.items()
+            for kind, recipe in KINDS.items()
         ]
     return made
 
@@ -131,23 +112,8 @@ def repeated(call: Callable[[], Any], times: int) -> Callable[[], None]:
     return step
 
 
-def in_torch(x: Tensor, layout: BlockLayout, options: dict[str, Any]) -> Callable[[], Any]:
-    threshold = options["is_threshold"]
-    request = torch.tensor(-2 if threshold else 8, dtype=torch.int32)
-    return lambda: quantize_in_torch(
-        x,
-        layout,
-        bits=None if threshold else request,
-        lsb_exponent=request if threshold else None,
-        role=options["role"],
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        stochastic=options["stochastic"],
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
-    )
+def in_torch(x: Tensor, layout: BlockLayout, recipe: Recipe) -> Callable[[], Any]:
+    return lambda: quantize_in_torch(x, layout, recipe)
 
 
 def main() -> int:

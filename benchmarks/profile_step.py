@@ -43,7 +43,7 @@ class Clock:
         self.elements: dict[str, int] = defaultdict(int)
 
     def around(
-        self, module: Any, name: str, kind: Callable[[dict[str, Any]], str], operand: int = 0
+        self, module: Any, name: str, kind: Callable[[tuple[Any, ...]], str], operand: int = 0
     ) -> None:
         """Time a module's function from now on."""
         function = getattr(module, name)
@@ -51,7 +51,7 @@ class Clock:
         def timed(*args: Any, **options: Any) -> Any:
             begin = time.perf_counter()
             result = function(*args, **options)
-            label = kind(options)
+            label = kind(args)
             self.seconds[label] += time.perf_counter() - begin
             self.elements[label] += args[operand].numel()
             return result
@@ -136,10 +136,10 @@ def main() -> int:
         print("not measured: the kernels could not be built here")
         return 1
     clock = Clock()
-    clock.around(native, "quantize", lambda o: f"quantize {o['role'].letter}")
-    clock.around(native, "dequantize", lambda o: "dequantize")
-    clock.around(native, "widen", lambda o: "widen")
-    clock.around(matmul, "multiply", lambda o: "GEMMs", operand=1)
+    clock.around(native, "quantize", lambda given: f"quantize {given[2].role.letter}")
+    clock.around(native, "dequantize", lambda _: "dequantize", operand=1)
+    clock.around(native, "widen", lambda _: "widen")
+    clock.around(matmul, "multiply", lambda _: "GEMMs", operand=1)
     record = provenance(a) | {"models": []}
     print(describe(record))
     for name in a.models:

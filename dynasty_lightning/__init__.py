@@ -7,9 +7,9 @@ from .maps.precision_map import PrecisionMap as PrecisionMap
 from .nn.convert import ConversionReport as ConversionReport
 from .nn.convert import convert as convert
 from .numerics.formats import BlockFormat as BlockFormat
-from .numerics.formats import BlockTensor as BlockTensor
 from .numerics.operand_precision import OperandPrecision as OperandPrecision
 from .numerics.quantize import quantize as quantize
+from .numerics.quantized import BlockTensor as BlockTensor
 from .numerics.random import StreamPosition as StreamPosition
 from .numerics.roles import Gemm as Gemm
 from .numerics.roles import Role as Role

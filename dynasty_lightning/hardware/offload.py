@@ -25,11 +25,11 @@ from fpga.cost import CoreCost, core_cost
 from ..nn.gemms import EXECUTORS
 from ..nn.layers import DynamicLayer, dynamic_layers
 from ..nn.plan import LayerPlan
+from ..numerics.banded import BandedWeight
 from ..numerics.formats import MAX_BITS, BlockFormat
 from ..numerics.gemm import exact_gemm
 from ..numerics.geometry import LayerGeometry
-from ..numerics.layout import BandedWeight
-from ..numerics.quantize import QuantizedBlocks, make_headers
+from ..numerics.quantized import QuantizedBlocks, make_headers
 from ..numerics.roles import READS, Gemm, Role
 
 _numbers: Final = itertools.count()

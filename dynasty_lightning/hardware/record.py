@@ -29,7 +29,7 @@ from fpga.packing import pack
 from ..nn.gemms import EXECUTORS
 from ..nn.layers import DynamicLayer, dynamic_layers
 from ..nn.plan import LayerPlan
-from ..numerics.quantize import QuantizedBlocks
+from ..numerics.quantized import QuantizedBlocks
 from ..numerics.roles import Gemm, Role
 from .offload import operand_of
 

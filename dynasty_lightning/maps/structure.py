@@ -10,9 +10,9 @@ from typing import Any, Final
 from torch import nn
 
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
+from ..numerics.banded import band_width
 from ..numerics.formats import LINE_BLOCKS, BlockFormat
 from ..numerics.geometry import LayerGeometry
-from ..numerics.layout import band_width
 from ..numerics.roles import Role
 
 __all__ = ["ModelStructure", "model_structure", "structure_hash"]

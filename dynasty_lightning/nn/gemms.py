@@ -4,17 +4,19 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..numerics.formats import MAX_BITS
+from ..numerics.backends.dispatch import quantize_blocks
+from ..numerics.formats import MAX_BITS, Scope
 from ..numerics.gemm import exact_gemm, fast_gemm, finish
 from ..numerics.mx import quantize_mx
 from ..numerics.operand_precision import OperandPrecision
-from ..numerics.quantize import QuantizedBlocks, Scope, quantize_blocks
+from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
+from ..numerics.recipe import Recipe
 from ..numerics.roles import SHARED, Gemm, Role
 from .plan import LayerPlan
 
@@ -27,6 +29,31 @@ float32. A grouped W comes banded.
 
 SETTINGS: Final = 4
 """Numbers of a role among a layer's settings."""
+
+
+class Requests(NamedTuple):
+    """What a layer asks of its operands, as flat as an operator takes it: an integer tensor for
+    each role, and `settings_of` of each, one behind the other.
+
+    >>> five = torch.tensor(5, dtype=torch.uint8)
+    >>> requests = Requests(five, five, five, [0, 0, 8, 8] * 3)
+    >>> requests.of(Role.WEIGHT)
+    tensor(5, dtype=torch.uint8)
+    """
+
+    x: Tensor
+    w: Tensor
+    e: Tensor
+    settings: Sequence[int]
+
+    def of(self, role: Role) -> Tensor:
+        """A role's integers."""
+        return (self.x, self.w, self.e)[role]
+
+    def shifted(self, role: Role, by: int) -> "Requests":
+        """The same with a role's integers raised."""
+        x, w, e = (self.of(r) + by if r is role else self.of(r) for r in Role)
+        return Requests(x, w, e, self.settings)
 
 
 def settings_of(precision: OperandPrecision | None) -> list[int]:
@@ -58,46 +85,78 @@ def has_limit(settings: Sequence[int], role: Role) -> bool:
     return backward < (most if thresholds else MAX_BITS)
 
 
+def recipe_of(
+    plan: LayerPlan,
+    role: Role,
+    gemm: Gemm,
+    requests: Requests,
+    *,
+    training: bool = True,
+    position: StreamPosition | None = None,
+) -> Recipe:
+    """How an operand is quantized for a GEMM, out of what an operator was given.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(8, 16)))
+    >>> lsb = torch.tensor(-6, dtype=torch.int16)
+    >>> requests = Requests(lsb, lsb, lsb, settings_of(OperandPrecision(lsb_exponent=-6)) * 3)
+    >>> recipe_of(plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=False).scope
+    'row'
+    """
+    scope: Scope = "tensor"
+    if not training and role is not Role.WEIGHT:
+        scope = "row" if plan.geometry.kind == "linear" else "sample"
+    request = requests.of(role)
+    thresholds, least, most, backward = role_settings(requests.settings, role)
+    if gemm is SHARED.get(role) and has_limit(requests.settings, role):
+        most = min(most, backward)
+        request = request if thresholds else request.clamp(max=backward)
+    return Recipe(
+        role=role,
+        request=request,
+        is_threshold=thresholds,
+        least_bits=least,
+        most_bits=most,
+        width_group=plan.width_group(role, training=training),
+        stream=position or StreamPosition(),
+        scope=scope,
+    )
+
+
 def quantize_operand(
     operand: Tensor,
     plan: LayerPlan,
     role: Role,
     gemm: Gemm,
-    request: Tensor,
-    settings: Sequence[int],
+    requests: Requests,
     *,
     training: bool = True,
     position: StreamPosition | None = None,
 ) -> QuantizedBlocks:
+    """An operand, banded for a grouped W, as a GEMM reads it.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(8, 16)))
+    >>> five = torch.tensor(5, dtype=torch.uint8)
+    >>> requests = Requests(five, five, five, settings_of(None) * 3)
+    >>> blocks = quantize_operand(torch.randn(8, 16), plan, Role.WEIGHT, Gemm.FORWARD, requests)
+    >>> blocks.bits
+    tensor([[5, 5, 5, 5],
+            [5, 5, 5, 5]], dtype=torch.uint8)
+    """
     layout = plan.layout(role, tuple(operand.shape), gemm, training=training)
-    scope: Scope = "tensor"
-    if not training and role is not Role.WEIGHT:
-        scope = "row" if plan.geometry.kind == "linear" else "sample"
-    thresholds, least, most, backward = role_settings(settings, role)
-    if gemm is SHARED.get(role) and has_limit(settings, role):
-        most = min(most, backward)
-        request = request if thresholds else request.clamp(max=backward)
+    recipe = recipe_of(plan, role, gemm, requests, training=training, position=position)
     operand = operand.detach()
     if plan.format.scaling == "mx":
-        blocks = quantize_mx(operand, layout, bits=request, scope=scope)
+        blocks = quantize_mx(operand, layout, bits=recipe.request, scope=recipe.scope)
     else:
+        # What backward reads of FORWARD's operands is kept packed.
+        wants_values = plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role)
         blocks = quantize_blocks(
             operand if operand.dtype is torch.bfloat16 else operand.float(),
             layout,
-            bits=None if thresholds else request,
-            lsb_exponent=request if thresholds else None,
-            role=role,
-            least_bits=least,
-            most_bits=most,
-            width_group=plan.width_group(role, training=training),
-            stochastic=role is Role.ERROR,
-            force_signed=False,
-            stream=position or StreamPosition(),
-            scope=scope,
-            # What backward reads of FORWARD's operands is kept packed.
-            values_slot=role.letter
-            if plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role)
-            else None,
+            recipe,
+            values_slot=role.letter if wants_values else None,
         )
     if role.letter in plan.unquantized and blocks.passthrough is None:
         nowhere = torch.zeros([1] * operand.ndim, dtype=torch.bool, device=operand.device)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..numerics.quantize import header_bits
+from ..numerics.quantized import header_bits
 from ..numerics.roles import Gemm, Role
+from .arguments import Forwarded
 from .layers import DynamicLayer, dynamic_layers
 from .ops import layer_forward
 
@@ -40,10 +41,11 @@ def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
             False,
             torch.float32,
         )
+        forwarded = Forwarded.from_flat(outputs)
         grid = layer.plan.layout(
             Role.ACTIVATION, tuple(x.shape), Gemm.FORWARD, training=False
         ).grid_shape
-        found[layer.layer_name] = header_bits(outputs[11]).view(grid)
+        found[layer.layer_name] = header_bits(forwarded.x_headers).view(grid)
 
     was_training = model.training
     model.eval()

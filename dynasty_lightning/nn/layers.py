@@ -19,7 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ..numerics.formats import MAX_BITS, BlockFormat
 from ..numerics.geometry import LayerGeometry
 from ..numerics.operand_precision import OperandPrecision
-from ..numerics.quantize import header_bits, header_occupied, header_signed, make_headers
+from ..numerics.quantized import header_bits, header_occupied, header_signed, make_headers
 from ..numerics.roles import SHARED, Gemm, Role
 from .gemms import SETTINGS, has_limit, role_settings, settings_of
 from .ops import apply_layer, refuse_torchscript, refuse_transforms

@@ -3,9 +3,8 @@
 what a step showed.
 
 They are opaque to torch.compile and set no Python attribute, so a compiled network runs the same
-code.
-An operand travels between them packed: one byte an element, and for each block an int16 exponent
-and a header byte.
+code. An operand travels between them packed: one byte an element, and for each block an int8
+exponent and a header byte.
 """
 
 import math
@@ -16,322 +15,227 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..numerics.backends.native import empty_channels_innermost, empty_grid
-from ..numerics.layout import BlockLayout
-from ..numerics.quantize import QuantizedBlocks
+from ..numerics.memory import empty_channels_innermost, empty_grid
+from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import SHARED, Gemm, Role
+from .arguments import BackwardInputs, Forwarded, ForwardInputs, Packed
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .plan import LayerPlan
-from .probe import probe_layer
+from .probe import ProbeRecord, probe_layer
 from .records import HEADERS_ONLY, PROBING, record_of, records, slot_of
 
-Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the
-operand where it was not finite.
-"""
-_PACKED: Final = 5
 
-
-def _pack(blocks: QuantizedBlocks) -> Packed:
-    passthrough = (
-        blocks.codes.new_empty(0, dtype=torch.float32)
-        if blocks.passthrough is None
-        else blocks.passthrough.clone()
-    )
-    return (
-        blocks.codes,
-        blocks.relative_exponents,
-        blocks.headers,
-        blocks.largest_exponents,
-        passthrough,
-    )
-
-
-def _unpack(packed: Sequence[Tensor], layout: BlockLayout) -> QuantizedBlocks:
-    codes, relative_exponents, headers, largest, passthrough = packed
-    is_finite = passthrough.numel() == 0
-    return QuantizedBlocks(
-        layout=layout,
-        codes=codes,
-        relative_exponents=relative_exponents,
-        headers=headers,
-        largest_exponents=largest,
-        passthrough=None if is_finite else passthrough,
-        finite=None
-        if is_finite
-        else torch.zeros([1] * codes.ndim, dtype=torch.bool, device=codes.device),
-    )
-
-
-def _layer_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_request: Tensor,
-    w_request: Tensor,
-    e_request: Tensor,
-    position: Tensor,
-    settings: Sequence[int],
-    plan_key: str,
-    slot_key: str,
-    training: bool,
-    keep_x: bool,
-    keep_w: bool,
-    dtype: torch.dtype,
-) -> tuple[
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-    Tensor,
-]:
-    """Y = X Wt + bias of quantized X and W, in `dtype`, and what is saved for backward.
-
-    Returns:
-        Y; X packed if `keep_x` and W packed if `keep_w`, as the backward GEMMs read them, else
-        empty; and the headers of X and W as FORWARD read them, empty where they are the packed ones
-        or nobody wants them.
-    """
-    plan = LayerPlan.from_key(plan_key)
+def _layer_forward(given: ForwardInputs) -> Forwarded:
+    """Y = X Wt + bias of quantized X and W, in `dtype`, and what is saved for backward."""
+    plan, x, requests = LayerPlan.from_key(given.plan_key), given.x, given.requests
     x_blocks = quantize_operand(
-        x, plan, Role.ACTIVATION, Gemm.FORWARD, x_request, settings, training=training
+        x, plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=given.training
     )
     # Anew at every call: what changed a weight since the last one need not have told (fused
     # optimizers, `.data`).
-    banded = weight if plan.band is None else plan.band.embed(weight.detach())
-    w_blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, w_request, settings)
+    banded = given.weight if plan.band is None else plan.band.embed(given.weight.detach())
+    w_blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, requests)
     y = run_gemm(
         Gemm.FORWARD,
         x_blocks,
         w_blocks,
         plan,
         tuple(x.shape),
-        dtype=dtype,
+        dtype=given.dtype,
         channels_last=is_channels_last(x),
-        bias=None if bias is None else bias.detach().float(),
+        bias=None if given.bias is None else given.bias.detach().float(),
     )
-    packed: list[Tensor] = []
-    headers: list[Tensor] = []
-    wanted = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w)
-    for role, keep, blocks, operand in (
-        (Role.ACTIVATION, keep_x, x_blocks, x),
-        (Role.WEIGHT, keep_w, w_blocks, banded),
-    ):
-        own = has_own_blocks(plan, role, settings, training=training)
-        headers.append(
-            blocks.headers if wanted and (own or not keep) else blocks.headers.new_empty(0)
-        )
-        if not keep:
-            packed += [torch.empty(0, dtype=t, device=x.device) for t in _PACKED_TYPES]
-            continue
-        if own:
-            # Fewer bits; or gradients in eval mode, where the prediction's X keeps its own blocks
-            # and WGRAD reads ones that span samples.
-            blocks = quantize_operand(
-                operand,
-                plan,
-                role,
-                SHARED[role],
-                x_request if role is Role.ACTIVATION else w_request,
-                settings,
-            )
-        packed += _pack(blocks)
-    return (y, *packed, *headers)  # type: ignore[return-value]
+    x_packed, x_headers = _kept(given, plan, Role.ACTIVATION, x, x_blocks)
+    w_packed, w_headers = _kept(given, plan, Role.WEIGHT, banded, w_blocks)
+    return Forwarded(y, x_packed, w_packed, x_headers, w_headers)
 
 
-_HEADERS: Final = 2  # in `Packed`
-_PACKED_TYPES: Final = (torch.uint8, torch.int8, torch.uint8, torch.int32, torch.float32)
+def _kept(
+    given: ForwardInputs, plan: LayerPlan, role: Role, operand: Tensor, blocks: QuantizedBlocks
+) -> tuple[Packed, Tensor]:
+    """An operand as backward reads it, and its headers as FORWARD did."""
+    keep = given.keep_x if role is Role.ACTIVATION else given.keep_w
+    own = has_own_blocks(plan, role, given.settings, training=given.training)
+    shown = given.wants_headers and (own or not keep)
+    headers = blocks.headers if shown else blocks.headers.new_empty(0)
+    if not keep:
+        return Packed.nothing(operand.device), headers
+    if own:
+        # Fewer bits; or gradients in eval mode, where the prediction's X keeps its own blocks and
+        # WGRAD reads ones that span samples.
+        blocks = quantize_operand(operand, plan, role, SHARED[role], given.requests)
+    return Packed.of(blocks), headers
 
 
-def wants_headers(slot_key: str, *, keep_x: bool, keep_w: bool) -> bool:
-    """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a
-    prediction; not to be saved for nothing.
-    """
-    return records(slot_key) or not (keep_x or keep_w)
-
-
-def _layer_backward(
-    e: Tensor,
-    x_packed: Sequence[Tensor],
-    w_packed: Sequence[Tensor],
-    e_request: Tensor,
-    position: Tensor,
-    settings: Sequence[int],
-    plan_key: str,
-    input_shape: Sequence[int],
-    input_dtype: torch.dtype,
-    channels_last: bool,
-    need_dx: bool,
-    need_dw: bool,
-    slot_key: str,
-    forward_headers: Sequence[Tensor],
-    probed: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+def _layer_backward(given: BackwardInputs) -> tuple[Tensor, Tensor]:
     """dX = E W and dW = Et X of quantized operands, empty where not needed.
 
     What a step showed is recorded here, where all of it is at hand, if the layer asked for that:
     inside an operator, so that compiled networks do it too.
-
-    Args:
-        slot_key: of the `ObservationSlot` to record to, or to count in (`COUNT_ONLY`); empty for
-            none. For second moments both gradients are computed, needed or not.
-        forward_headers: of X and W, as FORWARD read them.
-        probed: X and W as they came and the requests for them, for a step whose harm is measured;
-            else empty.
     """
-    plan = LayerPlan.from_key(plan_key)
-    if (need_dx and not w_packed[0].numel()) or (need_dw and not x_packed[0].numel()):
-        raise RuntimeError(
-            f"converted layer {plan.layer_index} kept nothing for a backward pass, as networks "
-            f"do that are exported in eval mode, or that "
-            "ran without gradients: take gradients of the model itself, or of one that is "
-            "exported in train mode"
-        )
-    shape = tuple(input_shape)
-    if (
-        tuple(e.shape) != plan.output_shape(shape)
-        or shape[plan.geometry.channel_axis] != plan.geometry.in_channels
-    ):
-        raise ValueError(
-            f"E of shape {tuple(e.shape)} does not belong to an input {shape} of {plan.geometry}"
-        )
-    seed, rank, backward_count, call_index = position.tolist()
-    stream = StreamPosition(
-        seed=seed,
-        rank=rank,
-        backward_count=backward_count,
-        call_index=call_index,
-        layer=plan.layer_index,
-    )
-    e_blocks = quantize_operand(
-        e, plan, Role.ERROR, Gemm.DGRAD, e_request, settings, position=stream
-    )
-    headers = (*forward_headers, e_blocks.headers)
+    plan, shape = LayerPlan.from_key(given.plan_key), tuple(given.input_shape)
+    x_packed, w_packed = Packed(*given.x_packed), Packed(*given.w_packed)
+    _check_backward(given, plan, x_packed, w_packed)
+    stream, e = given.stream(plan.layer_index), given.e
+    e_blocks = quantize_operand(e, plan, Role.ERROR, Gemm.DGRAD, given.requests, position=stream)
+    e_headers = e_blocks.headers
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
-    recorded = records(slot_key)
-    moments = recorded and not slot_key.endswith(HEADERS_ONLY)
-    if need_dx or recorded:
-        w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
-    if need_dx or moments:
+    recorded = records(given.slot_key)
+    moments = recorded and not given.slot_key.endswith(HEADERS_ONLY)
+    if given.need_dx or recorded:
+        w_blocks = w_packed.blocks(plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
+    if given.need_dx or moments:
         dx = run_gemm(
             Gemm.DGRAD,
             e_blocks,
             w_blocks,
             plan,
             shape,
-            dtype=input_dtype,
-            channels_last=channels_last,
+            dtype=given.input_dtype,
+            channels_last=given.channels_last,
         )
-    if need_dw or recorded:
-        x_blocks = _unpack(x_packed, plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
-    if need_dw or moments:
+    if given.need_dw or recorded:
+        x_blocks = x_packed.blocks(plan.layout(Role.ACTIVATION, shape, Gemm.WGRAD))
+    if given.need_dw or moments:
         if plan.format.requantizes:
             e_blocks = quantize_operand(
-                e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream
+                e, plan, Role.ERROR, Gemm.WGRAD, given.requests, position=stream
             )
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
-    slot = slot_of(slot_key)
+    slot = slot_of(given.slot_key)
     if slot is not None:
-        slot.count(has_dgrad=need_dx, has_wgrad=need_dw)
+        slot.count(has_dgrad=given.need_dx, has_wgrad=given.need_dw)
     if slot is not None and recorded:
-        probe = None
-        if probed and e.isfinite().all():
-            x, weight, x_request, w_request = probed
-            probe = probe_layer(
-                plan, x, weight, e, (x_request, w_request, e_request), settings, stream
-            )
-        headers = (*headers, x_packed[_HEADERS], w_packed[_HEADERS])
         record = record_of(
             plan,
             shape,
-            headers,
+            (*given.forward_headers, e_headers, x_packed.headers, w_packed.headers),
             x_blocks,
             w_blocks,
             e,
             dx,
             dw,
-            has_dgrad=need_dx,
-            has_wgrad=need_dw,
-            probe=probe,
+            has_dgrad=given.need_dx,
+            has_wgrad=given.need_dw,
+            probe=_probed(given, plan, stream),
             moments=moments,
-            keep_gradient=slot.needs_gradient(call_index),
+            keep_gradient=slot.needs_gradient(stream.call_index),
         )
         slot.record(record)
-    return dx if need_dx else nothing, dw if need_dw else nothing.clone()
+    return dx if given.need_dx else nothing, dw if given.need_dw else nothing.clone()
 
 
-layer_forward = torch.library.custom_op("dynasty::layer_forward", _layer_forward, mutates_args=())
+def _probed(given: BackwardInputs, plan: LayerPlan, stream: StreamPosition) -> ProbeRecord | None:
+    """The harm of this step's rounding, where it is wanted and E is finite."""
+    if not given.probed or not given.e.isfinite().all():
+        return None
+    x, weight = given.probed[:2]
+    return probe_layer(plan, x, weight, given.e, given.requests, stream)
+
+
+def _check_backward(
+    given: BackwardInputs, plan: LayerPlan, x_packed: Packed, w_packed: Packed
+) -> None:
+    if (given.need_dx and not w_packed.codes.numel()) or (
+        given.need_dw and not x_packed.codes.numel()
+    ):
+        raise RuntimeError(
+            f"converted layer {plan.layer_index} kept nothing for a backward pass, as networks "
+            f"do that are exported in eval mode, or that "
+            "ran without gradients: take gradients of the model itself, or of one that is "
+            "exported in train mode"
+        )
+    shape = tuple(given.input_shape)
+    if (
+        tuple(given.e.shape) != plan.output_shape(shape)
+        or shape[plan.geometry.channel_axis] != plan.geometry.in_channels
+    ):
+        raise ValueError(
+            f"E of shape {tuple(given.e.shape)} does not belong to an input {shape} of "
+            f"{plan.geometry}"
+        )
+
+
+layer_forward = torch.library.custom_op(
+    "dynasty::layer_forward",
+    lambda *flat: _layer_forward(ForwardInputs(*flat)).flat(),
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor x_request, Tensor w_request, "
+    "Tensor e_request, Tensor position, SymInt[] settings, str plan_key, str slot_key, "
+    "bool training, bool keep_x, bool keep_w, ScalarType dtype) -> ("
+    + ", ".join(["Tensor"] * 13)
+    + ")",
+)
 layer_backward = torch.library.custom_op(
-    "dynasty::layer_backward", _layer_backward, mutates_args=()
+    "dynasty::layer_backward",
+    lambda *flat: _layer_backward(BackwardInputs(*flat)),
+    mutates_args=(),
+    schema="(Tensor e, Tensor[] x_packed, Tensor[] w_packed, Tensor e_request, Tensor position, "
+    "SymInt[] settings, str plan_key, SymInt[] input_shape, ScalarType input_dtype, "
+    "bool channels_last, bool need_dx, bool need_dw, str slot_key, Tensor[] forward_headers, "
+    "Tensor[] probed) -> (Tensor, Tensor)",
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, x_request, w_request, e_request, position, settings, plan_key, slot_key, *_ = (
-        inputs
+    given = ForwardInputs(*inputs)
+    probed = (
+        (given.x, given.weight, given.x_request, given.w_request)
+        if given.slot_key.endswith(PROBING)
+        else ()
     )
-    probed = (x, weight, x_request, w_request) if slot_key.endswith(PROBING) else ()
-    ctx.save_for_backward(e_request, position, *output[1:], *probed)
-    ctx.settings, ctx.plan_key, ctx.slot_key = list(settings), plan_key, slot_key
-    ctx.input_shape, ctx.dtypes, ctx.channels_last = (
-        list(x.shape),
-        (x.dtype, weight.dtype),
-        is_channels_last(x),
-    )
+    ctx.save_for_backward(given.e_request, given.position, *output[1:], *probed)
+    ctx.settings, ctx.plan_key, ctx.slot_key = list(given.settings), given.plan_key, given.slot_key
+    ctx.input_shape = list(given.x.shape)
+    ctx.dtypes = given.x.dtype, given.weight.dtype
+    ctx.channels_last = is_channels_last(given.x)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradients(
     ctx: Any, e: Tensor, backward: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Any, ...]:
-    refuse_transforms(f"converted layer {LayerPlan.from_key(ctx.plan_key).layer_index}", e)
-    if (
-        torch.is_grad_enabled()
-    ):  # create_graph=True: a derivative of what follows would silently be zero
+    plan = LayerPlan.from_key(ctx.plan_key)
+    refuse_transforms(f"converted layer {plan.layer_index}", e)
+    # create_graph=True: a derivative of what follows would silently be zero.
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "double backward through a converted layer is not supported: quantized gradients "
             "have no derivative; "
             "exclude the layer (DynastyPrecision(exclude=...)) or avoid create_graph=True"
         )
     e_request, position, *rest = ctx.saved_tensors
-    x_packed, w_packed, own_headers = (
-        rest[:_PACKED],
-        rest[_PACKED : 2 * _PACKED],
-        rest[2 * _PACKED : 2 * _PACKED + 2],
-    )
+    forwarded, probed = Forwarded.from_flat([e, *rest[:12]]), rest[12:]
     headers = [
-        own if own.numel() else packed[_HEADERS]
-        for own, packed in zip(own_headers, (x_packed, w_packed), strict=True)
+        own if own.numel() else packed.headers
+        for own, packed in (
+            (forwarded.x_headers, forwarded.x),
+            (forwarded.w_headers, forwarded.w),
+        )
     ]
     need_dx, need_dw, need_db = ctx.needs_input_grad[:3]
     dx, dw = backward(
-        e,
-        x_packed,
-        w_packed,
-        e_request,
-        position,
-        ctx.settings,
-        ctx.plan_key,
-        ctx.input_shape,
-        ctx.dtypes[0],
-        ctx.channels_last,
-        need_dx,
-        need_dw,
-        ctx.slot_key,
-        headers,
-        rest[2 * _PACKED + 2 :],
+        *BackwardInputs(
+            e=e,
+            x_packed=list(forwarded.x),
+            w_packed=list(forwarded.w),
+            e_request=e_request,
+            position=position,
+            settings=ctx.settings,
+            plan_key=ctx.plan_key,
+            input_shape=ctx.input_shape,
+            input_dtype=ctx.dtypes[0],
+            channels_last=ctx.channels_last,
+            need_dx=need_dx,
+            need_dw=need_dw,
+            slot_key=ctx.slot_key,
+            forward_headers=headers,
+            probed=probed,
+        )
     )
-    axis = LayerPlan.from_key(ctx.plan_key).geometry.channel_axis % e.ndim
+    axis = plan.geometry.channel_axis % e.ndim
     return (
         dx if need_dx else None,
         dw.to(ctx.dtypes[1]) if need_dw else None,
@@ -381,9 +285,9 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        outputs = _layer_forward(*inputs)
-        _setup_context(ctx, inputs, outputs)
-        return outputs[0]
+        forwarded = _layer_forward(ForwardInputs(*inputs))
+        _setup_context(ctx, inputs, forwarded.flat())
+        return forwarded.y
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Never:
@@ -395,7 +299,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, e: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        return _gradients(ctx, e, _layer_backward)
+        return _gradients(ctx, e, lambda *flat: _layer_backward(BackwardInputs(*flat)))
 
 
 def apply_layer(x: Tensor, *inputs: Any) -> Tensor:
@@ -413,52 +317,38 @@ layer_forward.register_autograd(
 
 
 @layer_forward.register_fake
-def _layer_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_request: Tensor,
-    w_request: Tensor,
-    e_request: Tensor,
-    position: Tensor,
-    settings: Sequence[int],
-    plan_key: str,
-    slot_key: str,
-    training: bool,
-    keep_x: bool,
-    keep_w: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    plan = LayerPlan.from_key(plan_key)
-    shape = tuple(x.shape)
-    banded = weight if plan.band is None else weight.new_empty(plan.weight_shape())
-    operands = ((Role.ACTIVATION, keep_x, x), (Role.WEIGHT, keep_w, banded))
-    packed: list[Tensor] = []
-    headers: list[Tensor] = []
-    for role, keep, tensor in operands:
-        own = has_own_blocks(plan, role, settings, training=training)
-        operand = tuple(tensor.shape)
-        layout = plan.layout(role, operand, SHARED[role] if own else Gemm.FORWARD)
-        if keep:
-            packed += [
-                empty_channels_innermost(layout, torch.uint8, x.device),
-                empty_grid(tensor, layout, torch.int8),
-                empty_grid(tensor, layout, torch.uint8),
-                x.new_empty([1] * len(operand), dtype=torch.int32),
-                x.new_empty(0, dtype=torch.float32),
-            ]
-        else:
-            packed += [x.new_empty(0, dtype=t) for t in _PACKED_TYPES]
-        forward = plan.layout(role, operand, Gemm.FORWARD, training=training)
-        shown = wants_headers(slot_key, keep_x=keep_x, keep_w=keep_w) and (own or not keep)
-        headers.append(
-            empty_grid(tensor, forward, torch.uint8) if shown else x.new_empty(0, dtype=torch.uint8)
-        )
-    return (
-        _empty_result(x, plan.output_shape(shape), dtype, channels_last=is_channels_last(x)),
-        *packed,
-        *headers,
+def _layer_forward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    given = ForwardInputs(*flat)
+    plan, x = LayerPlan.from_key(given.plan_key), given.x
+    banded = given.weight if plan.band is None else given.weight.new_empty(plan.weight_shape())
+    x_packed, x_headers = _kept_fake(given, plan, Role.ACTIVATION, x)
+    w_packed, w_headers = _kept_fake(given, plan, Role.WEIGHT, banded)
+    y = _empty_result(
+        x, plan.output_shape(tuple(x.shape)), given.dtype, channels_last=is_channels_last(x)
     )
+    return Forwarded(y, x_packed, w_packed, x_headers, w_headers).flat()
+
+
+def _kept_fake(
+    given: ForwardInputs, plan: LayerPlan, role: Role, operand: Tensor
+) -> tuple[Packed, Tensor]:
+    keep = given.keep_x if role is Role.ACTIVATION else given.keep_w
+    own = has_own_blocks(plan, role, given.settings, training=given.training)
+    shape = tuple(operand.shape)
+    packed = Packed.nothing(operand.device)
+    if keep:
+        layout = plan.layout(role, shape, SHARED[role] if own else Gemm.FORWARD)
+        packed = Packed(
+            empty_channels_innermost(layout, torch.uint8, operand.device),
+            empty_grid(operand, layout, torch.int8),
+            empty_grid(operand, layout, torch.uint8),
+            operand.new_empty([1] * len(shape), dtype=torch.int32),
+            packed.passthrough,
+        )
+    if given.wants_headers and (own or not keep):
+        forward = plan.layout(role, shape, Gemm.FORWARD, training=given.training)
+        return packed, empty_grid(operand, forward, torch.uint8)
+    return packed, operand.new_empty(0, dtype=torch.uint8)
 
 
 def _empty_result(
@@ -471,31 +361,18 @@ def _empty_result(
 
 
 @layer_backward.register_fake
-def _layer_backward_fake(
-    e: Tensor,
-    x_packed: Sequence[Tensor],
-    w_packed: Sequence[Tensor],
-    e_request: Tensor,
-    position: Tensor,
-    settings: Sequence[int],
-    plan_key: str,
-    input_shape: Sequence[int],
-    input_dtype: torch.dtype,
-    channels_last: bool,
-    need_dx: bool,
-    need_dw: bool,
-    slot_key: str,
-    forward_headers: Sequence[Tensor],
-    probed: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    plan = LayerPlan.from_key(plan_key)
-    empty = e.new_empty(0, dtype=torch.float32)
+def _layer_backward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    given = BackwardInputs(*flat)
+    weight_shape = LayerPlan.from_key(given.plan_key).geometry.weight_shape
+    empty = given.e.new_empty(0, dtype=torch.float32)
     dx = (
-        _empty_result(e, input_shape, input_dtype, channels_last=channels_last)
-        if need_dx
+        _empty_result(
+            given.e, given.input_shape, given.input_dtype, channels_last=given.channels_last
+        )
+        if given.need_dx
         else empty
     )
-    dw = e.new_empty(plan.geometry.weight_shape, dtype=torch.float32) if need_dw else empty.clone()
+    dw = given.e.new_empty(weight_shape, dtype=torch.float32) if given.need_dw else empty.clone()
     return dx, dw
 
 
@@ -509,10 +386,10 @@ def _forward_flops(*args: Any, out_val: tuple[Tensor, ...], **_: Any) -> int:
     """As torch counts the plain layer. Where the operator is not dispatched, on the CPU, its
     products of matrices are counted.
     """
-    return _flops(args[8], out_val[0].shape)
+    return _flops(ForwardInputs(*args).plan_key, out_val[0].shape)
 
 
 @register_flop_formula(torch.ops.dynasty.layer_backward, get_raw=True)
-def _backward_flops(e: Tensor, *args: Any, **_: Any) -> int:
-    need_dx, need_dw = args[9:11]
-    return (bool(need_dx) + bool(need_dw)) * _flops(args[5], e.shape)
+def _backward_flops(*args: Any, **_: Any) -> int:
+    given = BackwardInputs(*args)
+    return (bool(given.need_dx) + bool(given.need_dw)) * _flops(given.plan_key, given.e.shape)

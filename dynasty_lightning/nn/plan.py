@@ -11,9 +11,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ..numerics.banded import BandedWeight
 from ..numerics.formats import BlockFormat
 from ..numerics.geometry import LayerGeometry
-from ..numerics.layout import BandedWeight, BlockLayout
+from ..numerics.layout import BlockLayout
 from ..numerics.roles import Gemm, Role
 
 Mode = Literal["fast", "exact"]

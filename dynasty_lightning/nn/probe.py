@@ -6,18 +6,18 @@ Nothing of the user's runs again and nothing that training uses changes: the lay
 GEMMs on what its backward holds.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from ..numerics.gemm import fast_dtype, multiply
-from ..numerics.quantize import QuantizedBlocks
+from ..numerics.gemm import fast_dtype
+from ..numerics.products import multiply
+from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import READS, Gemm, Role
-from .gemms import quantize_operand
+from .gemms import Requests, quantize_operand
 from .plan import LayerPlan
 
 PROBED_ROWS: Final = 32
@@ -76,8 +76,7 @@ def probe_layer(
     x: Tensor,
     weight: Tensor,
     e: Tensor,
-    requests: Sequence[Tensor],
-    settings: Sequence[int],
+    requests: Requests,
     position: StreamPosition,
 ) -> ProbeRecord:
     """Measure a layer that holds thresholds for every role.
@@ -85,7 +84,6 @@ def probe_layer(
     Args:
         x, weight, e: the operands, not quantized; the first `PROBED_ROWS` samples are measured.
         requests: thresholds of X, W and E, as `set_precision` keeps them.
-        settings: as `layer_forward` takes them.
     """
     samples, rows = len(x), min(len(x), PROBED_ROWS)
     dtype = fast_dtype(x.device)
@@ -109,7 +107,7 @@ def probe_layer(
     }
     for role in Role:
         for column, shift in enumerate(SHIFTS):
-            blocks = _shifted(whole[role], plan, role, requests[role], settings, shift, position)
+            blocks = _shifted(whole[role], plan, role, requests, shift, position)
             figures["bits"][role, column] = float(blocks.bits.double().mean())
             figures["zeros"][role, column] = float(
                 (blocks.occupied & (blocks.bits == 0)).double().mean()
@@ -132,16 +130,14 @@ def _shifted(
     operand: Tensor,
     plan: LayerPlan,
     role: Role,
-    request: Tensor,
-    settings: Sequence[int],
+    requests: Requests,
     shift: int,
     position: StreamPosition,
 ) -> QuantizedBlocks:
     if role is Role.WEIGHT and plan.band is not None:
         operand = plan.band.embed(operand)
-    return quantize_operand(
-        operand, plan, role, _READER[role], request + shift, settings, position=position
-    )
+    shifted = requests.shifted(role, shift)
+    return quantize_operand(operand, plan, role, _READER[role], shifted, position=position)
 
 
 _READER: Final = {Role.ACTIVATION: Gemm.FORWARD, Role.WEIGHT: Gemm.FORWARD, Role.ERROR: Gemm.DGRAD}

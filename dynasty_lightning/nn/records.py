@@ -10,10 +10,11 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from ..numerics.backends.dispatch import fast_values
 from ..numerics.gemm import is_safe
 from ..numerics.layout import BlockLayout
 from ..numerics.moments import mean_squares
-from ..numerics.quantize import QuantizedBlocks
+from ..numerics.quantized import QuantizedBlocks
 from ..numerics.roles import Gemm, Role
 from .plan import LayerPlan
 from .probe import ProbeRecord
@@ -216,7 +217,7 @@ def _dequantized(plan: LayerPlan, blocks: QuantizedBlocks, slot: str) -> Tensor:
             torch.float32
         )  # quantized, but in blocks further apart than packed ones can be
     return (
-        blocks.fast_values(slot)
+        fast_values(blocks, slot)
         if blocks.passthrough is None and is_safe(blocks)
         else blocks.values(torch.float32)
     )

@@ -1,38 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block formats and the quantized tensor: every fact about a format is a field here."""
+"""Block formats and every constant of them: Python, C++ (`backends.cpp_args`) and Triton read the
+numbers here.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+__all__ = [
+    "FLOATS",
+    "MAX_BITS",
+    "MAX_LSB_EXPONENT",
+    "MIN_BITS",
+    "ZERO_BITS",
+    "BlockFormat",
+    "Rounding",
+    "Scaling",
+    "Scope",
+    "check_bits",
+    "check_widths",
+]
+
+Scaling = Literal["window", "mx"]
+Rounding = Literal["nearest", "stochastic"]
+Scope = Literal["tensor", "sample", "row"]
 
 ZERO_BITS: Final = 0
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
+LEGAL_BITS: Final = (ZERO_BITS, *range(MIN_BITS, MAX_BITS + 1))
 WINDOW: Final = 8
 """R of docs/numerics.md: binades that a block may lie below the tensor's largest before its LSB
 stops following it.
 """
+REACH: Final = WINDOW + 7
+"""Binades from the largest exponent down to the finest LSB of a block without a sign."""
 MAX_DROP_DEPTH: Final = 3
+NO_EXPONENT: Final = -(1 << 14)
+"""Below every exponent, and small enough to add to in int32."""
+
+MAX_LSB_EXPONENT: Final = 4096
+"""Thresholds that may be asked for: far beyond float32's exponents, and small enough to be added to
+in int16.
+"""
+FAR_THRESHOLDS: Final = (-300, 200)
+"""Beyond these a threshold asks the same of every float32, and exponents stay within reach of the
+arithmetic: each back end clamps to them.
+"""
+
+# A block's header byte, and a kernel's plan of a block, which begins as its header does.
+BITS_MASK: Final = 0x0F
+SIGNED_SHIFT: Final = 4
+OCCUPIED_SHIFT: Final = 5
+DEPTH_SHIFT: Final = 6
+SIGNED_FLAG: Final = 1 << SIGNED_SHIFT
+OCCUPIED_FLAG: Final = 1 << OCCUPIED_SHIFT
+
+SCOPES: Final[dict[Scope, int]] = {"tensor": 0, "sample": 1, "row": 2}
+"""What shares a window and a check for NaN and Inf; the numbers are the kernels'."""
+FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of an operand."""
+
 SQUARE_BLOCKS: Final = ((4, 4), (8, 8), (16, 16))
 LINE_BLOCKS: Final = ((1, 16), (1, 32))
 MX_BLOCK: Final = (1, 32)
-Scaling = Literal["window", "mx"]
 
 
 def check_bits(bits: int, *, name: str = "bits") -> int:
-    """Raise ValueError unless `bits` is 0 or in [2, 8]."""
-    if (
-        isinstance(bits, bool)
-        or not isinstance(bits, int)
-        or not (bits == ZERO_BITS or MIN_BITS <= bits <= MAX_BITS)
-    ):
+    """`bits`; raise ValueError unless it is 0 or in [2, 8].
+
+    >>> check_bits(4)
+    4
+    >>> check_bits(1, name="least_bits")
+    Traceback (most recent call last):
+    ValueError: least_bits must be 0 (block not computed) or in [2, 8], not 1
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in LEGAL_BITS:
         raise ValueError(
             f"{name} must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not {bits!r}"
         )
     return bits
+
+
+def check_widths(bits: Tensor, *, name: str = "bits") -> None:
+    """The same of every element of an integer tensor.
+
+    >>> check_widths(torch.tensor([0, 2, 9]))
+    Traceback (most recent call last):
+    ValueError: bits must be 0 (block not computed) or in [2, 8], not 9
+    """
+    wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
+    if wrong.numel():
+        check_bits(int(wrong[0]), name=name)
 
 
 def _pair(name: str, given: Any) -> tuple[int, int]:
@@ -55,8 +116,13 @@ class BlockFormat:
             (MX-like, emulation only).
         width_group: rows x channels that share one width, multiples of `block_shape`; None gives
             every block its own.
-        scaling: "window", docs/numerics.md's, or "mx", the OCP MX specification's, for the rival in
-            1x32 blocks (`numerics.mx`).
+        scaling: "window", docs/numerics.md's, or "mx", the OCP MX specification's, for the baseline
+            in 1x32 blocks (`numerics.mx`).
+
+    >>> BlockFormat(block_shape=(8, 8), width_group=(16, 16)).requantizes
+    False
+    >>> BlockFormat(block_shape=(1, 32)).requantizes
+    True
     """
 
     block_shape: tuple[int, int] = (4, 4)
@@ -110,52 +176,3 @@ class BlockFormat:
         blocks).
         """
         return self.block_shape in LINE_BLOCKS
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockTensor:
-    """A quantized operand: element = mantissa * 2**scale_exponent.
-
-    Attributes:
-        mantissas: int16, the operand's shape.
-        scale_exponents: int16, grid; 0 where bits = 0.
-        bits: uint8, grid, in {0, 2..8}; 0 exactly where all mantissas of the block are zero.
-        signed: bool, grid; mantissa_bits = bits - signed.
-        occupied: bool, grid; the input block was not all zero. What a uniform-width run would
-            compute.
-        passthrough: None, or the operand itself where some scope of it was not finite and so passes
-            unquantized.
-        finite: None, or bool, broadcastable to the operand: false where `passthrough` holds.
-        block_shape, channel_axis: the layout.
-    """
-
-    mantissas: Tensor
-    scale_exponents: Tensor
-    bits: Tensor
-    signed: Tensor
-    occupied: Tensor
-    block_shape: tuple[int, int]
-    channel_axis: int
-    passthrough: Tensor | None = None
-    finite: Tensor | None = None
-
-    def dequantize(self, dtype: torch.dtype = torch.float32, *, shift: int = 0) -> Tensor:
-        """mantissa * 2**(scale_exponent + shift), in `dtype`; exact in float32, float64 and, from
-        2**-126 up, bfloat16.
-        """
-        from .quantize import dequantize
-
-        return dequantize(self, dtype, shift=shift)
-
-    def numpy(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-        """The integer arrays that `fpga` takes: mantissas, scale_exponents, bits, signed. Raises
-        ValueError if a scope was not finite.
-        """
-        if self.passthrough is not None:
-            raise ValueError(
-                "this operand holds NaN or Inf and was not quantized: it has no integer form"
-            )
-        return {
-            n: getattr(self, n).cpu().numpy()
-            for n in ("mantissas", "scale_exponents", "bits", "signed")
-        }

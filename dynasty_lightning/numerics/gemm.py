@@ -3,198 +3,28 @@
 (bf16 units).
 """
 
-import math
 from dataclasses import replace
-from functools import lru_cache
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import native
+from .backends.dispatch import fast_values
+from .formats import NO_EXPONENT
 from .geometry import LayerGeometry
-from .quantize import NO_EXPONENT, QuantizedBlocks
+from .products import multiply, reduction_length, sum_bound
+from .quantized import QuantizedBlocks
 from .roles import READS, Gemm
 from .rounding import power_of_two
 
+__all__ = ["exact_gemm", "fast_dtype", "fast_gemm", "finish", "is_safe", "round_once"]
+
 FLOAT64_BITS: Final = 53
 """Sums below 2**53 LSBs are exact in float64 in any order."""
-ACCUMULATOR_BITS: Final = 47
-"""Sums below 2**47 fit the core's 48-bit accumulator."""
-
-_CONV: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 # Outside these exponents bf16 units, which flush subnormals, or float32 products could leave the
 # normal range.
 _SAFE_EXPONENTS: Final = (-30, 30)
-
-
-def multiply(
-    gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, input_shape: tuple[int, ...]
-) -> Tensor:
-    """One GEMM in the operands' own type: FORWARD of (X, W), DGRAD of (E, W), WGRAD of (E, X), as
-    in `READS`.
-
-    Shapes that the CPU library computes wrongly (`is_trusted`) go through float64 and come out in
-    float32.
-
-    Args:
-        input_shape: X's shape, which DGRAD cannot tell from E's.
-    """
-    if geometry.kind == "linear":
-        if gemm is Gemm.FORWARD:
-            return F.linear(left, right)
-        if gemm is Gemm.DGRAD:
-            return (left.reshape(-1, left.shape[-1]) @ right).reshape(input_shape)
-        return left.reshape(-1, left.shape[-1]).t() @ right.reshape(-1, right.shape[-1])
-    if (
-        left.dtype is not torch.float64
-        and left.device.type == "cpu"
-        and not is_trusted(geometry, tuple(input_shape))
-    ):
-        return multiply(gemm, left.double(), right.double(), geometry, input_shape).float()
-    # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are told of
-    # one.
-    dilation = tuple(
-        1 if taps == 1 else d for taps, d in zip(geometry.taps, geometry.dilation, strict=True)
-    )
-    if gemm is Gemm.FORWARD:
-        conv = _CONV[len(geometry.taps)]
-        return conv(left, right, None, geometry.stride, geometry.padding, dilation, geometry.groups)
-    is_dgrad = gemm is Gemm.DGRAD
-    x = left.new_empty(1).expand(input_shape) if is_dgrad else right
-    weight = right if is_dgrad else left.new_empty(1).expand(geometry.weight_shape)
-    grads = torch.ops.aten.convolution_backward(
-        left,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        dilation,
-        False,
-        [0] * len(geometry.taps),
-        geometry.groups,
-        [is_dgrad, not is_dgrad, False],
-    )
-    return grads[0] if is_dgrad else grads[1]  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=4096)
-def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
-    """Whether oneDNN's bf16 and float32 convolutions compute the GEMMs of this shape.
-
-    Some kernels leave results unwritten (whatever the memory held before) or end the process. It
-    was found in random geometries beside float64, with freed memory poisoned
-    (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
-
-        1-D, 2-D, 3-D   on some axis the kernel is larger than the input without its padding, or the padding is more than keeps the size
-                        (a tap, or an output position with all its taps, may then read nothing but
-                        padding); or there is one output position at a stride above 1; or a stride
-                        above the kernel, with padding (found in 1-D, on several threads)
-        3-D             groups, dilation, a stride above the kernel, or an input position that no tap reads
-        any, bf16       below 32 input channels of a group, taps of the last axis times these a multiple of 32 above 32: Y is another sum
-
-    A stride above the kernel without padding is right in 1-D and 2-D, and so is one output position
-    at stride 1.
-    Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone. float64, another
-        code path, was right everywhere.
-    """
-    if geometry.kind == "linear":
-        return True
-    axes = list(
-        zip(
-            input_shape[2:],
-            geometry.taps,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            strict=True,
-        )
-    )
-    channels = geometry.in_channels // geometry.groups
-    if (
-        channels < 32
-        and channels * geometry.taps[-1] > 32
-        and channels * geometry.taps[-1] % 32 == 0
-    ):
-        return False
-    if len(axes) > 2 and (
-        geometry.groups > 1
-        or any(stride > taps or dilation > 1 for _, taps, stride, _, dilation in axes)
-    ):
-        return False
-    return not any(
-        _has_odd_edge(*axis) or (len(axes) > 2 and _leaves_input(*axis)) for axis in axes
-    )
-
-
-def _leaves_input(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
-    """Input positions behind the last that a tap reads."""
-    return (size + 2 * padding - dilation * (taps - 1) - 1) % stride > padding
-
-
-def _has_odd_edge(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
-    """A kernel that does not fit inside; more padding than keeps the size; one output at a stride
-    above 1; padding between kernels.
-    """
-    extent = dilation * (taps - 1) + 1
-    is_single = size + 2 * padding - extent < stride
-    return (
-        size < extent
-        or 2 * padding > extent - 1
-        or (is_single and stride > 1)
-        or (padding > 0 and stride > taps)
-    )
-
-
-def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[int, ...]) -> int:
-    """K: terms of one sum, padding included."""
-    if gemm is Gemm.FORWARD:
-        return math.prod(geometry.weight_shape[1:])
-    if gemm is Gemm.DGRAD:
-        return geometry.out_channels // geometry.groups * math.prod(geometry.taps)
-    return math.prod(output_shape) // geometry.out_channels
-
-
-def sum_bound(
-    gemm: Gemm,
-    left: Tensor,
-    right: Tensor,
-    geometry: LayerGeometry,
-    input_shape: tuple[int, ...],
-    terms: int,
-) -> float:
-    """Upper bound of |sum| over every partial sum: min(K max|a| max|b|, |row|_2 |col|_2), for
-    integer operands in float64.
-
-    Source: DESIGN section 2, "Sums"; the second is Cauchy-Schwarz, which also holds for every
-    subset of the terms.
-    """
-    plain = terms * float(left.abs().max()) * float(right.abs().max())
-    if plain < 2.0**ACCUMULATOR_BITS:
-        return plain
-    slack = 1 + 2.0**-20  # the norms themselves are rounded
-    squares = (left.square(), right.square())
-    if gemm is Gemm.WGRAD:
-        row = _channel_sums(squares[0], geometry).max()
-        column = _channel_sums(squares[1], geometry).max()
-    else:
-        group_in, taps = geometry.weight_shape[1], geometry.weight_shape[2:]
-        if gemm is Gemm.FORWARD:
-            ones_shape = (geometry.groups, group_in, *taps)
-            per_group, shape = replace(geometry, weight_shape=ones_shape), input_shape
-            column = squares[1].flatten(1).sum(1).max()
-        else:
-            ones_shape = (geometry.out_channels, 1, *taps)
-            per_group = replace(geometry, weight_shape=ones_shape)
-            axis = geometry.channel_axis % len(input_shape)
-            shape = tuple(geometry.groups if a == axis else n for a, n in enumerate(input_shape))
-            column = (
-                squares[1].view(geometry.groups, -1, group_in, math.prod(taps)).sum((1, 3)).max()
-            )
-        row = multiply(gemm, squares[0], left.new_ones(ones_shape), per_group, shape).max()
-    return min(plain, math.sqrt(float(row) * float(column)) * slack)
 
 
 def exact_gemm(
@@ -312,8 +142,8 @@ def fast_gemm(
         left_role, right_role = READS[gemm]
         return multiply(
             gemm,
-            left.fast_values(left_role.letter).to(dtype),
-            right.fast_values(right_role.letter).to(dtype),
+            fast_values(left, left_role.letter).to(dtype),
+            fast_values(right, right_role.letter).to(dtype),
             geometry,
             input_shape,
         )
@@ -393,10 +223,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_units and torch.backends.mkldnn.is_available() else torch.float32
-
-
-def _channel_sums(squares: Tensor, geometry: LayerGeometry) -> Tensor:
-    return squares.movedim(geometry.channel_axis, 0).flatten(1).sum(1)
 
 
 def _split_axis(gemm: Gemm, left: Tensor, geometry: LayerGeometry) -> tuple[int, int]:

@@ -4,6 +4,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+__all__ = ["LayerGeometry"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerGeometry:
@@ -11,7 +13,18 @@ class LayerGeometry:
 
     `weight_shape` is [O, I] for a Linear and [O, I / groups, *taps] for a Conv; `stride`, `padding`
     (zeros on both sides) and `dilation` have one entry for each spatial axis and are empty for a
-    Linear.
+    Linear. Raises ValueError where these do not fit.
+
+    >>> conv = LayerGeometry(
+    ...     kind="conv",
+    ...     weight_shape=(16, 4, 3, 3),
+    ...     stride=(1, 1),
+    ...     padding=(1, 1),
+    ...     dilation=(1, 1),
+    ...     groups=2,
+    ... )
+    >>> conv.in_channels, conv.taps, conv.channel_axis
+    (8, (3, 3), 1)
     """
 
     kind: Literal["linear", "conv"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor <-> blocks: padding, axes, and the banded weight of grouped convolutions. Nothing else."""
+"""Tensor <-> blocks: padding and axes. Nothing else."""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .formats import Scope
+
+__all__ = ["BlockLayout"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
@@ -16,6 +20,13 @@ class BlockLayout:
     the rows.
 
     Raises ValueError for an empty tensor or fewer than two axes.
+
+    >>> layout = BlockLayout(shape=(6, 8, 5), block_shape=(4, 4), channel_axis=1)
+    >>> layout.grid_shape, layout.is_ragged
+    ((2, 2, 5), True)
+    >>> blocks = layout.split(torch.ones(6, 8, 5))  # row blocks, rows, channel blocks, channels, ..
+    >>> blocks.shape, layout.amax(blocks).shape, layout.join(blocks).shape
+    (torch.Size([2, 4, 2, 4, 5]), torch.Size([2, 2, 5]), torch.Size([6, 8, 5]))
     """
 
     shape: tuple[int, ...]
@@ -56,6 +67,11 @@ class BlockLayout:
         return rows, math.prod(self.shape) // (rows * channels), channels
 
     @cached_property
+    def channels_last(self) -> bool:
+        """Whether channels are the last axis."""
+        return self.channel_axis == len(self.shape) - 1
+
+    @cached_property
     def channels_innermost(self) -> tuple[int, ...]:
         """Strides of a tensor of the layout's shape whose channel axis has stride 1: contiguous for
         a Linear, channels_last for a Conv.
@@ -66,6 +82,20 @@ class BlockLayout:
     def grid_channels_innermost(self) -> tuple[int, ...]:
         """The same for the grid."""
         return _channels_innermost(self.grid_shape, self.channel_axis)
+
+    def blocks_of(self, width_group: tuple[int, int] | None) -> tuple[int, int]:
+        """How many blocks, along rows and channels, share a width; (1, 1) without a group."""
+        if width_group is None:
+            return 1, 1
+        return width_group[0] // self.block_shape[0], width_group[1] // self.block_shape[1]
+
+    def scope_shape(self, scope: Scope) -> tuple[int, ...]:
+        """One entry for each scope, broadcastable to the grid."""
+        if scope == "tensor":
+            return (1,) * len(self.shape)
+        if scope == "sample":
+            return self.grid_shape[:1] + (1,) * (len(self.shape) - 1)
+        return tuple(1 if a == self.channel_axis else n for a, n in enumerate(self.grid_shape))
 
     def split(self, x: Tensor) -> Tensor:
         """[N, .., C, ..] -> [N / rows, rows, .., C / channels, channels, ..], zero padded where
@@ -130,67 +160,3 @@ def _channels_innermost(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
             step *= shape[a]
     strides[axis] = 1
     return tuple(strides)
-
-
-def band_width(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) -> int:
-    """`BandedWeight.width`, without its indices, which are as many as a weight has elements at one
-    tap.
-    """
-    return _bands(weight_shape, groups, unit)[1]
-
-
-def _bands(weight_shape: tuple[int, ...], groups: int, unit: tuple[int, int]) -> tuple[Tensor, int]:
-    """First column of each unit's rows, and the columns that they all have."""
-    outputs, group_inputs = weight_shape[:2]
-    rows, channels = unit
-    group_outputs = outputs // groups
-    first_row = torch.arange(0, outputs, rows)
-    last_row = torch.clamp(first_row + rows - 1, max=outputs - 1)
-    first = first_row // group_outputs * group_inputs // channels * channels
-    ends = (last_row // group_outputs + 1) * group_inputs
-    return first, int((-(-(ends - first) // channels) * channels).max())
-
-
-class BandedWeight:
-    """W [O, I / groups, *taps] of a grouped Conv inside its block-diagonal matrix [O, I, *taps].
-
-    Row block r of the matrix keeps `width` columns from `first_columns[r]` on, which is a multiple
-    of the block's channels, so exponent blocks fall where they fall in the whole matrix and ignore
-    group borders. All row blocks of a `unit` (rows x channels, multiples of the block's) share
-    their columns: width groups, and blocks that are cut along both axes, span several of them.
-    """
-
-    def __init__(
-        self,
-        weight_shape: tuple[int, ...],
-        groups: int,
-        block_shape: tuple[int, int],
-        unit: tuple[int, int] | None = None,
-    ) -> None:
-        outputs, group_inputs = weight_shape[:2]
-        rows = (unit or block_shape)[0]
-        self.first_columns, self.width = _bands(weight_shape, groups, unit or block_shape)
-        group = torch.arange(outputs) // (outputs // groups)
-        self.shape = (outputs, self.width, *weight_shape[2:])
-        per_output = self.first_columns[torch.arange(outputs) // rows]
-        self.first_columns = per_output[:: block_shape[0]]
-        # Column of element [o, j] within its row's band.
-        offset = group * group_inputs - per_output
-        self._columns = offset[:, None] + torch.arange(group_inputs)
-
-    def embed(self, weight: Tensor) -> Tensor:
-        """[O, I / groups, *taps] -> [O, width, *taps], zero outside the groups."""
-        band = weight.new_zeros(self.shape)
-        return band.scatter_(1, self._index(weight), weight)
-
-    def extract(self, band: Tensor) -> Tensor:
-        """The inverse of `embed`."""
-        index = self._columns.to(band.device)
-        index = index.view(*index.shape, *[1] * (band.ndim - 2)).expand(
-            *index.shape, *band.shape[2:]
-        )
-        return band.gather(1, index)
-
-    def _index(self, weight: Tensor) -> Tensor:
-        index = self._columns.to(weight.device)
-        return index.view(*index.shape, *[1] * (weight.ndim - 2)).expand(weight.shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the rival of that name: no
+"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the baseline of that name: no
 window, no zero flag that it knows of.
 
 Section 5.2: a block's scale is E8M0, 2**-127 to 2**127. Section 5.3.4: an element is an 8-bit
@@ -12,18 +12,24 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from .backends import native
-from .formats import WINDOW
+from .backends.pytorch import over_scope
+from .formats import NO_EXPONENT, WINDOW, Scope
 from .layout import BlockLayout
-from .quantize import NO_EXPONENT, QuantizedBlocks, Scope, make_headers, over_scope, scale_blocks
+from .memory import empty_channels_innermost, empty_grid
+from .quantized import QuantizedBlocks, make_headers, scale_blocks
 from .rounding import power_of_two, round_nearest
+
+__all__ = ["quantize_mx"]
 
 _LEAST_SCALE: Final = -127  # E8M0
 
 
-def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -> QuantizedBlocks:
+def quantize_mx(
+    x: Float[Tensor, "..."], layout: BlockLayout, *, bits: Integer[Tensor, "..."], scope: Scope
+) -> QuantizedBlocks:
     """An operand in the specification's blocks, at 8 bits; at 2 to 7 the same with fewer fractional
     bits, which it does not have.
 
@@ -34,6 +40,12 @@ def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -
     Args:
         x: float32 or bfloat16, of the layout's shape.
         bits: integers that broadcast to the grid.
+
+    >>> layout = BlockLayout(shape=(1, 32), block_shape=(1, 32), channel_axis=1)
+    >>> x = torch.linspace(-1, 1, 32).view(1, 32)
+    >>> blocks = quantize_mx(x, layout, bits=torch.tensor(8), scope="tensor")
+    >>> blocks.integers[0, :3].tolist(), blocks.scale_exponents.item()
+    ([-64.0, -60.0, -56.0], -6)
     """
     x = x.resolve_neg().float()
     blocks = layout.split(x)
@@ -54,16 +66,16 @@ def quantize_mx(x: Tensor, layout: BlockLayout, *, bits: Tensor, scope: Scope) -
     active = layout.amax(integers.abs()) > 0
     ceiling = over_scope(torch.where(active, shared, NO_EXPONENT), layout, scope, torch.amax)
     beyond = active & (scale_exponent < ceiling - (WINDOW + 6))
-    codes = native.empty_channels_innermost(layout, torch.uint8, x.device)
+    codes = empty_channels_innermost(layout, torch.uint8, x.device)
     codes.copy_(layout.join(integers).to(torch.int16))
     packed = QuantizedBlocks(
         layout=layout,
         codes=codes,
         # What lies beyond the window is not read from here.
-        relative_exponents=native.empty_grid(x, layout, torch.int8).copy_(
+        relative_exponents=empty_grid(x, layout, torch.int8).copy_(
             torch.where(active & ~beyond, scale_exponent - ceiling, 0)
         ),
-        headers=native.empty_grid(x, layout, torch.uint8).copy_(
+        headers=empty_grid(x, layout, torch.uint8).copy_(
             make_headers(torch.where(active, width, 0), active, occupied)
         ),
         largest_exponents=ceiling,

@@ -2,15 +2,20 @@
 """What a policy asks of one operand: widths, or the finest LSB from which widths follow."""
 
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from .formats import MAX_BITS, MIN_BITS, ZERO_BITS, check_bits
+from .formats import (
+    MAX_BITS,
+    MAX_LSB_EXPONENT,
+    MIN_BITS,
+    ZERO_BITS,
+    check_bits,
+    check_widths,
+)
 
-MAX_LSB_EXPONENT: Final = 4096
-"""Far beyond float32's exponents, and small enough to be added to in int16."""
+__all__ = ["OperandPrecision"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,6 +34,14 @@ class OperandPrecision:
     Raises:
         ValueError: both or none given, a width outside {0, 2..8}, or limits that contradict each
             other.
+
+    >>> OperandPrecision(bits=4).values
+    tensor(4, dtype=torch.uint8)
+    >>> OperandPrecision(lsb_exponent=-6, least_bits=2, backward_bits=5).limits
+    (2, 8, 5)
+    >>> OperandPrecision(bits=9)
+    Traceback (most recent call last):
+    ValueError: bits must be 0 (block not computed) or in [2, 8], not 9
     """
 
     lsb_exponent: Tensor | int | None = None
@@ -57,12 +70,7 @@ class OperandPrecision:
             )
         if self.bits is not None:
             bits = _integers(self.bits, "bits")
-            wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
-            if wrong.numel():
-                raise ValueError(
-                    f"bits must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not "
-                    f"{int(wrong[0])}"
-                )
+            check_widths(bits)
             object.__setattr__(self, "bits", bits.to(torch.uint8))
         else:
             assert self.lsb_exponent is not None

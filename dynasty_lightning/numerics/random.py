@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from .roles import Role
+
+__all__ = ["StreamPosition", "drop_code", "philox4x32", "stream_numbers"]
 
 DROP_CODE: Final = 8
 """Added to a role's code for the numbers that decide which E blocks are kept."""
 NUMBERS_PER_COUNTER: Final = 8
 
-_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
-_WEYL: Final = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _MASK: Final = 0xFFFFFFFF
-_ROUNDS: Final = 10
+ROUNDS: Final = 10
 # 64-bit temporaries of one chunk stay in the L2 cache; chunks do not change the numbers.
 _CHUNK: Final = 1 << 14
 
@@ -30,6 +33,9 @@ _CHUNK: Final = 1 << 14
 class StreamPosition:
     """Where in training a number is drawn. Raises ValueError for a field that does not fit the
     counter.
+
+    >>> StreamPosition(seed=7, backward_count=120).layer
+    0
     """
 
     seed: int = 0
@@ -49,12 +55,17 @@ class StreamPosition:
             )
 
 
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+def philox4x32(
+    counter: Int64[Tensor, "counters 4"], key: tuple[int, int]
+) -> Int64[Tensor, "counters 4"]:
     """Philox4x32-10: four 32-bit words for each counter, as int64.
 
     Args:
         counter: int64 [n, 4], each entry in [0, 2**32).
         key: two 32-bit words.
+
+    >>> philox4x32(torch.zeros(1, 4, dtype=torch.int64), (0, 0)).tolist()
+    [[1713855720, 3833390716, 2566974689, 2613571773]]
     """
     words = [counter[:, i] for i in range(4)]
     return torch.stack(_rounds(words[0], words[1], words[2], words[3], key), dim=1)
@@ -64,10 +75,10 @@ def _rounds(
     c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         # The 64-bit products wrap as signed numbers; an arithmetic shift and a mask still give the
         # true upper half.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1 = (
             (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK),
             p1.bitwise_and_(_MASK),
@@ -76,17 +87,20 @@ def _rounds(
             (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK),
             p0.bitwise_and_(_MASK),
         )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + WEYL[0]) & _MASK, (k1 + WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
 def stream_numbers(
     position: StreamPosition, code: int, count: int, *, device: torch.device | str = "cpu"
-) -> Tensor:
+) -> Int32[Tensor, " count"]:
     """The first `count` 16-bit numbers of the stream at `position`, int32 in [0, 65536).
 
     `code` is a role's value, or `DROP_CODE` plus it. Raises ValueError if `code` does not fit 4
     bits.
+
+    >>> stream_numbers(StreamPosition(), 0, 3).tolist()
+    [25832, 26151, 61992]
     """
     if not 0 <= code < 16:
         raise ValueError(f"a stream code must fit 4 bits, not {code}")
@@ -109,5 +123,9 @@ def stream_numbers(
 
 
 def drop_code(role: Role) -> int:
-    """The stream code of drop decisions for `role`."""
+    """The stream code of drop decisions for `role`.
+
+    >>> drop_code(Role.ERROR)
+    10
+    """
     return DROP_CODE + int(role)

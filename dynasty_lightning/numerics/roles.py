@@ -8,9 +8,15 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
+__all__ = ["READS", "SHARED", "Gemm", "Role"]
+
 
 class Role(IntEnum):
-    """What an operand is; the value is its code in the random stream."""
+    """What an operand is; the value is its code in the random stream.
+
+    >>> Role.from_letter("E"), Role.WEIGHT.letter
+    (<Role.ERROR: 2>, 'W')
+    """
 
     ACTIVATION = 0
     WEIGHT = 1
@@ -32,7 +38,11 @@ class Role(IntEnum):
 
 
 class Gemm(IntEnum):
-    """The three GEMMs of a Linear or Conv layer (cuDNN's fprop, dgrad, wgrad)."""
+    """The three GEMMs of a Linear or Conv layer (cuDNN's fprop, dgrad, wgrad).
+
+    >>> [role.letter for role in READS[Gemm.WGRAD]]
+    ['E', 'X']
+    """
 
     FORWARD = 0
     DGRAD = 1

@@ -5,8 +5,8 @@ import torch
 
 from dynasty_lightning.cost.bit_products import layer_cost
 from dynasty_lightning.cost.counts import GemmCost, NetworkCost
+from dynasty_lightning.numerics.banded import BandedWeight
 from dynasty_lightning.numerics.geometry import LayerGeometry
-from dynasty_lightning.numerics.layout import BandedWeight
 from dynasty_lightning.numerics.roles import Gemm, Role
 
 X, W, E = Role

@@ -22,9 +22,9 @@ from dataclasses import asdict
 
 import torch
 
-from dynasty_lightning.numerics import gemm as matmul
-from dynasty_lightning.numerics.gemm import multiply
+from dynasty_lightning.numerics import products
 from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.products import multiply
 from dynasty_lightning.numerics.roles import Gemm
 
 from . import layers as layer_checks
@@ -157,13 +157,13 @@ def search(
 def _part(first: int, count: int, axes: int, threads: int, *, layers: bool, rule: bool) -> None:
     torch.set_num_threads(threads)  # the library chooses its kernels by it, too
     if not rule:
-        matmul.is_trusted = lambda *_: True  # type: ignore[assignment]
+        products.is_trusted = lambda *_: True  # type: ignore[assignment]
     look = layer_checks.wrong if layers else wrong
     for seed in range(first, first + count):
         geometry, shape = random_case(seed, axes or None)
         case = {**asdict(geometry), "input": shape}
         print(json.dumps({"seed": seed, "case": case, "wrong": []}), flush=True)
-        trusted = matmul.is_trusted(geometry, shape)
+        trusted = products.is_trusted(geometry, shape)
         if not trusted and seed % _UNTRUSTED:
             continue
         print(

@@ -19,9 +19,10 @@ from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import DynamicLayer
 from dynasty_lightning.numerics import gemm as matmul
 from dynasty_lightning.numerics.backends import native
-from dynasty_lightning.numerics.gemm import multiply, reduction_length
+from dynasty_lightning.numerics.backends.toolchain import build
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
+from dynasty_lightning.numerics.products import multiply, reduction_length
 from dynasty_lightning.numerics.roles import Gemm, Role
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -45,8 +46,8 @@ def paths() -> dict[str, Any]:
     nothing was compiled.
     """
     return {
-        "vectors": native.load(native.build()),
-        "plain lanes": native.load(native.build(plain_lanes=True)),
+        "vectors": native.load(build()),
+        "plain lanes": native.load(build(plain_lanes=True)),
         "no compiler": None,
     }
 

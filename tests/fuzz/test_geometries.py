@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dynasty_lightning.numerics.gemm import is_trusted, multiply
 from dynasty_lightning.numerics.geometry import LayerGeometry
+from dynasty_lightning.numerics.products import is_trusted, multiply
 from dynasty_lightning.numerics.roles import Gemm
 
 from ..fuzz.geometries import search

@@ -10,8 +10,8 @@ import torch
 
 from dynasty_lightning import OperandPrecision, PrecisionMap
 from dynasty_lightning.maps.structure import ModelStructure
-from dynasty_lightning.numerics.layout import BandedWeight
-from dynasty_lightning.numerics.operand_precision import MAX_LSB_EXPONENT
+from dynasty_lightning.numerics.banded import BandedWeight
+from dynasty_lightning.numerics.formats import MAX_LSB_EXPONENT
 from tests.maps.examples import LAYERS, STRUCTURE, E, W, X, example, same
 
 # OperandPrecision

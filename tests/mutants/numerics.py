@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends import native, toolchain
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.moments import mean_squares_in_torch
 from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
 from dynasty_lightning.numerics.roles import Role
-
 from tests.numerics import native_cases
 
 SEEDS = 250
@@ -189,7 +188,7 @@ def try_mutation(mutation: Mutation, checks: Checks) -> tuple[str, str]:
     """(caught | SURVIVED | error, what was seen)."""
     with tempfile.TemporaryDirectory(prefix="native-mutant-") as work:
         folder = Path(work) / "cpp"
-        shutil.copytree(native.SOURCES, folder)
+        shutil.copytree(toolchain.SOURCES, folder)
         texts = {path: path.read_text() for path in folder.iterdir()}
         count = sum(text.count(mutation.old) for text in texts.values())
         if count != 1:
@@ -198,19 +197,19 @@ def try_mutation(mutation: Mutation, checks: Checks) -> tuple[str, str]:
         path.write_text(texts[path].replace(mutation.old, mutation.new))
         try:
             library = _build(folder, Path(work) / "cache", plain=mutation.plain)
-        except native.BuildError as error:
+        except toolchain.BuildError as error:
             return "error", f"does not compile: {str(error)[-300:]}"
         seen = examine(library, checks)
         return ("caught", seen) if seen else ("SURVIVED", "")
 
 
 def _build(sources: Path, cache: Path, *, plain: bool) -> Path:
-    kept = native.SOURCES
-    native.SOURCES = sources  # type: ignore[misc]
+    kept = toolchain.SOURCES
+    toolchain.SOURCES = sources  # type: ignore[misc]
     try:
-        return native.build(plain_lanes=plain, cache=cache)
+        return toolchain.build(plain_lanes=plain, cache=cache)
     finally:
-        native.SOURCES = kept  # type: ignore[misc]
+        toolchain.SOURCES = kept  # type: ignore[misc]
 
 
 def main() -> int:
@@ -222,7 +221,7 @@ def main() -> int:
         parser.error(f"no mutation's name contains {options.only!r}")
     checks = Checks()
     for plain in (False, True):
-        if seen := examine(native.build(plain_lanes=plain), checks):
+        if seen := examine(toolchain.build(plain_lanes=plain), checks):
             print(f"the sources as they are do not pass: {seen}")
             return 1
     bad = 0

@@ -18,11 +18,11 @@ from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import DynamicLayer, geometry_of, pads_explicitly
 from dynasty_lightning.nn.plan import LayerPlan
 from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+from dynasty_lightning.numerics.banded import BandedWeight
 from dynasty_lightning.numerics.gemm import exact_gemm, fast_dtype, round_once
-from dynasty_lightning.numerics.layout import BandedWeight
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
-from dynasty_lightning.numerics.quantize import quantize_blocks
-from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Gemm, Role
 from tests import oracle
 
@@ -36,8 +36,8 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 @pytest.fixture(scope="module", autouse=True)
 def paths():
     PATHS.update(
-        vectors=native.load(native.build()),
-        plain=native.load(native.build(plain_lanes=True)),
+        vectors=native.load(build()),
+        plain=native.load(build(plain_lanes=True)),
         torch=None,
     )
 
@@ -297,16 +297,7 @@ def _blocks(x, role, geometry):
     return quantize_blocks(
         x,
         plan.layout(role, tuple(x.shape), gemm),
-        bits=torch.tensor(8),
-        lsb_exponent=None,
-        role=role,
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        stochastic=False,
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
+        Recipe(role=role, request=torch.tensor(8), rounding="nearest"),
     )
 
 

@@ -16,7 +16,6 @@ from dynasty_lightning.nn.probe import PROBED_ROWS, SHIFTS, ProbeRecord
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.calibration import Calibration
-
 from tests.trainer.test_lightning import digits, small_classifier, trainer
 
 X, W, E = Role

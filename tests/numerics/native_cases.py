@@ -5,7 +5,7 @@ with what pure torch makes of them.
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import QuantizedBlocks, quantize_in_torch
+from dynasty_lightning.numerics.memory import empty_channels_innermost
+from dynasty_lightning.numerics.quantized import QuantizedBlocks
 from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
 
 SQUARES = ((4, 4), (8, 8), (16, 16))
@@ -34,48 +37,27 @@ class Case:
 
     x: Tensor
     layout: BlockLayout
-    request: Tensor
-    is_threshold: bool
-    options: dict[str, Any]
+    recipe: Recipe
 
     def __str__(self) -> str:
-        told = ", ".join(f"{k}={v}" for k, v in self.options.items())
-        asked = (
-            f"{'threshold' if self.is_threshold else 'bits'} {self.request.dtype} "
-            f"{tuple(self.request.shape)} from {self.request.min()}"
-        )
+        request = self.recipe.request
         return (
-            f"{self.x.dtype} {tuple(self.x.shape)} of strides {self.x.stride()}, "
-            f"{self.layout}, {asked}, {told}"
+            f"{self.x.dtype} {tuple(self.x.shape)} of strides {self.x.stride()}, {self.layout}, "
+            f"{request.dtype} {tuple(request.shape)} from {request.min()}, "
+            f"{replace(self.recipe, request=None)}"
         )
 
     def in_torch(self) -> QuantizedBlocks:
-        asked = self.request.to(torch.int32)
-        return quantize_in_torch(
-            self.x.float(),
-            self.layout,
-            bits=None if self.is_threshold else asked,
-            lsb_exponent=asked if self.is_threshold else None,
-            **self.options,
-        )
+        return quantize_in_torch(self.x, self.layout, self.recipe)
 
-    def in_library(
-        self, library: Any, *, with_values: bool = True
-    ) -> native.QuantizedArrays | None:
+    def in_library(self, library: Any, *, with_values: bool = True) -> QuantizedBlocks | None:
         values = None
         if with_values:
-            values = native.empty_channels_innermost(self.layout, torch.bfloat16)
+            values = empty_channels_innermost(self.layout, torch.bfloat16)
             values.view(torch.int16).fill_(0x7FC1)  # a NaN shows what was not written
-        codes = native.empty_channels_innermost(self.layout, torch.uint8).fill_(0xA5)
+        codes = empty_channels_innermost(self.layout, torch.uint8).fill_(0xA5)
         return native.quantize(
-            self.x,
-            self.layout,
-            self.request,
-            is_threshold=self.is_threshold,
-            values=values,
-            codes=codes,
-            library=library,
-            **self.options,
+            self.x, self.layout, self.recipe, values=values, codes=codes, library=library
         )
 
 
@@ -92,19 +74,12 @@ def case(
     """A case whose other options are the usual ones."""
     request = torch.as_tensor(lsb if bits is None else bits)
     request = request.to(torch.int16 if abs(int(request.max())) < 1 << 15 else torch.int32)
-    settings: dict[str, Any] = {
-        "role": role,
-        "least_bits": 0,
-        "most_bits": 8,
-        "width_group": None,
-        "stochastic": role is Role.ERROR,
-        "force_signed": False,
-        "stream": StreamPosition(seed=5, rank=1, layer=7, backward_count=3, call_index=2),
-        "scope": "tensor",
-        **options,
-    }
+    stream = StreamPosition(seed=5, rank=1, layer=7, backward_count=3, call_index=2)
+    recipe = Recipe(
+        role=role, request=request, is_threshold=bits is None, **{"stream": stream, **options}
+    )
     layout = BlockLayout(shape=tuple(x.shape), block_shape=block_shape, channel_axis=axis % x.ndim)
-    return Case(x=x, layout=layout, request=request, is_threshold=bits is None, options=settings)
+    return Case(x=x, layout=layout, recipe=recipe)
 
 
 def random_case(seed: int) -> Case:
@@ -150,17 +125,20 @@ def random_case(seed: int) -> Case:
         backward_count=7,
         call_index=2,
     )
-    options = {
-        "role": role,
-        "least_bits": least,
-        "most_bits": most,
-        "width_group": group,
-        "stochastic": (role is Role.ERROR) ^ bool(g.random() < 0.1),
-        "force_signed": bool(g.random() < 0.1),
-        "stream": stream,
-        "scope": scope,
-    }
-    return Case(x=x, layout=layout, request=request, is_threshold=kind >= 2, options=options)
+    stochastic = (role is Role.ERROR) ^ bool(g.random() < 0.1)
+    recipe = Recipe(
+        role=role,
+        request=request,
+        is_threshold=kind >= 2,
+        least_bits=least,
+        most_bits=most,
+        width_group=group,
+        rounding="stochastic" if stochastic else "nearest",
+        force_signed=bool(g.random() < 0.1),
+        stream=stream,
+        scope=scope,
+    )
+    return Case(x=x, layout=layout, recipe=recipe)
 
 
 def _shape(g: np.random.Generator, ndim: int, axis: int) -> list[int]:
@@ -245,27 +223,19 @@ def differences(case: Case, library: Any, expected: QuantizedBlocks) -> list[str
         for name in FIELDS
         if not _same(getattr(without, name), getattr(expected, name))
     ]
-    if without.values is not None:
+    if without.bfloat16 is not None:
         wrong.append("values that nobody asked for")
     largest = got.largest_exponents
-    if got.values is None:
+    if got.bfloat16 is None:
         if _is_moderate(case):
             wrong.append("values not written")
         return wrong
     values = expected.values(torch.bfloat16)
-    if not _same(got.values.view(torch.int16), values.view(torch.int16)):
+    if not _same(got.bfloat16.view(torch.int16), values.view(torch.int16)):
         wrong.append("values")
     if largest.numel() == 1 and int(largest) in MODERATE:
-        out = native.empty_channels_innermost(case.layout, torch.bfloat16)
-        native.dequantize(
-            got.codes,
-            got.relative_exponents,
-            got.headers,
-            int(largest),
-            case.layout,
-            out,
-            library=library,
-        )
+        out = empty_channels_innermost(case.layout, torch.bfloat16)
+        native.dequantize(got, out, library=library)
         if not _same(out.view(torch.int16), values.view(torch.int16)):
             wrong.append("dequantize")
     return wrong
@@ -280,7 +250,8 @@ def _is_moderate(case: Case) -> bool:
         and not 2.0 ** MODERATE[0] < float(sizes.min()) <= float(sizes.max()) < 2.0 ** MODERATE[-1]
     ):
         return False
-    return not case.is_threshold or bool((case.request.abs() < MODERATE[-1]).all())
+    recipe = case.recipe
+    return not recipe.is_threshold or bool((recipe.request.abs() < MODERATE[-1]).all())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

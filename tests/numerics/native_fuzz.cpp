@@ -14,7 +14,7 @@
 #include <random>
 #include <vector>
 
-#include "operand.h"
+#include "args.h"
 #include "stream.h"
 
 using namespace dynasty;

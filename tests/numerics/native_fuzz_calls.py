@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.formats import BlockFormat
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.memory import empty_channels_innermost
 from dynasty_lightning.numerics.moments import mean_squares
 from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.quantized import QuantizedBlocks
 from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
 
 Call = tuple[str, Callable[..., Any], dict[str, Any]]
@@ -120,6 +124,12 @@ def scalars(g: np.random.Generator, like: Any) -> Any:
         )
     if isinstance(like, Role):
         return Role(int(g.integers(3)))
+    if isinstance(like, (Recipe, QuantizedBlocks)):
+        name = str(g.choice([f.name for f in fields(like) if f.name not in ("band", "bfloat16")]))
+        old = getattr(like, name)
+        return replace(
+            like, **{name: tensors(g, old) if isinstance(old, Tensor) else scalars(g, old)}
+        )
     return like
 
 
@@ -202,27 +212,24 @@ def kernel_calls(g: np.random.Generator) -> list[Call]:
     layout = BlockLayout(shape=shape, block_shape=block, channel_axis=axis)
     role = Role(int(g.integers(3)))
     x = torch.randn(shape)
-    options = {
-        "role": role,
-        "least_bits": 0,
-        "most_bits": 8,
-        "width_group": None if g.random() < 0.5 else (2 * block[0], block[1]),
-        "stochastic": role is Role.ERROR,
-        "force_signed": False,
-        "stream": StreamPosition(seed=1),
-        "scope": "tensor" if block[0] > 1 else str(g.choice(["tensor", "sample", "row"])),
-    }
+    group = None if g.random() < 0.5 else (2 * block[0], block[1])
+    scope = "tensor" if block[0] > 1 else str(g.choice(["tensor", "sample", "row"]))
     is_threshold = bool(g.random() < 0.5)
-    values = native.empty_channels_innermost(layout, torch.bfloat16)
-    codes = native.empty_channels_innermost(layout, torch.uint8)
+    values = empty_channels_innermost(layout, torch.bfloat16)
+    codes = empty_channels_innermost(layout, torch.uint8)
     request = torch.randint(2, 9, layout.grid_shape).to(
         [torch.int16, torch.uint8, torch.int64][g.integers(3)]
     )
-    done = native.quantize(
-        x, layout, request, is_threshold=is_threshold, **{**options, "scope": "tensor"}
+    recipe = Recipe(
+        role=role,
+        request=request,
+        is_threshold=is_threshold,
+        width_group=group,
+        stream=StreamPosition(seed=1),
     )
+    done = native.quantize(x, layout, recipe)
     assert done is not None
-    out = native.empty_channels_innermost(layout, torch.bfloat16)
+    out = empty_channels_innermost(layout, torch.bfloat16)
     bfloat16 = torch.randn(shape).bfloat16()
     arguments = {
         "native.quantize": (
@@ -230,23 +237,14 @@ def kernel_calls(g: np.random.Generator) -> list[Call]:
             {
                 "x": x,
                 "layout": layout,
-                "request": request,
-                "is_threshold": is_threshold,
+                "recipe": replace(recipe, scope=scope),
                 "values": values,
                 "codes": codes,
-                **options,
             },
         ),
         "native.dequantize": (
             native.dequantize,
-            {
-                "codes": done.codes,
-                "relative_exponents": done.relative_exponents,
-                "headers": done.headers,
-                "largest_exponent": 2,
-                "layout": layout,
-                "values": out,
-            },
+            {"blocks": replace(done, largest_exponents=torch.tensor([2])), "values": out},
         ),
         "native.widen": (
             native.widen,
@@ -270,7 +268,7 @@ def kernel_calls(g: np.random.Generator) -> list[Call]:
                 "channel_axis": axis,
                 "least_bits": 0,
                 "most_bits": 8,
-                "scope": options["scope"],
+                "scope": scope,
             },
         ),
     }

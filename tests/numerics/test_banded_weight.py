@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from dynasty_lightning.numerics.layout import BandedWeight
+from dynasty_lightning.numerics.banded import BandedWeight
 
 
 def band(outputs, inputs, groups, block, unit):

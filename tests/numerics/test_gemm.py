@@ -10,18 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dynasty_lightning.numerics.gemm import (
-    exact_gemm,
-    fast_dtype,
-    fast_gemm,
-    multiply,
-    reduction_length,
-    sum_bound,
-)
+from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+from dynasty_lightning.numerics.gemm import exact_gemm, fast_dtype, fast_gemm
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import quantize_blocks
-from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.products import multiply, reduction_length, sum_bound
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import READS, Gemm, Role
 from tests import oracle
 
@@ -78,16 +72,7 @@ def blocks(x, role, bits=8, channel_axis=1):
     return quantize_blocks(
         x,
         layout,
-        bits=torch.tensor(bits),
-        lsb_exponent=None,
-        role=role,
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        stochastic=False,
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
+        Recipe(role=role, request=torch.tensor(bits), rounding="nearest"),
     )
 
 
@@ -287,16 +272,7 @@ def test_both_modes_compute_with_an_element_of_two_to_the_128th():
     left = quantize_blocks(
         e,
         layout,
-        bits=torch.tensor(8),
-        lsb_exponent=None,
-        role=Role.ERROR,
-        least_bits=0,
-        most_bits=8,
-        width_group=None,
-        stochastic=True,
-        force_signed=False,
-        stream=StreamPosition(),
-        scope="tensor",
+        Recipe(role=Role.ERROR, request=torch.tensor(8)),
     )
     right = blocks(torch.full((4, 3), 2.0**-20), Role.WEIGHT)
     geometry = LayerGeometry(kind="linear", weight_shape=(4, 3))

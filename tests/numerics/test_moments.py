@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends.native_operands import CHANNEL_EDGES
+from dynasty_lightning.numerics.backends.toolchain import build
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.moments import mean_squares, mean_squares_in_torch
 
@@ -17,8 +19,8 @@ from . import native_cases
 @pytest.fixture(scope="module")
 def libraries():
     return {
-        "vectors": native.load(native.build()),
-        "plain": native.load(native.build(plain_lanes=True)),
+        "vectors": native.load(build()),
+        "plain": native.load(build(plain_lanes=True)),
     }
 
 
@@ -38,7 +40,7 @@ def random_operand(seed):
     rows = int(g.choice([shape[0], 1, 4, shape[0] + 3]))
     return x, BlockLayout(
         shape=tuple(shape),
-        block_shape=(rows, int(g.choice(native.CHANNEL_EDGES))),
+        block_shape=(rows, int(g.choice(CHANNEL_EDGES))),
         channel_axis=axis,
     )
 

@@ -22,10 +22,14 @@ import pytest
 import torch
 
 from dynasty_lightning.nn.plan import LayerPlan
-from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends import native, toolchain
+from dynasty_lightning.numerics.backends.dispatch import fast_values, quantize_blocks
+from dynasty_lightning.numerics.backends.toolchain import BuildError, build
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import quantize, quantize_blocks, quantize_in_torch
+from dynasty_lightning.numerics.memory import empty_channels_innermost
+from dynasty_lightning.numerics.quantize import quantize
+from dynasty_lightning.numerics.quantized import QuantizedBlocks
 from dynasty_lightning.numerics.random import StreamPosition, drop_code, stream_numbers
 from dynasty_lightning.numerics.roles import Role
 from tests import oracle
@@ -42,8 +46,8 @@ FORMS = ("vectors", "plain")
 @pytest.fixture(scope="session")
 def libraries():
     return {
-        "vectors": native.load(native.build()),
-        "plain": native.load(native.build(plain_lanes=True)),
+        "vectors": native.load(build()),
+        "plain": native.load(build(plain_lanes=True)),
     }
 
 
@@ -232,20 +236,15 @@ def test_what_is_not_finite_is_left_to_torch(library, value):
 def test_values_ride_along_in_the_slot():
     x = torch.randn(8, 16, 5)
     layout = BlockLayout(shape=tuple(x.shape), block_shape=(4, 4), channel_axis=1)
-    options = case(x, (4, 4), 1, Role.WEIGHT).options
-    bits = torch.tensor(6, dtype=torch.uint8)
-    assert quantize_blocks(x, layout, bits=bits, lsb_exponent=None, **options).bfloat16 is None
+    recipe = case(x, (4, 4), 1, Role.WEIGHT, bits=6).recipe
+    assert quantize_blocks(x, layout, recipe).bfloat16 is None
     with torch.inference_mode():
-        first = quantize_blocks(
-            x, layout, bits=bits, lsb_exponent=None, values_slot="test", **options
-        )
+        first = quantize_blocks(x, layout, recipe, values_slot="test")
     assert torch.equal(first.bfloat16, first.values(torch.bfloat16))
-    assert torch.equal(first.fast_values("other"), first.bfloat16)
+    assert torch.equal(fast_values(first, "other"), first.bfloat16)
     kept = first.bfloat16.data_ptr()
     half = BlockLayout(shape=(4, 16, 5), block_shape=(4, 4), channel_axis=1)
-    second = quantize_blocks(
-        x[:4], half, bits=bits, lsb_exponent=None, values_slot="test", **options
-    )
+    second = quantize_blocks(x[:4], half, recipe, values_slot="test")
     assert second.bfloat16.data_ptr() == kept
     assert torch.equal(second.bfloat16, second.values(torch.bfloat16))
 
@@ -264,10 +263,15 @@ def test_every_code_at_every_exponent(library, largest, signed):
     headers = torch.full(grid, 8 + 16 * signed, dtype=torch.uint8)
     integers = (codes.view(torch.int8) if signed else codes).double()
     expected = (integers * 2.0 ** (relative.double() + largest)).to(torch.bfloat16)
-    got = native.empty_channels_innermost(layout, torch.bfloat16)
-    native.dequantize(
-        codes, relative.expand(grid).contiguous(), headers, largest, layout, got, library=library
+    got = empty_channels_innermost(layout, torch.bfloat16)
+    blocks = QuantizedBlocks(
+        layout=layout,
+        codes=codes,
+        relative_exponents=relative.expand(grid).contiguous(),
+        headers=headers,
+        largest_exponents=torch.tensor([[largest]], dtype=torch.int32),
     )
+    native.dequantize(blocks, got, library=library)
     assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
 
 
@@ -447,11 +451,10 @@ def test_float_modes_change_nothing_and_stay(library, mode, count):
             )
         got, values = (
             wanted[0].in_library(library),
-            native.empty_channels_innermost(layout, torch.bfloat16),
+            empty_channels_innermost(layout, torch.bfloat16),
         )
-        native.dequantize(
-            got.codes, got.relative_exponents, got.headers, -20, layout, values, library=library
-        )
+        at_20 = dataclasses.replace(got, largest_exponents=torch.tensor(-20))
+        native.dequantize(at_20, values, library=library)
         results.append(values.view(torch.int16))
         for last, (product, addend) in itertools.product(
             (False, True),
@@ -500,7 +503,8 @@ def test_requests_of_any_integer_type(library, dtype):
             **({"lsb": bits - 3} if is_threshold and dtype != torch.uint8 else {"bits": bits}),
         )
         expected = wanted.in_library(library)
-        got = dataclasses.replace(wanted, request=wanted.request.to(dtype)).in_library(library)
+        recipe = dataclasses.replace(wanted.recipe, request=wanted.recipe.request.to(dtype))
+        got = dataclasses.replace(wanted, recipe=recipe).in_library(library)
         assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in FIELDS)
 
 
@@ -510,15 +514,11 @@ def test_requests_of_any_integer_type(library, dtype):
 def refused(x=None, block_shape=(4, 4), axis=1, request=None, **options):
     layout = BlockLayout(shape=(8, 16, 5), block_shape=block_shape, channel_axis=axis)
     x = torch.randn(8, 16, 5) if x is None else x
-    settings = {**case(torch.randn(8, 16, 5), (4, 4), 1, Role.ERROR).options, **options}
-    is_threshold = settings.pop("is_threshold", False)
-    return native.quantize(
-        x,
-        layout,
-        torch.tensor(4) if request is None else request,
-        is_threshold=is_threshold,
-        **settings,
-    )
+    memory = {name: options.pop(name) for name in ("codes", "values") if name in options}
+    usual = case(torch.randn(8, 16, 5), (4, 4), 1, Role.ERROR, bits=4).recipe
+    if request is not None:
+        options["request"] = request
+    return native.quantize(x, layout, dataclasses.replace(usual, **options), **memory)
 
 
 META = torch.empty(8, 16, 5, device="meta")
@@ -587,8 +587,9 @@ def test_refused_operands(arguments, message):
         ({"headers": torch.zeros(2, 2, dtype=torch.uint8)}, "headers must be"),
         ({"values": torch.zeros(4, 8)}, "values must be torch.bfloat16"),
         ({"values": torch.zeros(8, 4, dtype=torch.bfloat16).t()}, "channels innermost"),
-        ({"largest_exponent": 121}, "121|refused"),
-        ({"largest_exponent": -101}, "-101|refused"),
+        ({"largest_exponents": torch.tensor([[121]])}, "refused.*121"),
+        ({"largest_exponents": torch.tensor([[-101]])}, "refused.*-101"),
+        ({"largest_exponents": torch.zeros(2, 1, dtype=torch.int32)}, "one scope"),
     ],
 )
 def test_refused_codes(changed, message):
@@ -596,12 +597,14 @@ def test_refused_codes(changed, message):
         "codes": torch.zeros(4, 8, dtype=torch.uint8),
         "relative_exponents": torch.zeros(1, 2, dtype=torch.int8),
         "headers": torch.zeros(1, 2, dtype=torch.uint8),
-        "largest_exponent": 0,
+        "largest_exponents": torch.tensor([[0]], dtype=torch.int32),
         "layout": BlockLayout(shape=(4, 8), block_shape=(4, 4), channel_axis=1),
         "values": torch.zeros(4, 8, dtype=torch.bfloat16),
+        **changed,
     }
+    values = arguments.pop("values")
     with pytest.raises(ValueError, match=message):
-        native.dequantize(**{**arguments, **changed})
+        native.dequantize(QuantizedBlocks(**arguments), values)
 
 
 @pytest.mark.parametrize(
@@ -791,7 +794,7 @@ def stub(tmp_path, monkeypatch):
     (folder / "stub.cpp").write_text(
         '#include "shared.h"\nextern "C" int number() { return NUMBER; }\n'
     )
-    monkeypatch.setattr(native, "SOURCES", folder)
+    monkeypatch.setattr(toolchain, "SOURCES", folder)
     return folder
 
 
@@ -801,24 +804,24 @@ def number(path):
 
 def test_the_name_follows_sources_compiler_and_flags(stub, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    first = native.build(cache=cache)
+    first = build(cache=cache)
     assert number(first) == 7
     stamp = first.stat().st_mtime_ns
-    assert native.build(cache=cache) == first
+    assert build(cache=cache) == first
     assert first.stat().st_mtime_ns == stamp  # found, not compiled
-    seen = {first, native.build(cache=cache, plain_lanes=True)}
+    seen = {first, build(cache=cache, plain_lanes=True)}
     header = stub / "shared.h"
     header.write_text(header.read_text().replace("7", "8"))
-    changed = native.build(cache=cache)
+    changed = build(cache=cache)
     assert number(changed) == 8
     seen.add(changed)
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_processor", lambda: "another")
-        seen.add(native.build(cache=cache))
-        patch.setattr(native, "version_of", lambda _: "g++ 99")
-        seen.add(native.build(cache=cache))
-        patch.setattr(native, "FLAGS", (*native.FLAGS, "-DNDEBUG"))
-        seen.add(native.build(cache=cache))
+        patch.setattr(toolchain, "_processor", lambda: "another")
+        seen.add(build(cache=cache))
+        patch.setattr(toolchain, "version_of", lambda _: "g++ 99")
+        seen.add(build(cache=cache))
+        patch.setattr(toolchain, "FLAGS", (*toolchain.FLAGS, "-DNDEBUG"))
+        seen.add(build(cache=cache))
     assert len(seen) == 6
     assert sorted(p.name for p in cache.iterdir()) == sorted(
         p.name for p in seen
@@ -834,14 +837,14 @@ def test_the_cache_is_where_the_user_says(stub, tmp_path, monkeypatch):
         for other in ("DYNASTY_CACHE", "XDG_CACHE_HOME"):
             monkeypatch.delenv(other, raising=False)
         monkeypatch.setenv(name, str(tmp_path / name))
-        assert native.build().parent == tmp_path / name / folder
+        assert build().parent == tmp_path / name / folder
 
 
 def test_a_compiler_that_fails(stub, tmp_path, monkeypatch):
     (stub / "stub.cpp").write_text("int broken = nothing;\n" + "#error one of many\n" * 40)
     cache = tmp_path / "cache"
-    with pytest.raises(native.BuildError, match=r"stub\.cpp") as caught:
-        native.build(cache=cache)
+    with pytest.raises(BuildError, match=r"stub\.cpp") as caught:
+        build(cache=cache)
     text = str(caught.value)
     assert "-march=native" in text.splitlines()[0]  # the command
     assert "one of many" in text
@@ -879,7 +882,7 @@ def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compil
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "COMPILE_SECONDS", 1)
+    monkeypatch.setattr(toolchain, "COMPILE_SECONDS", 1)
     if version.startswith("sleep"):
         monkeypatch.setattr("fpga.libraries.VERSION_SECONDS", 1)
     with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{told}") as caught:
@@ -924,7 +927,7 @@ def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(
 
 def test_a_compiler_with_a_launcher_before_it(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "env g++")
-    assert number(native.build(cache=tmp_path / "cache")) == 7
+    assert number(build(cache=tmp_path / "cache")) == 7
 
 
 def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
@@ -940,10 +943,8 @@ def test_a_cache_that_others_can_write_to(stub, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written(stub, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", "/proc/nowhere"):
-        with pytest.raises(
-            native.BuildError, match="set DYNASTY_CACHE to a folder that can be written"
-        ):
-            native.build(cache=folder)
+        with pytest.raises(BuildError, match="set DYNASTY_CACHE to a folder that can be written"):
+            build(cache=folder)
         monkeypatch.setenv("DYNASTY_CACHE", str(folder))
         with pytest.warns(UserWarning, match="DYNASTY_CACHE"):
             assert native._library.__wrapped__() is None
@@ -952,7 +953,7 @@ def test_a_cache_that_cannot_be_written(stub, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"\x7fELF and then nothing", b"x" * 5000])
 def test_a_broken_library_in_the_cache(stub, tmp_path, monkeypatch, content):
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
-    path = native.build()
+    path = build()
     path.write_bytes(content)
     monkeypatch.setattr(native, "load", lambda path: ctypes.CDLL(str(path)))
     assert native._library.__wrapped__().number() == 7  # built anew
@@ -963,11 +964,11 @@ def test_two_processes_build_at_once(stub, tmp_path):
     cache, go = tmp_path / "cache", tmp_path / "go"
     code = (
         "import ctypes, sys, time; from pathlib import Path; from "
-        "dynasty_lightning.numerics.backends import native\n"
-        "native.SOURCES, cache, go = (Path(a) for a in sys.argv[1:])\n"
+        "dynasty_lightning.numerics.backends import toolchain\n"
+        "toolchain.SOURCES, cache, go = (Path(a) for a in sys.argv[1:])\n"
         "print('ready', flush=True)\n"
         "while not go.exists(): time.sleep(0.001)\n"
-        "print(ctypes.CDLL(str(native.build(cache=cache))).number())"
+        "print(ctypes.CDLL(str(toolchain.build(cache=cache))).number())"
     )
     command = [sys.executable, "-W", "error", "-c", code, str(stub), str(cache), str(go)]
     elsewhere = {**os.environ, "DYNASTY_CACHE": str(tmp_path / "elsewhere")}
@@ -993,7 +994,7 @@ def test_two_processes_build_at_once(stub, tmp_path):
 
 
 def test_the_package_ships_its_sources():
-    names = {p.suffix for p in native.SOURCES.iterdir()}
+    names = {p.suffix for p in toolchain.SOURCES.iterdir()}
     assert {".cpp", ".h"} <= names
 
 
@@ -1004,10 +1005,5 @@ def test_torch_path_where_there_is_no_kernel(monkeypatch):
     for axis, block in ((2, (4, 4)), (1, (4, 3))):
         wanted = case(x, block, axis, Role.ERROR, lsb=-1)
         assert not native.supports(wanted.layout)
-        got = quantize_blocks(
-            x, wanted.layout, bits=None, lsb_exponent=wanted.request, **wanted.options
-        )
-        expected = quantize_in_torch(
-            x, wanted.layout, bits=None, lsb_exponent=wanted.request.int(), **wanted.options
-        )
+        got, expected = quantize_blocks(x, wanted.layout, wanted.recipe), wanted.in_torch()
         assert torch.equal(got.codes, expected.codes)

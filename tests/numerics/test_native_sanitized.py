@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends import toolchain
 from fpga.libraries import find_compiler
 from tests.waiting import HANG_S
 
 HARNESS = Path(__file__).with_name("native_fuzz.cpp")
 # Unoptimised: the intrinsics compile five times faster so, and sanitizers see every access.
 FLAGS = (
-    *(flag for flag in native.FLAGS if flag not in ("-O3", "-shared", "-fPIC")),
+    *(flag for flag in toolchain.FLAGS if flag not in ("-O3", "-shared", "-fPIC")),
     "-O0",
     "-g1",
     "-fno-omit-frame-pointer",
@@ -28,12 +28,12 @@ CASES = {"vectors": 2000, "plain": 700}
 
 def compiled(folder: Path, form: str) -> Path:
     target = folder / form
-    sources = [HARNESS, *sorted(native.SOURCES.glob("*.cpp"))]
+    sources = [HARNESS, *sorted(toolchain.SOURCES.glob("*.cpp"))]
     command = [
         *find_compiler(),
         *FLAGS,
         *(["-DDYNASTY_PLAIN_LANES"] if form == "plain" else []),
-        f"-I{native.SOURCES}",
+        f"-I{toolchain.SOURCES}",
         "-o",
         str(target),
         *map(str, sources),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dynasty_lightning.numerics.backends import native
+from dynasty_lightning.numerics.backends.toolchain import build
 from dynasty_lightning.numerics.formats import BlockFormat
 from dynasty_lightning.numerics.quantize import quantize
 from dynasty_lightning.numerics.random import StreamPosition
@@ -25,8 +26,8 @@ def libraries():
     """None is pure torch."""
     LIBRARIES.update(
         torch=None,
-        vectors=native.load(native.build()),
-        plain=native.load(native.build(plain_lanes=True)),
+        vectors=native.load(build()),
+        plain=native.load(build(plain_lanes=True)),
     )
 
 

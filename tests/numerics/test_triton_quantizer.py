@@ -7,16 +7,18 @@ import pickle
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
+from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.backends.triton import dequantize_cuda, quantize_cuda
 from dynasty_lightning.numerics.layout import BlockLayout
-from dynasty_lightning.numerics.quantize import quantize_in_torch
 from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
+from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
 from tests.waiting import HANG_S
 
@@ -69,11 +71,12 @@ def run(request: pytest.FixtureRequest, pool: Callable[..., Run]) -> Run:
     def on_gpu(name: str, *args: Any, **options: Any) -> Any:
         if name != "quantize":
             return getattr(triton_helpers, name)(*args, **options, device="cuda")
-        x, layout, asked = args
+        x, layout, recipe = args
         # A copy keeps its strides only if it is dense: move what x is a view of.
         whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
         x = whole.as_strided(x.shape, x.stride(), x.storage_offset())
-        results = triton_helpers.quantize(x, layout, asked.cuda(), **options)
+        recipe = replace(recipe, request=recipe.request.cuda())
+        results = triton_helpers.quantize(x, layout, recipe, **options)
         return results and {name: tensor.cpu() for name, tensor in results.items()}
 
     return on_gpu
@@ -93,37 +96,10 @@ def check(
     layout = BlockLayout(shape=tuple(x.shape), block_shape=block_shape, channel_axis=axis % x.ndim)
     testing = {k: options.pop(k) for k in ("tile_elements", "wide") if k in options}
     asked = torch.as_tensor(asked, dtype=torch.int32) if isinstance(asked, int) else asked
-    settings: dict[str, Any] = {
-        "role": Role.ACTIVATION,
-        "least_bits": 0,
-        "most_bits": 8,
-        "width_group": None,
-        "stochastic": False,
-        "force_signed": False,
-        "stream": STREAM,
-        "scope": "tensor",
-        **options,
-    }
+    recipe = recipe_of(asked, is_threshold=threshold, **options)
     dtype = torch.float32 if threshold else torch.bfloat16
-    got = run(
-        "quantize",
-        x,
-        layout,
-        asked,
-        dequantized=dtype,
-        is_threshold=threshold,
-        want_values=True,
-        **settings,
-        **testing,
-    )
-    as_int32 = asked.to(torch.int32)
-    expected = quantize_in_torch(
-        x.float(),
-        layout,
-        bits=None if threshold else as_int32,
-        lsb_exponent=as_int32 if threshold else None,
-        **settings,
-    )
+    got = run("quantize", x, layout, recipe, dequantized=dtype, **testing)
+    expected = quantize_in_torch(x, layout, recipe)
     wanted = {
         "codes": (expected.integers.to(torch.int16) & 0xFF).to(torch.uint8),
         "relative_exponents": expected.relative_exponents,
@@ -148,6 +124,13 @@ def check(
         assert got[name].movedim(axis, -1).is_contiguous(), f"{name}: channels are not innermost"
     assert not bool((got["values"].view(torch.int16) == -(1 << 15)).any()), "negative zero"
     return got
+
+
+def recipe_of(asked, *, stochastic=False, **options: Any) -> Recipe:
+    """A recipe whose rounding is that asked for, whatever the role."""
+    rounding = "stochastic" if stochastic else "nearest"
+    given = {"role": Role.ACTIVATION, "stream": STREAM, **options}
+    return Recipe(request=asked, rounding=rounding, **given)
 
 
 def operand(shape, seed: int = 0, *, spread: int = 10, positive: bool = False) -> torch.Tensor:
@@ -443,58 +426,18 @@ def test_what_is_not_finite_is_left_to_the_caller(run, value):
         x = operand(shape)
         x[place] = value
         layout = BlockLayout(shape=shape, block_shape=(4, 4), channel_axis=1)
-        options = {
-            "role": Role.ERROR,
-            "stochastic": True,
-            "least_bits": 0,
-            "most_bits": 8,
-            "width_group": None,
-            "scope": "tensor",
-        }
-        asked = torch.tensor(6, dtype=torch.int32)
-        got = run(
-            "quantize",
-            x,
-            layout,
-            asked,
-            is_threshold=False,
-            force_signed=False,
-            stream=STREAM,
-            want_values=False,
-            **options,
-        )
-        assert got is None
+        recipe = recipe_of(torch.tensor(6, dtype=torch.int32), role=Role.ERROR, stochastic=True)
+        assert run("quantize", x, layout, recipe, want_values=False) is None
 
 
 def test_values_are_written_only_if_wanted(run):
     layout = BlockLayout(shape=(5, 6), block_shape=(4, 4), channel_axis=1)
-    options = {
-        "role": Role.WEIGHT,
-        "stochastic": False,
-        "least_bits": 0,
-        "most_bits": 8,
-        "width_group": None,
-        "scope": "tensor",
-    }
-    x, asked = operand((5, 6)), torch.tensor(6)
+    x, recipe = operand((5, 6)), recipe_of(torch.tensor(6), role=Role.WEIGHT)
     with_values, without = (
-        run(
-            "quantize",
-            x,
-            layout,
-            asked,
-            is_threshold=False,
-            force_signed=False,
-            stream=STREAM,
-            want_values=want,
-            **options,
-        )
-        for want in (True, False)
+        run("quantize", x, layout, recipe, want_values=want) for want in (True, False)
     )
-    assert without["values"].numel() == 0
-    assert all(
-        torch.equal(with_values[name], without[name]) for name in with_values if name != "values"
-    )
+    assert set(with_values) - set(without) == {"values"}
+    assert all(torch.equal(with_values[name], without[name]) for name in without)
 
 
 def test_all_zero(run):
@@ -548,18 +491,14 @@ def test_kernels_compile_and_keep_their_arithmetic(
         "compiled",
         torch.zeros(shape, dtype=dtype),
         layout,
-        torch.tensor(-4, dtype=torch.int32),
+        recipe_of(
+            torch.tensor(-4, dtype=torch.int32),
+            role=role,
+            width_group=group,
+            stochastic=role is Role.ERROR,
+            is_threshold=role is Role.ERROR,
+        ),
         capability,
-        role=role,
-        width_group=group,
-        stochastic=role is Role.ERROR,
-        is_threshold=role is Role.ERROR,
-        least_bits=0,
-        most_bits=8,
-        force_signed=False,
-        stream=STREAM,
-        scope="tensor",
-        want_values=True,
     )
     assert set(texts) == {"plan_kernel", "apply_kernel", "dequantize_kernel"} | (
         {"share_kernel"} if group else set()
@@ -577,36 +516,23 @@ def test_kernels_compile_and_keep_their_arithmetic(
 
 def test_a_callers_mistakes_are_named():
     layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
-    options = {
-        "is_threshold": False,
-        "role": Role.WEIGHT,
-        "least_bits": 0,
-        "most_bits": 8,
-        "width_group": None,
-        "stochastic": False,
-        "force_signed": False,
-        "stream": STREAM,
-        "scope": "tensor",
-        "want_values": False,
-    }
-    bits = torch.tensor(8)
+
+    def quantized(x, bits=torch.tensor(8)):
+        return quantize_cuda(x, layout, recipe_of(bits, role=Role.WEIGHT), want_values=False)
+
     with pytest.raises(TypeError, match="float64"):
-        quantize_cuda(torch.zeros(4, 4, dtype=torch.float64), layout, bits, **options)
+        quantized(torch.zeros(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"\(4, 4\), not \(4, 5\)"):
-        quantize_cuda(torch.zeros(4, 5), layout, bits, **options)
+        quantized(torch.zeros(4, 5))
     with pytest.raises(TypeError, match="integer tensor"):
-        quantize_cuda(torch.zeros(4, 4), layout, torch.tensor(8.0), **options)
+        quantized(torch.zeros(4, 4), torch.tensor(8.0))
     with pytest.raises(ValueError, match="broadcast to the grid"):
-        quantize_cuda(torch.zeros(4, 4), layout, torch.ones(3, dtype=torch.int32), **options)
-    grid = torch.zeros(1, 1, dtype=torch.uint8)
-    codes, relative, largest = (
-        torch.zeros(4, 4, dtype=torch.uint8),
-        grid.to(torch.int8),
-        torch.zeros(1, 1, dtype=torch.int32),
-    )
+        quantized(torch.zeros(4, 4), torch.ones(3, dtype=torch.int32))
+    blocks = quantize_in_torch(torch.zeros(4, 4), layout, recipe_of(torch.tensor(8)))
+    largest = blocks.largest_exponents
     with pytest.raises(ValueError, match="relative_exponents must be"):
-        dequantize_cuda(codes, grid, grid, largest, layout, torch.float32)
+        dequantize_cuda(replace(blocks, relative_exponents=blocks.headers), torch.float32)
     with pytest.raises(ValueError, match="of one scope"):
-        dequantize_cuda(codes, relative, grid, largest.expand(4, 1), layout, torch.float32)
+        dequantize_cuda(replace(blocks, largest_exponents=largest.expand(4, 1)), torch.float32)
     with pytest.raises(TypeError, match="float16"):
-        dequantize_cuda(codes, relative, grid, largest, layout, torch.float16)
+        dequantize_cuda(blocks, torch.float16)

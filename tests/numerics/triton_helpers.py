@@ -27,35 +27,41 @@ def call(pickled: bytes) -> bytes:
 
 
 def quantize(
-    x, layout, request, *, dequantized=torch.float32, tile_elements=None, wide=False, **options
+    x,
+    layout,
+    recipe,
+    *,
+    want_values=True,
+    dequantized=torch.float32,
+    tile_elements=None,
+    wide=False,
 ) -> dict[str, Any] | None:
     """quantize_cuda's results by name, and what dequantize_cuda makes of them in the type
     `dequantized`.
     """
     from dynasty_lightning.numerics.backends import triton as triton_quantizer
+    from dynasty_lightning.numerics.backends import triton_tiles
 
-    kept = triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets
+    kept = triton_tiles.TILE_ELEMENTS, triton_quantizer.needs_wide_offsets
     try:
-        triton_quantizer._TILE_ELEMENTS = tile_elements or kept[0]
-        triton_quantizer._needs_wide_offsets = (lambda _: True) if wide else kept[1]
-        results = triton_quantizer.quantize_cuda(x, layout, request, **options)
-        if results is None:
+        triton_tiles.TILE_ELEMENTS = tile_elements or kept[0]
+        triton_quantizer.needs_wide_offsets = (lambda _: True) if wide else kept[1]
+        blocks = triton_quantizer.quantize_cuda(x, layout, recipe, want_values=want_values)
+        if blocks is None:
             return None
-        codes, relative_exponents, headers, largest_exponents, values = results
         fields = {
-            "codes": codes,
-            "relative_exponents": relative_exponents,
-            "headers": headers,
-            "largest_exponents": largest_exponents,
-            "values": values,
+            "codes": blocks.codes,
+            "relative_exponents": blocks.relative_exponents,
+            "headers": blocks.headers,
+            "largest_exponents": blocks.largest_exponents,
         }
-        if largest_exponents.numel() == 1:
-            fields["dequantized"] = triton_quantizer.dequantize_cuda(
-                codes, relative_exponents, headers, largest_exponents, layout, dequantized
-            )
+        if blocks.bfloat16 is not None:
+            fields["values"] = blocks.bfloat16
+        if blocks.largest_exponents.numel() == 1:
+            fields["dequantized"] = triton_quantizer.dequantize_cuda(blocks, dequantized)
         return fields
     finally:
-        triton_quantizer._TILE_ELEMENTS, triton_quantizer._needs_wide_offsets = kept
+        triton_tiles.TILE_ELEMENTS, triton_quantizer.needs_wide_offsets = kept
 
 
 def numbers(
@@ -83,7 +89,7 @@ def philox(counter, key, *, device: str = "cpu") -> list[int]:
     return out.tolist()
 
 
-def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
+def compiled(x, layout, recipe, capability: int) -> dict[str, str]:
     """PTX of each kernel that the call would launch, compiled without a GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -124,12 +130,8 @@ def compiled(x, layout, request, capability: int, **options) -> dict[str, str]:
     kept = triton_quantizer._launch
     try:
         triton_quantizer._launch = launch
-        triton_quantizer.quantize_cuda(x, layout, request, **options)
-        codes, grid = torch.zeros(layout.shape, dtype=torch.uint8), layout.grid_shape
-        headers, scales = torch.zeros(grid, dtype=torch.uint8), torch.zeros(grid, dtype=torch.int8)
-        triton_quantizer.dequantize_cuda(
-            codes, scales, headers, torch.zeros(1, dtype=torch.int32), layout, torch.bfloat16
-        )
+        blocks = triton_quantizer.quantize_cuda(x, layout, recipe, want_values=True)
+        triton_quantizer.dequantize_cuda(blocks, torch.bfloat16)
     finally:
         triton_quantizer._launch = kept
     return texts

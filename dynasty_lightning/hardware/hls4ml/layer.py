@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from fpga.build.single_header import LAYER_HEADER, single_header
 from hls4ml.backends import get_backend
 from hls4ml.backends.template import FunctionCallTemplate, LayerConfigTemplate
 from hls4ml.converters import register_pytorch_layer_handler
@@ -27,6 +26,7 @@ from hls4ml.utils.torch import HLS4MLModule
 from torch import Tensor
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
+from fpga.build.single_header import LAYER_HEADER, single_header
 from fpga.files import write_whole
 from fpga.job import SUM_BITS
 from fpga.libraries import library_folder, make_folder

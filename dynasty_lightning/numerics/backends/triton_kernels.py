@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 
 from ..formats import MAX_DROP_DEPTH, MIN_BITS, WINDOW
-from ..random import _MULTIPLIERS, _ROUNDS, _WEYL
+from ..random import MULTIPLIERS, ROUNDS, WEYL
 
 _MIN_BITS = tl.constexpr(MIN_BITS)
 _MAX_DEPTH = tl.constexpr(MAX_DROP_DEPTH)
 _REACH = tl.constexpr(WINDOW + 7)
-_PHILOX_ROUNDS = tl.constexpr(_ROUNDS)
-_MULTIPLIER_0 = tl.constexpr(_MULTIPLIERS[0])
-_MULTIPLIER_1 = tl.constexpr(_MULTIPLIERS[1])
-_WEYL_0 = tl.constexpr(_WEYL[0])
-_WEYL_1 = tl.constexpr(_WEYL[1])
+_PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+_MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])
+_MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[1])
+_WEYL_0 = tl.constexpr(WEYL[0])
+_WEYL_1 = tl.constexpr(WEYL[1])
 _INFINITY = tl.constexpr(0x7F800000)  # in float32's bits; NaN lies above
 _ONE = tl.constexpr(1 << 24)  # a peak's fraction is in units of 2**-24
 

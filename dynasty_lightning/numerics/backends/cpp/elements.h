@@ -21,7 +21,7 @@ constexpr int64_t kChannelChunk = 2048;  // elements of a row, likewise
 struct Factors {
   Factors() = default;
   Factors(Int plan_word, Int largest_exponent) : plan(plan_word), largest(largest_exponent) {
-    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<4>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
+    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     active = width > Ints(0);
     scale_exponent = Greatest(ShiftRight<kExponentShift>(plan), largest - Ints(kWindow + 7) + sign);
     shift = Select(active, depth - scale_exponent, Ints(0));

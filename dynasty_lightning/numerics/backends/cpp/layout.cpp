@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "operand.h"
+#include "args.h"
 #include "processor.h"
 #include "stream.h"
 

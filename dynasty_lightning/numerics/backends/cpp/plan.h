@@ -11,10 +11,9 @@
 namespace dynasty {
 namespace {
 
-// A plan: bits 0-3 width, 4 signed, 5 occupied, 6-7 drop depth, 8 kept by a drop, 16-31 scale exponent before the window.
-constexpr int kDepthShift = 6, kExponentShift = 16;
+// A plan: width, signed, occupied and drop depth as args.h has them, bit 8 kept by a drop, bits 16-31 scale exponent before the window.
+constexpr int kExponentShift = 16;
 constexpr int32_t kKeptFlag = 0x100;
-constexpr int32_t kDropCode = 8;  // added to the role for the numbers that decide drops
 
 // Exponent floor(log2 peak) and 24-bit significand of a peak, subnormals included.
 struct Peak {
@@ -62,13 +61,13 @@ struct Planner {
       width = Select(below, low, width);
     }
     width = Select(peak.occupied, width, Ints(0));
-    return width | ShiftLeft<4>(sign) | Select(peak.occupied, Ints(kOccupiedFlag), Ints(0)) | ShiftLeft<kDepthShift>(depth) |
+    return width | ShiftLeft<kSignedShift>(sign) | Select(peak.occupied, Ints(kOccupiedFlag), Ints(0)) | ShiftLeft<kDepthShift>(depth) |
            Select(kept, Ints(kKeptFlag), Ints(0));
   }
 
   // Adds the scale exponent before the window; returns the exponent after drop scaling.
   Int Scale(const Peak& peak, Int request, Int& plan) const {
-    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<4>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
+    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     const Int exponent = peak.exponent + depth, p = width - sign;
     Int scale = exponent + Ints(1) - p;
     if (a.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));
@@ -139,7 +138,7 @@ template <typename Visit> void EachLanes(const QuantizeArgs& a, const Shape& s, 
         }
         const int64_t index = row_block * s.BlocksOfRow(a) + run * length + first;
         // Beyond these, thresholds all ask for the same of a float32, and powers of two stay within reach of two factors.
-        const Int asked = Least(Greatest(GatherRequest(base, request, first, count), Ints(-300)), Ints(200));
+        const Int asked = Least(Greatest(GatherRequest(base, request, first, count), Ints(kLeastThreshold)), Ints(kMostThreshold));
         visit(index, row_block, run, first, count, asked, numbers);
       }
     }
@@ -171,7 +170,7 @@ Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
     if (a.scope == kTensor) {
       largest = Greatest(largest, exponent);
       const Mask active = Mask(lanes & ((plan & Ints(kBitsMask)) > Ints(0)));
-      finest = Least(finest, Select(active, ShiftRight<kExponentShift>(plan) - (ShiftRight<4>(plan) & Ints(1)), finest));
+      finest = Least(finest, Select(active, ShiftRight<kExponentShift>(plan) - (ShiftRight<kSignedShift>(plan) & Ints(1)), finest));
       return;
     }
     int32_t* out = a.largest_exponents + ScopeIndex(a, s, row_block, run, first);

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "args.h"
 #include "elements.h"
-#include "operand.h"
 #include "peaks.h"
 #include "plan.h"
 #include "processor.h"
@@ -73,7 +73,7 @@ bool Sound(const QuantizeArgs& a) {
   const bool strides = a.stride_position == 1 || a.stride_channel == 1;
   return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 && a.group_rows >= 1 && a.group_channels >= 1 &&
          a.threads >= 1 && a.role >= kActivation && a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
-         (a.scope == kTensor || a.block_rows == 1) && a.most_bits >= kMinBits && a.most_bits <= 8 &&
+         (a.scope == kTensor || a.block_rows == 1) && a.most_bits >= kMinBits && a.most_bits <= kMaxBits &&
          (a.least_bits == 0 || a.least_bits >= kMinBits) && a.least_bits <= a.most_bits;
 }
 

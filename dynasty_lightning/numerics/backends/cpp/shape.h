@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "args.h"
 #include "lanes.h"
-#include "operand.h"
 
 namespace dynasty {
 namespace {

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "args.h"
 #include "lanes.h"
-#include "operand.h"
 #include "processor.h"
 
 namespace dynasty {
