@@ -15,7 +15,7 @@ from fpga import GemmConfig
 from fpga.program import Program, ProgramError
 
 from ..nn.layers import dynamic_layers
-from .offload import config_for
+from .operands import config_for
 from .record import ExportError, recorded_steps
 
 _BATCHES = (2, 3)

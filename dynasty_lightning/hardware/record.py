@@ -31,7 +31,7 @@ from ..nn.layers import DynamicLayer, dynamic_layers
 from ..nn.plan import LayerPlan
 from ..numerics.quantize import QuantizedBlocks
 from ..numerics.roles import Gemm, Role
-from .offload import operand_of
+from .operands import operand_of
 
 _EXECUTOR: Final = "export"
 _INPUT: Final = -1
