@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from . import arithmetic, reductions, shapes
-from .recorder import VIEWS, Call, Handler, Recorder
+from .recorder import SYMBOLS, VIEWS, Call, Handler, Recorder
 
 _NORMS: Final = (
     "native_batch_norm",
@@ -77,6 +77,7 @@ HANDLERS: Final[Mapping[str, Handler]] = {
             "training=self.training)"
         ),
     ),
+    "embedding": _refusing(SYMBOLS),
     **dict.fromkeys(
         ("_local_scalar_dense", "is_nonzero", "equal"),
         _refusing("no branch on values (if, float(), item())"),

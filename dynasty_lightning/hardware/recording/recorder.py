@@ -49,6 +49,7 @@ VIEWS: Final = (
 )
 """Operations whose result shows the elements of x in their order: what x shows and no step can
 read, they show too."""
+SYMBOLS: Final = "no table that is read by symbols: a program's inputs are float32"
 
 Call = Mapping[str, Any]
 Key = tuple[Any, ...]
@@ -201,6 +202,15 @@ class Recorder(TorchDispatchMode):
         return self.node(shape, "reshape", (x,), {}, {"shape": list(shape[1:])})
 
     # -- names
+
+    def enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A module is about to run: a forward pre-hook."""
+        self.modules.append((name, module))
+        # torch looks at the symbols' type before it shows the operation.
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and any(
+            self.is_activation(x) for x in inputs
+        ):
+            self.refuse(SYMBOLS, "embedding")
 
     def leave(self, module: nn.Module, inputs: Any, result: Any) -> None:
         """A module has run: a forward hook."""

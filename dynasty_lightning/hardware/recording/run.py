@@ -66,11 +66,8 @@ def _listening(network: nn.Module, recorder: Recorder) -> Iterator[None]:
     layers = dynamic_layers(network)
     try:
         for name, module in network.named_modules():
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda m, _, name=name: recorder.modules.append((name, m))
-                )
-            )
+            enter = functools.partial(recorder.enter, name)
+            handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(recorder.leave, always_call=True))
             if isinstance(module, DynamicLayer):
                 vars(module)["multiply"] = functools.partial(record_layer, recorder, name, module)
