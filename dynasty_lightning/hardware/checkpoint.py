@@ -60,10 +60,7 @@ def load_converted(
     (4, True)
     """
     source, state = _read(checkpoint)
-    saved = state.get(DynastyPrecision.__qualname__)
-    if not isinstance(saved, Mapping) or "map" not in saved:
-        raise ValueError(f"{source} was not trained with DynastyPrecision: it holds no map")
-    precision_map = PrecisionMap.from_state(saved["map"], source=f"the map in {source}")
+    precision_map = _map_in(state, source)
     try:
         module.load_state_dict(state["state_dict"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
@@ -92,6 +89,13 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str,
         raise
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
+
+
+def _map_in(state: Mapping[str, Any], source: str) -> PrecisionMap:
+    saved = state.get(DynastyPrecision.__qualname__)
+    if not isinstance(saved, Mapping) or "map" not in saved:
+        raise ValueError(f"{source} was not trained with DynastyPrecision: it holds no map")
+    return PrecisionMap.from_state(saved["map"], source=f"the map in {source}")
 
 
 def _left_out(module: nn.Module, converted: Collection[str]) -> list[str]:

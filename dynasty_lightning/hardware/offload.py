@@ -3,8 +3,8 @@
 steps, with exact mode's bits.
 """
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Self
 
 import lightning as L
@@ -18,6 +18,7 @@ from fpga.config import edge_of_shape
 
 from ..nn.gemms import using_executor
 from ..nn.layers import dynamic_layers
+from ..numerics.formats import BlockFormat
 from ..numerics.roles import Gemm
 from .operands import GemmCall, config_for, job_of, operand_of
 from .speedup import core_cost_of_step
@@ -66,12 +67,7 @@ class Offload:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def report(self) -> OffloadReport:
@@ -84,7 +80,7 @@ class Offload:
         if not call.is_finite:
             use.host_calls += 1
             return call.on_host()
-        result = self.device.run(job_of(*call), timeout_s=self.timeout_s)
+        result = self.device.run(call.job(), timeout_s=self.timeout_s)
         use.calls += 1
         use.cycles += result.cycles
         use.bytes_moved += result.bytes_moved
@@ -147,22 +143,10 @@ def offload(
         )
     if any(layer.plan.executor for layer in layers.values()):
         raise ValueError("the model is offloaded already: close() that first")
-    block_format = next(iter(layers.values())).format
-    owns_device = isinstance(device, str)
-    if isinstance(device, str):
-        device = open_device(device, config_for(block_format), **options)
-    elif options:
-        raise ValueError(f"an open device takes no options, not {', '.join(options)}")
-    edge, core_edge = edge_of_shape(block_format.block_shape), device.config.block_edge
-    if edge != core_edge:
-        raise ValueError(
-            f"the model's blocks are {edge} x {edge}, the device's core takes "
-            f"{core_edge} x {core_edge}"
-        )
     return Offload(
         model,
-        device,
-        owns_device=owns_device,
+        _opened(device, next(iter(layers.values())).format, options),
+        owns_device=isinstance(device, str),
         timeout_s=timeout_s,
         verify=verify,
         bytes_per_cycle=bytes_per_cycle,
@@ -222,6 +206,21 @@ class DeviceOffload(Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+
+
+def _opened(device: str | Device, block_format: BlockFormat, options: Mapping[str, Any]) -> Device:
+    """A device for these blocks. Raises ValueError where the one that is given takes others."""
+    if isinstance(device, str):
+        return open_device(device, config_for(block_format), **options)
+    if options:
+        raise ValueError(f"an open device takes no options, not {', '.join(options)}")
+    edge, core_edge = edge_of_shape(block_format.block_shape), device.config.block_edge
+    if edge != core_edge:
+        raise ValueError(
+            f"the model's blocks are {edge} x {edge}, the device's core takes "
+            f"{core_edge} x {core_edge}"
+        )
+    return device
 
 
 def _unequal(values: Tensor, expected: Tensor) -> int:

@@ -63,6 +63,23 @@ class GemmCall(NamedTuple):
                 gemm, left, right, plan.geometry, input_shape, plan.output_shape(input_shape)
             )
 
+    def job(self, *, output: Any = "float32") -> GemmJob:
+        """The integer job that it is; a grouped W comes banded, as the layer keeps it."""
+        gemm, left, right, plan, input_shape = self
+        roles = READS[gemm]
+        a, b = (
+            operand_of(blocks, role, plan)
+            for blocks, role in zip((left, right), roles, strict=True)
+        )
+        merged = _merges_tokens(left, roles[0], plan)
+        return GemmJob(
+            gemm=gemm.name.lower(),
+            a=a,
+            b=b,
+            geometry=_geometry(plan, input_shape, merged=merged),
+            output=output,
+        )
+
     def uniform8(self, job: GemmJob) -> GemmJob:
         """What a uniform-8 run has in the place of this call's job, as far as cost goes: 8 bits
         wherever the input block was not all zero.
@@ -89,16 +106,9 @@ class GemmCall(NamedTuple):
         return shaped.to(left.codes.device)
 
 
-def job_of(
-    gemm: Gemm,
-    left: QuantizedBlocks,
-    right: QuantizedBlocks,
-    plan: LayerPlan,
-    input_shape: tuple[int, ...],
-    *,
-    output: Any = "float32",
-) -> GemmJob:
-    """The integer job that a GEMM of a layer is; a grouped W comes banded, as the layer keeps it.
+def job_of(*call: Any, output: Any = "float32") -> GemmJob:
+    """The integer job that a GEMM of a layer is, of what an executor is called with: GEMM, left and
+    right operand, the layer's plan, X's shape.
 
     >>> import torch, dynasty_lightning
     >>> from dynasty_lightning.nn.gemms import using_executor
@@ -113,17 +123,7 @@ def job_of(
     >>> jobs[0].gemm, jobs[0].a.shape, jobs[0].b.shape
     ('forward', (2, 1, 8), (4, 1, 8))
     """
-    roles = READS[gemm]
-    operands = [
-        operand_of(blocks, role, plan) for blocks, role in zip((left, right), roles, strict=True)
-    ]
-    return GemmJob(
-        gemm=gemm.name.lower(),
-        a=operands[0],
-        b=operands[1],
-        geometry=_geometry(plan, input_shape, merged=_merges_tokens(left, roles[0], plan)),
-        output=output,
-    )
+    return GemmCall(*call).job(output=output)
 
 
 def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:

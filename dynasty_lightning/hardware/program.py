@@ -4,7 +4,8 @@ BatchNorm as scale and shift.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -67,27 +68,32 @@ def export_program(
             "dynasty_lightning.convert(network)"
         )
     config = config or config_for(next(iter(layers.values())).format)
-    was_training = {m: m.training for m in network.modules()}
-    network.eval()
-    try:
-        (steps, arrays), again = (
-            _recorded(network, tuple(input_shape), n, config) for n in _BATCHES
-        )
-    finally:
-        for module, training in was_training.items():
-            module.training = training
+    shape = tuple(input_shape)
+    with _evaluating(network):
+        (steps, arrays), again = (_recorded(network, shape, n, config) for n in _BATCHES)
     _check_same(steps, arrays, *again)
     try:
         return Program(
             steps=steps,
             arrays=arrays,
-            input_shape=tuple(input_shape),
+            input_shape=shape,
             config=config,
             labels=list(labels),
             source=dict(source or {}),
         )
     except ProgramError as error:
         raise ExportError(f"the network cannot be a program: {error}") from error
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = {m: m.training for m in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
 
 
 def _check_same(

@@ -10,7 +10,7 @@ from fpga import GemmConfig
 from fpga.cost import CoreCost, core_cost
 
 from ..numerics.roles import Gemm
-from .operands import GemmCall, job_of
+from .operands import GemmCall
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class GemmUse:
 
     def add_cost(self, call: GemmCall, config: GemmConfig, bytes_per_cycle: float) -> None:
         """Add what the core would need for a call, and at uniform 8 bits; nothing runs."""
-        job = job_of(*call)
+        job = call.job()
         cost, baseline = (
             core_cost(j, config, bytes_per_cycle=bytes_per_cycle) for j in (job, call.uniform8(job))
         )

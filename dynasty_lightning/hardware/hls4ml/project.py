@@ -92,10 +92,9 @@ def export_hls4ml(
         Hls4mlExportError: no g++, a step that hls4ml has no layer for, no such step or backend, or
             a compilation that failed.
 
-    >>> import sys
-    >>> program = Program.load("program")  # doctest: +SKIP
-    >>> export_hls4ml(program, images, labels, Path("hls"), stream=sys.stdout)  # doctest: +SKIP
-    >>> sorted(BACKENDS)
+    >>> export_hls4ml(program, images, labels, out, stream=sys.stdout)  # doctest: +SKIP
+    vitis: writing and compiling hls/vitis ...
+    >>> list(BACKENDS)
     ['vitis', 'vivado-accelerator']
     """
     hls4ml = _tools(backends)
@@ -117,16 +116,7 @@ def export_hls4ml(
     out.mkdir(parents=True, exist_ok=True)
     for backend in backends:
         print(f"{backend}: writing and compiling {out / backend} ...", file=stream, flush=True)
-        log = out / f"{backend}.log"
-        with log.open("w") as file, redirect_stdout(file):
-            model = _convert(hls4ml, conversion, out / backend, BACKENDS[backend])
-        predicted, traced = trace_apart(model, _channels_last(images), log)
-        classes = predicted.reshape(len(images), -1).argmax(axis=1)
-        report["backends"][backend] = {
-            "accuracy": float((classes == labels).mean()),
-            "agreement": float((classes == conversion.classes).mean()),
-            "layers": _compared(conversion, images, traced),
-        }
+        report["backends"][backend] = _run(hls4ml, conversion, images, labels, out / backend)
         _print(report, backend, stream)
     write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report
@@ -180,6 +170,22 @@ def _prepared(
         on_core=on_core,
         values={name: np.concatenate([b[name] for b in batches]) for name in batches[0]},
     )
+
+
+def _run(
+    hls4ml: Any, conversion: _Conversion, images: Array, labels: Array, folder: Path
+) -> dict[str, Any]:
+    """What one backend makes of the images; its project is left in a folder of its name."""
+    log = folder.with_name(f"{folder.name}.log")
+    with log.open("w") as file, redirect_stdout(file):
+        model = _convert(hls4ml, conversion, folder, BACKENDS[folder.name])
+    predicted, traced = trace_apart(model, _channels_last(images), log)
+    classes = predicted.reshape(len(images), -1).argmax(axis=1)
+    return {
+        "accuracy": float((classes == labels).mean()),
+        "agreement": float((classes == conversion.classes).mean()),
+        "layers": _compared(conversion, images, traced),
+    }
 
 
 def _compared(
