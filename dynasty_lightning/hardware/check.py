@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpga import CompileError, DeviceError, ToolMissing, open_device
+from fpga import CompileError, Device, DeviceError, ToolMissing, open_device
 from fpga.boards import load_board
 from fpga.libraries import CacheError
 
 from ..nn.layers import dynamic_layers
-from .offload import OffloadReport, config_for, core_cost_of_step, offload
+from .offload import offload
+from .operands import config_for
+from .speedup import DEFAULT_BOARD, core_speedups
+from .usage import OffloadReport
 
-DEFAULT_BOARD: Final = "pynq-z2"
 _COUNTS: Final = ("calls", "values", "cycles", "bytes_moved")
 
 
@@ -51,89 +53,85 @@ def check_on_core(
         lock step, edges, loads and stores; `speedup_core_cycles` the same if memory were never
         waited for.
         Where the device cannot be made here: `{"unavailable": reason}`.
+
+    >>> import torch, dynasty_lightning
+    >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = dynasty_lightning.convert(network)
+    >>> images, labels = torch.randn(4, 8), torch.tensor([0, 1, 2, 3])
+    >>> figures = check_on_core(network, images, (images, labels), device="reference")
+    >>> figures["unequal_values"], figures["speedup_core"]
+    (0, 1.0)
     """
     begin = time.perf_counter()
     try:
-        simulated = open_device(
+        opened = open_device(
             device, config_for(next(iter(dynamic_layers(network).values())).format)
         )
     except (ToolMissing, CompileError, CacheError, DeviceError, ValueError) as error:
         return {"unavailable": str(error)}
-    build_seconds = time.perf_counter() - begin
-    with simulated:
-        on_core, exact = copy.deepcopy(network), _in_exact_mode(network)
-        with offload(on_core, simulated, verify=True) as run:
-            equal = [_predict(on_core, images) == _predict(exact, images)]
-        predicting = run.report()
-        with offload(
-            on_core, simulated, verify=True, bytes_per_cycle=load_board(board).bytes_per_cycle
-        ) as run:
-            (loss, gradients), (exact_loss, exact_gradients) = (
-                _step(on_core, *batch),
-                _step(exact, *batch),
-            )
-        step = run.report()
+    built = time.perf_counter()
+    with opened:
+        parts, equal = _compared(
+            network, images, batch, opened, bytes_per_cycle=load_board(board).bytes_per_cycle
+        )
+    return {
+        "device": device,
+        "board": board,
+        "config": opened.config.to_dict(),
+        "images": len(images),
+        "batch": len(batch[0]),
+        **_figures(parts, equal),
+        "build_seconds": built - begin,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _compared(
+    network: nn.Module,
+    images: Tensor,
+    batch: tuple[Tensor, Tensor],
+    device: Device,
+    *,
+    bytes_per_cycle: float,
+) -> tuple[dict[str, OffloadReport], list[Tensor]]:
+    """Reports of the prediction and of the training step, and which of the network's own results
+    are equal.
+    """
+    on_core, exact = copy.deepcopy(network), _in_exact_mode(network)
+    with offload(on_core, device, verify=True) as predicting:
+        equal = [_predict(on_core, images) == _predict(exact, images)]
+    with offload(on_core, device, verify=True, bytes_per_cycle=bytes_per_cycle) as stepping:
+        loss, gradients = _step(on_core, *batch)
+        exact_loss, exact_gradients = _step(exact, *batch)
     equal += [
         loss == exact_loss,
         *(a == b for a, b in zip(gradients, exact_gradients, strict=True)),
     ]
-    reports = (predicting, step)
+    return {"prediction": predicting.report(), "training step": stepping.report()}, equal
+
+
+def _figures(parts: Mapping[str, OffloadReport], equal: list[Tensor]) -> dict[str, Any]:
+    reports, step = parts.values(), parts["training step"]
+    found = sum(int(e.sum()) for e in equal)
+    unequal = sum(r.total("unequal") for r in reports)
     return {
-        "device": device,
-        "board": board,
-        "config": simulated.config.to_dict(),
-        "images": len(images),
-        "batch": len(batch[0]),
-        "bit_exact_values": sum(r.total("values") - r.total("unequal") for r in reports)
-        + sum(int(e.sum()) for e in equal),
-        "unequal_values": sum(r.total("unequal") for r in reports)
-        + sum(int((~e).sum()) for e in equal),
+        "bit_exact_values": sum(r.total("values") for r in reports) - unequal + found,
+        "unequal_values": unequal + sum(e.numel() for e in equal) - found,
         "host_gemms": sum(r.total("host_calls") for r in reports),
         "core_cycles": step.total("cycles"),
         "core_bytes": step.total("bytes_moved"),
         "speedup_core": step.speedup_core,
         "speedup_core_cycles": step.speedup_cycles,
-        "gemms": {"prediction": _by_layer(predicting), "training step": _by_layer(step)},
-        "build_seconds": build_seconds,
-        "seconds": time.perf_counter() - begin,
+        "gemms": {name: _by_layer(report) for name, report in parts.items()},
     }
 
 
-def core_speedups(
-    network: nn.Module, batch: tuple[Tensor, Tensor], *, board: str = DEFAULT_BOARD
-) -> tuple[float, float] | None:
-    """What one more training step (cross entropy) of a network gains on the core, against uniform 8
-    bits on the same core: a model.
-
-    Args:
-        network: with converted layers, as it stands in training; neither it nor torch's random
-            numbers are changed.
-        batch: inputs and labels.
-        board: whose clock and memory bandwidth are assumed.
-
-    Returns:
-        The speedup with lock step, edges, loads and stores, and the same if memory were never
-        waited for. None where no core computes these blocks (1 x n ones, say).
-    """
-    try:
-        config_for(next(iter(dynamic_layers(network).values())).format)
-    except ValueError:
-        return None
-    inputs, labels = (t.cpu() for t in batch)
-    with torch.random.fork_rng(devices=[]):  # dropout in the copy must not move the network's own
-        report = core_cost_of_step(
-            network,
-            inputs,
-            lambda logits: F.cross_entropy(
-                logits.flatten(0, -2), labels.flatten()
-            ),  # an image's classes, or those of each place in a text
-            bytes_per_cycle=load_board(board).bytes_per_cycle,
-        )
-    return report.speedup_core, report.speedup_cycles
-
-
 def describe(figures: Mapping[str, Any]) -> str:
-    """The check in a few lines for a terminal."""
+    """The check in a few lines for a terminal.
+
+    >>> describe({"unavailable": "no g++"})
+    'C simulation of the core: not run. no g++'
+    """
     if "unavailable" in figures:
         return f"C simulation of the core: not run. {figures['unavailable']}"
     gemms = sum(len(layer) for part in figures["gemms"].values() for layer in part.values())
@@ -185,3 +183,6 @@ def _by_layer(report: OffloadReport) -> dict[str, dict[str, dict[str, int]]]:
             count: getattr(use, count) for count in _COUNTS
         }
     return layers
+
+
+__all__ = ["DEFAULT_BOARD", "check_on_core", "core_speedups", "describe"]

@@ -4,8 +4,9 @@ BatchNorm as scale and shift.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from fpga import GemmConfig
 from fpga.network.program import Program, ProgramError
 
 from ..nn.layers import dynamic_layers
-from .offload import config_for
-from .record import ExportError, recorded_steps
+from .operands import config_for
+from .recording import ExportError, recorded_steps
 
-_BATCHES = (2, 3)
+Steps = list[dict[str, Any]]
+Array = np.ndarray[Any, Any]
+_BATCHES: Final = (2, 3)
 """What does not depend on the batch is the same for both."""
 
 
@@ -49,6 +52,13 @@ def export_program(
         ExportError: an operation that the runtime does not have, named with its place; a layer that
             was not converted; no converted layer at all; a result that depends on the batch as a
             whole; a network that cannot be run on such samples.
+
+    >>> import torch, dynasty_lightning
+    >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
+    >>> _ = dynasty_lightning.convert(network, mode="exact")
+    >>> program = export_program(network, (8,), labels=["a", "b", "c", "d"])
+    >>> [step["op"] for step in program.steps]  # program.save(folder) writes it
+    ['linear', 'relu']
     """
     network = getattr(network, "_orig_mod", network)  # of torch.compile
     layers = dynamic_layers(network)
@@ -58,15 +68,38 @@ def export_program(
             "dynasty_lightning.convert(network)"
         )
     config = config or config_for(next(iter(layers.values())).format)
+    shape = tuple(input_shape)
+    with _evaluating(network):
+        (steps, arrays), again = (_recorded(network, shape, n, config) for n in _BATCHES)
+    _check_same(steps, arrays, *again)
+    try:
+        return Program(
+            steps=steps,
+            arrays=arrays,
+            input_shape=shape,
+            config=config,
+            labels=list(labels),
+            source=dict(source or {}),
+        )
+    except ProgramError as error:
+        raise ExportError(f"the network cannot be a program: {error}") from error
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
     was_training = {m: m.training for m in network.modules()}
     network.eval()
     try:
-        (steps, arrays), (steps_again, arrays_again) = (
-            _recorded(network, tuple(input_shape), n, config) for n in _BATCHES
-        )
+        yield
     finally:
         for module, training in was_training.items():
             module.training = training
+
+
+def _check_same(
+    steps: Steps, arrays: Mapping[str, Array], steps_again: Steps, arrays_again: Mapping[str, Array]
+) -> None:
+    """Raise ExportError where two runs of other batches are not the same program."""
     if len(steps) != len(steps_again):
         raise ExportError(
             "the network computes differently for batches of 2 and of 3 samples, or at random: "
@@ -82,22 +115,11 @@ def export_program(
                 f"or with its values, or that are drawn at "
                 "random: a program's are constants"
             )
-    try:
-        return Program(
-            steps=steps,
-            arrays=arrays,
-            input_shape=tuple(input_shape),
-            config=config,
-            labels=list(labels),
-            source=dict(source or {}),
-        )
-    except ProgramError as error:
-        raise ExportError(f"the network cannot be a program: {error}") from error
 
 
 def _recorded(
     network: nn.Module, shape: tuple[int, ...], batch: int, config: GemmConfig
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[Steps, dict[str, Array]]:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
@@ -110,4 +132,4 @@ def _recorded(
         raise ExportError(f"{text} ({type(error).__name__}: {error})") from error
 
 
-__all__: Sequence[str] = ["ExportError", "export_program"]
+__all__ = ["ExportError", "export_program"]

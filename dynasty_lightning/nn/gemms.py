@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer's operands quantized as its plan says, and one GEMM of them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..numerics.backends.dispatch import quantize_blocks
 from ..numerics.formats import MAX_BITS, Scope
@@ -23,8 +24,9 @@ from .plan import LayerPlan
 Executor = Callable[[Gemm, QuantizedBlocks, QuantizedBlocks, LayerPlan, tuple[int, ...]], Tensor]
 EXECUTORS: Final[dict[str, Executor]] = {}
 """What computes the GEMMs of layers whose plan names it: (gemm, left, right, plan, X's shape) ->
-float32. A grouped W comes banded.
+float32. A grouped W comes banded. `using_executor` puts one in and takes it out.
 """
+_numbers: Final = itertools.count()
 
 
 SETTINGS: Final = 4
@@ -204,6 +206,47 @@ def run_gemm(
                 result = fast_gemm(gemm, left, right, plan.geometry, input_shape)
     axis = 1 if gemm is Gemm.WGRAD else plan.geometry.channel_axis
     return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
+
+
+@contextmanager
+def using_executor(
+    network: nn.Module, execute: Executor, *, name: str = "executor"
+) -> Iterator[None]:
+    """In the `with` block `execute` computes the GEMMs of the network's converted layers.
+
+    At its end, by an error too, every layer has the plan that it came with: blocks may lie in each
+    other, and the innermost computes. What a forward pass in the block leaves for backward needs
+    the block open; outside of it RuntimeError is raised.
+
+    Args:
+        network: with converted layers, or one of them. Layers that are converted, added or copied
+            in the block are not looked for.
+        execute: as `EXECUTORS` has it.
+        name: for messages; need not be unique.
+
+    >>> import torch, dynasty_lightning
+    >>> from dynasty_lightning.nn.gemms import using_executor
+    >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False))
+    >>> _ = dynasty_lightning.convert(network)
+    >>> def sevens(gemm, left, right, plan, input_shape):
+    ...     return torch.full(plan.output_shape(input_shape), 7.0)
+    >>> with using_executor(network, sevens), torch.no_grad():
+    ...     network(torch.ones(2, 8)).unique()
+    tensor([7.])
+    """
+    key = f"{name}/{next(_numbers)}"
+    # Converted layers are known by their plan: their class lies above this file.
+    fields = [vars(m) for m in network.modules() if isinstance(vars(m).get("plan"), LayerPlan)]
+    plans = [found["plan"] for found in fields]
+    EXECUTORS[key] = execute
+    try:
+        for found, plan in zip(fields, plans, strict=True):
+            found["plan"] = replace(plan, executor=key)
+        yield
+    finally:
+        for found, plan in zip(fields, plans, strict=True):
+            found["plan"] = plan
+        del EXECUTORS[key]
 
 
 def is_channels_last(x: Tensor) -> bool:

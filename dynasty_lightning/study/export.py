@@ -3,8 +3,9 @@
 compared with torch on the way.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import numpy as np
 import torch
@@ -14,18 +15,13 @@ from fpga.images import load_images, save_images
 from fpga.network.program import Program
 from fpga.network.runner import Runner
 
-from ..files import DamagedFile
-from ..hardware.program import export_program
-from ..maps.precision_map import PrecisionMap
-from ..nn.convert import convert
-from ..nn.layers import dynamic_layers
-from ..tasks.data import TensorDataModule, load_data
-from ..tasks.models import Classifier, build_model
-from ..tasks.tasks import TEXT_DATA, TEXT_MODELS
-from ..trainer.checkpoint_files import read_checkpoint
+from ..hardware.checkpoint import load_converted
+from ..hardware.program import ExportError, export_program
+from ..tasks.data import TensorDataModule
+from ..tasks.tasks import Task, build_task
 from .report.demo import read_summary
 
-_BATCH = 50
+_BATCH: Final = 50
 
 
 def export_run(
@@ -54,7 +50,7 @@ def export_run(
     Raises:
         FileNotFoundError, ValueError: no such file, a damaged one, or not a checkpoint of a demo
             with DynastyPrecision.
-        ExportError: a network that cannot be a program.
+        ExportError: a network that cannot be a program, such as a text model; names the operation.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
@@ -63,55 +59,14 @@ def export_run(
             f"{checkpoint} does not exist: `dynasty-lightning demo --checkpoints` leaves "
             f"checkpoints in its run folder"
         )
-    arguments = read_summary(checkpoint.parent)["args"]
-    if arguments["data"] in TEXT_DATA or arguments["model"] in TEXT_MODELS:
-        raise ValueError(
-            f"{checkpoint} is of a text model, {arguments['model']}: programs take images, and "
-            f"have no embedding and no attention"
-        )
-    try:
-        state = read_checkpoint(checkpoint)
-    except DamagedFile:
-        raise
-    except Exception as error:
-        raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
-    plugin = state.get("DynastyPrecision")
-    if not isinstance(plugin, dict) or "map" not in plugin:
-        raise ValueError(
-            f"{checkpoint} was not trained with DynastyPrecision: it holds no map to export"
-        )
-    precision_map = PrecisionMap.from_state(plugin["map"], source=f"the map in {checkpoint}")
-    loaded = load_data(arguments["data"], data_dir or arguments.get("data_dir"))
-    data = TensorDataModule(loaded, batch_size=_BATCH)
-    shape = tuple(data.test_images.shape[1:])
-    network = build_model(
-        arguments["model"], in_channels=shape[0], image_size=shape[-1], classes=data.classes
-    )
-    module = Classifier(network, classes=data.classes)
-    try:
-        module.load_state_dict(state["state_dict"])
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{checkpoint} holds no weights of the {arguments['model']} that its summary names "
-            f"({text})"
-        ) from None
-    structure = precision_map.structure
-    convert(
-        module, mode="exact", block_shape=structure.block_shape, width_group=structure.width_group
-    )
-    for name, roles in precision_map.entries.items():
-        for role, precision in roles.items():
-            dynamic_layers(module)[name].set_precision(role, precision)
-    module.eval()
-
-    source = {
-        "checkpoint": checkpoint.name,
-        "model": arguments["model"],
-        "data": arguments["data"],
-        "step": int(state.get("global_step", 0)),
-    }
-    program = export_program(network, shape, labels=loaded.class_names, source=source)
+    task, source = _trained(checkpoint, data_dir)
+    module, data = task.module, task.data
+    if not isinstance(data, TensorDataModule):
+        # A program takes float32 samples: the operation that it lacks is named with its place.
+        export_program(module, (task.facts["context"],))
+        raise ExportError(f"{checkpoint} is of a text model: programs take images")
+    shape, classes = tuple(data.test_images.shape[1:]), data.data.class_names
+    program = export_program(module.network, shape, labels=classes, source=source)
     program.save(out)
     chosen, labels = data.test_images[:images], data.test_labels[:images].numpy()
     save_images(out, chosen.numpy(), labels)
@@ -120,21 +75,37 @@ def export_run(
         f"bytes of weights and constants",
         file=stream,
     )
-
     with torch.no_grad():
         expected = torch.cat([module(part) for part in chosen.split(_BATCH)]).numpy()
     figures = compare(out, expected, labels, device=device)
+    print(_line(figures), file=stream)
+    return figures
+
+
+def _trained(checkpoint: Path, data_dir: str | None) -> tuple[Task, dict[str, Any]]:
+    """Data and network of a demo's checkpoint as they were trained, and what a program says of
+    where it comes from.
+    """
+    arguments = read_summary(checkpoint.parent)["args"]
+    names = {name: arguments[name] for name in ("model", "data")}
+    task = build_task(**names, data_dir=data_dir or arguments.get("data_dir"), batch_size=_BATCH)
+    name = f"the {names['model']} that its summary names"
+    state = load_converted(task.module, checkpoint, name=name)
+    task.module.eval()
+    step = int(state.get("global_step", 0))
+    return task, {"checkpoint": checkpoint.name, **names, "step": step}
+
+
+def _line(figures: Mapping[str, Any]) -> str:
     percent = {
         name: f"{100 * figures[name]:.2f} %"
         for name in ("agreement", "values_equal", "accuracy", "accuracy_torch")
     }
-    print(
+    return (
         f"{figures['images']} test images: {percent['agreement']} get torch's class "
         f"({percent['values_equal']} of logits to the bit); "
-        f"accuracy {percent['accuracy']}, torch {percent['accuracy_torch']}",
-        file=stream,
+        f"accuracy {percent['accuracy']}, torch {percent['accuracy_torch']}"
     )
-    return figures
 
 
 def compare(

@@ -18,12 +18,12 @@ from typing import Any, Final
 
 from ..boards import CLOCK_MHZ, Board, board_names, checked_clock, load_board
 from ..config import GemmConfig
-from .sources import BENCH_SOURCE, HLS, KERNEL_SOURCES, sources
 from ..fields import Field, check_fields, matching, one_of, read_object, whole
-from .pragmas import lint
 from ..quoting import markdown_code, markdown_text, tcl_list, tcl_word
 from ..registers import LAYOUT_VERSION, REGISTERS
 from ..verify.vectors import write_vectors
+from .pragmas import lint
+from .sources import BENCH_SOURCE, HLS, KERNEL_SOURCES, sources
 
 MANIFEST: Final = "manifest.json"
 MANIFEST_FORMAT: Final = 1

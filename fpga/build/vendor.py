@@ -20,11 +20,11 @@ from typing import Final, TextIO
 
 from ..boards import load_board
 from ..devices.base import MAX_TIMEOUT_S
-from .emit import check_folder
 from ..errors import CompileError, DeviceTimeout, ToolMissing
 from ..fields import read_xml, shown
 from ..files import write_whole
 from ..libraries import run
+from .emit import check_folder
 
 _COUNT: Final = re.compile(r"[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynasty_lightning import DynastyPrecision, SealedCheckpointIO
 from dynasty_lightning.cli import main
-from dynasty_lightning.hardware.offload import operand_of
+from dynasty_lightning.hardware.operands import operand_of
 from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import quantize_operand
@@ -24,6 +25,7 @@ from dynasty_lightning.study.export import export_run
 from dynasty_lightning.study.report.demo import read_summary
 from dynasty_lightning.tasks.data import load_data
 from dynasty_lightning.tasks.models import build_model
+from dynasty_lightning.tasks.tasks import build_task
 from fpga import Operand, open_device
 from fpga.boards import load_board
 from fpga.devices.overlay import bit_bytes, write_overlay
@@ -367,7 +369,10 @@ def test_export_and_deploy_from_a_demos_checkpoint(
     summary = read_summary(run)  # without its digest, so that a changed one is taken
     for changed, message in (
         ({"model": "mlp"}, "holds no weights of the mlp that its summary names"),
-        ({"model": "chartransformer", "data": "stdlib-docs"}, "is of a text model"),
+        (
+            {"model": "chartransformer", "data": "stdlib-docs"},
+            "holds no weights of the chartransformer that its summary names",
+        ),
     ):
         (run / "summary.json").write_text(json.dumps(summary | {"args": summary["args"] | changed}))
         with pytest.raises(ValueError, match=message):
@@ -375,6 +380,24 @@ def test_export_and_deploy_from_a_demos_checkpoint(
     (run / "summary.json").write_text(json.dumps(summary | {"args": {}}))
     with pytest.raises(ValueError, match="args lacks 'data'"):
         export_run(run / "checkpoint-dynasty-0.ckpt", tmp_path / "other", stream=sys.stdout)
+
+
+def test_a_text_model_is_refused_for_the_operation_that_a_program_lacks(tmp_path: Path) -> None:
+    task = build_task(data="stdlib-docs", model="chartransformer")
+    plugin = DynastyPrecision()
+    plugin.convert_module(task.module)
+    state = {"state_dict": task.module.state_dict(), "DynastyPrecision": plugin.state_dict()}
+    checkpoint = tmp_path / "checkpoint-dynasty-0.ckpt"
+    SealedCheckpointIO().save_checkpoint(state, checkpoint)
+    arguments = {"data": "stdlib-docs", "model": "chartransformer"}
+    (tmp_path / "summary.json").write_text(json.dumps({"args": arguments, "runs": []}))
+    with pytest.raises(
+        ExportError,
+        match=r"network\.embedding \(Embedding\), at chartransformer\.py:\d+ .*, "
+        r"calls embedding: the runtime has no table that is read by symbols",
+    ):
+        export_run(checkpoint, tmp_path / "out", stream=sys.stdout)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -525,3 +525,33 @@ def test_random_networks_equal_torchs_exact_mode_to_the_bit(choices: list[int], 
     with torch.no_grad():
         expected = network(images.clone()).numpy()
     np.testing.assert_array_equal(run(program, images), expected)
+
+
+class Table(nn.Module):
+    """A layer, and rows of a table for symbols that are constants, or the input itself."""
+
+    def __init__(self, *, of_input: bool, frozen: bool = False) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Embedding(8, 4)
+        self.table.requires_grad_(not frozen)
+        self.register_buffer("places", torch.arange(4))
+        self.of_input = of_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.table(x if self.of_input else self.places)
+
+
+def test_a_table_is_read_by_symbols_that_are_constants_alone() -> None:
+    network = Table(of_input=False)
+    convert(network, mode="exact")
+    program, x = export_program(network, (4, 4)), torch.randn(2, 4, 4)
+    assert [step["op"] for step in program.steps] == ["linear", "add_constant"]
+    with torch.no_grad():
+        np.testing.assert_array_equal(run(program, x), network.eval()(x).numpy())
+    for frozen in (False, True):
+        network = Table(of_input=True, frozen=frozen)
+        convert(network)
+        with pytest.raises(
+            ExportError, match=r"table \(Embedding\), at .* calls embedding: .* read by symbols"
+        ):
+            export_program(network, (4, 4))

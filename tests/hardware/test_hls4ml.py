@@ -4,6 +4,8 @@ its projects.
 
 import ctypes
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynasty_lightning.cli import main
-from dynasty_lightning.hardware.hls4ml import project as hls4ml_export
+from dynasty_lightning.hardware.hls4ml import project as hls4ml_project
 from dynasty_lightning.hardware.hls4ml.layer import DynamicGemm, register
 from dynasty_lightning.hardware.hls4ml.project import (
     FixedPoint,
@@ -530,7 +532,7 @@ def test_a_convolution_is_exact_for_the_input_that_hls4ml_stores(
     ).numpy()
     kept = []
     monkeypatch.setattr(
-        hls4ml_export,
+        hls4ml_project,
         "trace_apart",
         lambda *arguments: kept.append(trace_apart(*arguments)) or kept[0],
     )
@@ -615,6 +617,26 @@ def test_without_a_compiler_the_way_out_is_named(
         pytest.raises(Hls4mlExportError, match=r"apt-get install g\+\+"),
     ):
         export_hls4ml(program, images, np.zeros(1, np.int64), tmp_path / "out", stream=stream)
+
+
+def test_without_hls4ml_the_extra_is_named_and_the_rest_works() -> None:
+    code = (
+        "import sys; sys.modules['hls4ml'] = None\n"
+        "from dynasty_lightning.hardware.hls4ml.types import FixedPoint\n"
+        "from dynasty_lightning.hardware.hls4ml.network import plain_network\n"
+        "from dynasty_lightning.hardware.hls4ml.project import export_hls4ml\n"
+        "def refused():\n"
+        "    import dynasty_lightning.hardware.hls4ml.layer\n"
+        "for call in (refused, lambda: export_hls4ml(None, 0, 0, 0, stream=None)):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stdout
+    assert all("pip install 'dynasty-lightning[fpga]'" in line for line in lines)
 
 
 def test_wrong_arguments_name_the_way_out(

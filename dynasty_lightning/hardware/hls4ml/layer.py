@@ -2,13 +2,14 @@
 """The core as a layer of hls4ml, through its Extension API: PyTorch module, converter, model node,
 templates, C++ source.
 
-Importing this module imports hls4ml.
+Importing this module imports hls4ml; ImportError says how to get it.
 
-    register(config)  # once, before hls4ml converts: the layer, and the source of the core of `config`
-    network.head = DynamicGemm(runner.layers["head"], geometry=None, config=config)  # runner: fpga.network.runner.Runner
+    register(config)  # once, before hls4ml converts: the layer, and the source of that core
+    runner = fpga.network.runner.Runner(program, device)
+    network.head = DynamicGemm(runner.layers["head"], geometry=None, config=config)
     model = hls4ml.converters.convert_from_pytorch_model(network, backend="Vitis", ...)
 
-`hls4ml_export.plain_network` makes such layers from the steps of a network program.
+`network.plain_network` makes such layers from the steps of a network program.
 """
 
 from pathlib import Path
@@ -16,13 +17,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from hls4ml.backends import get_backend
-from hls4ml.backends.template import FunctionCallTemplate, LayerConfigTemplate
-from hls4ml.converters import register_pytorch_layer_handler
-from hls4ml.model.attributes import Attribute
-from hls4ml.model.layers import Layer, register_layer
-from hls4ml.model.types import FixedPrecisionType, IntegerPrecisionType
-from hls4ml.utils.torch import HLS4MLModule
 from torch import Tensor
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
@@ -34,6 +28,19 @@ from fpga.network.program import GemmLayer
 from fpga.packing import pack
 from fpga.quantizer import WINDOW
 from fpga.walk import Walk, job_words
+
+from . import MISSING
+
+try:
+    from hls4ml.backends import get_backend
+    from hls4ml.backends.template import FunctionCallTemplate, LayerConfigTemplate
+    from hls4ml.converters import register_pytorch_layer_handler
+    from hls4ml.model.attributes import Attribute
+    from hls4ml.model.layers import Layer, register_layer
+    from hls4ml.model.types import FixedPrecisionType, IntegerPrecisionType
+    from hls4ml.utils.torch import HLS4MLModule
+except ImportError as error:
+    raise ImportError(MISSING.format(error=error)) from None
 
 BACKENDS: Final = ("Vivado", "Vitis", "VivadoAccelerator")
 """Those whose templates are Vivado's C++."""
@@ -57,6 +64,18 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
     Raises:
         ValueError: a geometry where none belongs or none where one does, sums that the accumulator
             of the core might not hold in one pass.
+
+    >>> import torch, dynasty_lightning
+    >>> from dynasty_lightning.hardware.program import export_program
+    >>> from fpga.network.runner import Runner
+    >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = dynasty_lightning.convert(network, mode="exact")
+    >>> program = export_program(network, (8,))
+    >>> runner = Runner(program, open_device("reference"))
+    >>> layer = DynamicGemm(runner.layers["0"], geometry=None, config=program.config)
+    >>> x = torch.randn(2, 8)
+    >>> torch.equal(layer(x), network.eval()(x))
+    True
     """
 
     def __init__(self, layer: GemmLayer, *, geometry: Geometry | None, config: GemmConfig) -> None:
@@ -256,6 +275,10 @@ def register(config: GemmConfig) -> None:
     that core's source.
 
     A project has one core: hls4ml copies sources by name.
+
+    >>> register(GemmConfig())
+    >>> sorted(Path(source).name for source in get_backend("Vitis").get_custom_source())
+    ['nnet_dpgemm.h', 'nnet_dynamic_gemm.h']
     """
     if not _registered:
         register_pytorch_layer_handler(_NAME, _parse)
