@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.study.demo import machine, versions
+from dynasty_lightning.study.environment import machine, versions
 
 # glibc hands large temporaries back to the system after each use and takes page faults for them in
 # the next step; these keep them. 32 MiB is the largest threshold that glibc accepts.

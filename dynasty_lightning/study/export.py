@@ -22,7 +22,7 @@ from ..tasks.data import TensorDataModule, load_data
 from ..tasks.models import Classifier, build_model
 from ..tasks.tasks import TEXT_DATA, TEXT_MODELS
 from ..trainer.checkpoint_files import read_checkpoint
-from .report.demo import read_summary
+from .report.run_folder import read_summary
 
 _BATCH = 50
 

@@ -98,6 +98,11 @@ class Method:
         return self.name in FLOATS
 
     @property
+    def watchers(self) -> tuple[str, ...]:
+        """What watches a run beside the callback, of `watch.WATCHERS`."""
+        return () if self.is_float else ("core",)
+
+    @property
     def takes_target(self) -> bool:
         return self.name in POLICIES and POLICIES[self.name].takes_speedup
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record of a run may hold, as a table: an odd one is told by file and line and left out,
+"""What a record of a run may hold, as a table: an odd one is named by file and line and left out,
 and never breaks what reads it.
 """
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ..fields import Field, check_fields, matching, number, one_of, shown, whole
+from .config import COMPARED_AT
+from .method import FLOATS
 
 COMPLETE: Final = "complete"
 DIVERGED: Final = "diverged"
@@ -88,17 +90,6 @@ CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "evaluate_on": _WORD,
 }
 """Of a run's settings; what is there must be so, and `method` must be there."""
-REPORTED_SETTINGS: Final = (
-    "data",
-    "model",
-    "epochs",
-    "batch_size",
-    "train_samples",
-    "validation_samples",
-    "learning_rate",
-    "evaluate_on",
-)
-
 RECORD_FIELDS: Final[Mapping[str, Field]] = {
     "key": _WORD,
     "config": _mapping(lambda v: True, "settings"),
@@ -178,7 +169,7 @@ def check_demo_run(run: Any) -> None:
     if not isinstance(run, dict):
         raise ValueError(f"it is no object, but {shown(run)}")
     _check("it", run, DEMO_RUN, ("name", "seed", "accuracy"))
-    if run["name"] != "float32" and run.get("speedup_charged") is None:
+    if run["name"] not in FLOATS and run.get("speedup_charged") is None:
         raise ValueError("it has no speedup_charged")
 
 
@@ -207,7 +198,7 @@ def check_record(record: Any) -> dict[str, Any]:
 def check_reported(record: Mapping[str, Any]) -> None:
     """Raise ValueError as `check_record` does unless a report can tell a record."""
     _check("it", record, {}, REPORTED)
-    _check("its config", record["config"], {}, REPORTED_SETTINGS)
+    _check("its config", record["config"], {}, COMPARED_AT)
 
 
 def last_line(error: str | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dynasty_lightning.study.run import RunConfig
+from dynasty_lightning.study.config import RunConfig
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "compare"
 FILES = sorted(RECORDS.glob("*.jsonl"))
