@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import (
+from lib.common import (
     Competitor,
     Quartiles,
     describe,

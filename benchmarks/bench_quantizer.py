@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
+from lib.common import (
     Competitor,
     describe,
     interleave,
