@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     >>> main(["compare", "--methods", "float32", "--model", "mlp", "--seeds", "1",
     ...       "--out", "results.jsonl", "--dry-run"])
-    a8d0fdbd5ad1  digits mlp float32 seed 0: to do
+    2793214a4c6f  digits mlp float32 seed 0: to do
     1 runs, 1 to do. 1 left
     0
 

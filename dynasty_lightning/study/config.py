@@ -67,7 +67,7 @@ class RunConfig:
     ...     data="digits", model="mlp", method="float32", seed=0, epochs=1, batch_size=32
     ... )
     >>> config.label, config.key[:12]
-    ('digits mlp float32 seed 0', '7ae48f6b8fd6')
+    ('digits mlp float32 seed 0', 'ea7a4c457b59')
 
     Attributes:
         method: one word, see `method`.

@@ -262,7 +262,7 @@ def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
     ...     data=["digits"], models=["mlp"], methods=["float32"], seeds=[0], epochs=1, batch_size=8
     ... )
     >>> print(describe_grid(grid, Path("results.jsonl")))
-    74de43e2f4b4  digits mlp float32 seed 0: to do
+    daaf6fd4dfb1  digits mlp float32 seed 0: to do
     1 runs, 1 to do. 1 left
     """
     records = {r["key"]: r for r in read_records(out)} if out.is_file() else {}

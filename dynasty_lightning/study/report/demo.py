@@ -22,28 +22,55 @@ _TABLE_RATIOS: Final = {
 
 
 def method_name(method: str) -> str:
-    """A method as a reader knows it: "float32", "uniform 8 bits", "dynamic"."""
+    """A method as a reader knows it: "float32", "uniform 8 bits", "dynamic".
+
+    >>> method_name("uniform8")
+    'uniform 8 bits'
+    """
     if method.startswith("uniform"):
         return f"uniform {method.removeprefix('uniform')} bits"
     return {"dynasty": "dynamic"}.get(method, method)
 
 
 def spread(summary: Mapping[str, Any], method: str, figure: str) -> Spread:
-    """A figure of one method over its seeds; absent and undefined values are left out."""
+    """A figure of one method over its seeds; absent and undefined values are left out.
+
+    >>> spread({"runs": [{"name": "bf16", "loss": x} for x in (1.0, 3.0)]}, "bf16", "loss").mean
+    2.0
+    """
     return Spread.of(
         [r[figure] for r in summary["runs"] if r["name"] == method and r.get(figure) is not None]
     )
 
 
-def paired_difference(summary: Mapping[str, Any], method: str, baseline: str = REFERENCE) -> Spread:
-    """Accuracy of a method minus the baseline's with the same seed, in points."""
-    reference = {r["seed"]: r["accuracy"] for r in summary["runs"] if r["name"] == baseline}
-    runs = [r for r in summary["runs"] if r["name"] == method and r["seed"] in reference]
-    return Spread.of([100 * (r["accuracy"] - reference[r["seed"]]) for r in runs])
+def paired_difference(
+    summary: Mapping[str, Any], method: str, reference: str = REFERENCE
+) -> Spread:
+    """Accuracy of a method minus the reference's with the same seed, in points.
+
+    >>> runs = [
+    ...     {"name": name, "seed": 0, "accuracy": accuracy}
+    ...     for name, accuracy in (("uniform8", 0.5), ("dynasty", 0.75))
+    ... ]
+    >>> paired_difference({"runs": runs}, "dynasty").mean
+    25.0
+    """
+    others = {r["seed"]: r["accuracy"] for r in summary["runs"] if r["name"] == reference}
+    runs = [r for r in summary["runs"] if r["name"] == method and r["seed"] in others]
+    return Spread.of([100 * (r["accuracy"] - others[r["seed"]]) for r in runs])
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
-    """Mean ± sample standard deviation over seeds, one column for each method."""
+    """Mean ± sample standard deviation over seeds, one column for each method.
+
+    >>> run = {"name": "float32", "seed": 0, "accuracy": 0.9}
+    >>> print(format_table({"args": {"data": "cifar100"}, "runs": [run]}).split("\\n\\n")[0])
+                                     float32
+    ----------------------------------------
+    runs (n)                               1
+    test accuracy (%)                  90.00
+    ...
+    """
     methods = methods_of(summary)
     rows = [
         ["", *map(method_name, methods)],

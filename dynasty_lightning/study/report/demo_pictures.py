@@ -171,7 +171,15 @@ def _draw_method(axes: "Axes", runs: Sequence[Mapping[str, Any]], method: str, c
 def draw_widths_over_time(
     history: Sequence[Mapping[str, Any]], run: Mapping[str, Any], summary: Mapping[str, Any]
 ) -> "Figure":
-    """Mean widths by layer over the steps, a panel for each role."""
+    """Mean widths by layer over the steps, a panel for each role.
+
+    >>> bits = {"X": 3.0, "W": 4.0, "E": 2.0}
+    >>> history = [{"step": n, "mean_bits": bits, "bits": {"head": bits}} for n in (5, 10)]
+    >>> summary = {"args": {"data": "cifar100", "model": "mlp"}, "runs": []}
+    >>> figure = draw_widths_over_time(history, {"seed": 0}, summary)
+    >>> [axes.get_xlabel() for axes in figure.axes[:3]]
+    ['Training step', 'Training step', 'Training step']
+    """
     from matplotlib import pyplot
 
     layers = list(history[-1]["bits"])
@@ -233,6 +241,15 @@ def draw_widths_over_image(
     """Images above, and below them the widths that one layer's input blocks get, as a mean over
     channel blocks.
 
+    >>> widths = {
+    ...     "images": np.eye(8, dtype=np.uint8)[None, None],
+    ...     "labels": np.array(["zero"]),
+    ...     "X/stem": np.full((1, 1, 8, 8), 3, np.uint8),
+    ... }
+    >>> summary = {"args": {"data": "cifar100", "model": "mlp"}, "runs": []}
+    >>> draw_widths_over_image(widths, {"seed": 0}, summary).axes[1].get_title("center")
+    '3.0 to 3.0 bits, mean 3.0'
+
     Args:
         widths: "images" uint8 [n, channels, height, width], "labels" (names) and, for each
             convolution, "X/<layer>" uint8 [n, channel blocks, rows, columns].
@@ -292,6 +309,10 @@ def draw_widths_over_image(
 def picture_layer(widths: Mapping[str, np.ndarray]) -> str:
     """The convolution whose picture is drawn: of those whose input has several channel blocks, the
     first of the finest.
+
+    >>> coarse, fine = np.zeros((1, 2, 4, 4)), np.zeros((1, 2, 8, 8))
+    >>> picture_layer({"X/last": coarse, "X/first": fine})
+    'first'
 
     Raises:
         ValueError: no convolution among the widths.

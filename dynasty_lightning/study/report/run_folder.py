@@ -34,6 +34,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of a run folder, without runs that are not as a run is: those are named by a
     warning.
 
+    >>> write_summary(Path("."), {"args": {"data": "digits", "model": "mlp"}, "runs": []})
+    >>> sorted(read_summary(Path(".")))
+    ['args', 'runs']
+
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not one, or damaged.
@@ -89,6 +93,12 @@ def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
     """One measurement a line, in the order of steps; lines that are none, or a step again, are left
     out with a warning.
 
+    >>> bits = {"X": 3.0, "W": 4.0, "E": 2.0}
+    >>> line = json.dumps({"step": 5, "mean_bits": bits, "bits": {"head": bits}})
+    >>> _ = Path("history.jsonl").write_text(line)
+    >>> [entry["step"] for entry in read_history(Path("history.jsonl"))]
+    [5]
+
     Args:
         sha256: of the file, as the summary has it; None takes any.
 
@@ -118,6 +128,15 @@ def read_history(path: Path, sha256: str | None = None) -> list[dict[str, Any]]:
 def read_widths(path: Path) -> dict[str, np.ndarray]:
     """Images and the widths that they get in each convolution, as `draw_widths_over_image` takes
     them.
+
+    >>> arrays = {
+    ...     "images": np.zeros((1, 1, 8, 8), np.uint8),
+    ...     "labels": np.array(["zero"]),
+    ...     "X/stem": np.full((1, 1, 8, 8), 3, np.uint8),
+    ... }
+    >>> write_whole(Path("w.npz"), lambda file: np.savez(file, **arrays), sealed=True)
+    >>> sorted(read_widths(Path("w.npz")))
+    ['X/stem', 'images', 'labels']
 
     Raises:
         OSError, ValueError: it cannot be read, or holds something else.
