@@ -20,7 +20,7 @@ import torch
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.study.demo import machine, versions
+from dynasty_lightning.study.environment import machine, versions
 from dynasty_lightning.tasks.models import CifarResNet, Classifier
 
 INTERVAL = 50  # DynastyCallback's default

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.study.demo import machine, versions
+from dynasty_lightning.study.environment import machine, versions
 from fpga import GemmConfig, GemmJob, open_device
 from fpga.build.toolchain import compiler_version
 from fpga.verify.vectors import random_operand

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import (
+from lib.common import (
     Competitor,
     Quartiles,
     describe,

@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted against measured harm of rounding errors, entry by entry of the maps, early and late in
-training, beside rival predictors.
+"""Predicted against measured harm (loss increase) of rounding errors, entry by entry of the maps,
+early and late in training, beside the predictors of other methods.
 
-    python benchmarks/bench_harm.py --data-dir FOLDER   # prints, writes benchmarks/results/harm.json, draws docs/images/harm.png
-    python benchmarks/bench_harm.py --smoke             # digits, half a minute; writes and draws nothing
+    python benchmarks/bench_harm.py --data-dir FOLDER
+    python benchmarks/bench_harm.py --smoke    # digits, half a minute; writes and draws nothing
+
+The first prints, writes benchmarks/results/harm.json and draws docs/images/harm.png.
 
 A network trains in dynamic precision. At two steps its weights, map, optimizer and the policy's
 smoothed statistics are copied. A plain float32 twin then runs a batch of training images with the
 rounding error of one operand of one layer left inside one entry, and nothing else quantized
-(benchmarks/harm.py has the equation of harm). Entries are drawn at random, the same number from
-each layer; widths are 2 and 4 bits everywhere and what the map in force gives. A map serves steps
+(benchmarks/lib/harm.py has the equation of harm). Entries are drawn at random, the same number from
+each layer; widths are 2 and 4 bits everywhere and what the active map gives. A map serves steps
 to come, so what it should predict is the mean over batches (and over draws, of E): harm is the mean
 of several, and how well one batch orders the entries as another does is printed beside.
 
 Predictors, all of the error that was made, sum err**2 over the entry:
 
-    ours              harm per unit of squared error, from the policy's smoothed statistics of other batches
+    ours              harm per unit of squared error, from the policy's smoothed statistics of
+                      other batches
     calibrated        the same times the factors that the policy's probes have found by then
     exact statistics  the same from this batch's own, unquantized
-    AMPA              rms gradient * rms error of the entry (first order; of E its own rms), our reading of the rule (docs/policies.md)
+    AMPA              rms gradient * rms error of the entry (first order; of E its own rms), our
+                      reading of the rule (docs/policies.md)
     noise             sum err**2 over the tensor's sum of squares
     amax^2            the entry's largest square alone
     amax^2 err^2      the same times sum err**2
@@ -40,8 +44,8 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from common import describe, parser, progress, provenance, write_json
-from harm import (
+from lib.common import describe, parser, progress, provenance, write_json
+from lib.harm import (
     Harm,
     MeasuredNetwork,
     adding,
@@ -220,7 +224,7 @@ def mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One entry of a map with its error: what was measured, in the mean and batch by batch, and
-    what each predictor says.
+    what each predictor gives.
     """
 
     role: Role
@@ -234,7 +238,7 @@ class Entry:
 
 
 def requested(stage: Stage, layer: str, role: Role, width: int | str) -> OperandPrecision:
-    """A uniform width, or the map in force."""
+    """A uniform width, or the active map."""
     if isinstance(width, int):
         return OperandPrecision(bits=width)
     return stage.entries.get(layer, {}).get(role, OperandPrecision(bits=8))
@@ -274,7 +278,7 @@ def measure_entries(
                             key: float(source[name][role].harm.flatten()[index]) * square
                             for key, source in of.items()
                         }
-                        | rival_predictions(net, name, role, slices, square)
+                        | baseline_predictions(net, name, role, slices, square)
                         for net, of, square in zip(nets, sources, squares, strict=True)
                     ]
                     result.append(
@@ -315,7 +319,7 @@ def one_harm(net: MeasuredNetwork, layer: str, role: Role, error: torch.Tensor) 
     )
 
 
-def rival_predictions(
+def baseline_predictions(
     net: MeasuredNetwork, layer: str, role: Role, slices: tuple[slice, ...], square: float
 ) -> dict[str, float]:
     """What other rules say of an entry's error whose squares sum to `square`."""
@@ -594,7 +598,7 @@ def draw(
             color="grey",
             marker=m,
             ls="",
-            label=f"{w} bits" if isinstance(w, int) else "map in force",
+            label=f"{w} bits" if isinstance(w, int) else "active map",
         )
         for w, m in markers.items()
     ]

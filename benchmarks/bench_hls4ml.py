@@ -20,7 +20,8 @@ from typing import Any
 
 from dynasty_lightning.files import write_whole
 from dynasty_lightning.hardware.hls4ml.project import export_hls4ml
-from dynasty_lightning.study.demo import DemoConfig, machine, run_demo, versions
+from dynasty_lightning.study.demo import demo_grid, run_demo
+from dynasty_lightning.study.environment import machine, versions
 from dynasty_lightning.study.export import export_run
 from fpga.images import load_images
 from fpga.network.program import Program
@@ -77,16 +78,8 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         run = Path(work) / "run"
-        run_demo(
-            DemoConfig(
-                epochs=2 if a.smoke else 10,
-                methods=("dynasty",),
-                seeds=seeds,
-                checkpoints=True,
-                csim=False,
-                out=str(run),
-            )
-        )
+        grid = demo_grid(epochs=2 if a.smoke else 10, methods=("dynasty",), seeds=seeds)
+        run_demo(grid, run, checkpoints=True, csim=False)
         for seed in range(seeds):
             folder = Path(work) / f"program-{seed}"
             export_run(

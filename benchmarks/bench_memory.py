@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe, parser, progress, provenance, random_images, write_json
+from lib.common import describe, parser, progress, provenance, random_images, write_json
+from lib.training import Batches, DynamicTraining, Training
 from torch import Tensor, nn
-from training import Batches, DynamicTraining, Training
 
 from dynasty_lightning.tasks.models import build_model
 

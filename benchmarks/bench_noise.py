@@ -2,8 +2,10 @@
 """Measures rounding noise and the thresholds that follow from it; source of policy/noise.py and
 docs/thresholds.md.
 
-    python benchmarks/bench_noise.py            # prints, writes benchmarks/results/noise.json, draws docs/images/thresholds.png
+    python benchmarks/bench_noise.py
     python benchmarks/bench_noise.py --smoke    # a few seconds; writes and draws nothing
+
+The first prints, writes benchmarks/results/noise.json and draws docs/images/thresholds.png.
 
 1. Noise: NSR(b) = sum err**2 / sum x**2 and kappa(b) = mean err**2 / LSB**2 of Gaussian blocks at
    widths 2 to 8.

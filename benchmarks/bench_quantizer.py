@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from common import (
+from lib.common import (
     Competitor,
     describe,
     interleave,

@@ -4,7 +4,7 @@ over float32 of the same network.
 
 A multilayer perceptron and a CIFAR residual network, one property changed at a time: width, depth,
 batch, threads, and block shape (4, 8 or 16 squared, hence the number of blocks). Steps take turns;
-a map of the dynasty policy at target 5.0 is in force; steps with an analysis are left out
+a map of the dynasty policy at target 5.0 is active; steps with an analysis are left out
 (bench_step.py measures those).
 
 Expected: the ratio falls with width, because the GEMMs' time grows with its square (at a fixed
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from lib.common import (
     Competitor,
     Quartiles,
     describe,
@@ -34,8 +34,8 @@ from common import (
     warm_up,
     write_json,
 )
+from lib.training import DynamicTraining, Training
 from torch import nn
-from training import DynamicTraining, Training
 
 from dynasty_lightning.files import write_whole
 from dynasty_lightning.tasks.models import CifarResNet, multilayer_perceptron
@@ -249,8 +249,8 @@ def main() -> None:
                 for p in (point["to_float32"], point["to_bf16_autocast"])
             )
             print(
-                f"  "
-                f"{axis:8s}{getattr(shape, axis):6d}{point['blocks']:10d}{1e3 * point['float32_s']['median']:12.2f}"
+                f"  {axis:8s}{getattr(shape, axis):6d}{point['blocks']:10d}"
+                f"{1e3 * point['float32_s']['median']:12.2f}"
                 f"{1e3 * point['ours_s']['median']:10.2f}   {to_float32!s:24s}{to_autocast}"
             )
     write_json(a.results, {**record, "rounds": a.rounds, "results": results})

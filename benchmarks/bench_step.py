@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from lib.common import (
     Competitor,
     Quartiles,
     describe,
@@ -41,8 +41,8 @@ from common import (
     warm_up,
     write_json,
 )
-from peers import INSTALL, PEERS, Peer, microxcaling
-from training import TARGET, Batches, DynamicTraining, Training
+from lib.peers import INSTALL, PEERS, Peer, microxcaling
+from lib.training import TARGET, Batches, DynamicTraining, Training
 
 from dynasty_lightning.tasks.models import build_model
 

@@ -2,7 +2,7 @@
 """Where a training step of ours goes: ms in each kind of kernel, in the bf16 GEMMs, and in the rest
 (network, optimizer, Python).
 
-Networks and batches of bench_step.py with a map at 5x in force, plain steps only, one thread,
+Networks and batches of bench_step.py with an active map at 5x, plain steps only, one thread,
 medians over steps. Each kernel's ns an element stand beside memcpy's of a tensor as large as the
 largest operand, in the same run. The clock around each call is part of what it measures.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
+from lib.common import (
     describe,
     parser,
     progress,
@@ -26,7 +26,7 @@ from common import (
     use_threads,
     write_json,
 )
-from training import DynamicTraining
+from lib.training import DynamicTraining
 
 from dynasty_lightning.numerics import gemm as matmul
 from dynasty_lightning.numerics.backends import native

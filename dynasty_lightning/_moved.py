@@ -15,6 +15,7 @@ MOVED: Final = {
     "callback": "trainer.callback",
     "checked_state": "trainer.checked_state",
     "checkpoint_files": "trainer.checkpoint_files",
+    "cli.command_line": "cli.main",
     "compare": "study.grid",
     "compare_pictures": "study.report.pictures",
     "compare_report": "study.report.markdown",

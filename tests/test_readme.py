@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The code blocks of README.md run as they stand."""
 
+import importlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
 
-from dynasty_lightning.cli import command_line as cli
 from fpga import __main__ as fpga_cli
+
+cli = importlib.import_module("dynasty_lightning.cli.main")  # the package has a function so named
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -55,8 +58,8 @@ def test_the_commands_of_the_readme_are_commands(command, monkeypatch):
     assert COMMANDS
     called = []
     if words[0] == "dynasty-lightning":
-        for name in ("_demo", "_compare", "_report", "_export", "_export_hls4ml"):
-            monkeypatch.setattr(cli, name, lambda arguments: called.append(arguments) or 0)
+        commands = [replace(c, run=lambda a: called.append(a) or 0) for c in cli.COMMANDS]
+        monkeypatch.setattr(cli, "COMMANDS", commands)
         assert cli.main(words[1:]) == 0
     else:
         for name in (

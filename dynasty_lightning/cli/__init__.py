@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line."""
 
-from .command_line import main as main
+from .main import main as main

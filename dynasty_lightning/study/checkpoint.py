@@ -28,6 +28,10 @@ class RunCheckpoint(Callback):
     its own, and a Trainer with `SealedCheckpointIO`: nothing that was damaged is trained on. A save
     that fails costs the run nothing but a warning, and leaves the file as it was.
 
+    >>> kept = RunCheckpoint(Path("run.ckpt"), seconds=600, identity={"run": "one"})
+    >>> kept.found() is None, kept.parts  # nothing to go on from, the first part of the run
+    (True, 1)
+
     Args:
         path: replaced as a whole by each save; its folder is made.
         seconds: between saves, taken at the end of a step; 0 saves after each but the last.
@@ -166,6 +170,11 @@ class RunCheckpoint(Callback):
 def remove_checkpoint(path: Path) -> None:
     """Remove what a run left that has ended: its checkpoint, and those that were not written to
     their end.
+
+    >>> Path("run.ckpt").touch()
+    >>> remove_checkpoint(Path("run.ckpt"))
+    >>> Path("run.ckpt").exists()
+    False
     """
     path.unlink(missing_ok=True)
     remove_leftovers(path)

@@ -2,50 +2,45 @@
 """The main job: float32, uniform blocks and dynamic precision side by side on one data set, into a
 run folder.
 
-Runs are independent, so several train at once, each in a worker process. `summary.json` is written
-anew after each, so that a demo that was killed leaves what it had; `report` draws any such folder.
+A demo is a small grid whose runs leave maps, widths and histories beside their figures. Several
+train at once, each in a worker process. `summary.json` is written anew after each, so that a demo
+that was killed leaves what it had; `report` draws any such folder.
 """
 
-import hashlib
-import json
-import math
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TextIO, cast
+from typing import Any, Final, TextIO
 
-import numpy as np
-
-from ..files import seal_record, write_whole
-from ..hardware.check import check_on_core, describe
-from ..nn.inspect import activation_widths
-from ..numerics.formats import MAX_BITS, MIN_BITS
+from ..hardware.check import describe
 from ..policy.base import check_target
-from ..tasks.data import DATASETS, TensorDataModule, load_data
-from ..tasks.models import MODELS, Classifier, LanguageModel
-from ..trainer.callback import DynastyCallback
+from ..tasks.data import DATASETS, load_data
+from .config import RunConfig
+from .demo_run import train_run
+from .environment import machine, versions
+from .grid import Job, do_job, make_grid
 from .method import Method
 from .progress import ProgressBoard
-from .report.demo import IMAGE_PICTURE, SUMMARY_FILE, draw_report, format_table
-from .run import RunConfig, machine, threads, train, versions
-from .run import finite as _finite
-from .workers import run_in_workers
+from .report.demo import format_table
+from .report.demo_pictures import IMAGE_PICTURE, draw_report
+from .report.run_folder import SUMMARY_FILE, write_summary
+from .workers import run_here, run_in_workers
 
 METHODS: Final = ("float32", "uniform8", "dynasty")
+DEFAULT_SPEEDUP: Final = 5.0
+DEFAULT_SEEDS: Final = 3
+LEARNING_RATE: Final = 0.1
 DATA_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
-    "digits": {"epochs": 10, "batch_size": 64, "interval": 20, "train_images": None},
-    "fashion-mnist": {"epochs": 5, "batch_size": 128, "interval": 50, "train_images": 20000},
-    "cifar100": {"epochs": 10, "batch_size": 128, "interval": 50, "train_images": 20000},
+    "digits": {"epochs": 10, "batch_size": 64, "interval": 20, "train_samples": None},
+    "fashion-mnist": {"epochs": 5, "batch_size": 128, "interval": 50, "train_samples": 20000},
+    "cifar100": {"epochs": 10, "batch_size": 128, "interval": 50, "train_samples": 20000},
 }
 """What a data set's runs get where nothing else is asked for."""
 
-_IMAGES_SHOWN: Final = 4
-# test images that the simulated core predicts, and images of the training step that it computes
-_CORE_IMAGES: Final = 16
 _RUN_FILES: Final = (
     "map-*.safetensors",
     "widths-*.safetensors",
@@ -57,89 +52,95 @@ _RUN_FILES: Final = (
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended before its runs did."""
+    """A worker process ended before its runs did.
+
+    >>> str(WorkerDied("killed by signal 9"))
+    'killed by signal 9'
+    """
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """What to train.
+def demo_grid(
+    *,
+    data: str = "digits",
+    model: str = "resnet8",
+    methods: Sequence[str] = METHODS,
+    target_speedup: float | None = None,
+    noise_budget: float | None = None,
+    seed: int = 0,
+    seeds: int = DEFAULT_SEEDS,
+    **settings: Any,
+) -> list[RunConfig]:
+    """The runs of a demo, seed by seed: what a killed one leaves can be compared.
 
-    Attributes:
+    >>> [(run.method, run.epochs) for run in demo_grid(seeds=1)]
+    [('float32', 10), ('uniform8', 10), ('dynasty@5', 10)]
+
+    Args:
+        methods: words as `Method` has them; what can be steered and names no target gets the
+            demo's.
+        target_speedup, noise_budget: what dynamic precision steers to, at most one of them;
+            5 times by default.
+        seed, seeds: the first seed, and how many.
+        settings: of `RunConfig`, in place of those of `DATA_DEFAULTS`.
+
+    Raises:
+        ValueError: a value out of range, two targets, or a method twice.
+    """
+    if target_speedup is not None and noise_budget is not None:
+        raise ValueError(
+            "give target_speedup or noise_budget, one of them: one steers cost, the other noise"
+        )
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, not {seeds}")
+    if noise_budget is None:
+        target_speedup = DEFAULT_SPEEDUP if target_speedup is None else target_speedup
+        check_target(target_speedup)
+    parsed = [_steered(Method.parse(word), target_speedup, noise_budget) for word in methods]
+    if not parsed or len({method.name for method in parsed}) < len(parsed):
+        raise ValueError(f"methods must be named once each, not {', '.join(methods) or 'none'}")
+    return make_grid(
+        data=[data],
+        models=[model],
+        methods=map(str, parsed),
+        seeds=range(seed, seed + seeds),
+        **{**DATA_DEFAULTS.get(data, {}), "learning_rate": LEARNING_RATE, **settings},
+    )
+
+
+def _steered(method: Method, speedup: float | None, noise: float | None) -> Method:
+    """The method with the demo's target, where it needs one."""
+    if not method.needs_target:
+        return method
+    if speedup is not None:
+        return method.with_target(speedup)
+    return replace(method, options=(*method.options, ("noise_budget", noise)))
+
+
+def run_demo(
+    grid: Sequence[RunConfig],
+    out: Path,
+    *,
+    data_dir: str | None = None,
+    threads: int = 1,
+    checkpoints: bool = False,
+    csim: bool = True,
+    stream: TextIO | None = None,
+) -> dict[str, Any]:
+    """Train every run of a demo, write the run folder and print its table.
+
+    >>> grid = demo_grid(model="mlp", methods=["uniform8"], seeds=1, epochs=1, train_samples=64)
+    >>> summary = run_demo(grid, Path("demo"), csim=False, stream=sys.stderr)
+    >>> summary["status"], [run["name"] for run in summary["runs"]]
+    ('complete', ['uniform8'])
+
+    Args:
+        grid: what `demo_grid` gives: one data set of images, one model.
+        out: the run folder; files of an earlier demo in it are removed.
         data_dir: folder of the data files; None looks where `load_data` does.
-        train_images: None for all.
-        methods: of "float32", "uniform2" to "uniform8", "dynasty".
-        target_speedup, noise_budget: what dynamic precision steers to, one of them.
-        seed, seeds: the first seed, and how many. A seed fixes network, order of images and
-            rounding of all its runs.
         threads: of the processor, for all runs together.
         checkpoints: save a Lightning checkpoint at the end of each run.
         csim: at the end, run the first dynamic network through the C simulation of the core.
-
-    Raises:
-        ValueError: a value out of range, or both or none of the two targets.
-    """
-
-    data: str = "digits"
-    data_dir: str | None = None
-    model: str = "resnet8"
-    epochs: int = 10
-    batch_size: int = 64
-    train_images: int | None = None
-    learning_rate: float = 0.1
-    methods: tuple[str, ...] = METHODS
-    target_speedup: float | None = 5.0
-    noise_budget: float | None = None
-    interval: int = 20
-    seed: int = 0
-    seeds: int = 3
-    mode: Literal["fast", "exact"] = "fast"
-    threads: int = 1
-    checkpoints: bool = False
-    csim: bool = True
-    out: str = "runs/demo-digits"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("data", self.data, DATASETS),
-            ("model", self.model, MODELS),
-            ("mode", self.mode, ("fast", "exact")),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-        for name in ("epochs", "batch_size", "interval", "seeds", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be at least 1, not {self.train_images}")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
-        if not 0 <= self.seed <= (1 << 32) - self.seeds:
-            raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(
-                f"methods must be named once each, not {', '.join(self.methods) or 'none'}"
-            )
-        for method in self.methods:
-            _uniform_bits(method)
-        if (self.target_speedup is None) == (self.noise_budget is None):
-            raise ValueError(
-                "give target_speedup or noise_budget, one of them: one steers cost, the other noise"
-            )
-        if self.target_speedup is not None:
-            check_target(self.target_speedup)
-        if self.noise_budget is not None and not self.noise_budget > 0:
-            raise ValueError(f"noise_budget must be positive, not {self.noise_budget}")
-
-    @property
-    def jobs(self) -> list[tuple[str, int]]:
-        """(method, seed) of every run: seed by seed, so that what a killed demo leaves can be
-        compared.
-        """
-        return [(method, self.seed + i) for i in range(self.seeds) for method in self.methods]
-
-
-def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, Any]:
-    """Train every method and seed, write the run folder and print its table.
+        stream: for progress and results; standard output if None.
 
     Returns:
         The summary, as in summary.json. Its "status" is "failed" if a run raised; the others are
@@ -151,248 +152,157 @@ def run_demo(config: DemoConfig, *, stream: TextIO | None = None) -> dict[str, A
         WorkerDied: a worker process ended by itself; the summary holds what was finished.
     """
     stream = stream or sys.stdout
-    data = load_data(
-        config.data, config.data_dir
-    )  # what is wrong with the files is said before any process starts
-    if config.train_images is not None and config.train_images > len(data.train_labels):
-        raise ValueError(
-            f"{config.data} has {len(data.train_labels)} training images, fewer than "
-            f"train_images={config.train_images}"
-        )
-    counts = {
-        "train_images": config.train_images or len(data.train_labels),
-        "test_images": len(data.test_labels),
-    }
-    del data
-    out = Path(config.out)
+    options = {"threads": threads, "checkpoints": checkpoints, "csim": csim, "out": str(out)}
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    counts = _count_images(grid, data_dir)
     out.mkdir(parents=True, exist_ok=True)
     for path in (p for pattern in (*_RUN_FILES, SUMMARY_FILE) for p in out.glob(pattern)):
         path.unlink()  # of an earlier demo: its figures must not stand beside these
-    at_once = min(config.threads, len(config.jobs))
-    summary: dict[str, Any] = {
-        "status": "running",
-        "args": asdict(config),
+    workers = min(threads, len(grid))
+    summary = _Summary(out, grid, ProgressBoard(len(grid), stream))
+    summary.values |= {
+        "args": _arguments(grid, data_dir) | options,
         **counts,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": machine()
-        | {"runs_at_once": at_once, "threads_per_run": config.threads // at_once},
+        "machine": machine() | {"runs_at_once": workers, "threads_per_run": threads // workers},
         "runs": [],
         "errors": [],
     }
-    _write_summary(out, summary)
-    targets = (
-        f"{config.target_speedup:g}x"
-        if config.target_speedup is not None
-        else f"noise budget {config.noise_budget:g}"
-    )
-    print(
-        f"{config.data} ({counts['train_images']} training images), {config.model}, target "
-        f"{targets}: {len(config.jobs)} runs of "
-        f"{config.epochs} epochs, {at_once} at a time; results in {out}/",
-        file=stream,
-        flush=True,
-    )
-    begin = time.monotonic()
-    board = ProgressBoard(len(config.jobs), stream)
-
-    def take(kind: str, content: dict[str, Any]) -> None:
-        if kind == "progress":
-            board.update(content)
-            return
-        summary["runs" if kind == "done" else "errors"].append(content)
-        if "core" in content:
-            summary.update(
-                {
-                    name: content["core"].get(name)
-                    for name in ("bit_exact_values", "core_cycles", "speedup_core")
-                }
-            )
-            if content["core"].get("unequal_values"):
-                error = (
-                    f"{content['core']['unequal_values']} values of the simulated core "
-                    f"differ from exact mode"
-                )
-                summary["errors"].append(
-                    {"name": content["name"], "seed": content["seed"], "error": error}
-                )
-        summary["runs"].sort(key=lambda r: (config.methods.index(r["name"]), r["seed"]))
-        _write_summary(out, summary | {"seconds": time.monotonic() - begin})
-        board.finish(content)
-
-    try:
-        if at_once == 1:
-            for job in config.jobs:
-                take(*_run((config, *job), board.update))
-        else:
-            _work_in_processes(config, at_once, take)
-        summary["status"] = "failed" if summary["errors"] else "complete"
-    except KeyboardInterrupt:
-        summary["status"] = "interrupted"
-        raise
-    except BaseException:
-        summary["status"] = "failed"
-        raise
-    finally:
-        board.close()
-        summary["seconds"] = time.monotonic() - begin
-        _write_summary(out, summary)
-    _print_results(out, summary, stream)
-    return summary
-
-
-def train_run(
-    config: DemoConfig,
-    method: str,
-    seed: int,
-    progress: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Train and test one method with one seed; write its map, widths and history.
-
-    Returns:
-        Its entry in the summary.
-    """
-    done = train(
-        RunConfig(
-            data=config.data,
-            model=config.model,
-            method=_method_word(config, method),
-            seed=seed,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            train_samples=config.train_images,
-            learning_rate=config.learning_rate,
-            mode=config.mode,
-            interval=config.interval,
-        ),
-        config.data_dir,
-        lambda message: progress(message | {"name": method, "label": None}),
-    )
-    module, data, callback = done.task.module, done.task.data, done.callback
-    assert isinstance(data, TensorDataModule)  # a demo's data are images
-    record = {"name": method, "seed": seed, **done.figures}
-    out = Path(config.out)
-    if callback is not None:
-        record |= _write_run_files(out, callback, method, seed)
-        if method == "dynasty":
-            record |= {"warmup_steps": callback.schedule.warmup_steps} | _write_image_widths(
-                out, module, data, seed
-            )
-    if config.csim and (method, seed) == ("dynasty", config.seed):
-        record["core"] = _check_core(module, data)
-    if config.checkpoints:
-        record["checkpoint_file"] = f"checkpoint-{method}-{seed}.ckpt"
-        done.trainer.save_checkpoint(out / record["checkpoint_file"])
-    return cast(dict[str, Any], _finite(record))
-
-
-def _method_word(config: DemoConfig, method: str) -> str:
-    """A demo's method as `runs` names it, with the demo's target."""
-    if method != "dynasty":
-        return method
-    if config.target_speedup is not None:
-        return str(Method(name=method, target=config.target_speedup))
-    return str(Method(name=method, options=(("noise_budget", config.noise_budget),)))
-
-
-def _check_core(module: Classifier | LanguageModel, data: TensorDataModule) -> dict[str, Any]:
-    """The trained network on the simulated core: real test images, and a training step on real
-    training images.
-    """
-    images, labels = next(iter(data.train_dataloader()))
-    return check_on_core(
-        module.network,
-        data.test_images[:_CORE_IMAGES],
-        (images[:_CORE_IMAGES], labels[:_CORE_IMAGES]),
-    )
-
-
-def _uniform_bits(method: str) -> int | None:
-    """Width of a uniform method, None for the others. Raises ValueError for an unknown name."""
-    if method in ("float32", "dynasty"):
-        return None
-    digits = method.removeprefix("uniform")
-    if method.startswith("uniform") and digits in {str(b) for b in range(MIN_BITS, MAX_BITS + 1)}:
-        return int(digits)
-    raise ValueError(
-        f"unknown method {method!r}: choose from float32, uniform{MIN_BITS} to "
-        f"uniform{MAX_BITS}, dynasty"
-    )
-
-
-def _write_run_files(
-    out: Path, callback: DynastyCallback, method: str, seed: int
-) -> dict[str, str]:
-    names = {
-        "map_file": f"map-{method}-{seed}.safetensors",
-        "bit_widths_file": f"widths-{method}-{seed}.safetensors",
-        "history_file": f"history-{method}-{seed}.jsonl",
-    }
-    callback.precision_map().save(out / names["map_file"])
-    callback.bit_width_map().save(out / names["bit_widths_file"])
-    lines = [json.dumps(_finite(h), allow_nan=False) + "\n" for h in callback.history]
-    history = "".join(lines).encode()
-    write_whole(out / names["history_file"], history)
-    return names | {"history_sha256": hashlib.sha256(history).hexdigest()}
-
-
-def _write_image_widths(
-    out: Path, module: Classifier | LanguageModel, data: TensorDataModule, seed: int
-) -> dict[str, str]:
-    """Widths that a few test images of different classes get in every convolution; nothing for a
-    network without one.
-    """
-    labels = data.test_labels.numpy()
-    chosen = [int(np.flatnonzero(labels == label)[0]) for label in dict.fromkeys(labels.tolist())][
-        :_IMAGES_SHOWN
+    summary.write()
+    print(_first_line(summary.values, len(grid)), file=stream, flush=True)
+    jobs = [
+        Job(
+            run=run,
+            train=train_run,
+            data_dir=data_dir,
+            threads=threads // workers,
+            options={"out": out, "checkpoint": checkpoints, "check_core": csim and run == first},
+        )
+        for first in [_first_dynamic(grid)]
+        for run in grid
     ]
-    widths = {
-        f"X/{n}": w.numpy()
-        for n, w in activation_widths(module, data.test_images[chosen]).items()
-        if w.ndim == 4
-    }
-    if not widths:
-        return {}
-    name = f"widths-image-{seed}.npz"
-    arrays = {
-        "images": data.data.test_images[chosen],
-        "labels": np.array([data.data.class_names[labels[i]] for i in chosen]),
-        **widths,
-    }
-    write_whole(
-        out / name, lambda file: np.savez_compressed(file, **cast(Any, arrays)), sealed=True
-    )
-    return {"image_widths_file": name}
+    do = run_here if workers == 1 else partial(run_in_workers, count=workers)
+    with summary:
+        do(do_job, jobs, summary.take)
+    _print_results(out, summary.values, stream)
+    return summary.values
 
 
-def _run(
-    job: tuple[DemoConfig, str, int], send: Callable[[dict[str, Any]], None]
-) -> tuple[str, dict[str, Any]]:
-    """A run's record, or its error; both are results."""
-    config, method, seed = job
-    try:
-        with threads(config.threads):
-            return "done", train_run(config, method, seed, send)
-    except Exception:
-        return "failed", {"name": method, "seed": seed, "error": traceback.format_exc()}
+class _Summary:
+    """summary.json while runs are added to it."""
 
+    def __init__(self, out: Path, grid: Sequence[RunConfig], board: ProgressBoard) -> None:
+        self._out, self._board = out, board
+        self._names = [Method.parse(run.method).name for run in grid]
+        self._begin = time.monotonic()
+        self.values: dict[str, Any] = {"status": "running"}
 
-def _work_in_processes(
-    config: DemoConfig, count: int, take: Callable[[str, dict[str, Any]], None]
-) -> None:
-    """Share the jobs among worker processes and take in what they send.
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
 
-    Raises:
-        WorkerDied: as for lack of memory.
-    """
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = "interrupted" if kind is KeyboardInterrupt else "failed"
+        complete = "failed" if self.values["errors"] else "complete"
+        self.values["status"] = complete if kind is None else failed
+        self._board.close()
+        self.values["seconds"] = time.monotonic() - self._begin
+        self.write()
 
-    def pass_on(kind: str, job: Any, content: Any) -> None:
+    def take(self, kind: str, job: Job, content: Any) -> None:
+        """A run's progress, its record or its error; both are results."""
         if kind == "died":
             raise WorkerDied(f"{content}; if memory ran out, use --threads 1")
-        take(*content if kind == "done" else (kind, content))
+        if kind == "progress":
+            self._board.update(content)
+            return
+        values = self.values
+        values["errors" if "error" in content else "runs"].append(content)
+        if "core" in content:
+            self._take_core(content)
+        values["runs"].sort(key=lambda r: (self._names.index(r["name"]), r["seed"]))
+        self.write(seconds=time.monotonic() - self._begin)
+        self._board.finish(content)
 
-    share = replace(config, threads=config.threads // count)
-    run_in_workers(_run, [(share, *job) for job in config.jobs], pass_on, count=count)
+    def write(self, **more: Any) -> None:
+        write_summary(self._out, self.values | more)
+
+    def _take_core(self, content: dict[str, Any]) -> None:
+        core = content["core"]
+        self.values |= {
+            name: core.get(name) for name in ("bit_exact_values", "core_cycles", "speedup_core")
+        }
+        if core.get("unequal_values"):
+            error = f"{core['unequal_values']} values of the simulated core differ from exact mode"
+            self.values["errors"].append(
+                {"name": content["name"], "seed": content["seed"], "error": error}
+            )
+
+
+def _count_images(grid: Sequence[RunConfig], data_dir: str | None) -> dict[str, int]:
+    """Training and test images. What is wrong with the files is reported before any process
+    starts.
+    """
+    first = grid[0]
+    if len({(run.data, run.model) for run in grid}) > 1 or first.data not in DATASETS:
+        raise ValueError(
+            f"a demo has one model and one data set of images, not {first.data} with {first.model}"
+            + (" and others" if first.data in DATASETS else "")
+        )
+    data = load_data(first.data, data_dir)
+    if first.train_samples is not None and first.train_samples > len(data.train_labels):
+        raise ValueError(
+            f"{first.data} has {len(data.train_labels)} training images, fewer than "
+            f"train_images={first.train_samples}"
+        )
+    return {
+        "train_images": first.train_samples or len(data.train_labels),
+        "test_images": len(data.test_labels),
+    }
+
+
+def _arguments(grid: Sequence[RunConfig], data_dir: str | None) -> dict[str, Any]:
+    """What was asked for, as summary.json has it."""
+    first = grid[0]
+    methods = [Method.parse(run.method) for run in grid]
+    seeds = sorted({run.seed for run in grid})
+    return {
+        "data": first.data,
+        "data_dir": data_dir,
+        "model": first.model,
+        "epochs": first.epochs,
+        "batch_size": first.batch_size,
+        "train_images": first.train_samples,
+        "learning_rate": first.learning_rate,
+        "methods": tuple(dict.fromkeys(method.name for method in methods)),
+        "target_speedup": next((m.target for m in methods if m.target is not None), None),
+        "noise_budget": next(
+            (value for m in methods for name, value in m.options if name == "noise_budget"), None
+        ),
+        "interval": first.interval,
+        "seed": seeds[0],
+        "seeds": len(seeds),
+        "mode": first.mode,
+    }
+
+
+def _first_line(summary: dict[str, Any], runs: int) -> str:
+    args, workers = summary["args"], summary["machine"]["runs_at_once"]
+    target = ""
+    if args["target_speedup"] is not None:
+        target = f", target {args['target_speedup']:g}x"
+    elif args["noise_budget"] is not None:
+        target = f", target noise budget {args['noise_budget']:g}"
+    return (
+        f"{args['data']} ({summary['train_images']} training images), {args['model']}{target}: "
+        f"{runs} runs of {args['epochs']} epochs, {workers} at a time; results in {args['out']}/"
+    )
+
+
+def _first_dynamic(grid: Sequence[RunConfig]) -> RunConfig | None:
+    """The run whose network the simulated core computes."""
+    return next((run for run in grid if Method.parse(run.method).name == "dynasty"), None)
 
 
 def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
@@ -422,21 +332,4 @@ def _print_results(out: Path, summary: dict[str, Any], stream: TextIO) -> None:
     )
 
 
-def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    write_whole(
-        out / SUMMARY_FILE,
-        json.dumps(seal_record(_finite(summary)), indent=1, allow_nan=False) + "\n",
-    )
-
-
-__all__: Sequence[str] = [
-    "DATA_DEFAULTS",
-    "METHODS",
-    "DemoConfig",
-    "ProgressBoard",
-    "WorkerDied",
-    "machine",
-    "run_demo",
-    "train_run",
-    "versions",
-]
+__all__ = ["WorkerDied", "demo_grid", "run_demo"]

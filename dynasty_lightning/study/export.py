@@ -19,7 +19,7 @@ from ..hardware.checkpoint import load_converted
 from ..hardware.program import ExportError, export_program
 from ..tasks.data import TensorDataModule
 from ..tasks.tasks import Task, build_task
-from .report.demo import read_summary
+from .report.run_folder import read_summary
 
 _BATCH: Final = 50
 

@@ -9,27 +9,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
 from ..tasks.tasks import check_pair
 from .checkpoint import remove_checkpoint
+from .config import RunConfig
+from .environment import finite, threads
 from .progress import ProgressBoard
-from .record_fields import last_line
+from .record import failure, record_of
+from .record_fields import COMPLETE, DIVERGED, FAILED, last_line
 from .results import ResultsFile, read_records
-from .run import (
-    COMPLETE,
-    DIVERGED,
-    FAILED,
-    RunConfig,
-    failure,
-    finite,
-    record_of,
-    threads,
-    train_one,
-)
-from .workers import run_in_workers
+from .run import train_one
+from .workers import run_here, run_in_workers
 
 STANDING: Final = (COMPLETE, DIVERGED)
 """States that a repetition would not change."""
@@ -41,9 +35,40 @@ as `train_one`.
 
 
 @dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run to do, with all that a worker process needs to know.
+
+    >>> run = make_grid(
+    ...     data=["digits"], models=["mlp"], methods=["float32"], seeds=[0], epochs=1, batch_size=8
+    ... )[0]
+    >>> do_job(Job(run=run, train=lambda config, data_dir, send: config.label), print)
+    'digits mlp float32 seed 0'
+    """
+
+    run: RunConfig
+    train: Train
+    data_dir: str | None = None
+    threads: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def do_job(job: Job, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """What `job.train` makes of the run, in so many threads; see `Job`.
+
+    >>> do_job.__name__  # workers find it by name
+    'do_job'
+    """
+    with threads(job.threads):
+        return job.train(job.run, job.data_dir, send, **job.options)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of a grid: runs by state in this call, those that stood already, and records that
     no disk took.
+
+    >>> Outcome(complete=2, diverged=0, failed=1, stood=0, unsaved=0).exit_code
+    1
     """
 
     complete: int
@@ -66,6 +91,13 @@ def make_grid(
     **settings: Any,
 ) -> list[RunConfig]:
     """All runs, each once, seed by seed: what a killed grid leaves can be compared.
+
+    >>> grid = make_grid(
+    ...     data=["digits"], models=["mlp"], methods=["float32", "uniform8"], seeds=[0, 1],
+    ...     epochs=1, batch_size=32,
+    ... )
+    >>> [(run.method, run.seed) for run in grid]
+    [('float32', 0), ('uniform8', 0), ('float32', 1), ('uniform8', 1)]
 
     Raises:
         ValueError: a data set or a model that goes with none of the others, or a wrong setting.
@@ -99,9 +131,9 @@ def run_grid(
     out: Path,
     *,
     data_dir: str | None = None,
-    at_once: int = 1,
-    silence: float | None = None,
-    keep: float | None = None,
+    workers: int = 1,
+    timeout: float | None = None,
+    checkpoint_every: float | None = None,
     stream: TextIO | None = None,
     train: Train = train_one,
     in_process: bool = False,
@@ -109,12 +141,24 @@ def run_grid(
     """Train what the file has no result for yet, and append a line for each run. A run that fails
     does not stop the others.
 
+    >>> grid = make_grid(
+    ...     data=["digits"], models=["mlp"], methods=["float32"], seeds=[0], epochs=1,
+    ...     batch_size=32, train_samples=64,
+    ... )
+    >>> run_grid(grid, Path("results.jsonl"), in_process=True).complete
+    1 runs, 0 of them in results.jsonl already; 1 to do, 1 at a time
+    [1/1] digits mlp float32 seed 0  accuracy ...
+    1
+    >>> run_grid(grid, Path("results.jsonl"), in_process=True).stood
+    1 runs, 1 of them in results.jsonl already; 0 to do, 1 at a time
+    1
+
     Args:
-        at_once: worker processes, each with one thread.
-        silence: seconds without a word after which a run is taken to hang; it is ended and counts
-            as failed. None waits for ever.
-        keep: seconds between checkpoints of each run, in a folder beside the file, from which it
-            goes on after a kill; None keeps none.
+        workers: processes at a time, each with one thread.
+        timeout: seconds without a message after which a run is taken to hang; it is ended and
+            counts as failed. None waits for ever.
+        checkpoint_every: seconds between checkpoints of each run, in a folder beside the file, from
+            which it goes on after a kill; None keeps none.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
         in_process: train here, one run after the other, and not in workers that may be killed
@@ -126,68 +170,101 @@ def run_grid(
         KeyboardInterrupt: what ran is in the file.
     """
     stream = stream or sys.stdout
+    checkpoints = _Checkpoints(out, checkpoint_every)
     with ResultsFile(out) as file:
         left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]
-        stood = len(grid) - len(left)
         for run in grid:
-            if (
-                run not in left
-            ):  # a kill came when its record was written, and its checkpoint still there
-                remove_checkpoint(_checkpoint(out, run))
+            if run not in left:  # a kill came when its record was written, and it still there
+                checkpoints.remove(run)
         print(
-            f"{len(grid)} runs, {stood} of them in {out} already; {len(left)} to do, {at_once} "
-            f"at a time",
+            f"{len(grid)} runs, {len(grid) - len(left)} of them in {out} already; {len(left)} to "
+            f"do, {workers} at a time",
             file=stream,
             flush=True,
         )
-        clock = _Clock(left, file.records.values(), at_once)
-        board = ProgressBoard(len(left), stream)
-        count = dict.fromkeys((COMPLETE, DIVERGED, FAILED), 0)
-
-        def take(kind: str, run: RunConfig, content: Any) -> None:
-            if kind == "progress":
-                board.update(content)
-                return
-            record = content if kind == "done" else _record_of_death(run, content)
-            count[record["status"]] += 1
-            saved = file.add(record)
-            if saved and kind == "done":  # not before: a kill between the two would cost the run
-                remove_checkpoint(_checkpoint(out, run))
-            clock.took(run, record)
-            board.finish(record | {"label": run.label}, clock.note())
-            if not saved:
-                board.say(
-                    f"    not written yet, kept in memory ({len(file.unsaved)} records): "
-                    f"{file.error}"
-                )
-
+        ledger = _Ledger(file, left, checkpoints, ProgressBoard(len(left), stream), workers)
+        jobs = [
+            Job(run=run, train=train, data_dir=data_dir, options=checkpoints.options(run))
+            for run in left
+        ]
+        do = run_here if in_process else partial(run_in_workers, count=workers, timeout=timeout)
         try:
-            if in_process:
-                with threads(1):
-                    for run in left:
-                        take(
-                            "done", run, train(run, data_dir, board.update, **_kept(out, run, keep))
-                        )
-            else:
-                jobs = [(train, run, data_dir, _kept(out, run, keep)) for run in left]
-                run_in_workers(
-                    _job,
-                    jobs,
-                    lambda kind, job, content: take(kind, job[1], content),
-                    count=at_once,
-                    silence=silence,
-                )
+            do(do_job, jobs, ledger.take)
         finally:
-            board.close()
-            with suppress(OSError):  # not there, or with checkpoints in it
-                _folder(out).rmdir()
+            ledger.board.close()
+            checkpoints.close()
             if file.unsaved:
                 _save_or_show(file, stream)
-        return Outcome(**count, stood=stood, unsaved=len(file.unsaved))
+        return Outcome(**ledger.count, stood=len(grid) - len(left), unsaved=len(file.unsaved))
+
+
+class _Ledger:
+    """Takes what becomes of runs: into the file, onto the board, into the counts."""
+
+    def __init__(
+        self,
+        file: ResultsFile,
+        left: Sequence[RunConfig],
+        checkpoints: "_Checkpoints",
+        board: ProgressBoard,
+        workers: int,
+    ) -> None:
+        self._file, self._checkpoints, self.board = file, checkpoints, board
+        self._clock = _Clock(left, file.records.values(), workers)
+        self.count = dict.fromkeys((COMPLETE, DIVERGED, FAILED), 0)
+
+    def take(self, kind: str, job: Job, content: Any) -> None:
+        if kind == "progress":
+            self.board.update(content)
+            return
+        run = job.run
+        record = content if kind == "done" else _record_of_death(run, content)
+        self.count[record["status"]] += 1
+        saved = self._file.add(record)
+        if saved and kind == "done":  # not before: a kill between the two would cost the run
+            self._checkpoints.remove(run)
+        self._clock.took(run, record)
+        self.board.finish(record | {"label": run.label}, self._clock.note())
+        if not saved:
+            self.board.say(
+                f"    not written yet, kept in memory ({len(self._file.unsaved)} records): "
+                f"{self._file.error}"
+            )
+
+
+class _Checkpoints:
+    """Of the runs under way, in a folder beside the file of results."""
+
+    def __init__(self, out: Path, every: float | None) -> None:
+        self._folder, self._every = out.with_name(f"{out.name}.running"), every
+
+    def options(self, run: RunConfig) -> dict[str, Any]:
+        """Where and how often a run keeps its state."""
+        if self._every is None:
+            return {}
+        return {"checkpoint": self._path(run), "every": self._every}
+
+    def remove(self, run: RunConfig) -> None:
+        remove_checkpoint(self._path(run))
+
+    def close(self) -> None:
+        with suppress(OSError):  # not there, or with checkpoints in it
+            self._folder.rmdir()
+
+    def _path(self, run: RunConfig) -> Path:
+        return self._folder / f"{run.key[:24]}.ckpt"
 
 
 def describe_grid(grid: Sequence[RunConfig], out: Path) -> str:
-    """The grid, a line a run with what the file says of it, and how many are left."""
+    """The grid, a line a run with what the file has of it, and how many are left.
+
+    >>> grid = make_grid(
+    ...     data=["digits"], models=["mlp"], methods=["float32"], seeds=[0], epochs=1, batch_size=8
+    ... )
+    >>> print(describe_grid(grid, Path("results.jsonl")))
+    daaf6fd4dfb1  digits mlp float32 seed 0: to do
+    1 runs, 1 to do. 1 left
+    """
     records = {r["key"]: r for r in read_records(out)} if out.is_file() else {}
     lines = []
     for run in grid:
@@ -221,42 +298,20 @@ def _save_or_show(file: ResultsFile, stream: TextIO) -> None:
 
 
 def _record_of_death(run: RunConfig, how: str) -> dict[str, Any]:
-    """What a worker that was killed could not say itself."""
+    """What a worker that was killed could not report itself."""
     with threads(1):
         record: dict[str, Any] = finite(record_of(run) | failure(how))
     return record
-
-
-def _job(
-    job: tuple[Train, RunConfig, str | None, dict[str, Any]], send: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    train, run, data_dir, kept = job
-    with threads(1):
-        return train(run, data_dir, send, **kept)
-
-
-def _folder(out: Path) -> Path:
-    """Of checkpoints of the runs under way."""
-    return out.with_name(f"{out.name}.running")
-
-
-def _kept(out: Path, run: RunConfig, keep: float | None) -> dict[str, Any]:
-    """Where and how often a run keeps its state."""
-    return {} if keep is None else {"checkpoint": _checkpoint(out, run), "every": keep}
-
-
-def _checkpoint(out: Path, run: RunConfig) -> Path:
-    return _folder(out) / f"{run.key[:24]}.ckpt"
 
 
 class _Clock:
     """Estimates the time left from runs like those to come: the same but for the seed, else any."""
 
     def __init__(
-        self, left: Sequence[RunConfig], records: Iterable[Mapping[str, Any]], at_once: int
+        self, left: Sequence[RunConfig], records: Iterable[Mapping[str, Any]], workers: int
     ) -> None:
         self._left = {run.key: run for run in left}
-        self._at_once = at_once
+        self._workers = workers
         self._seconds: dict[str, list[float]] = {}
         self._begin = time.monotonic()
         for record in records:
@@ -277,7 +332,7 @@ class _Clock:
         means = {kind: statistics.fmean(seconds) for kind, seconds in self._seconds.items()}
         known = [means[kind] for kind in kinds if kind in means]
         each = statistics.fmean(known or means.values())
-        total = (sum(known) + each * (len(kinds) - len(known))) / min(self._at_once, len(kinds))
+        total = (sum(known) + each * (len(kinds) - len(known))) / min(self._workers, len(kinds))
         return f"{len(kinds)} left, about {_duration(total)}"
 
 
@@ -291,4 +346,4 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-__all__ = ["STANDING", "Outcome", "describe_grid", "make_grid", "run_grid"]
+__all__ = ["Job", "Outcome", "describe_grid", "do_job", "make_grid", "run_grid"]

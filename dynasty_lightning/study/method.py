@@ -30,6 +30,10 @@ _OPTION: Final = re.compile(r"[a-z][a-z0-9_]*")
 class Method:
     """A name, a target and options.
 
+    >>> method = Method.parse("dynasty@5.10:interval=25")
+    >>> str(method), method.target, method.options
+    ('dynasty@5.1:interval=25', 5.1, (('interval', 25),))
+
     Attributes:
         name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (OCP MX; below 8 bits like
             it), or a policy's of `POLICIES`.
@@ -96,6 +100,11 @@ class Method:
     def is_float(self) -> bool:
         """Without blocks, so without a plugin and a callback."""
         return self.name in FLOATS
+
+    @property
+    def watchers(self) -> tuple[str, ...]:
+        """What watches a run beside the callback, of `watch.WATCHERS`."""
+        return () if self.is_float else ("core",)
 
     @property
     def takes_target(self) -> bool:
@@ -187,6 +196,9 @@ def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[M
     Options are separated by commas too: a part that starts with `option=` goes on with the method
     before it.
 
+    >>> [str(method) for method in parse_methods(["float32,dynasty,uniform8"], targets=[4, 5.1])]
+    ['float32', 'dynasty@4', 'dynasty@5.1', 'uniform8']
+
     Raises:
         ValueError: a wrong method, or none at all.
     """
@@ -213,7 +225,11 @@ def parse_methods(texts: Iterable[str], targets: Sequence[float] = ()) -> list[M
 
 
 def method_names() -> list[str]:
-    """What a method may be called, for messages."""
+    """What a method may be called, for messages.
+
+    >>> method_names()[:3]
+    ['float32', 'bf16', 'uniform2 to uniform8']
+    """
     return [
         *FLOATS,
         f"uniform{MIN_BITS} to uniform{MAX_BITS}",
@@ -274,4 +290,4 @@ def _written(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-__all__: Sequence[str] = ["FLOATS", "Method", "method_names", "parse_methods"]
+__all__ = ["FLOATS", "Method", "method_names", "parse_methods"]

@@ -10,6 +10,11 @@ from typing import Any, TextIO
 class ProgressBoard:
     """On a terminal, a line for each running run that rewrites itself; elsewhere, a line for each
     quarter of a run.
+
+    >>> import sys
+    >>> board = ProgressBoard(1, sys.stdout)
+    >>> board.finish({"name": "bf16", "seed": 0, "accuracy": 0.9, "loss": 0.5, "seconds": 2.0})
+    [1/1] bf16     seed 0  accuracy  90.00 %  loss 0.500  2.0 s
     """
 
     def __init__(self, total: int, stream: TextIO) -> None:

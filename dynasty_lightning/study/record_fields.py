@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record of a run may hold, as a table: an odd one is told by file and line and left out,
+"""What a record of a run may hold, as a table: an odd one is named by file and line and left out,
 and never breaks what reads it.
 """
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ..fields import Field, check_fields, matching, number, one_of, shown, whole
+from .config import COMPARED_AT
+from .method import FLOATS
 
 COMPLETE: Final = "complete"
 DIVERGED: Final = "diverged"
@@ -88,17 +90,6 @@ CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "evaluate_on": _WORD,
 }
 """Of a run's settings; what is there must be so, and `method` must be there."""
-REPORTED_SETTINGS: Final = (
-    "data",
-    "model",
-    "epochs",
-    "batch_size",
-    "train_samples",
-    "validation_samples",
-    "learning_rate",
-    "evaluate_on",
-)
-
 RECORD_FIELDS: Final[Mapping[str, Field]] = {
     "key": _WORD,
     "config": _mapping(lambda v: True, "settings"),
@@ -167,23 +158,41 @@ HISTORY_FIELDS: Final[Mapping[str, Field]] = {
 
 
 def check_demo_args(args: Any) -> None:
-    """Raise ValueError that names the field unless a demo's settings can be told."""
+    """Raise ValueError that names the field unless a demo's arguments can be reported.
+
+    >>> check_demo_args({"data": "digits", "model": "mlp", "epochs": 0})
+    Traceback (most recent call last):
+        ...
+    ValueError: args: epochs must be a whole number in [1, 1073741824], not 0
+    """
     if not isinstance(args, dict):
         raise ValueError(f"args must be an object, not {shown(args)}")
     _check("args", args, DEMO_ARGS, ("data", "model"))
 
 
 def check_demo_run(run: Any) -> None:
-    """Raise ValueError that names the field unless a run of a demo is as the table says."""
+    """Raise ValueError that names the field unless a run of a demo is as the table has it.
+
+    >>> check_demo_run({"name": "uniform8", "seed": 0, "accuracy": 0.5})
+    Traceback (most recent call last):
+        ...
+    ValueError: it has no speedup_charged
+    """
     if not isinstance(run, dict):
         raise ValueError(f"it is no object, but {shown(run)}")
     _check("it", run, DEMO_RUN, ("name", "seed", "accuracy"))
-    if run["name"] != "float32" and run.get("speedup_charged") is None:
+    if run["name"] not in FLOATS and run.get("speedup_charged") is None:
         raise ValueError("it has no speedup_charged")
 
 
 def check_history(entry: Any) -> None:
-    """Raise ValueError that names the field unless a line of a history is as the table says."""
+    """Raise ValueError that names the field unless a line of a history is as the table has it.
+
+    >>> check_history({"step": 1, "mean_bits": {"X": 3.0}, "bits": {}})
+    Traceback (most recent call last):
+        ...
+    ValueError: its mean_bits lack W
+    """
     if not isinstance(entry, dict):
         raise ValueError(f"it is no object, but {shown(entry)}")
     _check("it", entry, HISTORY_FIELDS, tuple(HISTORY_FIELDS))
@@ -192,7 +201,12 @@ def check_history(entry: Any) -> None:
 
 
 def check_record(record: Any) -> dict[str, Any]:
-    """The record, if what it holds of the table is as the table says.
+    """The record, if what it holds of the table is as the table has it.
+
+    >>> check_record({"key": "k", "config": {"method": "bf16"}, "status": "done"})
+    Traceback (most recent call last):
+        ...
+    ValueError: it: status must be one of complete, diverged, failed, not 'done'
 
     Raises:
         ValueError: naming the field, the rule and the value met.
@@ -205,13 +219,23 @@ def check_record(record: Any) -> dict[str, Any]:
 
 
 def check_reported(record: Mapping[str, Any]) -> None:
-    """Raise ValueError as `check_record` does unless a report can tell a record."""
+    """Raise ValueError as `check_record` does unless a report can be made of a record.
+
+    >>> check_reported({"key": "k", "config": {"method": "bf16"}, "status": "complete"})
+    Traceback (most recent call last):
+        ...
+    ValueError: it lacks 'seed'
+    """
     _check("it", record, {}, REPORTED)
-    _check("its config", record["config"], {}, REPORTED_SETTINGS)
+    _check("its config", record["config"], {}, COMPARED_AT)
 
 
 def last_line(error: str | None) -> str:
-    """Of what an error said, which names it."""
+    """Of an error's text, which names it.
+
+    >>> last_line("Traceback ...\\nOSError: gone\\n")
+    'OSError: gone'
+    """
     return (error or "").strip().split("\n")[-1].strip() or "it does not say why"
 
 
@@ -228,6 +252,9 @@ def _check(
 def options_of(command: Any) -> dict[str, str] | None:
     """Options of the `compare` command that repeats a run, in order; None if it is no such
     command.
+
+    >>> options_of("dynasty-lightning compare --methods bf16 --seed 3")
+    {'--methods': 'bf16', '--seed': '3'}
     """
     if not _is_text(command, 10_000):
         return None

@@ -3,9 +3,8 @@
 lines or none.
 
 Neither a kill, nor a full disk, nor a file that is replaced while it is open loses a finished run's
-record. Each line carries its digest,
-not the file: lines come one by one, files are put together from several, and damage costs the line
-that it hit.
+record. Each line carries its digest, not the file: lines come one by one, files are put together
+from several, and damage costs the line that it hit.
 """
 
 import fcntl
@@ -27,7 +26,15 @@ _WAITS: Final = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, between the last at
 
 
 class FileInUse(OSError):
-    """Another process appends to the file."""
+    """Another process appends to the file.
+
+    >>> file = ResultsFile(Path("results.jsonl"))
+    >>> ResultsFile(Path("results.jsonl"))
+    Traceback (most recent call last):
+        ...
+    dynasty_lightning.study.results.FileInUse: results.jsonl is in use: another process appends...
+    >>> file.close()
+    """
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -36,6 +43,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Lines that are no records, or damaged, are left out, with a warning. Lines of a version before
     there were digests are taken.
+
+    >>> with ResultsFile(Path("results.jsonl")) as file:
+    ...     for status in ("failed", "complete"):
+    ...         saved = file.add({"key": "k", "config": {"method": "bf16"}, "status": status})
+    >>> read_records(Path("results.jsonl"))
+    [{'key': 'k', 'config': {'method': 'bf16'}, 'status': 'complete'}]
     """
     records, odd = sift_records(path)
     for text in odd:
@@ -47,6 +60,10 @@ def sift_records(
     path: Path, *checks: Callable[[dict[str, Any]], object]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What `read_records` gives, and a line of text for each line that is left out.
+
+    >>> _ = Path("results.jsonl").write_text('{"key": 1}')
+    >>> sift_records(Path("results.jsonl"))
+    ([], ["results.jsonl, line 1 is no record and is left out, ...: it lacks 'config'"])
 
     Args:
         checks: what a record must be beside what `record_fields.check_record` says; they raise
@@ -77,7 +94,11 @@ def sift_records(
 
 
 class ResultsFile:
-    """The file while runs are added to it: `with ResultsFile(path) as file: file.add(record)`.
+    """The file while runs are added to it.
+
+    >>> with ResultsFile(Path("results.jsonl")) as file:
+    ...     file.add({"key": "k", "config": {"method": "bf16"}, "status": "complete"})
+    True
 
     A last line that was left unfinished goes to PATH.torn, and the file continues on a fresh line.
 
@@ -119,7 +140,7 @@ class ResultsFile:
         """Append a record and all that are still unsaved.
 
         Returns:
-            Whether all are on the disk; otherwise `error` says what was wrong.
+            Whether all are on the disk; otherwise `error` is what was wrong.
         """
         self.records[record["key"]] = record
         self.unsaved.append(record)
@@ -227,7 +248,7 @@ class ResultsFile:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """A line's record, without its digest. Raises ValueError that says what is wrong with it."""
+    """A line's record, without its digest. Raises ValueError that names what is wrong with it."""
     record = parse_json(line, _shown(line))
     if isinstance(record, dict):
         try:

@@ -1,4 +1,4 @@
-"""benchmarks/harm.py: that an error reaches what it should reach, and that harm is what its
+"""benchmarks/lib/harm.py: that an error reaches what it should reach, and that harm is what its
 equation says.
 """
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.harm import (
+from benchmarks.lib.harm import (
     MeasuredNetwork,
     adding,
     agreement,

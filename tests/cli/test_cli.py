@@ -15,9 +15,11 @@ import torch
 
 from dynasty_lightning import PrecisionMap
 from dynasty_lightning.cli import main
-from dynasty_lightning.study import demo
-from dynasty_lightning.study.demo import DemoConfig, ProgressBoard, run_demo
-from dynasty_lightning.study.report.demo import read_summary
+from dynasty_lightning.study import demo, demo_run
+from dynasty_lightning.study.demo import demo_grid, run_demo
+from dynasty_lightning.study.method import Method
+from dynasty_lightning.study.progress import ProgressBoard
+from dynasty_lightning.study.report.run_folder import read_summary
 from tests.waiting import wait_until
 
 SMALL = [
@@ -52,9 +54,10 @@ def fake_training(monkeypatch):
     """Runs that cost nothing; `calls` lists them."""
     calls = []
 
-    def train_run(config, method, seed, progress=lambda _: None):
+    def train_run(run, data_dir, send, **options):
+        method, seed = Method.parse(run.method).name, run.seed
         calls.append((method, seed))
-        progress(
+        send(
             {
                 "name": method,
                 "seed": seed,
@@ -107,7 +110,7 @@ def refused(capsys, *arguments):
         (["--target-speedup", "5", "--noise-budget", "1"], "not allowed with argument"),
         (
             ["--methods", "uniform9"],
-            "unknown method 'uniform9': choose from float32, uniform2 to uniform8, dynasty",
+            "unknown method 'uniform9': choose from float32, bf16, uniform2 to uniform8",
         ),
         (["--methods", ","], "methods must be named once each, not none"),
         (["--methods", "float32,float32"], "methods must be named once each"),
@@ -153,57 +156,40 @@ def test_help(capsys, arguments):
 def test_options_reach_the_run(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "dynasty_lightning.cli.command_line.run_demo",
-        lambda config: seen.append(config) or {"errors": []},
+        "dynasty_lightning.cli.demo.run_demo",
+        lambda grid, out, **options: seen.append((grid, str(out), options)) or {"errors": []},
     )
+    second = ["--data", "cifar100", "--noise-budget", "0.5", "--methods", "uniform4, dynasty"]
     assert main(["demo"]) == 0
-    assert (
-        main(
-            [
-                "demo",
-                "--data",
-                "cifar100",
-                "--noise-budget",
-                "0.5",
-                "--methods",
-                "uniform4, dynasty",
-                "--epochs",
-                "3",
-                "--checkpoints",
-            ]
-        )
-        == 0
-    )
-    assert main(["demo", "--policy", "uniform", "--seed", "7", "--out", "elsewhere"]) == 0
-    first, second, third = seen
-    assert (first.data, first.epochs, first.train_images, first.target_speedup, first.seeds) == (
-        "digits",
-        10,
-        None,
-        5.0,
-        3,
-    )
-    assert first.out == "runs/demo-digits"
-    assert first.methods == ("float32", "uniform8", "dynasty")
-    assert (second.target_speedup, second.noise_budget, second.methods) == (
-        None,
-        0.5,
-        ("uniform4", "dynasty"),
-    )
-    assert (second.epochs, second.batch_size, second.train_images, second.checkpoints) == (
-        3,
-        128,
-        20000,
-        True,
-    )
-    assert (third.methods, third.seed, third.out) == (("float32", "uniform8"), 7, "elsewhere")
+    assert main(["demo", *second, "--epochs", "3", "--checkpoints", "--no-csim"]) == 0
+    third = ["--policy", "uniform", "--seed", "7", "--out", "elsewhere", "--train-images", "70"]
+    assert main(["demo", *third, "--threads", "5", "--data-dir", "here"]) == 0
+    grid, out, options = seen[0]
+    assert out == "runs/demo-digits"
+    assert [run.method for run in grid] == 3 * ["float32", "uniform8", "dynasty@5"]
+    assert [run.seed for run in grid] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {(r.data, r.model, r.epochs, r.batch_size, r.interval) for r in grid} == {
+        ("digits", "resnet8", 10, 64, 20)
+    }
+    assert {(r.train_samples, r.learning_rate, r.mode) for r in grid} == {(None, 0.1, "fast")}
+    assert (options["checkpoints"], options["csim"], options["data_dir"]) == (False, True, None)
+    grid, out, options = seen[1]
+    assert out == "runs/demo-cifar100"
+    assert [run.method for run in grid[:2]] == ["uniform4", "dynasty:noise_budget=0.5"]
+    assert (grid[0].epochs, grid[0].batch_size, grid[0].train_samples) == (3, 128, 20000)
+    assert (options["checkpoints"], options["csim"]) == (True, False)
+    grid, out, options = seen[2]
+    assert out == "elsewhere"
+    assert [(run.method, run.seed) for run in grid[:2]] == [("float32", 7), ("uniform8", 7)]
+    assert {run.train_samples for run in grid} == {70}
+    assert (options["threads"], options["data_dir"]) == (5, "here")
 
 
 # -- The demo around its runs
 
 
 def test_jobs_go_seed_by_seed(fake_training, tmp_path):
-    run_demo(DemoConfig(seeds=2, seed=3, out=str(tmp_path)), stream=io.StringIO())
+    run_demo(demo_grid(seeds=2, seed=3), tmp_path, stream=io.StringIO())
     assert fake_training == [
         ("float32", 3),
         ("uniform8", 3),
@@ -229,27 +215,28 @@ def test_summary_is_valid_after_each_run(fake_training, tmp_path, monkeypatch):
     seen = []
     train = demo.train_run
 
-    def look_then_train(*arguments):
+    def look_then_train(*arguments, **options):
         summary = read_summary(tmp_path)
         seen.append((summary["status"], len(summary["runs"])))
-        return train(*arguments)
+        return train(*arguments, **options)
 
     monkeypatch.setattr(demo, "train_run", look_then_train)
-    run_demo(DemoConfig(seeds=1, out=str(tmp_path)), stream=io.StringIO())
+    run_demo(demo_grid(seeds=1), tmp_path, stream=io.StringIO())
     assert seen == [("running", 0), ("running", 1), ("running", 2)]
     assert not [p.name for p in tmp_path.iterdir() if p.name != "summary.json"]
 
 
-def test_a_failed_run_does_not_stop_the_others(fake_training, tmp_path, monkeypatch, capsys):
-    train = demo.train_run
+def test_a_failed_run_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    train = demo_run.train
 
-    def fail_once(config, method, seed, progress):
-        if method == "uniform8":
+    def fail_once(run, *arguments):
+        if run.method == "uniform8":
             raise ZeroDivisionError("no luck")
-        return train(config, method, seed, progress)
+        return train(run, *arguments)
 
-    monkeypatch.setattr(demo, "train_run", fail_once)
-    assert main(["demo", *SMALL, "--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(demo_run, "train", fail_once)
+    options = [*SMALL, "--model", "mlp", "--no-csim"]
+    assert main(["demo", *options, "--out", str(tmp_path)]) == 1
     summary = read_summary(tmp_path)
     assert summary["status"] == "failed"
     assert [r["name"] for r in summary["runs"]] == ["float32", "dynasty"]
@@ -262,10 +249,10 @@ def test_a_failed_run_does_not_stop_the_others(fake_training, tmp_path, monkeypa
 def test_interrupted(fake_training, tmp_path, monkeypatch, capsys):
     train = demo.train_run
 
-    def interrupt(config, method, seed, progress):
-        if method == "dynasty":
+    def interrupt(run, *arguments, **options):
+        if run.method.startswith("dynasty"):
             raise KeyboardInterrupt
-        return train(config, method, seed, progress)
+        return train(run, *arguments, **options)
 
     monkeypatch.setattr(demo, "train_run", interrupt)
     assert main(["demo", *SMALL, "--out", str(tmp_path)]) == 130
@@ -282,16 +269,8 @@ def test_nothing_of_an_earlier_demo_stays(fake_training, tmp_path):
         "notes.txt",
     ):
         (tmp_path / name).touch()
-    run_demo(DemoConfig(seeds=1, out=str(tmp_path)), stream=io.StringIO())
+    run_demo(demo_grid(seeds=1), tmp_path, stream=io.StringIO())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "summary.json"]
-
-
-def test_what_json_cannot_say_is_null():
-    assert demo._finite({"a": float("nan"), "b": [1.0, float("inf")], "c": ("x", 2)}) == {
-        "a": None,
-        "b": [1.0, None],
-        "c": ["x", 2],
-    }
 
 
 # -- Progress
@@ -448,8 +427,10 @@ def test_a_network_without_convolution_has_no_image_picture(tmp_path, capsys):
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):
-    config = DemoConfig(model="mlp", epochs=1, train_images=64, batch_size=16, out=str(tmp_path))
-    first = [demo.train_run(config, "dynasty", seed) for seed in (1, 1, 2)]
+    grid = demo_grid(
+        model="mlp", methods=["dynasty"], seed=1, seeds=2, epochs=1, train_samples=64, batch_size=16
+    )
+    first = [demo.train_run(run, out=tmp_path) for run in (grid[0], *grid)]
     assert first[0]["loss"] == first[1]["loss"] != first[2]["loss"]
 
 
@@ -465,14 +446,13 @@ def test_lightning_turns_an_interrupt_into_an_exit_and_we_turn_it_back(
 
 
 def test_a_dead_worker(fake_training, tmp_path, monkeypatch, capsys):
-    def die(config, count, take):
-        raise demo.WorkerDied(
-            "a worker process ended with exit code -9; if memory ran out, use --threads 1"
-        )
+    def die(function, jobs, take, *, count):
+        take("died", jobs[0], "the worker process was killed by signal 9")
 
-    monkeypatch.setattr(demo, "_work_in_processes", die)
+    monkeypatch.setattr(demo, "run_in_workers", die)
     assert main(["demo", "--threads", "2", "--out", str(tmp_path)]) == 1
-    assert "exit code -9" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "killed by signal 9; if memory ran out, use --threads 1; what was finished is" in said
     assert read_summary(tmp_path)["status"] == "failed"
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from dynasty_lightning.study.report import demo as report
-from dynasty_lightning.study.report import markdown as compare_report
-from dynasty_lightning.study.report.markdown import write_report
-from dynasty_lightning.study.run import RunConfig, finite, record_of
+from dynasty_lightning.study.config import RunConfig
+from dynasty_lightning.study.environment import finite
+from dynasty_lightning.study.record import record_of
+from dynasty_lightning.study.report.demo import format_table
+from dynasty_lightning.study.report.markdown import compose_report, write_report
+from dynasty_lightning.study.report.run_folder import read_history, read_summary
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, to_json
@@ -80,19 +82,12 @@ def _read(data: bytes, folder: Path) -> Callable[[], object]:
     def use() -> None:
         """There is no file that no report can be made of: the good lines are always there."""
         drawn = sum(data) % _PICTURES == 0
-        before = compare_report.draw_setting, compare_report.draw_course
-        if not drawn:
-            compare_report.draw_setting, compare_report.draw_course = (
-                (lambda *_: []),
-                (lambda *_: None),
-            )
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "(?!.*is left out)", UserWarning)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "(?!.*is left out)", UserWarning)
+            text = compose_report([path], "report").text
+            if drawn:
                 out, *_ = write_report([path], folder / "report.md")
-        finally:
-            compare_report.draw_setting, compare_report.draw_course = before
-        text = out.read_text()
+                assert out.read_text() == text
         assert "| uniform8 |" in text
         assert "dynasty@5.1" in text
 
@@ -142,8 +137,8 @@ def _make_summary(rng: random.Random) -> bytes:
 
 def _read_summary(data: bytes, folder: Path) -> Callable[[], object]:
     (folder / "summary.json").write_bytes(data)
-    summary = report.read_summary(folder)
-    return lambda: report.format_table(summary).encode()
+    summary = read_summary(folder)
+    return lambda: format_table(summary).encode()
 
 
 _HISTORY: Final = [
@@ -173,7 +168,7 @@ def _read_history(data: bytes, folder: Path) -> Callable[[], object]:
 
     def use() -> None:
         """Whatever a line holds, the others are read."""
-        history = report.read_history(path)
+        history = read_history(path)
         assert sorted(h["step"] for h in history) == [h["step"] for h in history]
 
     return use

@@ -22,7 +22,7 @@ from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.study.export import export_run
-from dynasty_lightning.study.report.demo import read_summary
+from dynasty_lightning.study.report.run_folder import read_summary
 from dynasty_lightning.tasks.data import load_data
 from dynasty_lightning.tasks.models import build_model
 from dynasty_lightning.tasks.tasks import build_task

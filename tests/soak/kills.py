@@ -25,8 +25,11 @@ from typing import Any, Final
 import sklearn.datasets  # noqa: F401  for the processes that are forked from the one that has loaded all this
 
 from dynasty_lightning.study import run as runs
+from dynasty_lightning.study import watch as run_watch
+from dynasty_lightning.study.config import RunConfig
+from dynasty_lightning.study.environment import threads
 from dynasty_lightning.study.grid import make_grid, run_grid
-from dynasty_lightning.study.run import RunConfig, threads, train_one
+from dynasty_lightning.study.run import train_one
 
 RESULTS: Final = "results.jsonl"
 OF_TIME: Final = ("seconds", "wall_seconds", "analytics_share", "started", "parts", "sha256")
@@ -52,7 +55,7 @@ def train(folder: Path) -> None:
     """The grid to its end, in this process; each step is told in a file as it ends, before the
     state is kept.
     """
-    runs.commit, runs._REPORT_SECONDS = (lambda: "c" * 40), -1.0  # type: ignore[attr-defined]
+    runs.commit, run_watch._REPORT_SECONDS = (lambda: "c" * 40), -1.0  # type: ignore[attr-defined]
     log = os.open(folder.with_suffix(".steps"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     begun = False
 
@@ -69,7 +72,7 @@ def train(folder: Path) -> None:
         return train_one(config, data_dir, tell, checkpoint=checkpoint, every=every)
 
     with open(os.devnull, "w") as quiet, threads(1):
-        run_grid(grid(), folder / RESULTS, keep=0.0, train=told, in_process=True, stream=quiet)
+        run_grid(grid(), folder / RESULTS, checkpoint_every=0.0, train=told, in_process=True, stream=quiet)
 
 
 def faults(folder: Path, unbroken: Mapping[str, Any]) -> list[str]:

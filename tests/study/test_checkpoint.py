@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from dynasty_lightning.study import run as runs
+from dynasty_lightning.study import watch as run_watch
 from dynasty_lightning.study.checkpoint import RunCheckpoint
+from dynasty_lightning.study.config import RunConfig
 from dynasty_lightning.study.grid import make_grid, run_grid
 from dynasty_lightning.study.results import ResultsFile, read_records
-from dynasty_lightning.study.run import RunConfig, train_one
+from dynasty_lightning.study.run import train_one
 from dynasty_lightning.tasks.data import TensorDataModule, load_data
 from dynasty_lightning.tasks.models.classifier import Classifier
 from dynasty_lightning.trainer.checkpoint_files import SealedCheckpointIO
@@ -164,7 +166,12 @@ def small_grid():
 
 def test_a_failed_run_leaves_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(Classifier, "test_step", lambda *args: 1 / 0)
-    assert run_grid(small_grid(), tmp_path / "results.jsonl", keep=0.0, in_process=True).failed == 1
+    assert (
+        run_grid(
+            small_grid(), tmp_path / "results.jsonl", checkpoint_every=0.0, in_process=True
+        ).failed
+        == 1
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -183,10 +190,10 @@ def test_a_checkpoint_outlives_its_run_until_the_record_is_on_the_disk(tmp_path,
     for after in (False, True):
         monkeypatch.setattr(ResultsFile, "add", killed(after))
         with pytest.raises(KeyboardInterrupt):
-            run_grid(small_grid(), out, keep=0.0, in_process=True)
+            run_grid(small_grid(), out, checkpoint_every=0.0, in_process=True)
         assert [path.suffix for path in (tmp_path / "results.jsonl.running").iterdir()] == [".ckpt"]
     assert read_records(out)[0]["parts"] == 2
-    assert run_grid(small_grid(), out, keep=0.0, in_process=True).stood == 1
+    assert run_grid(small_grid(), out, checkpoint_every=0.0, in_process=True).stood == 1
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 
@@ -229,7 +236,7 @@ def test_torch_draws_the_same_numbers(tmp_path):
 
 def killed_once(config, data_dir, send, *, checkpoint, every):
     """Train; without a checkpoint to go on from, the process is killed at the eighth step."""
-    runs.commit, runs._REPORT_SECONDS = (lambda: "c" * 40), -1.0
+    runs.commit, run_watch._REPORT_SECONDS = (lambda: "c" * 40), -1.0
     fresh = not checkpoint.exists()
 
     def watch(progress):
@@ -242,10 +249,10 @@ def killed_once(config, data_dir, send, *, checkpoint, every):
 
 def test_a_killed_worker_loses_no_more_than_a_step(tmp_path):
     out = tmp_path / "results.jsonl"
-    first = run_grid(small_grid(), out, train=killed_once, keep=1e-9)
+    first = run_grid(small_grid(), out, train=killed_once, checkpoint_every=1e-9)
     assert first.failed == 1
     assert [p.suffix for p in (tmp_path / "results.jsonl.running").iterdir()] == [".ckpt"]
-    assert run_grid(small_grid(), out, train=killed_once, keep=1e-9).complete == 1
+    assert run_grid(small_grid(), out, train=killed_once, checkpoint_every=1e-9).complete == 1
     *_, record = read_records(out)
     assert record["parts"] == 2
     unbroken = train_one(config())

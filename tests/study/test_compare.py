@@ -18,12 +18,16 @@ import pytest
 import torch
 
 from dynasty_lightning.cli import main
+from dynasty_lightning.hardware import core_watch
 from dynasty_lightning.policy.schedule import AnalysisSchedule
+from dynasty_lightning.study import environment
 from dynasty_lightning.study import grid as compare
 from dynasty_lightning.study import run as runs
+from dynasty_lightning.study.config import RunConfig
 from dynasty_lightning.study.grid import describe_grid, make_grid, run_grid
+from dynasty_lightning.study.record import record_of, thinned
 from dynasty_lightning.study.results import ResultsFile, read_records
-from dynasty_lightning.study.run import RunConfig, record_of, train, train_one
+from dynasty_lightning.study.run import train, train_one
 from dynasty_lightning.study.workers import run_in_workers
 from dynasty_lightning.tasks.data import TensorDataModule
 from tests.waiting import wait_until
@@ -38,7 +42,7 @@ OPTIONS = [
     "32",
     "--train-samples",
     "64",
-    "--threads",
+    "--workers",
     "1",
 ]
 
@@ -197,7 +201,7 @@ def test_the_command_repeats_the_run(tmp_path, monkeypatch):
     """Parsed again, it gives the same key and nothing else."""
     seen = []
     monkeypatch.setattr(
-        "dynasty_lightning.cli.command_line.run_grid",
+        "dynasty_lightning.cli.compare.run_grid",
         lambda grid, out, **_: (
             seen.append(grid)
             or compare.Outcome(complete=0, diverged=0, failed=0, stood=0, unsaved=0)
@@ -336,7 +340,7 @@ def test_a_dry_run_says_what_is_done(out, capsys):
 
 
 def test_a_killed_worker_costs_its_run_only(out):
-    outcome, said = run(grid(), out, fake_but_one_is_killed, in_process=False, at_once=1)
+    outcome, said = run(grid(), out, fake_but_one_is_killed, in_process=False, workers=1)
     assert (outcome.complete, outcome.failed, outcome.exit_code) == (3, 1, 1)
     assert [(r["name"], r["seed"], r["status"]) for r in lines(out)] == [
         ("float32", 0, "complete"),
@@ -354,17 +358,17 @@ def test_a_killed_worker_costs_its_run_only(out):
 
 def test_a_run_that_hangs_is_ended_and_told_of(out):
     outcome, _ = run(
-        grid(), out, fake_but_one_hangs, in_process=False, at_once=1, silence=2.0
+        grid(), out, fake_but_one_hangs, in_process=False, workers=1, timeout=2.0
     )  # a worker's start takes longer
     assert (outcome.complete, outcome.failed, outcome.exit_code) == (3, 1, 1)
     lost = [r for r in lines(out) if r["status"] == "failed"]
     assert [(r["name"], r["seed"]) for r in lost] == [("float32", 1)]
     assert lost[0]["error"].startswith("nothing was heard of it for 2 s, so it was ended: it hung")
     with pytest.raises(ValueError, match="must be positive, not 0"):
-        run(grid(), out, fake, in_process=False, silence=0)
+        run(grid(), out, fake, in_process=False, timeout=0)
 
 
-def environment(job, send):
+def variables(job, send):
     names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
     if job == "leave":
         os._exit(3)
@@ -375,7 +379,7 @@ def test_workers_keep_memory_and_say_how_they_ended(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     taken = []
-    run_in_workers(environment, ["leave", "look"], lambda *message: taken.append(message), count=1)
+    run_in_workers(variables, ["leave", "look"], lambda *message: taken.append(message), count=1)
     assert taken[0] == ("died", "leave", "the worker process ended by itself with exit code 3")
     assert taken[1][:2] == ("done", "look")
     assert taken[1][2][0] == ["33554432", "8589934592", "1"]  # what is set stays
@@ -390,7 +394,7 @@ if __name__ == "__main__":
     import test_compare
     from pathlib import Path
     from dynasty_lightning.study.grid import run_grid
-    run_grid(test_compare.grid(["float32"], range(200)), Path({str(out)!r}), train=test_compare.{code}, at_once=2)
+    run_grid(test_compare.grid(["float32"], range(200)), Path({str(out)!r}), train=test_compare.{code}, workers=2)
 """
     script = out.with_name("run.py")
     script.write_text(program)
@@ -574,7 +578,7 @@ def test_numbers_lost_on_the_way_and_found_again_are_no_divergence():
 
 def test_an_error_after_losses_that_are_no_numbers_is_a_divergence(monkeypatch):
     monkeypatch.setattr(
-        "dynasty_lightning.study.run._Watch.mean_loss", property(lambda self: 1 / 0)
+        "dynasty_lightning.study.watch.RunWatch.mean_loss", property(lambda self: 1 / 0)
     )
     failed = train_one(config("float32"))
     assert (failed["status"], failed["error"]) == ("failed", "ZeroDivisionError: division by zero")
@@ -614,7 +618,7 @@ def test_no_core_for_long_blocks():
 
 
 def test_an_error_in_the_core_model_costs_no_run(monkeypatch):
-    monkeypatch.setattr(runs, "core_speedups", lambda *_: 1 / 0)
+    monkeypatch.setattr(core_watch, "core_speedups", lambda *_: 1 / 0)
     record = train_one(config())
     assert (record["status"], record["core_error"]) == (
         "complete",
@@ -624,7 +628,7 @@ def test_an_error_in_the_core_model_costs_no_run(monkeypatch):
 
 
 class StandIn:
-    """A callback and a Trainer as far as `_CoreWatch` looks at them."""
+    """A callback and a Trainer as far as `CoreWatch` looks at them."""
 
     def __init__(self, steps, warmup=0):
         self.schedule = AnalysisSchedule(interval=50, warmup_steps=warmup)
@@ -642,8 +646,8 @@ def watched(monkeypatch, speedup_at, *, steps, warmup):
         looked.append(stand_in.global_step)
         return speedup_at(stand_in.global_step), 2 * speedup_at(stand_in.global_step)
 
-    monkeypatch.setattr(runs, "core_speedups", speedups)
-    watch = runs._CoreWatch(stand_in)
+    monkeypatch.setattr(core_watch, "core_speedups", speedups)
+    watch = core_watch.CoreWatch(stand_in)
     watch.on_train_start(stand_in, None)
     module = SimpleNamespace(network=None)
     for step in range(1, steps + 1):
@@ -696,39 +700,39 @@ def test_history_is_thinned():
         }
         for i in range(1000)
     ]
-    thin = runs.thinned(history)
+    thin = thinned(history)
     assert len(thin) == 40
     assert (thin[0]["step"], thin[-1]["step"]) == (0, 999)
-    assert [h["step"] for h in runs.thinned(history[:3])] == [0, 1, 2]
-    assert [h["step"] for h in runs.thinned(history[:1])] == [0]
+    assert [h["step"] for h in thinned(history[:3])] == [0, 1, 2]
+    assert [h["step"] for h in thinned(history[:1])] == [0]
     assert thin[0]["bits"] == {"X": 0.333333}
-    assert runs.thinned([]) == []
+    assert thinned([]) == []
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
-    runs.commit.cache_clear()
+    environment.commit.cache_clear()
     try:
-        monkeypatch.setattr(runs, "_PACKAGE", tmp_path)
-        assert runs.commit() is None
-        runs.commit.cache_clear()
+        monkeypatch.setattr(environment, "PACKAGE", tmp_path)
+        assert environment.commit() is None
+        environment.commit.cache_clear()
         package = tmp_path / "dynasty_lightning"
         package.mkdir()
         (package / "__init__.py").write_text("")
-        monkeypatch.setattr(runs, "_PACKAGE", package)
+        monkeypatch.setattr(environment, "PACKAGE", package)
         git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run([*git, "init", "-q"], check=True)
-        assert runs.commit() is None  # a checkout, but not of this package
-        runs.commit.cache_clear()
+        assert environment.commit() is None  # a checkout, but not of this package
+        environment.commit.cache_clear()
         subprocess.run([*git, "add", "dynasty_lightning"], check=True)
         subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
         (tmp_path / "results.jsonl").write_text("{}\n")  # results are no change of the code
-        clean = runs.commit()
+        clean = environment.commit()
         assert len(clean) == 40
-        runs.commit.cache_clear()
+        environment.commit.cache_clear()
         (package / "__init__.py").write_text("x = 1\n")
-        assert runs.commit() == clean + "+changes"
+        assert environment.commit() == clean + "+changes"
     finally:
-        runs.commit.cache_clear()
+        environment.commit.cache_clear()
 
 
 # -- The command
@@ -743,20 +747,20 @@ def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
         (["--methods", "dynasty", "--out", "f"], "dynasty needs a speedup to steer to"),
         (["--methods", "dynasty@5:frob=1", "--out", "f"], "frob"),
         (["--methods", "float32", "--out", "f", "--seeds", "0"], "--seeds must be at least 1"),
-        (["--methods", "float32", "--out", "f", "--threads", "0"], "--threads must be at least 1"),
+        (["--methods", "float32", "--out", "f", "--workers", "0"], "--workers must be at least 1"),
         (
-            ["--methods", "float32", "--out", "f", "--silence", "0"],
-            "--silence must be a positive number of minutes, or inf",
+            ["--methods", "float32", "--out", "f", "--timeout", "0"],
+            "--timeout must be a positive number of minutes, or inf",
         ),
         (
-            ["--methods", "float32", "--out", "f", "--keep", "0"],
-            "--keep must be a positive number of minutes, or inf",
+            ["--methods", "float32", "--out", "f", "--checkpoint-every", "0"],
+            "--checkpoint-every must be a positive number of minutes, or inf",
         ),
         (["--methods", "float32", "--out", "f", "--data", "mnist"], "unknown data 'mnist'"),
         (["--methods", "float32", "--out", "f", "--epochs", "0"], "epochs must be at least 1"),
         (
             ["--methods", "float32", "--out", "f", "--block-shape", "44"],
-            "invalid _shape value: '44'",
+            "invalid shape value: '44'",
         ),
         (["--report-only", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
     ],
@@ -786,6 +790,34 @@ def test_interrupted(capsys, out, monkeypatch):
     monkeypatch.setattr(compare, "run_in_workers", interrupted)
     assert main(["compare", "--methods", "float32", *OPTIONS, "--out", str(out)]) == 130
     assert "interrupted; what was finished is in the file of results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name", "value"),
+    [
+        ("--silence", "--timeout", "timeout", 90.0),
+        ("--keep", "--checkpoint-every", "checkpoint_every", 90.0),
+        ("--threads", "--workers", "workers", 3),
+    ],
+)
+def test_words_of_before_are_understood_and_not_shown(
+    capsys, out, monkeypatch, old, new, name, value
+):
+    seen = []
+    monkeypatch.setattr(
+        "dynasty_lightning.cli.compare.run_grid",
+        lambda grid, out, **options: seen.append(options) or SimpleNamespace(exit_code=0),
+    )
+    number = "3" if name == "workers" else "1.5"
+    for word in (old, new):
+        assert main(["compare", "--methods", "float32", "--out", str(out), word, number]) == 0
+    assert seen[0] == seen[1]
+    assert seen[0][name] == value
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert new in shown
+    assert f"{old} " not in shown
 
 
 def test_help(capsys):

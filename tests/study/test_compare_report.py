@@ -9,10 +9,13 @@ import pytest
 from matplotlib import pyplot
 
 from dynasty_lightning.cli import main
+from dynasty_lightning.study.config import RunConfig
+from dynasty_lightning.study.record import record_of
 from dynasty_lightning.study.report.markdown import write_report
-from dynasty_lightning.study.report.pictures import draw_course, draw_differences, draw_pareto
-from dynasty_lightning.study.report.settings import Difference, courses, settings_of, titles
-from dynasty_lightning.study.run import RunConfig, record_of
+from dynasty_lightning.study.report.pareto import draw_pareto
+from dynasty_lightning.study.report.pictures import course_pairs, draw_course, draw_differences
+from dynasty_lightning.study.report.settings import courses, settings_of, titles
+from dynasty_lightning.study.report.statistics import Difference
 
 TASK = {"train_samples": 50000, "test_samples": 10000, "validation_samples": 0}
 
@@ -154,7 +157,7 @@ def test_pairs_are_by_seed_and_of_completed_runs_only():
     assert difference.spread.mean == pytest.approx(-1.5)
 
 
-def test_rivals_are_those_with_the_same_target_and_blocks():
+def test_baselines_are_those_with_the_same_target_and_blocks():
     records = [run("dynasty@5.1", s, a) for s, a in enumerate((0.50, 0.52, 0.55))] + [
         run("per_layer@5.1", s, 0.50) for s in (0, 1)
     ]
@@ -171,8 +174,8 @@ def test_rivals_are_those_with_the_same_target_and_blocks():
     ]
     (setting,) = settings_of(records)
     found = {
-        (ours.label, rival.label): (d.spread.n, round(d.spread.mean, 6))
-        for ours, rival, d in setting.against_rivals()
+        (row.label, other.label): (d.spread.n, round(d.spread.mean, 6))
+        for row, other, d in setting.against_baselines()
     }
     assert found == {
         ("dynasty@5.1", "per_layer@5.1"): (2, 1.0),  # 0 and 2 points
@@ -181,7 +184,7 @@ def test_rivals_are_those_with_the_same_target_and_blocks():
     }
 
 
-def test_rivals_in_the_report(report):
+def test_baselines_in_the_report(report):
     text, _ = report(study())
     assert "with the same target" not in text
     text, _ = report(
@@ -201,16 +204,16 @@ def test_rivals_in_the_report(report):
     )  # four methods minus uniform 8 bits, and this one
 
 
-def test_rivals_at_another_cost_are_not_compared(report):
+def test_baselines_at_another_cost_are_not_compared(report):
     """4.65x and 3.36x are not the same target, whatever both asked for."""
-    ours = [run("dynasty@5", seed, 0.60 + seed / 100, speedup_charged=4.65) for seed in range(3)]
+    dynamic = [run("dynasty@5", seed, 0.60 + seed / 100, speedup_charged=4.65) for seed in range(3)]
     text, _ = report(
-        [*ours, *(run("per_layer@5", seed, 0.59, speedup_charged=3.36) for seed in range(3))]
+        [*dynamic, *(run("per_layer@5", seed, 0.59, speedup_charged=3.36) for seed in range(3))]
     )
     ((_, _, says),) = rows(text, "| with the same target").values()
     assert says == "not the same cost: 4.65x and 3.36x, where 5x was asked for"
     text, _ = report(
-        [*ours, *(run("per_layer@5", seed, 0.59, speedup_charged=None) for seed in range(3))]
+        [*dynamic, *(run("per_layer@5", seed, 0.59, speedup_charged=None) for seed in range(3))]
     )
     ((_, _, says),) = rows(text, "| with the same target").values()
     assert says == "not the same cost: 4.65x and an unknown speedup, where 5x was asked for"
@@ -301,8 +304,8 @@ def test_what_was_trained_otherwise_stands_apart():
         "dynasty@5 (block shape 8x8, interval 9)",
         "uniform8",
     ]
-    assert setting.baseline_of(setting.rows[2]) is setting.rows[1]  # with the same blocks
-    assert setting.baseline_of(setting.rows[0]) is setting.rows[3]
+    assert setting.reference_of(setting.rows[2]) is setting.rows[1]  # with the same blocks
+    assert setting.reference_of(setting.rows[0]) is setting.rows[3]
 
 
 # -- The report
@@ -589,15 +592,10 @@ def test_course_in_the_report(report):
     assert "uniform4" not in section
 
 
-def test_picture_of_a_course(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(
-        "dynasty_lightning.study.report.pictures.save_picture",
-        lambda figure, path: figures.append(figure) or path,
-    )
+def test_picture_of_a_course():
     (course,) = courses(settings_of(lengths()))
-    assert draw_course(course, tmp_path / "a.png") == tmp_path / "a.png"
-    axes = figures[0].axes[0]
+    figure = draw_course(course)
+    axes = figure.axes[0]
     (means,) = [line for line in axes.lines if line.get_label() == "dynasty@5.1, n = 3, 2, 1"]
     assert means.get_xdata().tolist() == [5, 10, 20]
     assert means.get_ydata().tolist() == [
@@ -607,5 +605,5 @@ def test_picture_of_a_course(tmp_path, monkeypatch):
     ]
     assert len(axes.containers) == 1  # an interval for three pairs, none for two or one
     alone = courses(settings_of([r for r in lengths() if r["config"]["method"] == "uniform8"]))
-    assert draw_course(alone[0], tmp_path / "b.png") is None
-    assert len(figures) == 1
+    assert course_pairs(alone[0]) == {}
+    pyplot.close(figure)

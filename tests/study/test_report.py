@@ -10,7 +10,8 @@ import pytest
 from matplotlib import pyplot
 
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.study.report import demo as report
+from dynasty_lightning.study.report import demo, demo_pictures, run_folder
+from dynasty_lightning.study.report.statistics import Spread
 
 LAYERS = ["network.stem", "network.blocks.0.conv1", "network.head"]
 
@@ -131,12 +132,12 @@ def texts(figure):
 
 
 def test_spread():
-    spread = report.Spread.of([1.0, 2.0, 3.0])
+    spread = Spread.of([1.0, 2.0, 3.0])
     assert (spread.mean, spread.sd, spread.n) == (2.0, 1.0, 3)
     assert spread.text() == "2.00 ± 1.00"
-    assert report.Spread.of([1.5]).text(".1f") == "1.5"
-    assert report.Spread.of([]).text() == "-"
-    assert math.isnan(report.Spread.of([1.5]).sd)
+    assert Spread.of([1.5]).text(".1f") == "1.5"
+    assert Spread.of([]).text() == "-"
+    assert math.isnan(Spread.of([1.5]).sd)
 
 
 def test_differences_are_paired_by_seed():
@@ -147,13 +148,13 @@ def test_differences_are_paired_by_seed():
         run("dynasty", 0, 0.49),
         run("dynasty", 2, 0.1),
     ]
-    difference = report.paired_difference(make_summary(runs=runs), "dynasty")
+    difference = demo.paired_difference(make_summary(runs=runs), "dynasty")
     assert difference.n == 2
     assert difference.mean == pytest.approx(-1.5)
 
 
 def test_table():
-    table = report.format_table(make_summary())
+    table = demo.format_table(make_summary())
     rows = {
         label: values
         for label, *values in (re.split(r" {2,}", line.strip()) for line in table.splitlines())
@@ -182,8 +183,11 @@ def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
     history.write_text("\n".join([lines[0], "{", json.dumps({"step": 15}), lines[0], *lines[1:]]))
     (folder / "widths-0.npz").write_bytes(b"PK" * 100)
     with pytest.warns(UserWarning, match="is left out|lacks a picture") as caught:
-        pictures = report.draw_report(folder)
-    assert [p.name for p in pictures] == [report.ACCURACY_PICTURE, report.TIME_PICTURE]
+        pictures = demo_pictures.draw_report(folder)
+    assert [p.name for p in pictures] == [
+        demo_pictures.ACCURACY_PICTURE,
+        demo_pictures.TIME_PICTURE,
+    ]
     told = "\n".join(str(w.message) for w in caught)
     for text in (
         f"{path}, run 2 is left out: it is no object, but 7",
@@ -215,7 +219,7 @@ def test_odd_runs_lines_and_files_are_told_and_the_rest_is_drawn(folder):
 def test_a_summary_that_is_none_is_refused_by_name(tmp_path, text, message):
     (tmp_path / "summary.json").write_bytes(text)
     with pytest.raises(ValueError, match=message) as caught:
-        report.read_summary(tmp_path)
+        run_folder.read_summary(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
@@ -225,11 +229,11 @@ def test_table_of_digits_says_that_they_are_no_evidence():
 
 
 def table_note(summary):
-    return "no evidence for accuracy" in report.format_table(summary)
+    return "no evidence for accuracy" in demo.format_table(summary)
 
 
 def test_table_of_a_single_run_without_figures():
-    table = report.format_table(
+    table = demo.format_table(
         make_summary(runs=[run("dynasty", 0, 0.9, analytics_share=None, bits=None)])
     )
     assert "90.00" in table
@@ -237,7 +241,7 @@ def test_table_of_a_single_run_without_figures():
 
 
 def test_all_pictures(folder):
-    pictures = report.draw_report(folder)
+    pictures = demo_pictures.draw_report(folder)
     assert [p.name for p in pictures] == [
         "accuracy-speedup.png",
         "widths-over-time.png",
@@ -254,13 +258,13 @@ def test_all_pictures(folder):
 def test_a_folder_without_dynamic_runs_gets_the_picture_it_can(folder):
     summary = make_summary(runs=[run("float32", 0, 0.9), run("uniform8", 0, 0.9)])
     (folder / "summary.json").write_text(json.dumps(summary))
-    assert [p.name for p in report.draw_report(folder)] == ["accuracy-speedup.png"]
+    assert [p.name for p in demo_pictures.draw_report(folder)] == ["accuracy-speedup.png"]
     (folder / "summary.json").write_text(json.dumps(make_summary(runs=[run("float32", 0, 0.9)])))
-    assert report.draw_report(folder) == []
+    assert demo_pictures.draw_report(folder) == []
 
 
 def test_accuracy_picture_says_what_it_shows():
-    shown = texts(report.draw_accuracy(make_summary())).replace("\n", " ")
+    shown = texts(demo_pictures.draw_accuracy(make_summary())).replace("\n", " ")
     assert (
         "Dynamic precision needs 5.1x fewer bit products than uniform 8-bit blocks; accuracy "
         "changes by +0.00 ± 1.00 points" in shown
@@ -268,9 +272,9 @@ def test_accuracy_picture_says_what_it_shows():
     assert "n = 3" in shown
     assert "Test accuracy (%)" in shown
     assert "no evidence" not in shown
-    assert "no evidence" in texts(report.draw_accuracy(make_summary("digits")))
+    assert "no evidence" in texts(demo_pictures.draw_accuracy(make_summary("digits")))
     other = texts(
-        report.draw_accuracy(
+        demo_pictures.draw_accuracy(
             make_summary(
                 runs=[run("uniform8", 0, 0.9), run("uniform4", 0, 0.88, speedup_charged=4.0)]
             )
@@ -282,7 +286,7 @@ def test_accuracy_picture_says_what_it_shows():
 def test_time_picture():
     summary = make_summary()
     dynamic = summary["runs"][-3]
-    figure = report.draw_widths_over_time(make_history(), dynamic, summary)
+    figure = demo_pictures.draw_widths_over_time(make_history(), dynamic, summary)
     meshes = [axes.collections[0] for axes in figure.axes[:3]]
     np.testing.assert_allclose(meshes[0].get_array()[:, -1], [2, 3, 4])
     np.testing.assert_allclose(meshes[2].get_array()[:, -1], [4, 5, 6])
@@ -296,7 +300,7 @@ def test_time_picture():
 
 def test_image_picture_of_grey_images_compares_figure_and_ground():
     summary = make_summary()
-    shown = texts(report.draw_widths_over_image(make_widths(), summary["runs"][-3], summary))
+    shown = texts(demo_pictures.draw_widths_over_image(make_widths(), summary["runs"][-3], summary))
     assert "Widths follow the image: 6.0 bits on average inside the outline, 2.0 outside" in shown
     assert "blocks.0.conv1" in shown
     assert "bag" in shown
@@ -306,20 +310,20 @@ def test_image_picture_claims_no_difference_that_is_not_there():
     summary, widths = make_summary(), make_widths()
     widths["X/network.blocks.0.conv1"][:] = 3
     assert "3.0 to 3.0 bits" in texts(
-        report.draw_widths_over_image(widths, summary["runs"][-3], summary)
+        demo_pictures.draw_widths_over_image(widths, summary["runs"][-3], summary)
     )
     colour = texts(
-        report.draw_widths_over_image(make_widths(channels=3), summary["runs"][-3], summary)
+        demo_pictures.draw_widths_over_image(make_widths(channels=3), summary["runs"][-3], summary)
     )
     assert "Each image gets its own widths, block by block: 2.0 to 6.0 bits" in colour
 
 
 def test_picture_layer():
-    assert report.picture_layer(make_widths()) == "network.blocks.0.conv1"
+    assert demo_pictures.picture_layer(make_widths()) == "network.blocks.0.conv1"
     stem = {"X/network.stem": np.zeros((4, 1, 8, 8), np.uint8)}
-    assert report.picture_layer(stem) == "network.stem"
+    assert demo_pictures.picture_layer(stem) == "network.stem"
     with pytest.raises(ValueError, match="no convolution"):
-        report.picture_layer({"images": np.zeros(1)})
+        demo_pictures.picture_layer({"images": np.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -333,9 +337,9 @@ def test_picture_layer():
 def test_a_wrong_summary(tmp_path, content, message):
     (tmp_path / "summary.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        report.read_summary(tmp_path)
+        run_folder.read_summary(tmp_path)
 
 
 def test_no_summary(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no summary.json: name a folder that"):
-        report.read_summary(tmp_path)
+        run_folder.read_summary(tmp_path)

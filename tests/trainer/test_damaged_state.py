@@ -24,9 +24,14 @@ from dynasty_lightning import (
 from dynasty_lightning.files import DamagedFile
 from dynasty_lightning.maps.structure import ModelStructure
 from dynasty_lightning.numerics.geometry import LayerGeometry
-from dynasty_lightning.study import demo
+from dynasty_lightning.study import demo_run
 from dynasty_lightning.study.checkpoint import RunCheckpoint
-from dynasty_lightning.study.report.demo import SUMMARY_FILE, read_history, read_summary
+from dynasty_lightning.study.report.run_folder import (
+    SUMMARY_FILE,
+    read_history,
+    read_summary,
+    write_summary,
+)
 from dynasty_lightning.study.results import ResultsFile, read_records
 from dynasty_lightning.trainer.checked_state import reading, sealed_state, state_digest
 from dynasty_lightning.trainer.checkpoint_files import SealedCheckpointIO, read_checkpoint
@@ -135,9 +140,9 @@ class Demo:
 
 def write_demo(path):
     """A run folder; the file of the path is one of it."""
-    files = demo._write_run_files(path.parent, Demo(), "dynasty", 0)
+    files = demo_run.write_run_files(path.parent, Demo(), "dynasty", 0)
     figures = {"accuracy": 0.5, "speedup_charged": 4.5, "steps": 9}
-    demo._write_summary(
+    write_summary(
         path.parent,
         {
             "args": {"data": "digits", "model": "mlp"},

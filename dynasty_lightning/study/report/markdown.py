@@ -1,80 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads files of results that `compare` wrote; gives a Markdown report with pictures beside it."""
 
+import difflib
 import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...files import write_whole
-from ..record_fields import check_reported, last_line, options_of
+from ..record_fields import COMPLETE, DIVERGED, check_reported, last_line, options_of
 from ..results import sift_records
-from ..run import COMPLETE, DIVERGED
-from .demo import BASELINE, DIGITS_NOTE, Spread
-from .pictures import draw_course, draw_setting
-from .settings import CONFIDENCE, CORE, Difference, Row, Setting, courses, settings_of, titles
+from .demo import DIGITS_NOTE
+from .pictures import Draw, course_pairs, draw_course, pictures_of, save_pictures
+from .settings import CORE, Row, Setting, courses, settings_of, titles
+from .statistics import CONFIDENCE, REFERENCE, Difference, Spread
 
 
-def write_report(files: Sequence[Path], out: Path) -> list[Path]:
-    """Write a Markdown report of files of results, and its pictures beside it.
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A report before anything is written: its text, and what draws its pictures, by file name.
 
-    Returns:
-        The report and the pictures.
+    >>> Page(text="# Results", pictures={}).text
+    '# Results'
+    """
+
+    text: str
+    pictures: Mapping[str, Draw]
+
+
+def compose_report(files: Sequence[Path], stem: str) -> Page:
+    """The report of files of results, whose pictures' names begin with `stem`.
+
+    >>> compose_report([Path("none.jsonl")], "page")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: [Errno 2] No such file or directory: 'none.jsonl'
 
     Raises:
         FileNotFoundError: a file that does not exist.
         ValueError: no record in any of them.
     """
     found = [sift_records(path, check_reported) for path in files]
-    records, odd = (
-        list({r["key"]: r for some, _ in found for r in some}.values()),
-        [text for _, texts in found for text in texts],
-    )
+    records = list({r["key"]: r for some, _ in found for r in some}.values())
+    odd = [text for _, texts in found for text in texts]
     for text in odd:
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=3)
     if not records:
         raise ValueError(
             f"no record in {', '.join(map(str, files))}: nothing has run yet"
             + (f", or {odd[0]}" if odd else "")
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     settings = settings_of(records)
-    written, parts = [], []
+    pictures: dict[str, Draw] = {}
+    parts = []
     lengths = courses(settings)
     for number, course in enumerate(lengths, start=1):
-        stem = f"{out.stem}-length" if len(lengths) == 1 else f"{out.stem}-length-{number}"
-        picture = draw_course(course, out.parent / f"{stem}.png")
-        written += [picture] if picture else []
-        parts.append(_course_section(course, picture))
+        name = f"{stem}-length.png" if len(lengths) == 1 else f"{stem}-length-{number}.png"
+        drawn = bool(course_pairs(course))
+        pictures |= {name: partial(draw_course, course)} if drawn else {}
+        parts.append(_course_section(course, name if drawn else None))
     for number, (setting, title) in enumerate(
         zip(settings, titles(settings), strict=True), start=1
     ):
-        stem = out.stem if len(settings) == 1 else f"{out.stem}-{number}"
-        pictures = draw_setting(setting, out.parent, stem)
-        written += pictures
-        parts.append(_section(setting, title, pictures))
+        of_setting = pictures_of(setting, stem if len(settings) == 1 else f"{stem}-{number}")
+        pictures |= of_setting
+        parts.append(_section(setting, title, list(of_setting)))
     title = f"# Results of {', '.join(path.name for path in files)}\n"
-    write_whole(out, "\n".join([title, *parts, *_left_out(odd), _provenance(records)]))
-    return [out, *written]
+    text = "\n".join([title, *parts, *_left_out(odd), _provenance(records)])
+    return Page(text=text, pictures=pictures)
+
+
+def write_report(files: Sequence[Path], out: Path) -> list[Path]:
+    """Write a Markdown report of files of results, and its pictures beside it.
+
+    >>> write_report([Path("none.jsonl")], Path("page.md"))
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: [Errno 2] No such file or directory: 'none.jsonl'
+
+    Returns:
+        The report and the pictures.
+
+    Raises:
+        FileNotFoundError, ValueError: as `compose_report`; nothing is written.
+    """
+    page = compose_report(files, out.stem)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = save_pictures(page.pictures, out.parent)
+    write_whole(out, page.text)
+    return [out, *pictures]
+
+
+def check_report(files: Sequence[Path], out: Path) -> list[str]:
+    """What `write_report` would change: lines of text, none where the page is up to date. Pictures
+    have to be there; what is in them is not compared, for Matplotlib's versions draw differently.
+
+    >>> check_report([Path("none.jsonl")], Path("page.md"))
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: [Errno 2] No such file or directory: 'none.jsonl'
+    """
+    page = compose_report(files, out.stem)
+    there = out.read_text() if out.is_file() else ""
+    lines = difflib.unified_diff(
+        there.splitlines(), page.text.splitlines(), str(out), "what the records give", lineterm=""
+    )
+    missing = [name for name in page.pictures if not (out.parent / name).is_file()]
+    return [*lines, *(f"{out.parent / name} is missing" for name in missing)]
 
 
 # -- Text
 
 
-def _course_section(course: Sequence[Setting], picture: Path | None) -> str:
+def _course_section(course: Sequence[Setting], picture: str | None) -> str:
     """Methods that were trained for several lengths, beside each other."""
     name = course[0].name
     lines = [f"## {name}: length of training\n"]
-    lines += [f"![{name}: differences against epochs]({picture.name})\n"] if picture else []
+    lines += [f"![{name}: differences against epochs]({picture})\n"] if picture else []
     header = [
         "method",
         "epochs",
         "runs",
         "accuracy %",
         "loss",
-        f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]",
+        f"minus {REFERENCE}, points [{CONFIDENCE:.0%} interval]",
         "which says",
     ]
     several = [
@@ -92,22 +145,24 @@ def _course_section(course: Sequence[Setting], picture: Path | None) -> str:
     return "\n".join([*lines, *_table(header, cells)])
 
 
-def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
+def _section(setting: Setting, title: str, pictures: Sequence[str]) -> str:
     lines = [f"## {title}\n", f"{setting.text()}.\n"]
     if setting.values["data"] == "digits":
         lines.append(f"{DIGITS_NOTE}\n")
-    lines += [f"![{title}: {path.stem.rpartition('-')[2]}]({path.name})\n" for path in pictures]
+    lines += [
+        f"![{title}: {name.removesuffix('.png').rpartition('-')[2]}]({name})\n" for name in pictures
+    ]
     header = [
         "method",
         "runs",
         "accuracy %",
         "loss",
-        f"minus {BASELINE}, points [{CONFIDENCE:.0%} interval]",
+        f"minus {REFERENCE}, points [{CONFIDENCE:.0%} interval]",
         "which says",
     ]
     lines += _table(header, [_accuracy_cells(setting, row) for row in setting.rows])
-    cases = setting.against_rivals()
-    lines += _rivals(setting, cases)
+    cases = setting.against_baselines()
+    lines += _against_baselines(setting, cases)
     lines.append(
         f"Mean ± sample standard deviation of completed runs. Differences are paired by seed; "
         f"the intervals are Student's t, "
@@ -137,9 +192,9 @@ def _section(setting: Setting, title: str, pictures: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
-def _rivals(setting: Setting, cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
-    """Ours minus each other method that was steered to the same target; where the two did not reach
-    it, what each cost instead.
+def _against_baselines(setting: Setting, cases: Sequence[tuple[Row, Row, Difference]]) -> list[str]:
+    """`dynasty` minus each other method that was steered to the same target; where the two did not
+    reach it, what each cost instead.
     """
     if not cases:
         return []
@@ -153,12 +208,12 @@ def _rivals(setting: Setting, cases: Sequence[tuple[Row, Row, Difference]]) -> l
         header,
         [
             [
-                f"{row.label} minus {rival.label}",
+                f"{row.label} minus {other.label}",
                 str(d.spread.n),
                 d.text(),
-                setting.costs_apart(row, rival) or d.reading(),
+                setting.costs_apart(row, other) or d.reading(),
             ]
-            for row, rival, d in cases
+            for row, other, d in cases
         ],
     )
 
@@ -313,4 +368,4 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-__all__ = ["write_report"]
+__all__ = ["Page", "check_report", "compose_report", "write_report"]

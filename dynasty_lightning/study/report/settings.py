@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What results are of: runs by setting and method, and paired differences with their intervals."""
+"""What results are of: runs by what they are compared at, and by method."""
 
 import json
 import math
@@ -8,83 +8,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..run import COMPLETE
-from .demo import BASELINE, Spread
+from ..config import COMPARED_AT, COMPARED_AT_LATER, OF_BLOCKS, shape_text
+from ..environment import finite
+from ..method import FLOATS
+from ..record_fields import COMPLETE
+from .statistics import REFERENCE, Difference, Spread
 
-CONFIDENCE: Final = 0.95
 CORE: Final = "speedup_core"
-OURS: Final = "dynasty"
+DYNASTY: Final = "dynasty"
 
-_SETTING: Final = (
-    "data",
-    "model",
-    "epochs",
-    "batch_size",
-    "train_samples",
-    "validation_samples",
-    "learning_rate",
-    "evaluate_on",
-)
-_LATER_SETTING: Final = {"decay": "cosine", "accelerator": "cpu"}
-"""Of a setting, too, with what they are where a record is older than they; told only where they
-differ from that.
-"""
-_OF_BLOCKS: Final = {"mode": "fast", "block_shape": [4, 4], "width_group": None, "interval": 50}
-"""Settings that belong to a row's name, with the values that are not told."""
-_FLOATS: Final = ("float32", "bf16")
 _NUMBER: Final = "0123456789."
-_TELLING_PAIRS: Final = 3
-"""The interval of two pairs is 13 of their standard errors wide on each side: that it holds zero
-says nothing.
-"""
 _REACHED: Final = 0.02
 """Of a target, by which a speedup may miss it and still be the same cost."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Paired differences in points: mean, and a two-sided interval of Student's t over the pairs
-    (NaN for fewer than two).
-    """
-
-    spread: Spread
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, differences: Sequence[float], confidence: float = CONFIDENCE) -> "Difference":
-        from scipy.stats import t  # not at import: it takes a second
-
-        spread = Spread.of(differences)
-        if spread.n < 2:
-            return cls(spread=spread, low=math.nan, high=math.nan)
-        half = float(t.ppf((1 + confidence) / 2, spread.n - 1)) * spread.sd / math.sqrt(spread.n)
-        return cls(spread=spread, low=spread.mean - half, high=spread.mean + half)
-
-    def text(self) -> str:
-        if not self.spread.n:
-            return "-"
-        interval = f" [{self.low:+.2f}, {self.high:+.2f}]" if self.spread.n > 1 else " (one pair)"
-        return f"{self.spread.mean:+.2f}{interval}"
-
-    def reading(self) -> str:
-        """What the interval says, in words. A difference that was not found is not called
-        absent.
-        """
-        if self.spread.n < 2:
-            return "no interval from fewer than two pairs"
-        if self.high < 0:
-            return f"a drop of {-self.high:.2f} to {-self.low:.2f} points"
-        if self.low > 0:
-            return f"a gain of {self.low:.2f} to {self.high:.2f} points"
-        if self.spread.n < _TELLING_PAIRS:
-            return "nothing yet: two pairs cannot tell a drop from none"
-        return f"no drop larger than {-self.low:.2f} points"
-
-
 @dataclass(kw_only=True)
 class Row:
-    """The runs of one method in one setting."""
+    """The runs of one method in one setting.
+
+    >>> row = Row(label="dynasty@5.1:interval=10")
+    >>> row.method, row.target, row.series
+    ('dynasty', '5.1', 'dynasty:interval=10')
+    """
 
     label: str
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -112,14 +57,14 @@ class Row:
 
     @property
     def blocks(self) -> str:
-        """What the label tells of blocks and intervals, in brackets; empty where all is as
+        """What the label has of blocks and intervals, in brackets; empty where all is as
         usual.
         """
         return self.label.partition(" ")[2]
 
     @property
     def is_float(self) -> bool:
-        return self.label in _FLOATS
+        return self.label in FLOATS
 
     def count(self, status: str) -> int:
         return sum(r["status"] == status for r in self.runs)
@@ -135,7 +80,11 @@ class Row:
 
 @dataclass(kw_only=True)
 class Setting:
-    """All rows that were trained alike, but for the method and the seed."""
+    """All rows that were trained alike, but for the method and the seed.
+
+    >>> Setting(values={"data": "digits", "model": "mlp"}).name
+    'digits, mlp'
+    """
 
     values: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
@@ -162,52 +111,52 @@ class Setting:
         text = f"{self.name}: {v['epochs']} epochs of {samples} {kind}, batch {v['batch_size']}"
         text += "" if v["learning_rate"] is None else f", learning rate {v['learning_rate']:g}"
         text += "".join(
-            f", {name} {v[name]}" for name, usual in _LATER_SETTING.items() if v[name] != usual
+            f", {name} {v[name]}" for name, usual in COMPARED_AT_LATER.items() if v[name] != usual
         )
         return f"{text}; accuracy on {tested} {kind}"
 
-    def baseline_of(self, row: Row) -> Row | None:
+    def reference_of(self, row: Row) -> Row | None:
         """Uniform 8 bits with the same blocks where there is one, else plain, else any."""
-        candidates = [r for r in self.rows if r.label.split(" ")[0] == BASELINE]
-        for label in (f"{BASELINE} {row.blocks}".rstrip(), BASELINE):
+        candidates = [r for r in self.rows if r.label.split(" ")[0] == REFERENCE]
+        for label in (f"{REFERENCE} {row.blocks}".rstrip(), REFERENCE):
             for candidate in candidates:
                 if candidate.label == label:
                     return candidate
         return candidates[0] if candidates else None
 
     def pairs(self, row: Row) -> list[float] | None:
-        """Accuracy minus the baseline's with the same seed, in points; None for the baseline itself
-        and where there is none.
+        """Accuracy minus the reference's with the same seed, in points; None for the reference
+        itself and where there is none.
         """
-        baseline = self.baseline_of(row)
-        return None if baseline is None or baseline is row else _paired(row, baseline)
+        reference = self.reference_of(row)
+        return None if reference is None or reference is row else _paired(row, reference)
 
     def difference(self, row: Row) -> Difference | None:
         """Mean and interval of `pairs`."""
         pairs = self.pairs(row)
         return None if pairs is None else Difference.of(pairs)
 
-    def costs_apart(self, row: Row, rival: Row) -> str | None:
+    def costs_apart(self, row: Row, other: Row) -> str | None:
         """What two rows with one target cost, where that is not the same: one of them is not within
-        2 % of the target, or tells nothing.
+        2 % of the target, or has none.
         """
-        speeds = [r.spread("speedup_charged") for r in (row, rival)]
+        speeds = [r.spread("speedup_charged") for r in (row, other)]
         target = float(row.target or "nan") if (row.target or "").count(".") <= 1 else math.nan
         if all(s.n and abs(s.mean - target) <= _REACHED * target for s in speeds):
             return None
-        told = " and ".join(f"{s.mean:.2f}x" if s.n else "an unknown speedup" for s in speeds)
-        return f"not the same cost: {told}, where {row.target}x was asked for"
+        costs = " and ".join(f"{s.mean:.2f}x" if s.n else "an unknown speedup" for s in speeds)
+        return f"not the same cost: {costs}, where {row.target}x was asked for"
 
-    def against_rivals(self) -> list[tuple[Row, Row, Difference]]:
-        """Ours and each other method with the same target and blocks, where a seed has both:
-        accuracy of ours minus the other's.
+    def against_baselines(self) -> list[tuple[Row, Row, Difference]]:
+        """`dynasty` and each other method with the same target and blocks, where a seed has both:
+        accuracy of the first minus the other's.
         """
-        ours = [row for row in self.rows if row.method == OURS and row.target]
         cases = [
-            (row, rival, Difference.of(_paired(row, rival)))
-            for row in ours
-            for rival in self.rows
-            if rival.method != OURS and (rival.target, rival.blocks) == (row.target, row.blocks)
+            (row, other, Difference.of(_paired(row, other)))
+            for row in self.rows
+            if row.method == DYNASTY and row.target
+            for other in self.rows
+            if other.method != DYNASTY and (other.target, other.blocks) == (row.target, row.blocks)
         ]
         return [case for case in cases if case[2].spread.n]
 
@@ -223,12 +172,20 @@ def _paired(row: Row, reference: Row) -> list[float]:
 
 
 def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:
-    """Records by setting and method, in the order in which they came."""
+    """Records by setting and method, in the order in which they came.
+
+    >>> records = [
+    ...     {"config": {"method": method, "data": "digits", "model": "mlp", "epochs": epochs}}
+    ...     for epochs in (1, 2) for method in ("float32", "uniform8")
+    ... ]
+    >>> [[row.label for row in setting.rows] for setting in settings_of(records)]
+    [['float32', 'uniform8'], ['float32', 'uniform8']]
+    """
     settings: dict[str, Setting] = {}
     for record in records:
         config = record["config"]
-        values = {name: config.get(name) for name in _SETTING} | {
-            name: config.get(name, usual) for name, usual in _LATER_SETTING.items()
+        values = {name: config.get(name) for name in COMPARED_AT} | {
+            name: config.get(name, usual) for name, usual in COMPARED_AT_LATER.items()
         }
         setting = settings.setdefault(json.dumps(values, sort_keys=True), Setting(values=values))
         label = _label(config)
@@ -241,7 +198,13 @@ def settings_of(records: Iterable[dict[str, Any]]) -> list[Setting]:
 
 
 def titles(settings: Sequence[Setting]) -> list[str]:
-    """A name for each setting, with what sets it apart from others of the same data and model."""
+    """A name for each setting, with what sets it apart from others of the same data and model.
+
+    >>> titles([
+    ...     Setting(values={"data": "digits", "model": "mlp", "epochs": n}) for n in (1, 2)
+    ... ])
+    ['digits, mlp, epochs 1', 'digits, mlp, epochs 2']
+    """
     result = []
     for setting in settings:
         alike = [s for s in settings if s.name == setting.name]
@@ -264,6 +227,12 @@ def titles(settings: Sequence[Setting]) -> list[str]:
 def courses(settings: Iterable[Setting]) -> list[list[Setting]]:
     """Settings that differ in their number of epochs alone, shortest first; those that stand alone
     are left out.
+
+    >>> (course,) = courses([
+    ...     Setting(values={"data": "digits", "model": "mlp", "epochs": n}) for n in (2, 1)
+    ... ])
+    >>> [setting.values["epochs"] for setting in course]
+    [1, 2]
     """
     groups: dict[str, list[Setting]] = {}
     for setting in settings:
@@ -278,17 +247,15 @@ def courses(settings: Iterable[Setting]) -> list[list[Setting]]:
 
 def _label(config: Mapping[str, Any]) -> str:
     """The method, and what of its blocks is not as usual."""
-    told = (
-        []
-        if config["method"] in _FLOATS
-        else [
-            f"{name.replace('_', ' ')} "
-            f"{'x'.join(map(str, value)) if isinstance(value, list) else value}"
-            for name, usual in _OF_BLOCKS.items()
-            if (value := config.get(name, usual)) != usual
-        ]
-    )
-    return config["method"] + (f" ({', '.join(told)})" if told else "")
+    if config["method"] in FLOATS:
+        return str(config["method"])
+    usual: dict[str, Any] = finite(dict(OF_BLOCKS))  # as records have them
+    others = [
+        f"{name.replace('_', ' ')} {shape_text(value) if isinstance(value, list) else value}"
+        for name in usual
+        if (value := config.get(name, usual[name])) != usual[name]
+    ]
+    return config["method"] + (f" ({', '.join(others)})" if others else "")
 
 
-__all__ = ["CONFIDENCE", "CORE", "Difference", "Row", "Setting", "courses", "settings_of", "titles"]
+__all__ = ["Row", "Setting", "courses", "settings_of", "titles"]

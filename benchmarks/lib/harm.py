@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harm of rounding errors as it is, measured in a plain float32 network by whole forward and
-backward passes.
+"""Harm (loss increase) of rounding errors as it is, measured in a plain float32 network by whole
+forward and backward passes.
 
 With l_n the losses of the samples, L their mean, dW_j the gradient of the weight of layer j of n
 and eta_j its effective step size, an error that changes l_n by delta l_n and dW_j by delta dW_j
 does the harm
 
-    H = 1/2 mean_n (delta l_n)**2 / L + P / (n L) * sum_j |delta dW_j|**2 / |dW_j|**2,    P = sum_j eta_j |dW_j|**2
+    H = 1/2 mean_n (delta l_n)**2 / L + P / (n L) * sum_j |delta dW_j|**2 / |dW_j|**2,
+    P = sum_j eta_j |dW_j|**2
 
 the excess loss by the loss's curvature (Fisher) and the share of a step's first-order gain P that
 noise takes, all layers alike, over L.

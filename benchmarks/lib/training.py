@@ -129,18 +129,19 @@ class DynamicTraining(Training):
         self.callback.on_train_batch_end(self._trainer, self._module, None, None, self.steps - 1)
 
     def _count(self) -> None:
-        """Tell the Trainer how many steps there were."""
-        self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = self.steps
+        """Give the Trainer the number of steps that there were."""
+        loop = self._trainer.fit_loop.epoch_loop.automatic_optimization
+        loop.optim_progress.optimizer.step.total.completed = self.steps
 
     def plain_step(self) -> None:
-        """A step without analysis, whatever the schedule says."""
+        """A step without analysis, whatever the schedule has."""
         self.callback.schedule.next_step = (
             self.steps + 3
         )  # the step before an analysis is observed, too
         self.step()
 
     def analysis(self) -> None:
-        """The two steps of an analysis: what the widths in force cost, and statistics with E at 8
+        """The two steps of an analysis: what the active widths cost, and statistics with E at 8
         bits, followed by a new map.
         """
         self.callback.schedule.next_step = self.steps + 2
@@ -182,11 +183,11 @@ class DynamicTraining(Training):
 
     @property
     def speedup(self) -> float:
-        """In bit products, zero blocks charged, of the last analysed step."""
+        """In bit products, zero blocks counted, of the last analysed step."""
         return max(float(self.callback.history[-1]["speedup_charged"]), 1e-6)
 
     def figures(self) -> dict[str, Any]:
-        """What the map in force amounts to."""
+        """What the active map amounts to."""
         last = self.callback.history[-1]
         return {
             "target_speedup": TARGET,

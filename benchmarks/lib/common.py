@@ -22,15 +22,9 @@ import torch
 from torch import Tensor
 
 from dynasty_lightning.files import write_whole
-from dynasty_lightning.study.demo import machine, versions
+from dynasty_lightning.study.environment import machine, versions
+from dynasty_lightning.study.workers import MALLOC
 
-# glibc hands large temporaries back to the system after each use and takes page faults for them in
-# the next step; these keep them. 32 MiB is the largest threshold that glibc accepts.
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 _MARK = "DYNASTY_BENCHMARK_MALLOC"
 
 
