@@ -35,9 +35,9 @@ def with_names_of_their_own(module: ModuleType) -> list[str]:
     names = []
     for name in getattr(module, "__all__", ()):
         value = getattr(module, name)
-        if inspect.isfunction(value) or inspect.isclass(value):
-            if value.__module__ == module.__name__:
-                names.append(name)
+        is_definition = inspect.isfunction(value) or inspect.isclass(value)
+        if is_definition and value.__module__ == module.__name__:
+            names.append(name)
     return names
 
 
