@@ -20,11 +20,14 @@ from typing import Final, TextIO
 
 from ..boards import load_board
 from ..devices.base import MAX_TIMEOUT_S
-from .emit import check_folder
 from ..errors import CompileError, DeviceTimeout, ToolMissing
 from ..fields import read_xml, shown
 from ..files import write_whole
 from ..libraries import run
+from .emit import check_folder
+
+__all__ = ["SynthesisReport", "Tool", "build", "find_tool", "read_report"]
+
 
 _COUNT: Final = re.compile(r"[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
@@ -47,7 +50,11 @@ _TAIL_BYTES: Final = 64 << 10
 
 @dataclass(frozen=True)
 class Tool:
-    """A vendor tool on PATH: its name, path, and the version that it says."""
+    """A vendor tool on PATH: its name, path, and the version that it says.
+
+    >>> Tool("vitis_hls", "/opt/xilinx/bin/vitis_hls", "2023.1").version
+    '2023.1'
+    """
 
     name: str
     path: str
@@ -63,6 +70,18 @@ class SynthesisReport:
         latency_cycles: worst case of one run.
         intervals: initiation interval of each pipelined loop, by its label path.
         used, available: LUT, FF, DSP, BRAM_18K.
+
+    >>> report = SynthesisReport(
+    ...     tool="vitis_hls 2023.1",
+    ...     clock_ns=7.3,
+    ...     target_clock_ns=10.0,
+    ...     latency_cycles=None,
+    ...     intervals={"CYCLES": 1},
+    ...     used={"DSP": 0},
+    ...     available={"DSP": 220},
+    ... )
+    >>> report.used["DSP"] <= report.available["DSP"]
+    True
     """
 
     tool: str
@@ -75,7 +94,13 @@ class SynthesisReport:
 
 
 def find_tool() -> Tool | None:
-    """The first of vitis-run, vitis_hls and vivado_hls that is on PATH."""
+    """The first of vitis-run, vitis_hls and vivado_hls that is on PATH.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, PATH="/nowhere"):
+    ...     print(find_tool())
+    None
+    """
     for name in _TOOLS:
         if path := shutil.which(name):
             return Tool(name, path, _version(path))
@@ -109,6 +134,10 @@ def build(
         CompileError: the tool failed.
         DeviceTimeout: it did not end in time, and was stopped.
         ValueError: an unknown step, or a report that cannot be read.
+
+    >>> build(Path("."), ["synth"])
+    Traceback (most recent call last):
+    ValueError: steps are csim, csynth, cosim, export, not synth
     """
     stream = stream or sys.stdout
     unknown = [s for s in steps if s not in STEPS]
@@ -197,7 +226,15 @@ def _tail(log: Path) -> str:
 
 
 def read_report(path: Path, tool: str) -> SynthesisReport:
-    """Read a csynth.xml. Raises ValueError if it is missing or not one."""
+    """Read a csynth.xml. Raises ValueError if it is missing or not one.
+
+    >>> _ = Path("csynth.xml").write_text(
+    ...     "<profile><AreaEstimates><Resources><LUT>40000</LUT></Resources></AreaEstimates>"
+    ...     "</profile>"
+    ... )
+    >>> read_report(Path("csynth.xml"), "vitis_hls 2023.1").used
+    {'LUT': 40000}
+    """
     try:
         root = read_xml(path)
     except (OSError, ValueError) as error:

@@ -27,7 +27,11 @@ __all__ = ["OPERATIONS", "Runner", "StepReport"]
 
 @dataclass
 class StepReport:
-    """What one GEMM layer took on the device."""
+    """What one GEMM layer took on the device.
+
+    >>> StepReport(calls=1, cycles=640, bytes_moved=2048).cycles
+    640
+    """
 
     calls: int = 0
     cycles: int = 0
@@ -44,6 +48,19 @@ class Runner:
 
     Raises:
         ProgramError: the device has another configuration, or packed weights are corrupt.
+
+    >>> from fpga import GemmConfig, open_device
+    >>> program = Program(
+    ...     steps=[{"name": "relu", "op": "relu", "inputs": ["input"]}],
+    ...     arrays={},
+    ...     input_shape=(3,),
+    ...     config=GemmConfig(),
+    ... )
+    >>> runner = Runner(program, open_device("reference"))
+    >>> runner(np.array([[-1.0, 2.0, 0.5]], np.float32)).tolist()
+    [[0.0, 2.0, 0.5]]
+    >>> runner.classify(np.array([[-1.0, 2.0, 0.5]], np.float32)).tolist()
+    [1]
     """
 
     def __init__(self, program: Program, device: Device, *, timeout_s: float = 60.0) -> None:

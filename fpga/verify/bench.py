@@ -11,9 +11,6 @@ from ..config import GemmConfig
 from ..libraries import run
 from .vectors import write_vectors
 
-__all__ = ["run_bench"]
-
-
 BENCH_SECONDS: Final = 600.0
 
 
