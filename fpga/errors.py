@@ -49,7 +49,7 @@ class CompileError(RuntimeError):
 
 
 class ToolMissing(RuntimeError):
-    """A program that this step needs is not installed; the message says which package has it.
+    """A program that this step needs is not installed; the message names the package that has it.
 
     >>> import os
     >>> from unittest.mock import patch

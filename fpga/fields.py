@@ -41,7 +41,7 @@ class Field:
 
     Attributes:
         rule: in words, after "must be".
-        holds: whether a value keeps it; may be given anything that JSON can say.
+        holds: whether a value keeps it; may be given anything that JSON can hold.
 
     >>> even = Field(rule="an even number", holds=lambda value: value % 2 == 0)
     >>> check_fields("a file", {"edge": 3}, {"edge": even})
@@ -136,7 +136,7 @@ def shown(value: object) -> str:
 
 
 def check_fields(where: str, values: Mapping[str, Any], fields: Mapping[str, Field]) -> None:
-    """All of these fields and no other, each as its rule says.
+    """All of these fields and no other, each as its rule demands.
 
     Raises:
         ValueError: naming `where`, the field, the rule and the value met.

@@ -29,8 +29,8 @@ Loaded = TypeVar("Loaded")
 
 
 class CacheError(RuntimeError):
-    """There is no place to keep a library in that others cannot write to; the message says which
-    were tried.
+    """No place to keep a library in that others cannot write to; the message names those that were
+    tried.
 
     >>> folder = Path("open to all").absolute()
     >>> folder.mkdir()
@@ -150,8 +150,10 @@ def _temporary_file(command: list[str], where: Path) -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
     except OSError as error:
-        told = f"no place for what it prints ({error}): set TMPDIR to a folder that can be written"
-        raise CompileError(command, str(where), told) from error
+        problem = (
+            f"no place for what it prints ({error}): set TMPDIR to a folder that can be written"
+        )
+        raise CompileError(command, str(where), problem) from error
 
 
 def _how_it_ended(status: int) -> str:

@@ -170,15 +170,15 @@ def _extents(geometry: Geometry) -> dict[str, int]:
 
 
 def beyond_memory(job: Array, a: Array, b: Array, c: Array) -> str | None:
-    """What a job's words say of its memories that is not so, None if all that they announce is
+    """What a job's words announce of its memories that is not so, None if all of it is
     there; words as they lie in memory.
     """
     if job.size < len(JOB_WORDS):
         return f"a job has {len(JOB_WORDS)} words, not {job.size}"
-    said = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
+    announced = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
     for name, memory in (("job", job), ("a", a), ("b", b), ("c", c)):
-        if said[f"words_{name}"] > memory.size:
-            return f"words_{name} is {said[f'words_{name}']}, but there are {memory.size}"
+        if announced[f"words_{name}"] > memory.size:
+            return f"words_{name} is {announced[f'words_{name}']}, but there are {memory.size}"
     return None
 
 

@@ -75,16 +75,16 @@ class Board:
         title: for people.
         part, board_part: as the vendor tool names chip and board.
         processor: the IP of the processing system.
-        architecture: of its Linux, as `platform.machine()` says.
+        architecture: of its Linux, as `platform.machine()` reports it.
         address_bits: of the processing system's memory ports.
-        clock_mhz: clock of the core unless told otherwise.
+        clock_mhz: clock of the core unless another is asked for.
         hp_ports, hp_port_bits: high-performance memory ports.
         memory_bytes_per_second: of the DRAM.
         resources: LUT, FF, DSP, BRAM_18K.
         sources: where the figures come from.
 
     Raises:
-        ValueError: a field that is not as its rule in `_FIELDS` says.
+        ValueError: a field that is not as its rule in `_FIELDS` demands.
 
     >>> load_board("pynq-z2").bytes_per_cycle > 1
     True

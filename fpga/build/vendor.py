@@ -50,7 +50,7 @@ _TAIL_BYTES: Final = 64 << 10
 
 @dataclass(frozen=True)
 class Tool:
-    """A vendor tool on PATH: its name, path, and the version that it says.
+    """A vendor tool on PATH: its name, path, and the version that it reports.
 
     >>> Tool("vitis_hls", "/opt/xilinx/bin/vitis_hls", "2023.1").version
     '2023.1'
@@ -63,7 +63,7 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisReport:
-    """The vendor tool's estimates, from its XML report; None where it says nothing.
+    """The vendor tool's estimates, from its XML report; None where it has nothing.
 
     Attributes:
         clock_ns: estimated clock period; target_clock_ns: what was asked for.

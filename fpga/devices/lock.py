@@ -101,7 +101,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _holder(lock: os.stat_result) -> str:
-    """Process that holds a lock, as the kernel says."""
+    """Process that holds a lock, as the kernel reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()

@@ -145,7 +145,7 @@ def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
 
 
 def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
-    """Where a handoff says that the core is.
+    """Where the core is, after a handoff.
 
     Args:
         ip_dict: of `pynq.Overlay`: the handoff's IPs by name.
@@ -158,8 +158,8 @@ def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
     Traceback (most recent call last):
     fpga.errors.DeviceError: dpgemm.hwh has 0 cores dynasty-lightning:hls:dpgemm:1.0, not one; ...
     """
-    ours = CORE_VLNV.rpartition(":")[0]
-    cores = [ip for ip in ip_dict.values() if _vlnv(ip).rpartition(":")[0] == ours]
+    wanted = CORE_VLNV.rpartition(":")[0]
+    cores = [ip for ip in ip_dict.values() if _vlnv(ip).rpartition(":")[0] == wanted]
     if len(cores) != 1:
         held = ", ".join(sorted(_vlnv(ip) for ip in ip_dict.values()))
         raise DeviceError(f"{hwh} has {len(cores)} cores {CORE_VLNV}, not one; it has {held}")

@@ -113,7 +113,7 @@ class PynqDevice(CoreDevice):
         self._configure()
 
     def _configure(self) -> None:
-        """Bitstream, clock, registers by name, and one small job, whose registers say which core
+        """Bitstream, clock, registers by name, and one small job, whose registers report which core
         this is.
         """
         self._loaded = self._load()

@@ -131,7 +131,8 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
     def get_bitfile_metadata(self, bitfile_name: str, partial: bool = False) -> Any:
         hwh = Path(bitfile_name).with_suffix(".hwh")
         if not hwh.exists():
-            raise RuntimeError("Unable to find metadata for bitstream")  # as pynq's own device says
+            # As pynq's own device words it.
+            raise RuntimeError("Unable to find metadata for bitstream")
         return RuntimeMetadataParser(Metadata(input=str(hwh)))
 
     def download(self, bitstream: Any, parser: Any = None) -> None:
@@ -179,7 +180,7 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
                 sum(-(-a.size // PAGE) * PAGE for a in self._allocations.values()) + room
                 > self._memory_bytes
             ):
-                raise RuntimeError("Allocate failed: Cannot allocate memory")  # as XRT says
+                raise RuntimeError("Allocate failed: Cannot allocate memory")  # as XRT words it
             allocation = _Allocation(self._free_address(room), size, self._rng)
             self._allocations[allocation.address] = allocation
         buffer = PynqBuffer(

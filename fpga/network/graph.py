@@ -26,7 +26,7 @@ class ProgramError(ValueError):
 
 def infer_shapes(steps: Sequence[Any], input_shape: Shape) -> dict[str, Shape]:
     """One sample's shape of "input" and of each step's result. Raises ProgramError for a step that
-    is not as its kind says.
+    is not as its kind demands.
 
     >>> steps = [{"name": "flat", "op": "flatten", "inputs": ["input"]}]
     >>> infer_shapes(steps, (2, 4, 4))["flat"]

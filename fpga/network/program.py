@@ -3,7 +3,7 @@
 
 A program is a folder: `program.json`, a graph of named steps, and `program.npz` (no pickle) with
 packed weights and constants. The graph carries its own digest and that of the arrays. `STEP_KINDS`
-says what each kind of step has, and which shape it makes of its inputs'; shapes leave out the
+holds what each kind of step has, and which shape it makes of its inputs'; shapes leave out the
 batch, which is every tensor's first axis.
 """
 
@@ -70,8 +70,8 @@ class Program:
         source: what it was made from, for people.
 
     Raises:
-        ProgramError: a step that is not as its kind says, shapes that do not go together or are too
-            large, constants of another shape or type, missing or left over.
+        ProgramError: a step that is not as its kind demands, shapes that do not go together or are
+            too large, constants of another shape or type, missing or left over.
 
     >>> program = Program(
     ...     steps=[{"name": "half", "op": "multiply_constant", "inputs": ["input"],

@@ -103,7 +103,7 @@ class Runner:
                 inputs = [values[name] for name in step["inputs"]]
                 with np.errstate(
                     all="ignore"
-                ):  # as torch: what overflows is Inf, and a layer that reads it says so
+                ):  # as torch: what overflows is Inf, and a layer that reads it refuses it
                     values[step["name"]] = OPERATIONS[step["op"]](self, step, *inputs)
             except (ValueError, IndexError) as error:
                 raise ProgramError(f"step {step['name']!r} ({step['op']}): {error}") from error
@@ -124,7 +124,7 @@ class Runner:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
         classes = []
-        for first in range(0, max(len(images), 1), batch):  # no images: one call says so
+        for first in range(0, max(len(images), 1), batch):  # no images: one call reports it
             classes.append(self(images[first : first + batch]).argmax(axis=1))
             if progress:
                 progress(min(first + batch, len(images)), len(images))

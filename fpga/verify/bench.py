@@ -16,7 +16,7 @@ BENCH_SECONDS: Final = 600.0
 
 def run_bench(config: GemmConfig) -> int:
     """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would;
-    0 if it has nothing to say.
+    0 if it has no complaint.
 
     Raises:
         CompileError: vectors differ, or it did not end; with what it printed.
