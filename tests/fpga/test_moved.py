@@ -42,7 +42,7 @@ def test_a_name_that_left_its_module_is_found_there(old: str) -> None:
 
 
 def test_a_name_that_never_was_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'fpga.job' has no attribute 'walks'"):
+    with pytest.raises(AttributeError, match=r"module 'fpga\.job' has no attribute 'walks'"):
         _ = importlib.import_module("fpga.job").walks
 
 
