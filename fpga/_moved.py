@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules and names by their paths of before 0.1.0: for one release they are found, with a
-DeprecationWarning that says where they lie now.
+DeprecationWarning that names where they lie now.
 """
 
 import importlib

@@ -14,6 +14,17 @@ from .engines import ENGINES, Engine
 from .fields import is_whole, shown
 from .registers import HEADER_SHIFT, LAYOUT_VERSION
 
+__all__ = [
+    "ACCUMULATOR_BITS",
+    "EDGES",
+    "MAX_BITS",
+    "MIN_BITS",
+    "WINDOW",
+    "GemmConfig",
+    "edge_of_shape",
+]
+
+
 EDGES: Final = (4, 8, 16)
 MAX_BITS: Final = 8
 MIN_BITS: Final = 2
@@ -76,6 +87,13 @@ class GemmConfig:
 
     Raises:
         ValueError: a value outside its range.
+
+    >>> config = GemmConfig(tile=8, lanes=(4, 2), width_group=(16, 16))
+    >>> config == GemmConfig.from_dict(config.to_dict())
+    True
+    >>> GemmConfig(tile=8, lanes=(3, 2))
+    Traceback (most recent call last):
+    ValueError: lanes (m, n) must both divide tile = 8, not (3, 2)
     """
 
     engine: str = "bit_planes"
@@ -179,6 +197,12 @@ class GemmConfig:
 def edge_of_shape(block_shape: tuple[int, int] | list[int]) -> int:
     """The edge of a square block shape. Raises ValueError for shapes that the core does not
     compute.
+
+    >>> edge_of_shape((8, 8))
+    8
+    >>> edge_of_shape((1, 16))
+    Traceback (most recent call last):
+    ValueError: blocks of 1 x 16 are for emulation only: ...
     """
     shape = tuple(block_shape)
     if shape in _LINE_SHAPES:

@@ -17,6 +17,9 @@ from .operand import Operand
 from .packing import segment_words
 from .walk import Part, Walk
 
+__all__ = ["CoreCost", "core_cost", "core_cycles"]
+
+
 _ABSENT: Final = len(BITS)  # code of a place beyond the operand's last block, which costs nothing
 _CODES: Final = np.array([BITS.index(b) if b in BITS else _ABSENT for b in range(9)], np.int8)
 _CHUNK_ELEMENTS: Final = 1 << 22
@@ -32,6 +35,10 @@ class CoreCost:
         words_c: 32-bit words written.
         time_cycles: a model, in cycles: while a step computes, the next one's blocks come in at the
             given bandwidth; results leave at it.
+
+    >>> both = CoreCost(10, 4, 2, 16, 12.0) + CoreCost(5, 2, 1, 8, 6.0)
+    >>> both.cycles, both.bytes_moved
+    (15, 168)
     """
 
     cycles: int
@@ -55,7 +62,13 @@ class CoreCost:
 
 
 def core_cycles(job: GemmJob, config: GemmConfig) -> int:
-    """The cycle register after the job."""
+    """The cycle register after the job.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["3x3, padding 1, forward"]
+    >>> core_cycles(job, GemmConfig()) < core_cycles(job, GemmConfig(tile=4, lanes=(1, 1)))
+    True
+    """
     return core_cost(job, config).cycles
 
 
@@ -66,6 +79,14 @@ def core_cost(
 
     Args:
         bytes_per_cycle: what the board's memory moves in a cycle of the core, for `time_cycles`.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["3x3, padding 1, forward"]
+    >>> cost = core_cost(job, GemmConfig())
+    >>> cost.words_c == 6 * 35 * 10
+    True
+    >>> core_cost(job, GemmConfig(), bytes_per_cycle=0.1).time_cycles > cost.cycles
+    True
     """
     walk = Walk(job, config)
     parts = walk.parts()

@@ -8,6 +8,9 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["BITS", "ENGINES", "BitPlanes", "Engine"]
+
+
 BITS: Final = (0, 2, 3, 4, 5, 6, 7, 8)
 """Legal widths; 0 is a block that is not computed."""
 
@@ -15,7 +18,12 @@ IntArray = npt.NDArray[Any]
 
 
 class Engine(Protocol):
-    """A replaceable part of the core with a cost law of its own."""
+    """A replaceable part of the core with a cost law of its own.
+
+    >>> engine = ENGINES["bit_planes"]
+    >>> engine.drain_cycles(edge=4)
+    4
+    """
 
     @property
     def name(self) -> str: ...
@@ -38,6 +46,9 @@ class Engine(Protocol):
 class BitPlanes:
     """Bit-plane serial: one AND + popcount of a plane pair a cycle; `edge` outputs share a shifter,
     which takes `edge` cycles a product.
+
+    >>> BitPlanes().product_cycles(np.array([8, 4, 2]), np.array([8, 4, 2]), edge=4).tolist()
+    [64, 16, 4]
     """
 
     name: str = "bit_planes"

@@ -1,53 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there, and read only if they are what was written; the standard
-library and NumPy only.
+"""Files that are whole or not there, and read only if they are what was written.
 
 `write_whole` writes one, `sealed=True` with its SHA-256 behind the content, which `read_sealed` and
 `check_seal` compare before anything is made of it. The seal is a line of text at the end: dlopen,
 torch.load, np.load and unzip read past it. JSON carries its digest as a field instead
-(`seal_record`, `check_record`).
+(`fpga.records`).
 """
 
 import errno
 import hashlib
-import io
-import json
 import math
 import os
 import re
 import secrets
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import BinaryIO, Final
 
-import numpy as np
-import numpy.typing as npt
+from ._moved import names_moved
+from .errors import DamagedFile as DamagedFile
+
+__all__ = [
+    "DamagedFile",
+    "cache_folder",
+    "check_seal",
+    "read_bounded",
+    "read_sealed",
+    "remove_leftovers",
+    "unsealed",
+    "write_whole",
+]
 
 Content = bytes | bytearray | memoryview | str | Callable[[BinaryIO], object]
 PathLike = str | os.PathLike[str]
 
-MOST_JSON_BYTES: Final = 256 << 20
 MOST_ARRAY_BYTES: Final = 4 << 30
 """What one archive of arrays may unpack to."""
 
-DIGEST_FIELD: Final = "sha256"
 _SEAL: Final = re.compile(rb"\nsha256:([0-9a-f]{64})\n")
 _SEAL_BYTES: Final = 73
-_DIGEST_CHARACTERS: Final = 64
 _CHUNK: Final = 1 << 20
 _NO_FOLDER_SYNC: Final = (
     errno.EINVAL,
     errno.ENOTSUP,
     errno.EBADF,
 )  # of file systems that cannot sync a folder
-
-
-class DamagedFile(ValueError):
-    """A file that is not as it was written, or not of the form that it should have; the message
-    names it.
-    """
 
 
 # -- writing
@@ -74,6 +72,10 @@ def write_whole(
     Raises:
         OSError: it cannot be written, or something that is no regular file stands there; names
             `path`, which stays as it was.
+
+    >>> write_whole("map.bin", b"content", sealed=True)
+    >>> read_sealed("map.bin")
+    b'content'
     """
     target = Path(os.path.realpath(path) if follow else path)
     if target.exists() and not target.is_file():
@@ -102,6 +104,11 @@ def write_whole(
 def remove_leftovers(path: PathLike) -> None:
     """Remove what killed writers of `path` left beside it; for files that have one writer at a
     time.
+
+    >>> _ = Path(".map.bin.0123456789abcdef.tmp").write_bytes(b"half")
+    >>> remove_leftovers("map.bin")
+    >>> Path(".map.bin.0123456789abcdef.tmp").exists()
+    False
     """
     target = Path(os.path.realpath(path))
     for temporary in target.parent.glob(f".{_literal(target.name[:200])}.{'[0-9a-f]' * 16}.tmp"):
@@ -143,6 +150,13 @@ def read_bounded(path: PathLike, most_bytes: int) -> bytes:
     Raises:
         FileNotFoundError, OSError: it cannot be read.
         DamagedFile: it is larger than `most_bytes`, or no regular file.
+
+    >>> write_whole("small.txt", "four")
+    >>> read_bounded("small.txt", 4)
+    b'four'
+    >>> read_bounded("small.txt", 3)
+    Traceback (most recent call last):
+    fpga.errors.DamagedFile: small.txt is larger than the 3 bytes that such a file may have
     """
     if not Path(path).is_file():
         if Path(path).exists():
@@ -168,19 +182,36 @@ def read_sealed(path: PathLike, most_bytes: int = MOST_ARRAY_BYTES) -> bytes:
     Raises:
         FileNotFoundError, OSError: it cannot be read.
         DamagedFile: cut off, damaged, without a seal, or larger than `most_bytes`.
+
+    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> read_sealed("sealed.bin")
+    b'content'
     """
     return unsealed(read_bounded(path, most_bytes + _SEAL_BYTES), str(path))
 
 
 def unsealed(data: bytes, source: str) -> bytes:
-    """The content of a sealed file's bytes. Raises DamagedFile that names `source`."""
+    """The content of a sealed file's bytes. Raises DamagedFile that names `source`.
+
+    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> unsealed(Path("sealed.bin").read_bytes(), "sealed.bin")
+    b'content'
+    """
     content, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
     _compare(seal, hashlib.sha256(content).hexdigest(), source)
     return content
 
 
 def check_seal(path: PathLike) -> None:
-    """Raise as `read_sealed` does if the file is not as it was written; keeps nothing in memory."""
+    """Raise as `read_sealed` does if the file is not as it was written; keeps nothing in memory.
+
+    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> check_seal("sealed.bin")
+    >>> _ = Path("sealed.bin").write_bytes(Path("sealed.bin").read_bytes().replace(b"c", b"C", 1))
+    >>> check_seal("sealed.bin")
+    Traceback (most recent call last):
+    fpga.errors.DamagedFile: sealed.bin is damaged: its content is not what its digest was made of
+    """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size - _SEAL_BYTES
         digest = _digest_of(file, max(size, 0))
@@ -211,158 +242,17 @@ def _digest_of(file: BinaryIO, size: int | None = None) -> str:
     return digest.hexdigest()
 
 
-# -- JSON
-
-
-def parse_json(text: str | bytes, source: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        DamagedFile: naming `source`, for whatever is none, nesting too deep for Python and text
-            that cannot be written (a lone surrogate) included.
-    """
-    try:
-        text = text.decode(json.detect_encoding(text)) if isinstance(text, bytes) else text
-        value = json.loads(text)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # UnicodeError is a ValueError
-        raise DamagedFile(f"{source} is not JSON ({error})") from None
-    return value
-
-
-def read_json(path: PathLike, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """The value of a JSON file. Raises as `read_bounded` and `parse_json` do."""
-    return parse_json(read_bounded(path, most_bytes), str(path))
-
-
-def record_digest(record: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object but for its own digest, whatever the order of its names and the
-    spaces in the file.
-    """
-    content = {name: value for name, value in record.items() if name != DIGEST_FIELD}
-    return hashlib.sha256(
-        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
-
-
-def seal_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its digest as the last field."""
-    content = {name: value for name, value in record.items() if name != DIGEST_FIELD}
-    return content | {DIGEST_FIELD: record_digest(content)}
-
-
-def check_record(record: Mapping[str, Any], source: str) -> None:
-    """Raise DamagedFile that names `source` if an object is not what its digest was made of, or has
-    none.
-    """
-    if DIGEST_FIELD not in record:
-        raise DamagedFile(
-            f"{source} has no {DIGEST_FIELD}: it was changed, or an older version wrote it"
-        )
-    if record[DIGEST_FIELD] != record_digest(record):
-        raise DamagedFile(
-            f"{source} is damaged: its content is not what its {DIGEST_FIELD} was made of"
-        )
-
-
-def without_digest(record: dict[str, Any], source: str) -> dict[str, Any]:
-    """A JSON object without its digest, which is compared; one that never had any, as of an earlier
-    version, is taken.
-
-    Raises:
-        DamagedFile: naming `source`, as `check_record`.
-    """
-    last = next(reversed(record.values()), None)
-    # Not by its name alone: that may be what was damaged.
-    if DIGEST_FIELD in record or (isinstance(last, str) and len(last) == _DIGEST_CHARACTERS):
-        check_record(record, source)
-    return {name: value for name, value in record.items() if name != DIGEST_FIELD}
-
-
-# -- arrays
-
-
-def parse_arrays(
-    data: bytes, source: str, most_bytes: int = MOST_ARRAY_BYTES
-) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an .npz archive's bytes; sizes are checked before anything is unpacked.
-
-    Raises:
-        DamagedFile: no such archive, a damaged one, objects in it, or more than `most_bytes` in
-            all.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            if (size := sum(entry.file_size for entry in entries)) > most_bytes:
-                raise DamagedFile(
-                    f"{source} unpacks to {size:,} bytes, more than the {most_bytes:,} that it "
-                    f"may have"
-                )
-            arrays: dict[str, npt.NDArray[Any]] = {}
-            for entry in entries:
-                name = entry.filename.removesuffix(".npy")
-                if name in arrays:
-                    raise DamagedFile(f"{source} has two arrays {name!r}")
-                with archive.open(
-                    entry
-                ) as file:  # reads no further than the size that was checked, and compares the CRC
-                    arrays[name] = parse_array(
-                        file.read(entry.file_size + 1), f"{source}: {name}", most_bytes
-                    )
-            return arrays
-    except DamagedFile:
-        raise
-    except Exception as error:  # what zipfile and zlib do with a damaged archive is no closed list
-        raise DamagedFile(
-            f"{source} is no archive of arrays, or damaged ({type(error).__name__}: {error})"
-        ) from None
-
-
-def parse_array(data: bytes, source: str, most_bytes: int = MOST_ARRAY_BYTES) -> npt.NDArray[Any]:
-    """The array of an .npy file's bytes; its header is compared with their number first. Raises
-    DamagedFile.
-    """
-    file = io.BytesIO(data)
-    try:
-        version = np.lib.format.read_magic(file)
-        header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = header(file)
-        size = math.prod(shape) * dtype.itemsize
-    except Exception as error:
-        raise DamagedFile(
-            f"{source} has no header of an array ({type(error).__name__}: {error})"
-        ) from None
-    if dtype.hasobject:
-        raise DamagedFile(f"{source} holds Python objects, which are not read")
-    if (
-        not dtype.itemsize
-        or min(shape, default=0) < 0
-        or size > most_bytes
-        or size != len(data) - file.tell()
-    ):
-        raise DamagedFile(
-            f"{source} says {dtype} {shape}, which is not the {len(data) - file.tell():,} bytes "
-            f"that follow"
-        )
-    array = (
-        np.frombuffer(data, dtype, offset=file.tell())
-        if size
-        else np.empty(math.prod(shape), dtype)
-    )
-    return array.reshape(shape[::-1]).T.copy() if fortran else array.reshape(shape).copy()
-
-
 # -- folders
 
 
 def cache_folder() -> Path:
     """DYNASTY_CACHE, or the user's cache folder; without a home, one of the user's own among the
     temporary files. It need not exist.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, DYNASTY_CACHE="/var/cache/mine"):
+    ...     print(cache_folder())
+    /var/cache/mine
     """
     if named := os.environ.get("DYNASTY_CACHE"):
         return Path(named).expanduser().absolute()
@@ -378,21 +268,12 @@ def cache_folder() -> Path:
         )
 
 
-__all__ = [
-    "DamagedFile",
-    "cache_folder",
-    "check_record",
-    "check_seal",
-    "parse_array",
-    "parse_arrays",
-    "parse_json",
-    "read_bounded",
-    "read_json",
-    "read_sealed",
-    "record_digest",
-    "remove_leftovers",
-    "seal_record",
-    "unsealed",
-    "without_digest",
-    "write_whole",
-]
+__getattr__ = names_moved(
+    __name__,
+    {
+        **dict.fromkeys(("parse_array", "parse_arrays"), "archives"),
+        **dict.fromkeys(("DIGEST_FIELD", "MOST_JSON_BYTES", "parse_json", "read_json"), "records"),
+        **dict.fromkeys(("check_record", "record_digest", "seal_record"), "records"),
+        "without_digest": "records",
+    },
+)

@@ -20,7 +20,12 @@ MAX_EXTENT: Final = 1 << 24
 
 
 class JobError(ValueError):
-    """Operands and geometry that do not make a GEMM, or sums that no accumulator holds."""
+    """Operands and geometry that do not make a GEMM, or sums that no accumulator holds.
+
+    >>> Geometry(input=(8,), output=(8,), taps=(3,))
+    Traceback (most recent call last):
+    fpga.geometry.JobError: output 8 needs input and padding beyond 8 + 2 * 0 (taps 3, stride ...
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,10 @@ class Geometry:
     Raises:
         JobError: an extent out of range, or `output` positions that read nothing but what lies
             outside.
+
+    >>> g = Geometry(input=(4,), output=(4,), taps=(3,), stride=(1,), padding=(1,), dilation=(1,))
+    >>> g.input_of_output().tolist()
+    [[-1, 0, 1, 2], [0, 1, 2, 3], [1, 2, 3, -1]]
     """
 
     input: Sequence[int] = ()

@@ -7,7 +7,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .files import DamagedFile, parse_arrays, read_sealed, write_whole
+from .archives import parse_arrays
+from .files import DamagedFile, read_sealed, write_whole
 
 IMAGES_FILE: Final = "images.npz"
 
@@ -15,7 +16,13 @@ Images = npt.NDArray[np.float32]
 
 
 def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
-    """Write images, float32 [N, ...], and integer labels [N], whole or not at all."""
+    """Write images, float32 [N, ...], and integer labels [N], whole or not at all.
+
+    >>> images = np.zeros((2, 1, 8, 8), np.float32)
+    >>> save_images(Path("."), images, np.array([3, 7]))
+    >>> load_images(Path("."))[1].tolist()
+    [3, 7]
+    """
     write_whole(
         folder / IMAGES_FILE,
         lambda file: np.savez_compressed(file, images=images, labels=labels),
@@ -29,6 +36,10 @@ def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
     Raises:
         FileNotFoundError: there are none.
         DamagedFile: they are not as they were written, or others than a program's.
+
+    >>> load_images(Path("nowhere"))
+    Traceback (most recent call last):
+    FileNotFoundError: nowhere has no images.npz: `dynasty-lightning export` writes one
     """
     path = folder / IMAGES_FILE
     if not path.is_file():

@@ -37,6 +37,17 @@ class GemmJob:
     Raises:
         JobError: shapes that do not fit one another, row exponents elsewhere than in forward's A,
             sums of 2**62 or more.
+
+    >>> from fpga import open_device
+    >>> from fpga.config import GemmConfig
+    >>> from fpga.verify.vectors import random_operand
+    >>> rng = np.random.default_rng(0)
+    >>> x = random_operand(rng, (6, 1, 8), GemmConfig())
+    >>> job = GemmJob(a=x, b=random_operand(rng, (4, 1, 8), GemmConfig()))
+    >>> job.result_shape, job.terms
+    ((6, 1, 4), 8)
+    >>> open_device("reference").run(job).values.dtype.name
+    'float32'
     """
 
     gemm: str = "forward"

@@ -29,8 +29,15 @@ Loaded = TypeVar("Loaded")
 
 
 class CacheError(RuntimeError):
-    """There is no place to keep a library in that others cannot write to; the message says which
-    were tried.
+    """No place to keep a library in that others cannot write to; the message names those that were
+    tried.
+
+    >>> folder = Path("open to all").absolute()
+    >>> folder.mkdir()
+    >>> folder.chmod(0o777)
+    >>> make_folder(folder)
+    Traceback (most recent call last):
+    fpga.libraries.CacheError: other users can change what is in ...
     """
 
 
@@ -38,7 +45,14 @@ class CacheError(RuntimeError):
 
 
 def find_compiler() -> tuple[str, ...]:
-    """The words of CXX (a path, or a command such as "ccache g++"), or g++. Raises ToolMissing."""
+    """The words of CXX (a path, or a command such as "ccache g++"), or g++. Raises ToolMissing.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, CXX="sh -c"):
+    ...     words = find_compiler()
+    >>> os.path.basename(words[0]), words[1:]
+    ('sh', ('-c',))
+    """
     named = os.environ.get("CXX") or "g++"
     try:
         words = [named] if shutil.which(named) else shlex.split(named)
@@ -63,7 +77,11 @@ def find_compiler() -> tuple[str, ...]:
 
 @functools.lru_cache
 def version_of(compiler: tuple[str, ...]) -> str:
-    """First line of a compiler's own version. Raises CompileError."""
+    """First line of a compiler's own version. Raises CompileError.
+
+    >>> version_of(("echo", "g++ 12.2.0"))
+    'g++ 12.2.0 --version'
+    """
     lines = run([*compiler, "--version"], seconds=VERSION_SECONDS).splitlines()
     return lines[0] if lines else " ".join(compiler)
 
@@ -79,6 +97,14 @@ def run(
     Raises:
         CompileError: it cannot be started, fails, does not end, or ends well without having written
             the file.
+
+    >>> run(["echo", "compiled"], seconds=60)
+    'compiled\\n'
+    >>> run(["sleep", "60"], seconds=0.1)
+    Traceback (most recent call last):
+    fpga.errors.CompileError: sleep 60
+    in ... failed:
+    not done after 0.1 s
     """
     where = folder or Path.cwd()
     # A file and no pipe: what a compiler leaves running would hold a pipe open for ever.
@@ -124,8 +150,10 @@ def _temporary_file(command: list[str], where: Path) -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
     except OSError as error:
-        told = f"no place for what it prints ({error}): set TMPDIR to a folder that can be written"
-        raise CompileError(command, str(where), told) from error
+        problem = (
+            f"no place for what it prints ({error}): set TMPDIR to a folder that can be written"
+        )
+        raise CompileError(command, str(where), problem) from error
 
 
 def _how_it_ended(status: int) -> str:
@@ -166,6 +194,13 @@ def cached_library(
 
     Raises:
         CacheError: the folder is not safe, or it or the one for temporary files cannot be written.
+
+    >>> def compile_in(folder):
+    ...     _ = (folder / "made.so").write_bytes(b"compiled")
+    ...     return folder / "made.so"
+    >>> path = cached_library("core-0123.so", compile_in, folder=Path("kept").absolute())
+    >>> path == cached_library("core-0123.so", None, folder=Path("kept").absolute())
+    True
     """
     path = folder / name
     try:
@@ -201,6 +236,13 @@ def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -
 
     Raises:
         OSError: the system takes neither.
+
+    >>> def load(path):
+    ...     if path.name == "of another machine":
+    ...         raise OSError("wrong architecture")
+    ...     return path.name
+    >>> load_cached(lambda rebuild: Path("new" if rebuild else "of another machine"), load)
+    'new'
     """
     try:
         return load(build(False))
@@ -211,6 +253,11 @@ def load_cached(build: Callable[[bool], Path], load: Callable[[Path], Loaded]) -
 def library_folder(part: str) -> Path:
     """A folder in the cache for one kind of file: one of the user's own where the common one is not
     safe. Raises CacheError.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, DYNASTY_CACHE="/var/cache/mine"):
+    ...     print(library_folder("csim"))
+    /var/cache/mine/csim
     """
     common, own = cache_folder() / part, cache_folder() / f"{part}-{os.getuid()}"
     return common if not os.path.exists(common) or is_safe(common) else own
@@ -219,6 +266,10 @@ def library_folder(part: str) -> Path:
 def make_folder(folder: Path) -> None:
     """Make a folder that no other user can write to, or check that it is one. Raises CacheError,
     OSError.
+
+    >>> make_folder(Path("kernels").absolute())
+    >>> is_safe(Path("kernels").absolute())
+    True
     """
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)

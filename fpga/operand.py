@@ -24,6 +24,12 @@ integers of 32 bits.
 class OperandError(ValueError):
     """Arrays or memory words that are not a legal operand; the message names the first offending
     block.
+
+    >>> four = np.full((4, 1, 4), 9)
+    >>> one = np.ones((1, 1, 1), int)
+    >>> Operand(mantissas=four, scale_exponents=one, bits=4 * one, signed=one)
+    Traceback (most recent call last):
+    fpga.operand.OperandError: mantissa 9 at (row, position, channel) (0, 0, 0) does not fit 4 ...
     """
 
 
@@ -42,6 +48,15 @@ class Operand:
         OperandError: shapes that do not fit, widths outside 0, 2..8, mantissas outside their width,
             the most negative code, scale exponents beyond +-2**20.
         ValueError: a block shape that the core does not compute.
+
+    >>> x = Operand(
+    ...     mantissas=np.full((4, 1, 4), 3),
+    ...     scale_exponents=np.full((1, 1, 1), -2),
+    ...     bits=np.full((1, 1, 1), 4),
+    ...     signed=np.ones((1, 1, 1), bool),
+    ... )
+    >>> x.grid_shape, float(x.values()[0, 0, 0])
+    ((1, 1, 1), 0.75)
     """
 
     mantissas: Array

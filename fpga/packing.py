@@ -33,6 +33,11 @@ class PackedOperand:
     Attributes:
         words: uint64; directory, then segments.
         bases: see `Operand.bases`.
+
+    >>> from fpga.verify.vectors import random_operand
+    >>> x = random_operand(np.random.default_rng(0), (4, 1, 4), GemmConfig(), widths=(4,))
+    >>> pack(x, GemmConfig()).words.size  # a directory word, one of headers, four planes of 16 bits
+    3
     """
 
     words: Array
@@ -45,6 +50,12 @@ def pack(operand: Operand, config: GemmConfig) -> PackedOperand:
     Raises:
         OperandError: a block edge, exponent span or width group that the core is not made for.
         ValueError: more than 2**32 words.
+
+    >>> from fpga.verify.vectors import random_operand
+    >>> x = random_operand(np.random.default_rng(0), (4, 1, 4), GemmConfig(), widths=(4,))
+    >>> packed = pack(x, GemmConfig())
+    >>> int(packed.words[0]) == 2 << 32 | 1  # a segment of two words at word 1
+    True
     """
     operand.check_for(config)
     edge, tile = config.block_edge, config.tile
@@ -97,7 +108,13 @@ def segment_header_words(operand: Operand, config: GemmConfig) -> Array:
 
 
 def segment_words(operand: Operand, config: GemmConfig) -> Array:
-    """Words of each segment, int64 [lines, segments]; 0 for one without a non-zero block."""
+    """Words of each segment, int64 [lines, segments]; 0 for one without a non-zero block.
+
+    >>> from fpga.verify.vectors import random_operand
+    >>> x = random_operand(np.random.default_rng(0), (4, 1, 4), GemmConfig(), widths=(4,))
+    >>> segment_words(x, GemmConfig()).tolist()
+    [[2]]
+    """
     row_blocks, positions, channel_blocks = operand.blocks
     planes = padded(
         operand.planes.reshape(row_blocks * positions, channel_blocks).astype(np.int64),
@@ -121,6 +138,12 @@ def unpack(
 
     Raises:
         OperandError: corrupt words; the message names what and where.
+
+    >>> from fpga.verify.vectors import random_operand
+    >>> x = random_operand(np.random.default_rng(0), (4, 1, 4), GemmConfig(), widths=(4,))
+    >>> again = unpack(pack(x, GemmConfig()), (4, 1, 4), GemmConfig())
+    >>> np.array_equal(again.values(), x.values())
+    True
     """
     edge, tile = config.block_edge, config.tile
     _check_packed(packed, shape, row_exponents)

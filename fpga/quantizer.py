@@ -13,6 +13,9 @@ from .config import MAX_BITS, MIN_BITS
 from .config import WINDOW as WINDOW
 from .operand import Operand
 
+__all__ = ["WINDOW", "ActivationRequest", "quantize_activations"]
+
+
 Scope = Literal["sample", "row"]
 
 _NONE: Final = -(1 << 14)
@@ -31,6 +34,11 @@ class ActivationRequest:
 
     Raises:
         ValueError: widths outside 0, 2..8, or limits that cross.
+
+    >>> four = ActivationRequest(values=np.full((1, 1, 1), 4), is_threshold=False)
+    >>> ActivationRequest(values=np.full((1, 1, 1), 1), is_threshold=False)
+    Traceback (most recent call last):
+    ValueError: widths must be in (0, 2, 3, 4, 5, 6, 7, 8), not 1
     """
 
     values: Array
@@ -83,6 +91,11 @@ def quantize_activations(
     Raises:
         ValueError: an empty or non-finite operand, another type than float32, a request that does
             not broadcast.
+
+    >>> four = ActivationRequest(values=np.full((1, 1, 1), 4), is_threshold=False)
+    >>> x = np.array([[[1.0, 0.5, 0.3, 0.0]]], np.float32)
+    >>> quantize_activations(x, four, edge=4).values().tolist()
+    [[[1.0, 0.5, 0.25, 0.0]]]
     """
     blocks = _blocked(x, edge)
     grid = blocks.shape[:3]
@@ -102,11 +115,7 @@ def quantize_activations(
         width = _share(width, width_group[1] // edge)
 
     magnitude_bits = width - signed
-    scale = exponent + 1 - magnitude_bits
-    stored = np.where(width > 0, exponent, _NONE)
-    ceiling = stored.max(axis=(1, 2) if scope == "sample" else 2, keepdims=True)
-    scale = np.maximum(scale, ceiling - (WINDOW + 7) + signed)
-
+    scale = _scales(exponent, signed, width, scope)
     live = width > 0
     scaled = np.ldexp(blocks.astype(np.float64), np.where(live, -scale, 0)[..., None])
     limit = np.where(live, (1 << np.maximum(magnitude_bits, 0)) - 1, 0)[..., None]
@@ -142,6 +151,14 @@ def _widths(exponent: Array, signed: Array, asked: Array, request: ActivationReq
     above = exponent - asked
     width = np.clip(above + 1 + signed, max(request.least_bits, MIN_BITS), request.most_bits)
     return np.where(above < 0, request.least_bits, width)
+
+
+def _scales(exponent: Array, signed: Array, width: Array, scope: Scope) -> Array:
+    """Exponent of each block's LSB, not below what the window of its scope keeps."""
+    stored = np.where(width > 0, exponent, _NONE)
+    ceiling = stored.max(axis=(1, 2) if scope == "sample" else 2, keepdims=True)
+    result: Array = np.maximum(exponent + 1 - width + signed, ceiling - (WINDOW + 7) + signed)
+    return result
 
 
 def _share(width: Array, blocks: int) -> Array:

@@ -9,6 +9,18 @@ from dataclasses import dataclass
 from string import Template
 from typing import Final, Literal, NamedTuple
 
+__all__ = [
+    "ERRORS",
+    "JOB_WORDS",
+    "LAYOUT_VERSION",
+    "REGISTERS",
+    "BitField",
+    "Register",
+    "error_text",
+    "registers_header",
+]
+
+
 LAYOUT_VERSION: Final = 2
 """Changes with every change of the packed form, of the job's words or of the registers."""
 
@@ -21,6 +33,9 @@ AP_IDLE: Final = 1 << 2
 class Register:
     """An s_axilite register; `offset` in bytes is what the vendor tool is expected to assign: a
     driver reads the .hwh by name.
+
+    >>> [hex(r.offset) for r in REGISTERS if r.name == "cycles"]
+    ['0x50']
     """
 
     name: str
@@ -142,7 +157,11 @@ ERRORS: Final = (
 
 
 class BitField(NamedTuple):
-    """Bits of a word: from `at` on, `bits` of them."""
+    """Bits of a word: from `at` on, `bits` of them.
+
+    >>> hex(HEADER_SHIFT.mask)
+    '0x3e0'
+    """
 
     at: int
     bits: int
@@ -213,7 +232,11 @@ $errors
 
 
 def registers_header() -> str:
-    """The text of `registers.h`."""
+    """The text of `registers.h`.
+
+    >>> [line for line in registers_header().splitlines() if "kHeaderSigned" in line]
+    ['constexpr int kHeaderSignedAt = 4;', 'constexpr int kHeaderSignedBits = 1;']
+    """
     return _HEADER.substitute(
         version=LAYOUT_VERSION,
         gemms=", ".join(f"k{_camel(name)} = {code}" for code, name in enumerate(GEMMS)),
@@ -252,7 +275,11 @@ def _commented(entry: str, text: str) -> str:
 
 
 def error_text(code: int) -> str:
-    """What an error code means."""
+    """What an error code means.
+
+    >>> error_text(4)
+    "range: the job's tiles or steps lie outside the GEMM"
+    """
     known = {c: f"{name}: {text}" for c, name, text in ERRORS}
     return known.get(code, f"unknown error code {code}")
 

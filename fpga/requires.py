@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which Python it takes: imported before all else, so that an older one says so. Therefore written
-as Python 3.6 was.
+"""Which Python it takes: imported before all else, so that an older one reports it. Therefore
+written as Python 3.6 was.
 """
 
 import sys

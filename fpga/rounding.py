@@ -11,6 +11,9 @@ __all__ = ["round_once"]
 def round_once(sums: Array, exponents: Array) -> Array:
     """sums * 2**exponents in float32, rounded once to nearest-even, +0 for zero; int64 sums below
     2**62, exponents that broadcast.
+
+    >>> round_once(np.array([3, 2**24 + 1]), np.array(-1)).tolist()
+    [1.5, 8388608.0]
     """
     # 11 low bits become one sticky bit, so the value fits float64 and still rounds to float32 as
     # the whole would.

@@ -11,7 +11,7 @@ import numpy as np
 
 from .arrays import Array, Axes
 from .config import GemmConfig
-from .geometry import JobError
+from .geometry import Geometry, JobError
 from .job import SUM_BITS, GemmJob
 from .registers import FLAG_RAW, FLAG_ROW_EXPONENTS, GEMMS, JOB_WORDS, LAYOUT_VERSION
 
@@ -19,7 +19,11 @@ __all__ = ["Part", "Walk", "job_words"]
 
 
 class Part(NamedTuple):
-    """A range of steps along k."""
+    """A range of steps along k.
+
+    >>> Part(step_begin=0, step_count=9)
+    Part(step_begin=0, step_count=9)
+    """
 
     step_begin: int
     step_count: int
@@ -27,7 +31,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """How a core of `config` cuts a job. m, n, k count blocks."""
+    """How a core of `config` cuts a job. m, n, k count blocks.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["3x3, padding 1, forward"]
+    >>> walk = Walk(job, GemmConfig())
+    >>> walk.blocks, walk.output_tiles, walk.steps
+    ((70, 3, 3), 5, 9)
+    """
 
     job: GemmJob
     config: GemmConfig
@@ -102,8 +113,24 @@ def job_words(
 
     Raises:
         JobError: a count that no word of 32 bits holds.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["3x3, padding 1, forward"]
+    >>> walk = Walk(job, GemmConfig())
+    >>> words = job_words(
+    ...     walk,
+    ...     raw=False,
+    ...     part=walk.whole,
+    ...     tile_begin=0,
+    ...     tile_count=5,
+    ...     words_a=0,
+    ...     words_b=0,
+    ...     words_c=0,
+    ... )
+    >>> words.size, words.dtype.name
+    (33, 'uint32')
     """
-    job, g = walk.job, walk.job.geometry
+    job = walk.job
     values: dict[str, int] = {
         "layout_version": LAYOUT_VERSION,
         "words_job": len(JOB_WORDS) + (_table_rows(walk) if job.a.row_exponents else 0),
@@ -120,16 +147,11 @@ def job_words(
         "words_a": words_a,
         "words_b": words_b,
         "words_c": words_c,
+        **_extents(job.geometry),
     }
-    for field in fields(g):
-        values |= {
-            f"{field.name}_{axis}": v for axis, v in zip("zyx", getattr(g, field.name), strict=True)
-        }
-    signed = {"exponent"}
-    if wide := [
-        name for name, value in values.items() if name not in signed and not 0 <= value < 1 << 32
-    ]:
-        raise JobError(f"{wide[0]} = {values[wide[0]]} is no word of 32 bits: split the batch")
+    for name, value in values.items():
+        if name != "exponent" and not 0 <= value < 1 << 32:
+            raise JobError(f"{name} = {value} is no word of 32 bits: split the batch")
     words = np.array([values[name] & 0xFFFFFFFF for name, _ in JOB_WORDS], np.uint32)
     if not job.a.row_exponents:
         return words
@@ -138,16 +160,25 @@ def job_words(
     return np.concatenate([words, table.view(np.uint32)])
 
 
+def _extents(geometry: Geometry) -> dict[str, int]:
+    """A geometry's fields, axis by axis."""
+    return {
+        f"{field.name}_{axis}": extent
+        for field in fields(geometry)
+        for axis, extent in zip("zyx", getattr(geometry, field.name), strict=True)
+    }
+
+
 def beyond_memory(job: Array, a: Array, b: Array, c: Array) -> str | None:
-    """What a job's words say of its memories that is not so, None if all that they announce is
+    """What a job's words announce of its memories that is not so, None if all of it is
     there; words as they lie in memory.
     """
     if job.size < len(JOB_WORDS):
         return f"a job has {len(JOB_WORDS)} words, not {job.size}"
-    said = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
+    announced = dict(zip((name for name, _ in JOB_WORDS), job.tolist(), strict=False))
     for name, memory in (("job", job), ("a", a), ("b", b), ("c", c)):
-        if said[f"words_{name}"] > memory.size:
-            return f"words_{name} is {said[f'words_{name}']}, but there are {memory.size}"
+        if announced[f"words_{name}"] > memory.size:
+            return f"words_{name} is {announced[f'words_{name}']}, but there are {memory.size}"
     return None
 
 

@@ -8,6 +8,9 @@ from typing import Any, Final
 
 from ..fields import Field, check_fields, matching, number, one_of, read_object, shown, whole
 
+__all__ = ["CLOCK_MHZ", "Board", "board_names", "checked_clock", "load_board", "read_board"]
+
+
 FOLDER: Final = Path(__file__).parent
 MAX_BOARD_BYTES: Final = 64 << 10
 CLOCK_MHZ: Final = number(10, 500)
@@ -72,16 +75,19 @@ class Board:
         title: for people.
         part, board_part: as the vendor tool names chip and board.
         processor: the IP of the processing system.
-        architecture: of its Linux, as `platform.machine()` says.
+        architecture: of its Linux, as `platform.machine()` reports it.
         address_bits: of the processing system's memory ports.
-        clock_mhz: clock of the core unless told otherwise.
+        clock_mhz: clock of the core unless another is asked for.
         hp_ports, hp_port_bits: high-performance memory ports.
         memory_bytes_per_second: of the DRAM.
         resources: LUT, FF, DSP, BRAM_18K.
         sources: where the figures come from.
 
     Raises:
-        ValueError: a field that is not as its rule in `_FIELDS` says.
+        ValueError: a field that is not as its rule in `_FIELDS` demands.
+
+    >>> load_board("pynq-z2").bytes_per_cycle > 1
+    True
     """
 
     name: str
@@ -113,13 +119,23 @@ class Board:
 
 
 def board_names() -> list[str]:
-    """The known boards."""
+    """The known boards.
+
+    >>> "pynq-z2" in board_names()
+    True
+    """
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_board(name: str) -> Board:
     """A board by name. Raises ValueError for an unknown one (the message lists the known) or a file
     that is not in order.
+
+    >>> load_board("pynq-z2").part
+    'xc7z020clg400-1'
+    >>> load_board("pynq-z9")
+    Traceback (most recent call last):
+    ValueError: unknown board 'pynq-z9': known are kv260, pynq-z1, ...
     """
     if name not in board_names():
         raise ValueError(
@@ -132,6 +148,10 @@ def load_board(name: str) -> Board:
 def read_board(path: Path) -> Board:
     """A board from a file of one's own. Raises ValueError naming file and key, OSError if it cannot
     be read.
+
+    >>> _ = Path("mine.json").write_text((FOLDER / "pynq-z2.json").read_text())
+    >>> read_board(Path("mine.json")).name
+    'mine'
     """
     path = Path(path)
     values = read_object(path, most_bytes=MAX_BOARD_BYTES)
@@ -142,6 +162,12 @@ def read_board(path: Path) -> Board:
 def checked_clock(clock_mhz: float | None, board: Board) -> float:
     """The clock to ask for: the board's unless one is given. Raises ValueError for one out of
     range.
+
+    >>> checked_clock(None, load_board("pynq-z2")) == load_board("pynq-z2").clock_mhz
+    True
+    >>> checked_clock(5, load_board("pynq-z2"))
+    Traceback (most recent call last):
+    ValueError: clock_mhz must be a number in [10, 500], not 5
     """
     if clock_mhz is None:
         return board.clock_mhz

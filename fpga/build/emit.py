@@ -25,6 +25,9 @@ from ..verify.vectors import write_vectors
 from .pragmas import lint
 from .sources import BENCH_SOURCE, HLS, KERNEL_SOURCES, sources
 
+__all__ = ["FolderChanged", "check_folder", "emit", "settings_tcl"]
+
+
 MANIFEST: Final = "manifest.json"
 MANIFEST_FORMAT: Final = 1
 SCRIPTS: Final = ("csynth.tcl", "block_design.tcl", "Makefile")
@@ -87,52 +90,16 @@ _MANIFEST_FIELDS: Final[Mapping[str, Field]] = {
 }
 _BUNDLES: Final = ("gmem_job", "gmem_a", "gmem_b", "gmem_c")
 
-_README: Final = Template(
-    """\
-# dpgemm for $title
-
-A dynamic-precision GEMM core in HLS C++ for $part, written by `python -m fpga emit`. Configuration: `manifest.json`;
-what the core computes, stores and counts: `docs/core.md` of Dynasty Lightning. Do not edit: `python -m fpga build` compares
-every file with its hash.
-
-| | |
-| --- | --- |
-| `kernel/`, `include/dpgemm/` | the core; `config.h` and `registers.h` are rendered |
-| `test/test_dpgemm.cpp`, `vectors/` | the bench, and recorded jobs with their results and registers |
-| `csynth.tcl`, `block_design.tcl`, `settings.tcl` | vendor scripts |
-
-## Steps
-
-1. Without any vendor tool: `make csim AP_TYPES=DIR`, where DIR has `ap_int.h` and `hls_stream.h` (hls4ml brings them in
-   `templates/vivado/ap_types`). It ends with "$vector_count of $vector_count vectors equal".
-2. Vitis HLS: `make hls` runs C simulation, synthesis and export (`vitis-run --mode hls`, else `vitis_hls`, else `vivado_hls`,
-   whichever is on PATH). Reports: `hls_project/solution/syn/report/`. Co-simulation:
-   `DPGEMM_STEPS="csim csynth cosim" make hls`. `python -m fpga build FOLDER` does the same, checks the folder first and reads
-   the reports.
-3. Vivado: install the board files of $board_part, then `make bitstream`. It leaves `overlay/dpgemm.bit`, `dpgemm.hwh`, and
-   reports of timing, utilization and power.
-
-The scripts are written from the documentation of Vitis HLS and Vivado 2022.2 to 2024.2 (UG1399, UG835); `vivado_hls` (to 2020.1)
-is tried last, and its C++14 support may not do.
-
-## What has not been verified
-
-No vendor tool was at hand. C simulation with g++ (also under AddressSanitizer and UndefinedBehaviorSanitizer) is bit-exact,
-pragmas are checked against the names, options and places that UG1399 documents, and the Tcl runs against a mock that knows the
-commands used. Not verified:
-
-- that the vendor's compiler accepts the C++, and that C/RTL co-simulation agrees;
-- initiation intervals, hence the cycle register's meaning in hardware: it counts the loops' trips as written;
-- area ($part has $resources), clock ($clock_mhz MHz asked for), bitstream, power;
-- register offsets: the driver takes them from the .hwh by name; expected are
-
-$registers
-"""
-)
+_README: Final = Path(__file__).parent / "templates/README.md"
 
 
 class FolderChanged(ValueError):
-    """A build folder is not as it was written; the message names the files."""
+    """A build folder is not as it was written; the message names the files.
+
+    >>> check_folder(Path("."))
+    Traceback (most recent call last):
+    fpga.build.emit.FolderChanged: . has no manifest.json: it is not empty and was not written ...
+    """
 
 
 def emit(
@@ -154,6 +121,11 @@ def emit(
         ValueError: a clock out of range, or sources that the pragma check refuses.
         FolderChanged: `out` has files that were edited, or that no emit wrote.
         OSError: the place cannot be written.
+
+    >>> from fpga.boards import load_board
+    >>> out = emit(GemmConfig(tile=4, lanes=(2, 1)), load_board("pynq-z2"), Path("build"))
+    >>> sorted(path.name for path in out.iterdir() if path.is_dir())
+    ['include', 'kernel', 'test', 'vectors']
     """
     clock_mhz = checked_clock(clock_mhz, board)
     out = Path(out)
@@ -198,7 +170,7 @@ def _write_files(config: GemmConfig, board: Board, clock_mhz: float, folder: Pat
         (folder / name).write_bytes(content)
     vectors = write_vectors(config, folder / "vectors")
     registers = "\n".join(f"      {r.offset:#06x}  {r.name}" for r in REGISTERS)
-    readme = _README.substitute(
+    readme = Template(_README.read_text(encoding="utf-8")).substitute(
         title=markdown_text(board.title),
         part=markdown_text(board.part),
         board_part=markdown_code(board.board_part),
@@ -220,7 +192,12 @@ def _write_files(config: GemmConfig, board: Board, clock_mhz: float, folder: Pat
 
 
 def settings_tcl(board: Board, clock_mhz: float) -> str:
-    """What the Tcl scripts need to know of board and sources, as Tcl."""
+    """What the Tcl scripts need to know of board and sources, as Tcl.
+
+    >>> from fpga.boards import load_board
+    >>> print(settings_tcl(load_board("pynq-z2"), 100.0).splitlines()[1])
+    set part xc7z020clg400-1
+    """
     ps = _PROCESSORS[board.processor]
     values: dict[str, Any] = {
         "part": board.part,
@@ -260,6 +237,11 @@ def check_folder(folder: Path, *, allow_more: bool = True) -> dict[str, Any]:
 
     Raises:
         FolderChanged: files that differ, are gone, or are not expected; or no build folder at all.
+
+    >>> from fpga.boards import load_board
+    >>> out = emit(GemmConfig(tile=4, lanes=(2, 1)), load_board("pynq-z2"), Path("build"))
+    >>> check_folder(out)["board"]
+    'pynq-z2'
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -325,7 +307,8 @@ def run_emit(options: argparse.Namespace, config: GemmConfig) -> int:
     out = emit(config, board, options.out, clock_mhz=options.clock_mhz, force=options.force)
     files = json.loads((out / MANIFEST).read_text())["files"]
     print(
-        f"{out}: {len(files) + 1} files for {board.title} ({board.part}). Next: {out / 'README.md'}",
+        f"{out}: {len(files) + 1} files for {board.title} ({board.part}). Next: "
+        f"{out / 'README.md'}",
         file=sys.stdout,
     )
     return 0

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names, options and places of `#pragma HLS`, after UG1399 (Vitis HLS User Guide), "HLS Pragmas"."""
+"""Names, options and places of `#pragma HLS`, after UG1399 (Vitis HLS User Guide, "HLS
+Pragmas").
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -12,6 +12,9 @@ from typing import Final
 
 from .pragma_rules import DEPRECATED, RULES, Rule
 
+__all__ = ["Problem", "lint"]
+
+
 TOP_FUNCTION: Final = "dpgemm"
 
 _NUMBER: Final = re.compile(r"[\w+*/()-]*")  # digits, constants, and arithmetic of them
@@ -21,14 +24,14 @@ _NAME: Final = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong on which line (from 1)."""
+    """What is wrong on which line (from 1).
+
+    >>> Problem(line=3, message="a pragma without a name").line
+    3
+    """
 
     line: int
     message: str
-
-
-
-
 
 
 @dataclass
@@ -42,7 +45,11 @@ class _Scope:
 
 
 def lint(text: str) -> list[Problem]:
-    """Problems of a C++ file's HLS pragmas and loop labels, in order of lines."""
+    """Problems of a C++ file's HLS pragmas and loop labels, in order of lines.
+
+    >>> lint("void f() {\\n#pragma HLS INLIN\\n}\\n")
+    [Problem(line=2, message="unknown pragma HLS INLIN; did you mean 'INLINE'?")]
+    """
     problems = list(_check(_without_comments(text)))
     return sorted(problems, key=lambda p: p.line)
 
@@ -145,7 +152,8 @@ def _pragma(words: list[str], scopes: list[_Scope]) -> Iterator[str]:
             if option in rule.modes:
                 modes.append(option)
             elif option not in rule.words:
-                yield f"{name} has no option {option!r}{_suggest(option, (*rule.words, *rule.modes, *rule.options))}"
+                known = (*rule.words, *rule.modes, *rule.options)
+                yield f"{name} has no option {option!r}{_suggest(option, known)}"
             continue
         if option not in rule.options:
             yield f"{name} has no option {option!r}{_suggest(option, rule.options)}"
@@ -155,7 +163,10 @@ def _pragma(words: list[str], scopes: list[_Scope]) -> Iterator[str]:
         given[option] = value
         kind = rule.options[option]
         if isinstance(kind, tuple) and value not in kind:
-            yield f"{name} {option} must be one of {', '.join(kind)}, not {value!r}{_suggest(value, kind)}"
+            yield (
+                f"{name} {option} must be one of {', '.join(kind)}, not {value!r}"
+                f"{_suggest(value, kind)}"
+            )
         if kind == "number" and not (value and _NUMBER.fullmatch(value)):
             yield f"{name} {option} must be a number or a constant, not {value!r}"
         if kind == "name" and not _NAME.fullmatch(value):
@@ -176,7 +187,10 @@ def _place(name: str, rule: Rule, given: dict[str, str], scopes: list[_Scope]) -
         return
     if rule.places == ("top",):
         if function.name != TOP_FUNCTION or scope is not function:
-            yield f"{name} belongs in the body of the top function {TOP_FUNCTION}, not in {function.name}"
+            yield (
+                f"{name} belongs in the body of the top function {TOP_FUNCTION}, not in "
+                f"{function.name}"
+            )
     elif "any" not in rule.places and scope.kind not in rule.places:
         yield f"{name} belongs in the body of a {' or '.join(rule.places)}"
     if rule.leads and scope.has_statement:

@@ -27,6 +27,9 @@ BENCH_SOURCE: Final = "test/test_dpgemm.cpp"
 def sources(config: GemmConfig) -> dict[str, bytes]:
     """What a core is compiled from, by path: the same bytes that `emit` writes for the vendor
     tool.
+
+    >>> [name for name in sources(GemmConfig()) if name.startswith("kernel/")]
+    ['kernel/compute.cpp', 'kernel/job.cpp', 'kernel/memory.cpp', 'kernel/top.cpp']
     """
     files = {name: (HLS / name).read_bytes() for name in (*KERNEL_SOURCES, *HEADERS)}
     files["include/dpgemm/config.h"] = config.config_header().encode()
@@ -34,8 +37,11 @@ def sources(config: GemmConfig) -> dict[str, bytes]:
     return dict(sorted(files.items()))
 
 
-
 def simulation_sources(config: GemmConfig) -> dict[str, bytes]:
-    """`sources`, and the C entry through which the simulation library is called."""
+    """`sources`, and the C entry through which the simulation library is called.
+
+    >>> sorted(set(simulation_sources(GemmConfig())) - set(sources(GemmConfig())))
+    ['host/bridge.cpp', 'host/capture.h']
+    """
     more = {name: (HLS / name).read_bytes() for name in (BRIDGE_SOURCE, CAPTURE_HEADER)}
     return sources(config) | more

@@ -39,14 +39,25 @@ SANITIZER_FLAGS: Final = (
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files by their paths within a folder."""
+    """Write files by their paths within a folder.
+
+    >>> write_files(Path("build"), {"kernel/top.cpp": b"// nothing"})
+    >>> Path("build/kernel/top.cpp").read_text()
+    '// nothing'
+    """
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
 
 
 def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) -> None:
-    """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError."""
+    """Compile C++ of a build folder with g++ and ap_types; raises ToolMissing or CompileError.
+
+    >>> write_files(Path("."), {"main.cpp": b"int main() { return 0; }"})
+    >>> compile_cpp(Path("."), ["main.cpp"], Path("main"), ["-std=c++14"])
+    >>> Path("main").is_file()
+    True
+    """
     command = [
         *find_compiler(),
         *flags,
@@ -61,13 +72,20 @@ def compile_cpp(folder: Path, names: list[str], output: Path, flags: list[str]) 
 
 
 def compiler_version() -> str:
-    """First line of the compiler's own version. Raises ToolMissing or CompileError."""
+    """First line of the compiler's own version. Raises ToolMissing or CompileError.
+
+    >>> len(compiler_version().splitlines())
+    1
+    """
     return version_of(find_compiler())
 
 
 def ap_types() -> Path:
     """The folder of ap_int.h and hls_stream.h: DYNASTY_AP_TYPES, or the installed hls4ml's. Raises
     ToolMissing.
+
+    >>> (ap_types() / "ap_int.h").is_file()
+    True
     """
     if given := os.environ.get("DYNASTY_AP_TYPES"):
         folder = Path(given)
@@ -87,7 +105,11 @@ def ap_types() -> Path:
 
 
 def ap_types_digest() -> str:
-    """SHA-256 of the ap_types headers."""
+    """SHA-256 of the ap_types headers.
+
+    >>> len(ap_types_digest())
+    64
+    """
     return _digest_of(ap_types())
 
 

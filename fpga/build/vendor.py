@@ -26,6 +26,9 @@ from ..files import write_whole
 from ..libraries import run
 from .emit import check_folder
 
+__all__ = ["SynthesisReport", "Tool", "build", "find_tool", "read_report"]
+
+
 _COUNT: Final = re.compile(r"[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"[0-9]{1,18}(\.[0-9]{1,18})?")
 STEPS: Final = ("csim", "csynth", "cosim", "export")
@@ -47,7 +50,11 @@ _TAIL_BYTES: Final = 64 << 10
 
 @dataclass(frozen=True)
 class Tool:
-    """A vendor tool on PATH: its name, path, and the version that it says."""
+    """A vendor tool on PATH: its name, path, and the version that it reports.
+
+    >>> Tool("vitis_hls", "/opt/xilinx/bin/vitis_hls", "2023.1").version
+    '2023.1'
+    """
 
     name: str
     path: str
@@ -56,13 +63,25 @@ class Tool:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisReport:
-    """The vendor tool's estimates, from its XML report; None where it says nothing.
+    """The vendor tool's estimates, from its XML report; None where it has nothing.
 
     Attributes:
         clock_ns: estimated clock period; target_clock_ns: what was asked for.
         latency_cycles: worst case of one run.
         intervals: initiation interval of each pipelined loop, by its label path.
         used, available: LUT, FF, DSP, BRAM_18K.
+
+    >>> report = SynthesisReport(
+    ...     tool="vitis_hls 2023.1",
+    ...     clock_ns=7.3,
+    ...     target_clock_ns=10.0,
+    ...     latency_cycles=None,
+    ...     intervals={"CYCLES": 1},
+    ...     used={"DSP": 0},
+    ...     available={"DSP": 220},
+    ... )
+    >>> report.used["DSP"] <= report.available["DSP"]
+    True
     """
 
     tool: str
@@ -75,7 +94,13 @@ class SynthesisReport:
 
 
 def find_tool() -> Tool | None:
-    """The first of vitis-run, vitis_hls and vivado_hls that is on PATH."""
+    """The first of vitis-run, vitis_hls and vivado_hls that is on PATH.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, PATH="/nowhere"):
+    ...     print(find_tool())
+    None
+    """
     for name in _TOOLS:
         if path := shutil.which(name):
             return Tool(name, path, _version(path))
@@ -109,6 +134,10 @@ def build(
         CompileError: the tool failed.
         DeviceTimeout: it did not end in time, and was stopped.
         ValueError: an unknown step, or a report that cannot be read.
+
+    >>> build(Path("."), ["synth"])
+    Traceback (most recent call last):
+    ValueError: steps are csim, csynth, cosim, export, not synth
     """
     stream = stream or sys.stdout
     unknown = [s for s in steps if s not in STEPS]
@@ -197,7 +226,15 @@ def _tail(log: Path) -> str:
 
 
 def read_report(path: Path, tool: str) -> SynthesisReport:
-    """Read a csynth.xml. Raises ValueError if it is missing or not one."""
+    """Read a csynth.xml. Raises ValueError if it is missing or not one.
+
+    >>> _ = Path("csynth.xml").write_text(
+    ...     "<profile><AreaEstimates><Resources><LUT>40000</LUT></Resources></AreaEstimates>"
+    ...     "</profile>"
+    ... )
+    >>> read_report(Path("csynth.xml"), "vitis_hls 2023.1").used
+    {'LUT': 40000}
+    """
     try:
         root = read_xml(path)
     except (OSError, ValueError) as error:

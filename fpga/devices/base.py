@@ -18,6 +18,9 @@ from ..packing import PackedOperand, pack
 from ..registers import LAYOUT_VERSION, error_text
 from ..walk import Part, Walk, job_words
 
+__all__ = ["MAX_TIMEOUT_S", "CoreDevice", "CoreStatus", "Device", "GemmResult"]
+
+
 MAX_TIMEOUT_S: Final = 1e6
 _LAUNCH_BLOCKS: Final = 1 << 18
 _D = TypeVar("_D", bound="Device")
@@ -33,6 +36,13 @@ class GemmResult:
         cycles: the core's cycle register; waits for memory not included.
         words_a, words_b: 64-bit words read; words_c: 32-bit words written.
         parts: ranges of k that were computed one after another.
+
+    >>> from fpga import open_device
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> result = open_device("reference").run(job)
+    >>> result.values.shape, result.parts
+    ((1, 1, 1), 1)
     """
 
     values: Array
@@ -51,6 +61,11 @@ class GemmResult:
 class Device(ABC):
     """What computes jobs. Every device gives the same bits for the same job. A context manager:
     leaving it closes the device.
+
+    >>> from fpga import open_device
+    >>> with open_device("reference") as device:
+    ...     print(device.name, device.config.lanes)
+    reference (8, 4)
     """
 
     name: str
@@ -109,7 +124,13 @@ class Device(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class CoreStatus:
-    """What the registers of a core read after a run."""
+    """What the registers of a core read after a run.
+
+    >>> words = {"words_a": 3, "words_b": 3, "words_c": 1}
+    >>> status = CoreStatus(version=2, capability=1, cycles=9, error=0, **words)
+    >>> status.cycles
+    9
+    """
 
     version: int
     capability: int
@@ -123,6 +144,10 @@ class CoreStatus:
 class CoreDevice(Device):
     """A device that is the emitted core: packs operands, starts it on ranges of output tiles,
     checks its registers.
+
+    >>> from fpga import open_device
+    >>> issubclass(type(open_device("csim")), CoreDevice)
+    True
     """
 
     launch_blocks: int = _LAUNCH_BLOCKS

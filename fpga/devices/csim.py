@@ -50,6 +50,13 @@ class CSimDevice(CoreDevice):
         CompileError: g++ failed.
         CacheError: libraries cannot be kept there, or other users could change them.
         DeviceError: the system cannot load the library.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> with CSimDevice() as device:
+    ...     result = device.run(job)
+    >>> result.cycles > 0
+    True
     """
 
     name = "csim"
@@ -157,6 +164,9 @@ def build_library(
 
     Raises:
         ToolMissing, CompileError, CacheError: see `CSimDevice`.
+
+    >>> build_library(GemmConfig()).suffix
+    '.so'
     """
     flags = [*FLAGS, *((f"-fsanitize={sanitizer}", *SANITIZER_FLAGS) if sanitizer else ())]
     files = simulation_sources(config)

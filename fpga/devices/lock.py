@@ -25,6 +25,9 @@ def lock_folder() -> Path:
 
     Raises:
         DeviceError: somebody else's folder is in its place.
+
+    >>> lock_folder().is_dir()
+    True
     """
     if _SHARED_LOCKS.is_dir() and os.access(_SHARED_LOCKS, os.W_OK | os.X_OK):
         return _SHARED_LOCKS
@@ -46,6 +49,12 @@ def take_board(name: str, folder: Path) -> int:
     Raises:
         DeviceError: another process has it, or something else lies in its place.
         ValueError: `name` is no file name.
+
+    >>> handle = take_board("pynq-z2", Path("."))
+    >>> take_board("pynq-z2", Path("."))
+    Traceback (most recent call last):
+    fpga.errors.DeviceError: pynq-z2 is in use by process ...: close that one, or wait ...
+    >>> os.close(handle)
     """
     if not _LOCK_NAME.fullmatch(name):
         raise ValueError(
@@ -92,7 +101,7 @@ def _open_lock(path: Path) -> int:
 
 
 def _holder(lock: os.stat_result) -> str:
-    """Process that holds a lock, as the kernel says."""
+    """Process that holds a lock, as the kernel reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             words = line.split()

@@ -11,6 +11,9 @@ from .pynq import PynqDevice
 from .pynq_sim import SimulatedPynqDevice
 from .reference import ReferenceDevice
 
+__all__ = ["DEVICES", "open_device"]
+
+
 DEVICES: Final[dict[str, Callable[..., Device]]] = {
     "reference": ReferenceDevice,
     "csim": CSimDevice,
@@ -29,6 +32,13 @@ def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> 
 
     Raises:
         ValueError: an unknown name; the message lists the known ones.
+
+    >>> with open_device("reference", GemmConfig(tile=4, lanes=(2, 1))) as device:
+    ...     print(device.config.tile)
+    4
+    >>> open_device("fpga")
+    Traceback (most recent call last):
+    ValueError: unknown device 'fpga': known are reference, csim, pynq-sim, pynq
     """
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}: known are {', '.join(DEVICES)}")

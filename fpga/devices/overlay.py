@@ -15,6 +15,18 @@ from ..errors import DeviceError
 from ..fields import read_xml
 from ..registers import ARGUMENTS, REGISTERS
 
+__all__ = [
+    "CORE_VLNV",
+    "CorePlace",
+    "bit_bytes",
+    "bit_part",
+    "check_overlay",
+    "find_core",
+    "hwh_text",
+    "write_overlay",
+]
+
+
 CORE_VLNV: Final = "dynasty-lightning:hls:dpgemm:1.0"
 CORE_NAME: Final = "core"
 CORE_ADDRESS: Final = 0x43C00000
@@ -27,6 +39,9 @@ _PART: Final = re.compile(r"[A-Za-z0-9]{3,42}(-[A-Za-z0-9]{1,16}){0,4}")
 class CorePlace(NamedTuple):
     """The core on its bus: address and bytes of its registers, and their byte offsets by our
     names.
+
+    >>> CorePlace(address=0x43C00000, size=0x10000, offsets={"CTRL": 0}).offsets["CTRL"]
+    0
     """
 
     address: int
@@ -35,7 +50,13 @@ class CorePlace(NamedTuple):
 
 
 def write_overlay(folder: Path, board: Board, *, clock_mhz: float | None = None) -> Path:
-    """Write `dpgemm.bit` and `dpgemm.hwh` for a simulated board; returns the path of the .bit."""
+    """Write `dpgemm.bit` and `dpgemm.hwh` for a simulated board; returns the path of the .bit.
+
+    >>> from fpga.boards import load_board
+    >>> bit = write_overlay(Path("overlay"), load_board("pynq-z2"))
+    >>> bit.name, bit.with_suffix(".hwh").is_file()
+    ('dpgemm.bit', True)
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{OVERLAY}.hwh").write_text(hwh_text(board, clock_mhz=clock_mhz))
     bit = folder / f"{OVERLAY}.bit"
@@ -46,6 +67,10 @@ def write_overlay(folder: Path, board: Board, *, clock_mhz: float | None = None)
 def bit_bytes(part: str) -> bytes:
     """A .bit file whose header names `part` (without the vendor's prefix "xc", as Vivado writes it)
     and whose body is empty frames.
+
+    >>> _ = Path("made.bit").write_bytes(bit_bytes("xc7z020clg400-1"))
+    >>> bit_part(Path("made.bit"))
+    'xc7z020clg400-1'
     """
 
     def text(key: int, value: str) -> bytes:
@@ -67,6 +92,11 @@ def bit_part(path: Path) -> str:
     Raises:
         ValueError: it has no such header.
         OSError: it cannot be read.
+
+    >>> _ = Path("other.bit").write_bytes(b"no header")
+    >>> bit_part(Path("other.bit"))
+    Traceback (most recent call last):
+    ValueError: other.bit has no bitstream header with a part: it is damaged, or no .bit file
     """
     with Path(path).open("rb") as file:
         data = file.read(_HEADER_BYTES)
@@ -115,7 +145,7 @@ def _offsets(registers: Mapping[str, Any], size: int) -> dict[str, int]:
 
 
 def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
-    """Where a handoff says that the core is.
+    """Where the core is, after a handoff.
 
     Args:
         ip_dict: of `pynq.Overlay`: the handoff's IPs by name.
@@ -123,9 +153,13 @@ def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
 
     Raises:
         DeviceError: it has no core, more than one, or not its registers.
+
+    >>> find_core({}, Path("dpgemm.hwh"))
+    Traceback (most recent call last):
+    fpga.errors.DeviceError: dpgemm.hwh has 0 cores dynasty-lightning:hls:dpgemm:1.0, not one; ...
     """
-    ours = CORE_VLNV.rpartition(":")[0]
-    cores = [ip for ip in ip_dict.values() if _vlnv(ip).rpartition(":")[0] == ours]
+    wanted = CORE_VLNV.rpartition(":")[0]
+    cores = [ip for ip in ip_dict.values() if _vlnv(ip).rpartition(":")[0] == wanted]
     if len(cores) != 1:
         held = ", ".join(sorted(_vlnv(ip) for ip in ip_dict.values()))
         raise DeviceError(f"{hwh} has {len(cores)} cores {CORE_VLNV}, not one; it has {held}")
@@ -140,7 +174,13 @@ def find_core(ip_dict: Mapping[str, Any], hwh: Path) -> CorePlace:
 
 
 def check_overlay(overlay: Path, board: Board) -> None:
-    """Bitstream and handoff there, and for this board's part."""
+    """Bitstream and handoff there, and for this board's part.
+
+    >>> from fpga.boards import load_board
+    >>> check_overlay(write_overlay(Path("z1"), load_board("pynq-z1")), load_board("kv260"))
+    Traceback (most recent call last):
+    fpga.errors.DeviceError: z1/dpgemm.bit was built for xc7z020clg400-1, but ... has ...
+    """
     hwh = overlay.with_suffix(".hwh")
     for path in (overlay, hwh):
         if not path.is_file():
@@ -166,7 +206,12 @@ def check_overlay(overlay: Path, board: Board) -> None:
 
 
 def hwh_text(board: Board, *, clock_mhz: float | None = None) -> str:
-    """A hardware handoff with the processing system and the core, as far as PYNQ reads one."""
+    """A hardware handoff with the processing system and the core, as far as PYNQ reads one.
+
+    >>> from fpga.boards import load_board
+    >>> 'DEVICE="7z020"' in hwh_text(load_board("pynq-z2"))
+    True
+    """
     device, package = _split_part(board.part)
     root = ElementTree.Element("EDKSYSTEM", EDKVERSION="1.2", VIVADOVERSION="simulated")
     ElementTree.SubElement(

@@ -23,6 +23,9 @@ from .base import CoreDevice, CoreStatus
 from .lock import lock_folder, take_board
 from .overlay import check_overlay, find_core
 
+__all__ = ["PynqDevice"]
+
+
 ALIGNMENT: Final = 8  # bytes; what the core's 64-bit ports need
 _CLOCK_TOLERANCE: Final = 0.01
 _FIRST_POLL_S: Final = 20e-6
@@ -49,6 +52,10 @@ class PynqDevice(CoreDevice):
         ValueError: an unknown board, a clock out of range, or a lock's name that is no file name.
         DeviceError: a bitstream for another part or another core, a clock that does not lock, a
             core that does not answer, or another process that has the board.
+
+    >>> PynqDevice(overlay="dpgemm.bit", board="pynq-z9")
+    Traceback (most recent call last):
+    ValueError: unknown board 'pynq-z9': known are ...
     """
 
     name = "pynq"
@@ -106,7 +113,7 @@ class PynqDevice(CoreDevice):
         self._configure()
 
     def _configure(self) -> None:
-        """Bitstream, clock, registers by name, and one small job, whose registers say which core
+        """Bitstream, clock, registers by name, and one small job, whose registers report which core
         this is.
         """
         self._loaded = self._load()

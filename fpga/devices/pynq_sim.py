@@ -22,6 +22,13 @@ class SimulatedPynqDevice(PynqDevice):
         config, board, clock_mhz, lock: as for `PynqDevice`; overlay files are made for them, and
             each has a lock of its own.
         options: for `SimulatedBoard`.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> with SimulatedPynqDevice(clock_mhz=50) as device:
+    ...     result = device.run(job)
+    >>> result.cycles > 0
+    True
     """
 
     name = "pynq-sim"

@@ -15,11 +15,20 @@ from ..job import GemmJob
 from ..walk import Walk
 from .base import Device, GemmResult
 
+__all__ = ["ReferenceDevice", "exact_sums"]
+
+
 _FLOAT64_EXACT = 1 << 53
 
 
 class ReferenceDevice(Device):
-    """Computes in float64 where sums stay below 2**53, in parts added as int64 elsewhere."""
+    """Computes in float64 where sums stay below 2**53, in parts added as int64 elsewhere.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> ReferenceDevice().run(job).values.shape
+    (1, 1, 1)
+    """
 
     name = "reference"
 
@@ -50,6 +59,12 @@ def exact_sums(job: GemmJob, *, deadline: float | None = None) -> Array:
 
     Raises:
         DeviceTimeout: `deadline` (of time.monotonic) has passed; looked at before each tap.
+
+    >>> from fpga.verify.vectors import random_jobs
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> sums = exact_sums(job)
+    >>> bool((sums == job.a.integers() * job.b.integers()).all())
+    True
     """
     a, b = job.a.integers(), job.b.integers()
     g = job.geometry

@@ -27,6 +27,9 @@ from ..walk import beyond_memory
 from .csim import CSimDevice
 from .overlay import CORE_ADDRESS, CORE_RANGE, bit_part
 
+__all__ = ["Faults", "SimulatedBoard"]
+
+
 MEMORY_BASE: Final = 0x16800000  # where Linux puts the contiguous memory on a Zynq-7000
 PAGE: Final = 4096
 SLCR: Final = 0xF8000000
@@ -49,6 +52,12 @@ class Faults:
         clock_stuck: writes to the clock registers do nothing.
         ignore_flush: flushes are lost.
         seconds: how long a run takes at least.
+
+    >>> from fpga import open_device
+    >>> with open_device("pynq-sim") as device:
+    ...     device.simulated.faults = Faults(clock_stuck=True)
+    ...     device.simulated.faults.hang
+    False
     """
 
     hang: bool = False
@@ -76,6 +85,11 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
         config: the core that its bitstream holds.
         memory_bytes: contiguous memory in all.
         core: the simulated core; None compiles one for `config`.
+
+    >>> from fpga import open_device
+    >>> with open_device("pynq-sim", memory_bytes=1 << 22) as device:
+    ...     device.simulated.board.name
+    'pynq-z2'
     """
 
     def __init__(
@@ -117,7 +131,8 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
     def get_bitfile_metadata(self, bitfile_name: str, partial: bool = False) -> Any:
         hwh = Path(bitfile_name).with_suffix(".hwh")
         if not hwh.exists():
-            raise RuntimeError("Unable to find metadata for bitstream")  # as pynq's own device says
+            # As pynq's own device words it.
+            raise RuntimeError("Unable to find metadata for bitstream")
         return RuntimeMetadataParser(Metadata(input=str(hwh)))
 
     def download(self, bitstream: Any, parser: Any = None) -> None:
@@ -165,7 +180,7 @@ class SimulatedBoard(PynqBase):  # type: ignore[misc]
                 sum(-(-a.size // PAGE) * PAGE for a in self._allocations.values()) + room
                 > self._memory_bytes
             ):
-                raise RuntimeError("Allocate failed: Cannot allocate memory")  # as XRT says
+                raise RuntimeError("Allocate failed: Cannot allocate memory")  # as XRT words it
             allocation = _Allocation(self._free_address(room), size, self._rng)
             self._allocations[allocation.address] = allocation
         buffer = PynqBuffer(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the fields of steps: what a JSON value must be, or a ValueError that says so."""
+"""Checks of the fields of steps: what a JSON value must be, or a ValueError that reports it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -20,6 +20,9 @@ from ..images import IMAGES_FILE, load_images
 from ..quoting import markdown_code, markdown_text, python_literal, shell_word
 from .program import ARRAYS_FILE, GRAPH_FILE, Program
 
+__all__ = ["DeployError", "deploy"]
+
+
 MARKER: Final = "deploy.json"
 SCRIPT: Final = "classify.py"
 NOTEBOOK: Final = "classify.ipynb"
@@ -28,7 +31,15 @@ _TEMPLATES: Final = Path(__file__).parent / "templates"
 
 
 class DeployError(ValueError):
-    """A deploy folder that cannot be made from what was given."""
+    """A deploy folder that cannot be made from what was given.
+
+    >>> from fpga.boards import load_board
+    >>> from fpga.devices.overlay import write_overlay
+    >>> overlay = write_overlay(Path("z1"), load_board("pynq-z1"))
+    >>> _check_overlay(overlay, load_board("kv260"))
+    Traceback (most recent call last):
+    fpga.network.deploy.DeployError: z1/dpgemm.bit was built for xc7z020clg400-1, but ...
+    """
 
 
 def deploy(
@@ -46,6 +57,22 @@ def deploy(
         DeployError: `out` holds something else, the overlay is for another part, or images are
             missing.
         ProgramError, FileNotFoundError, DamagedFile: no such program or images, or damaged ones.
+
+    >>> from fpga.boards import load_board
+    >>> from fpga.config import GemmConfig
+    >>> from fpga.images import save_images
+    >>> import numpy as np
+    >>> program = Program(
+    ...     steps=[{"name": "flat", "op": "flatten", "inputs": ["input"]}],
+    ...     arrays={},
+    ...     input_shape=(1, 2, 2),
+    ...     config=GemmConfig(),
+    ... )
+    >>> program.save(Path("net"))
+    >>> save_images(Path("net"), np.zeros((1, 1, 2, 2), np.float32), np.array([0]))
+    >>> out = deploy(Path("net"), load_board("pynq-z2"), Path("out"))
+    >>> sorted(path.name for path in out.iterdir())[:3]
+    ['README.md', 'build', 'classify.ipynb']
     """
     loaded = Program.load(program)
     if not (program / IMAGES_FILE).is_file():

@@ -16,12 +16,21 @@ __all__ = ["ProgramError", "array_specs", "infer_shapes"]
 
 
 class ProgramError(ValueError):
-    """A program that is damaged, of another version, or not meant for what it is given."""
+    """A program that is damaged, of another version, or not meant for what it is given.
+
+    >>> infer_shapes([{"name": "a", "op": "fold", "inputs": ["input"]}], (3,))
+    Traceback (most recent call last):
+    fpga.network.graph.ProgramError: step 'a' ('fold') is of a kind which this runtime does not ...
+    """
 
 
 def infer_shapes(steps: Sequence[Any], input_shape: Shape) -> dict[str, Shape]:
     """One sample's shape of "input" and of each step's result. Raises ProgramError for a step that
-    is not as its kind says.
+    is not as its kind demands.
+
+    >>> steps = [{"name": "flat", "op": "flatten", "inputs": ["input"]}]
+    >>> infer_shapes(steps, (2, 4, 4))["flat"]
+    (32,)
     """
     if not 1 <= len(input_shape) <= MAX_AXES or not all(
         is_whole(n, 1, MAX_EXTENT - 1) for n in input_shape
@@ -96,6 +105,12 @@ def array_specs(
 ) -> dict[str, tuple[str, ArraySpec]]:
     """The step that reads each constant, and what the constant must be. Raises ProgramError for a
     step without its constants.
+
+    >>> step = {"name": "a", "op": "affine", "inputs": ["input"]}
+    >>> step |= {"arrays": {"scale": "s", "shift": "t"}}
+    >>> specs = array_specs([step], {"input": (3, 8), "a": (3, 8)}, GemmConfig())
+    >>> specs["s"][1].shape
+    (3,)
     """
     specs: dict[str, tuple[str, ArraySpec]] = {}
     weights = sum(math.prod(step["weight_shape"]) for step in steps if "weight_shape" in step)

@@ -24,7 +24,15 @@ _WEIGHT_EXPONENTS: Final = (-256, 128)
 
 @dataclass(frozen=True)
 class GemmLayer:
-    """What a "conv" or "linear" step computes with: quantized W, float32 bias, widths of X."""
+    """What a "conv" or "linear" step computes with: quantized W, float32 bias, widths of X.
+
+    >>> from fpga.verify.vectors import random_operand
+    >>> weight = random_operand(np.random.default_rng(0), (2, 1, 4), GemmConfig())
+    >>> four = ActivationRequest(values=np.full((1, 1, 1), 4), is_threshold=False)
+    >>> layer = GemmLayer("linear", weight, None, four)
+    >>> layer.operand(np.ones((5, 4), np.float32), GemmConfig()).bits.reshape(-1).tolist()
+    [4, 4, 4, 4, 4]
+    """
 
     kind: Literal["conv", "linear"]
     weight: Operand
@@ -47,7 +55,12 @@ class GemmLayer:
 
 
 def geometry_of(step: Step, spatial: Sequence[int]) -> Geometry:
-    """Of a "conv" step whose input has the positions `spatial`."""
+    """Of a "conv" step whose input has the positions `spatial`.
+
+    >>> step = {"output": [4], "taps": [3], "stride": [1], "padding": [1], "dilation": [1]}
+    >>> geometry_of(step, [4]).tap_count
+    3
+    """
     return Geometry(
         input=spatial,
         **{name: step[name] for name in ("output", "taps", "stride", "padding", "dilation")},
@@ -57,6 +70,17 @@ def geometry_of(step: Step, spatial: Sequence[int]) -> Geometry:
 def load_layer(step: Step, constants: Mapping[str, Array], config: GemmConfig) -> GemmLayer:
     """Of a "conv" or "linear" step, from a program's constants. Raises ProgramError for corrupt
     weights or widths.
+
+    >>> from fpga.packing import pack
+    >>> from fpga.verify.vectors import random_operand
+    >>> weight = random_operand(np.random.default_rng(0), (2, 1, 4), GemmConfig())
+    >>> packed = pack(weight, GemmConfig())
+    >>> constants = {"w": packed.words, "b": packed.bases, "r": np.array(4, np.int16)}
+    >>> step = {"name": "head", "op": "linear", "weight_shape": [2, 1, 4], "is_threshold": False}
+    >>> step |= {"least_bits": 0, "most_bits": 8}
+    >>> step |= {"arrays": {"weight": "w", "weight_base": "b", "request": "r"}}
+    >>> load_layer(step, constants, GemmConfig()).kind
+    'linear'
     """
     arrays = {kind: constants[name] for kind, name in step["arrays"].items()}
     packed = PackedOperand(words=arrays["weight"], bases=arrays["weight_base"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Limits of a program's sizes: what is loaded must fit memory, whatever a file says."""
+"""Limits of a program's sizes: what is loaded must fit memory, whatever a file asks for."""
 
 from typing import Final
 

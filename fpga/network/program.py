@@ -3,7 +3,7 @@
 
 A program is a folder: `program.json`, a graph of named steps, and `program.npz` (no pickle) with
 packed weights and constants. The graph carries its own digest and that of the arrays. `STEP_KINDS`
-says what each kind of step has, and which shape it makes of its inputs'; shapes leave out the
+holds what each kind of step has, and which shape it makes of its inputs'; shapes leave out the
 batch, which is every tensor's first axis.
 """
 
@@ -19,17 +19,11 @@ from typing import Any, Final
 import numpy as np
 
 from .._moved import names_moved
+from ..archives import parse_arrays
 from ..arrays import Array
 from ..config import GemmConfig
-from ..files import (
-    DamagedFile,
-    check_record,
-    parse_arrays,
-    read_bounded,
-    read_json,
-    seal_record,
-    write_whole,
-)
+from ..files import DamagedFile, read_bounded, write_whole
+from ..records import check_record, read_json, seal_record
 from .checks import short
 from .graph import ProgramError as ProgramError
 from .graph import array_specs, infer_shapes
@@ -76,8 +70,19 @@ class Program:
         source: what it was made from, for people.
 
     Raises:
-        ProgramError: a step that is not as its kind says, shapes that do not go together or are too
-            large, constants of another shape or type, missing or left over.
+        ProgramError: a step that is not as its kind demands, shapes that do not go together or are
+            too large, constants of another shape or type, missing or left over.
+
+    >>> program = Program(
+    ...     steps=[{"name": "half", "op": "multiply_constant", "inputs": ["input"],
+    ...             "arrays": {"value": "v"}}],
+    ...     arrays={"v": np.array(0.5, np.float32)},
+    ...     input_shape=(3,),
+    ...     config=GemmConfig(),
+    ... )
+    >>> program.save(Path("net"))
+    >>> Program.load(Path("net")).shapes["half"]
+    (3,)
     """
 
     steps: list[dict[str, Any]]
@@ -157,7 +162,11 @@ class Program:
 
 
 def graph_text(graph: Mapping[str, Any]) -> str:
-    """What `program.json` holds: the graph and its digest."""
+    """What `program.json` holds: the graph and its digest.
+
+    >>> json.loads(graph_text({"format": 2}))["format"]
+    2
+    """
     return json.dumps(seal_record(graph), indent=1) + "\n"
 
 
@@ -168,6 +177,10 @@ def parse_program(graph: Any, read_arrays: Callable[[], bytes], source: str) -> 
     Raises:
         ProgramError: naming `source` and what is wrong.
         DamagedFile: another digest, or bytes that are no arrays.
+
+    >>> parse_program({"format": 1}, lambda: b"", "net")
+    Traceback (most recent call last):
+    fpga.network.graph.ProgramError: net: program.json has format 1, this runtime reads 2: ...
     """
     try:
         return _parse_program(graph, read_arrays, source)

@@ -27,7 +27,11 @@ __all__ = ["OPERATIONS", "Runner", "StepReport"]
 
 @dataclass
 class StepReport:
-    """What one GEMM layer took on the device."""
+    """What one GEMM layer took on the device.
+
+    >>> StepReport(calls=1, cycles=640, bytes_moved=2048).cycles
+    640
+    """
 
     calls: int = 0
     cycles: int = 0
@@ -44,6 +48,19 @@ class Runner:
 
     Raises:
         ProgramError: the device has another configuration, or packed weights are corrupt.
+
+    >>> from fpga import GemmConfig, open_device
+    >>> program = Program(
+    ...     steps=[{"name": "relu", "op": "relu", "inputs": ["input"]}],
+    ...     arrays={},
+    ...     input_shape=(3,),
+    ...     config=GemmConfig(),
+    ... )
+    >>> runner = Runner(program, open_device("reference"))
+    >>> runner(np.array([[-1.0, 2.0, 0.5]], np.float32)).tolist()
+    [[0.0, 2.0, 0.5]]
+    >>> runner.classify(np.array([[-1.0, 2.0, 0.5]], np.float32)).tolist()
+    [1]
     """
 
     def __init__(self, program: Program, device: Device, *, timeout_s: float = 60.0) -> None:
@@ -86,7 +103,7 @@ class Runner:
                 inputs = [values[name] for name in step["inputs"]]
                 with np.errstate(
                     all="ignore"
-                ):  # as torch: what overflows is Inf, and a layer that reads it says so
+                ):  # as torch: what overflows is Inf, and a layer that reads it refuses it
                     values[step["name"]] = OPERATIONS[step["op"]](self, step, *inputs)
             except (ValueError, IndexError) as error:
                 raise ProgramError(f"step {step['name']!r} ({step['op']}): {error}") from error
@@ -107,7 +124,7 @@ class Runner:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
         classes = []
-        for first in range(0, max(len(images), 1), batch):  # no images: one call says so
+        for first in range(0, max(len(images), 1), batch):  # no images: one call reports it
             classes.append(self(images[first : first + batch]).argmax(axis=1))
             if progress:
                 progress(min(first + batch, len(images)), len(images))

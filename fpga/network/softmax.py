@@ -14,7 +14,11 @@ __all__ = ["softmax"]
 
 
 def softmax(x: Array, axis: int, *, log: bool) -> Array:
-    """In float64, added up in order, rounded once to float32. Raises ValueError for NaN or Inf."""
+    """In float64, added up in order, rounded once to float32. Raises ValueError for NaN or Inf.
+
+    >>> softmax(np.zeros((1, 4), np.float32), 1, log=False).tolist()
+    [[0.25, 0.25, 0.25, 0.25]]
+    """
     if not np.isfinite(x).all():
         raise ValueError("x holds NaN or Inf: look at the layer before")
     wide = x.astype(np.float64)

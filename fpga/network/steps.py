@@ -22,6 +22,11 @@ __all__ = ["STEP_KINDS", "ArraySpec", "StepKind"]
 class ArraySpec:
     """What an array must be: of `shape`; with "broadcast" each axis whole or 1, or no axes; with
     "at most" of no more elements.
+
+    >>> ArraySpec("float32", (3, 8, 8), "broadcast").check(np.ones((3, 1, 1), np.float32))
+    >>> ArraySpec("float32", (3,)).check(np.ones(4, np.float32))
+    Traceback (most recent call last):
+    ValueError: must be float32 (3,), not float32 (4,)
     """
 
     dtype: str
@@ -87,6 +92,9 @@ class StepKind:
         inputs: least and most number of them.
         arrays: constants, from the step and its first input's shape.
         may_lack: constants that need not be there.
+
+    >>> sorted(STEP_KINDS["max_pool"].fields), sorted(STEP_KINDS["max_pool"].optional)
+    (['padding', 'stride', 'taps'], ['ceil', 'dilation'])
     """
 
     shape: Callable[..., Shape]

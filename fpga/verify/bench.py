@@ -11,15 +11,12 @@ from ..config import GemmConfig
 from ..libraries import run
 from .vectors import write_vectors
 
-__all__ = ["run_bench"]
-
-
 BENCH_SECONDS: Final = 600.0
 
 
 def run_bench(config: GemmConfig) -> int:
     """Compile the vendor's bench with g++ and run it on recorded vectors, as the vendor tool would;
-    0 if it has nothing to say.
+    0 if it has no complaint.
 
     Raises:
         CompileError: vectors differ, or it did not end; with what it printed.

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, Axes
 from ..config import WINDOW, GemmConfig
 from ..cost import core_cost
 from ..devices.reference import exact_sums
@@ -27,12 +27,28 @@ from ..operand import Operand
 from ..packing import pack
 from ..walk import Walk, job_words
 
+__all__ = [
+    "LAYERS",
+    "MAGIC",
+    "SEED",
+    "Layer",
+    "random_jobs",
+    "random_operand",
+    "vector",
+    "write_vectors",
+]
+
+
 MAGIC: Final = 0x31566744
 SEED: Final = 20230117
 
 
 class Layer(NamedTuple):
-    """A layer's sizes: samples, channels in and out, geometry."""
+    """A layer's sizes: samples, channels in and out, geometry.
+
+    >>> LAYERS["3x3, stride 2"].geometry.output
+    (1, 4, 4)
+    """
 
     rows: int
     in_channels: int
@@ -105,25 +121,15 @@ def random_operand(
         config: its block edge, and its width group, within which blocks get one width.
         signed: share of signed blocks.
         widths: what to draw widths from.
+
+    >>> x = random_operand(np.random.default_rng(0), (4, 1, 8), GemmConfig(), widths=(3,))
+    >>> x.bits.tolist()
+    [[[3, 3]]]
     """
     rows, positions, channels = shape
     edge = config.block_edge
     grid = (rows if row_exponents else -(-rows // edge), positions, -(-channels // edge))
-    if config.width_group is None:
-        bits = rng.choice(widths, size=grid)
-    else:
-        # A group's rows and channels in entries of the grid.
-        group = (
-            1 if row_exponents else config.width_group[0] // edge,
-            config.width_group[1] // edge,
-        )
-        groups = rng.choice(
-            widths, size=(-(-grid[0] // group[0]), positions, -(-grid[2] // group[1]))
-        )
-        bits = np.repeat(np.repeat(groups, group[0], axis=0), group[1], axis=2)[
-            : grid[0], :, : grid[2]
-        ]
-        bits = np.where(rng.random(grid) < 0.1, 0, bits)
+    bits = _random_widths(rng, grid, config, widths, row_exponents=row_exponents)
     flags = (rng.random(grid) < signed) & (bits > 0)
     largest = int(rng.integers(-8, 8))
     shared = largest - rng.choice([0, 1, 4, WINDOW], size=grid)
@@ -149,9 +155,36 @@ def random_operand(
     )
 
 
+def _random_widths(
+    rng: np.random.Generator,
+    grid: Axes,
+    config: GemmConfig,
+    widths: tuple[int, ...],
+    *,
+    row_exponents: bool,
+) -> Array:
+    """Widths of a grid's entries, one within each width group."""
+    if config.width_group is None:
+        return rng.choice(widths, size=grid)
+    edge = config.block_edge
+    # A group's rows and channels in entries of the grid.
+    group = (
+        1 if row_exponents else config.width_group[0] // edge,
+        config.width_group[1] // edge,
+    )
+    groups = rng.choice(widths, size=(-(-grid[0] // group[0]), grid[1], -(-grid[2] // group[1])))
+    bits = np.repeat(np.repeat(groups, group[0], axis=0), group[1], axis=2)[: grid[0], :, : grid[2]]
+    bits = np.where(rng.random(grid) < 0.1, 0, bits)
+    return bits
+
+
 def random_jobs(config: GemmConfig, seed: int = SEED) -> Iterator[tuple[str, GemmJob]]:
     """Named jobs: every layer of `LAYERS`, all three GEMMs, both outputs, with and without row
     exponents; same seed, same jobs.
+
+    >>> names = [name for name, _ in random_jobs(GemmConfig())]
+    >>> len(names), names[0]
+    (35, 'matrix product, forward')
     """
     rng = np.random.default_rng(seed)
     for name, (rows, ins, outs, g) in LAYERS.items():
@@ -167,7 +200,12 @@ def random_jobs(config: GemmConfig, seed: int = SEED) -> Iterator[tuple[str, Gem
 
 
 def vector(job: GemmJob, config: GemmConfig) -> Array:
-    """The words of one vector file, uint32."""
+    """The words of one vector file, uint32.
+
+    >>> job = dict(random_jobs(GemmConfig()))["one element, forward"]
+    >>> int(vector(job, GemmConfig())[0]) == MAGIC
+    True
+    """
     walk = Walk(job, config)
     a, b = pack(job.a, config), pack(job.b, config)
     raw = job.output == "int64"
@@ -206,6 +244,9 @@ def write_vectors(config: GemmConfig, folder: Path) -> list[Path]:
 
     Returns:
         The files written.
+
+    >>> write_vectors(GemmConfig(tile=4, lanes=(2, 1)), Path("vectors"))[-1].name
+    'index.txt'
     """
     folder.mkdir(parents=True, exist_ok=True)
     written, lines = [], []

@@ -11,7 +11,15 @@ from fpga.build.sources import HLS
 from fpga.build.toolchain import ap_types
 from fpga.config import edge_of_shape
 from fpga.libraries import find_compiler
-from fpga.registers import ERRORS, JOB_WORDS, REGISTERS, error_text, registers_header
+from fpga.registers import (
+    ERRORS,
+    HEADER_BITS,
+    HEADER_FIELDS,
+    JOB_WORDS,
+    REGISTERS,
+    error_text,
+    registers_header,
+)
 
 
 def test_the_committed_headers_are_the_rendered_ones() -> None:
@@ -133,3 +141,11 @@ def test_a_header_edited_by_hand_fails_to_compile_with_its_rule(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode
     assert message in done.stderr
+
+
+def test_the_fields_of_a_header_fill_it_and_are_named_in_no_other_way() -> None:
+    covered = [bit for _, field in HEADER_FIELDS for bit in range(field.at, field.at + field.bits)]
+    assert covered == list(range(HEADER_BITS))
+    assert sum(field.mask for _, field in HEADER_FIELDS) == (1 << HEADER_BITS) - 1
+    for path in (*HLS.glob("kernel/*.cpp"), *HLS.glob("*/*.h")):
+        assert not re.search(r"header\s*(>>|&)\s*\(?\d", path.read_text()), path

@@ -12,21 +12,17 @@ import numpy as np
 import pytest
 
 from fpga import files
+from fpga.archives import parse_array, parse_arrays
 from fpga.files import (
     DamagedFile,
     cache_folder,
-    check_record,
     check_seal,
-    parse_array,
-    parse_arrays,
-    parse_json,
     read_bounded,
-    read_json,
     read_sealed,
     remove_leftovers,
-    seal_record,
     write_whole,
 )
+from fpga.records import check_record, parse_json, read_json, seal_record
 
 
 def zipped(**arrays: np.ndarray) -> bytes:

@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 
 from fpga import GemmConfig, Operand
+from fpga.archives import parse_arrays
 from fpga.devices.reference import ReferenceDevice
-from fpga.files import MOST_ARRAY_BYTES, parse_arrays, seal_record
+from fpga.files import MOST_ARRAY_BYTES
 from fpga.images import IMAGES_FILE, load_images
 from fpga.network import limits
 from fpga.network.program import (
@@ -30,6 +31,7 @@ from fpga.network.program import (
 )
 from fpga.network.runner import Runner
 from fpga.packing import PackedOperand, pack, unpack
+from fpga.records import seal_record
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, near_value, odd_value, to_json

@@ -32,7 +32,7 @@ from fpga.build.emit import MANIFEST, check_folder, emit
 from fpga.build.vendor import read_report
 from fpga.config import GemmConfig
 from fpga.devices.overlay import bit_bytes, bit_part, check_overlay, hwh_text
-from fpga.files import read_json
+from fpga.records import read_json
 
 from .driver import Target
 from .mutate import mutate_bytes, mutate_json, near_value, odd_value, to_json

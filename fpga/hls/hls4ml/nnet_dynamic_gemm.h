@@ -28,7 +28,7 @@ struct dynamic_gemm_config {
   static constexpr int group_blocks = 0;
 };
 
-// What dp::RowQuantizer asks for: the layer's settings and the input type's binary point.
+// What dp::RowQuantizer asks for: the layer's constants and the input type's binary point.
 template <class data_T, typename CONFIG_T>
 struct DynamicGemmRow : CONFIG_T {
   static constexpr int fraction = data_T::width - data_T::iwidth;
@@ -71,7 +71,7 @@ void ComputeRow(const int32_t* x, res_T* res, const words_T* job, const words_T*
   const uint32_t words_a = Quantizer::Pack(x, request, a, base);
 JOB_WORDS:
   for (int w = 0; w < dp::kJobWords; ++w) words[w] = uint32_t(job[w].to_uint());
-  // What there is, whatever the job's file says.
+  // What there is, whatever the job's file holds.
   words[dp::kJobWordsJob] = dp::kJobWords + dp::kEdge;
   words[dp::kJobWordsA] = words_a;
   words[dp::kJobWordsB] = CONFIG_T::weight_words;

@@ -175,7 +175,7 @@ bool IsInRange(const Job& job) {
 
 Error DecodeJob(const uint32_t* memory, Job& job) {
   uint32_t words[kJobWords];
-// The first words say how many there are.
+// The first words hold how many there are.
 HEAD:
   for (int i = 0; i <= kJobWordsJob; ++i) {
 #pragma HLS PIPELINE II = 1

@@ -202,7 +202,7 @@ CHECK:
 }
 
 // Turns a segment's words into blocks. If anything in it is illegal, all of its blocks are zero and
-// `error` says why.
+// `error` names the reason.
 void DecodeSegment(const Word_t* words, const Segment& segment, const SegmentErrors& errors,
                    hls::stream<Block>& stream, Error& error) {
   const bool is_usable = CheckSegment(words, segment, errors, error);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint32_t kMagic = 0x31566744;
 constexpr int kHeadWords = 11;
-// The tool co-simulates a port with as many words as its pragma says.
+// The tool co-simulates a port with as many words as its pragma asks for.
 constexpr size_t kPortWords = dp::kCosimWords;
 
 struct Head {
