@@ -6,11 +6,11 @@ that says where they lie now.
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
 MOVED: Final = {
@@ -84,6 +84,34 @@ MOVED: Final = {
     "workers": "study.workers",
 }
 """Old paths and new ones, both below the package."""
+MOVED_NAMES: Final = {
+    "numerics.backends.native": {
+        "BuildError": "numerics.backends.toolchain",
+        "build": "numerics.backends.toolchain",
+    },
+    "numerics.formats": {"BlockTensor": "numerics.quantized"},
+    "numerics.gemm": {
+        "is_trusted": "numerics.products",
+        "multiply": "numerics.products",
+        "reduction_length": "numerics.products",
+        "sum_bound": "numerics.products",
+    },
+    "numerics.layout": {
+        "BandedWeight": "numerics.banded",
+        "band_width": "numerics.banded",
+    },
+    "numerics.quantize": {
+        "QuantizedBlocks": "numerics.quantized",
+        "dequantize": "numerics.quantized",
+        "header_bits": "numerics.quantized",
+        "header_occupied": "numerics.quantized",
+        "header_signed": "numerics.quantized",
+        "make_headers": "numerics.quantized",
+        "quantize_blocks": "numerics.backends.dispatch",
+        "quantize_in_torch": "numerics.backends.pytorch",
+    },
+}
+"""Definitions that an old path's module has given away: where they lie now."""
 
 
 class _Moved(MetaPathFinder, Loader):
@@ -103,11 +131,30 @@ class _Moved(MetaPathFinder, Loader):
             stacklevel=2,
         )
         module = importlib.import_module(new)
+        if names := MOVED_NAMES.get(MOVED[spec.name.partition(".")[2]]):
+            module.__dict__.setdefault("__getattr__", _finder_of(module.__name__, names))
         self._spec = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self._spec  # importlib has given it the old path's
+
+
+def _finder_of(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__`: it lasts from the first import by the old path on."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = f"{_PACKAGE}.{names[name]}"
+        warnings.warn(
+            f"{name} has moved from {module} to {new}; the old place goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(new), name)
+
+    return find
 
 
 def install() -> None:
