@@ -94,6 +94,31 @@ DEFINITIONS: Final = {
         "model_structure": "maps.structure",
         "structure_hash": "maps.structure",
     },
+    "numerics.backends.native": {
+        "BuildError": "numerics.backends.toolchain",
+        "build": "numerics.backends.toolchain",
+    },
+    "numerics.formats": {"BlockTensor": "numerics.quantized"},
+    "numerics.gemm": {
+        "is_trusted": "numerics.products",
+        "multiply": "numerics.products",
+        "reduction_length": "numerics.products",
+        "sum_bound": "numerics.products",
+    },
+    "numerics.layout": {
+        "BandedWeight": "numerics.banded",
+        "band_width": "numerics.banded",
+    },
+    "numerics.quantize": {
+        "QuantizedBlocks": "numerics.quantized",
+        "dequantize": "numerics.quantized",
+        "header_bits": "numerics.quantized",
+        "header_occupied": "numerics.quantized",
+        "header_signed": "numerics.quantized",
+        "make_headers": "numerics.quantized",
+        "quantize_blocks": "numerics.backends.dispatch",
+        "quantize_in_torch": "numerics.backends.pytorch",
+    },
     "policy.baselines.magnitude": {"RandomPolicy": "policy.baselines.random"},
     "policy.baselines.per_layer": {"AmpaPolicy": "policy.baselines.ampa"},
     "policy.baselines.scheduled": {

@@ -9,6 +9,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from .._moved import names_left
+
 __all__ = [
     "FLOATS",
     "MAX_BITS",
@@ -176,3 +178,6 @@ class BlockFormat:
         blocks).
         """
         return self.block_shape in LINE_BLOCKS
+
+
+__getattr__ = names_left(__name__)

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
+from .._moved import names_left
 from .backends import native
 from .backends.dispatch import fast_values
 from .formats import NO_EXPONENT
@@ -36,7 +38,7 @@ def exact_gemm(
     output_shape: tuple[int, ...],
     *,
     limit_bits: int = FLOAT64_BITS,
-) -> Tensor:
+) -> Float32[Tensor, "..."]:
     """The exact sums of exact products, rounded once to float32 (nearest-even, subnormals kept, Inf
     on overflow).
 
@@ -44,6 +46,18 @@ def exact_gemm(
 
     Raises:
         ValueError: if one channel or sample alone could exceed the limit, or the whole sum 2**62.
+
+    >>> from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+    >>> from dynasty_lightning.numerics.layout import BlockLayout
+    >>> from dynasty_lightning.numerics.recipe import Recipe
+    >>> linear = LayerGeometry(kind="linear", weight_shape=(4, 4))
+    >>> layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
+    >>> x, w = (
+    ...     quantize_blocks(torch.eye(4), layout, Recipe(role=role, request=torch.tensor(4)))
+    ...     for role in READS[Gemm.FORWARD]
+    ... )
+    >>> torch.equal(exact_gemm(Gemm.FORWARD, x, w, linear, (4, 4), (4, 4)), torch.eye(4))
+    True
     """
     if left.passthrough is not None or right.passthrough is not None:
         return multiply(
@@ -88,9 +102,15 @@ def exact_gemm(
     return round_once(total, exponent)
 
 
-def round_once(total: Tensor, exponent: int | Tensor) -> Tensor:
+def round_once(
+    total: Int64[Tensor, "..."], exponent: int | Int32[Tensor, "..."]
+) -> Float32[Tensor, "..."]:
     """total * 2**exponent (a number or a tensor that broadcasts) in float32, rounded once to
-    nearest-even; int64 with |total| < 2**62.
+    nearest-even; |total| < 2**62.
+
+    >>> total = torch.tensor([3, 2**24 + 1, 2**60 + 1])
+    >>> [int(value) - int(whole) for value, whole in zip(round_once(total, 0), total)]
+    [0, -1, -1]
     """
     # 11 low bits become one sticky bit, so the value fits float64's 53 bits and still rounds to
     # float32 as the whole would.
@@ -109,13 +129,25 @@ def fast_gemm(
     right: QuantizedBlocks,
     geometry: LayerGeometry,
     input_shape: tuple[int, ...],
-) -> Tensor:
+) -> Float[Tensor, "..."]:
     """The same operands on the fastest units that hold them without error; within the bound of
     docs/numerics.md.
 
     Returns:
         float32, or bfloat16 as bf16 units leave it, in whatever memory order they do; `finish`
         brings it into the layer's.
+
+    >>> from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+    >>> from dynasty_lightning.numerics.layout import BlockLayout
+    >>> from dynasty_lightning.numerics.recipe import Recipe
+    >>> linear = LayerGeometry(kind="linear", weight_shape=(4, 4))
+    >>> layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
+    >>> x, w = (
+    ...     quantize_blocks(torch.eye(4), layout, Recipe(role=role, request=torch.tensor(4)))
+    ...     for role in READS[Gemm.FORWARD]
+    ... )
+    >>> torch.equal(fast_gemm(Gemm.FORWARD, x, w, linear, (4, 4)).float(), torch.eye(4))
+    True
     """
     if right.passthrough is not None or (
         left.passthrough is not None and left.largest_exponents.numel() == 1
@@ -162,17 +194,21 @@ def fast_gemm(
 
 
 def finish(
-    result: Tensor,
+    result: Float[Tensor, "..."],
     channel_axis: int,
     *,
     dtype: torch.dtype,
     channels_last: bool,
-    bias: Tensor | None,
-) -> Tensor:
+    bias: Float32[Tensor, " channels"] | None,
+) -> Float[Tensor, "..."]:
     """A GEMM's result plus a float32 bias for each channel, in `dtype`, contiguous or
     channels_last.
 
     The sum is made in float32 and rounded to `dtype` after it.
+
+    >>> y, bias = torch.ones(1, 2).bfloat16(), torch.tensor([0.25, 0.5])
+    >>> finish(y, 1, dtype=torch.float32, channels_last=False, bias=bias)
+    tensor([[1.2500, 1.5000]])
     """
     if (
         result.dtype is torch.bfloat16
@@ -194,6 +230,14 @@ def finish(
 def is_safe(operand: QuantizedBlocks) -> bool:
     """Whether products of the operand stay far from both ends of float32 and of the units' normal
     numbers, scope by scope.
+
+    >>> from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+    >>> from dynasty_lightning.numerics.layout import BlockLayout
+    >>> from dynasty_lightning.numerics.recipe import Recipe
+    >>> layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
+    >>> recipe = Recipe(role=READS[Gemm.FORWARD][1], request=torch.tensor(4))
+    >>> [is_safe(quantize_blocks(torch.eye(4) * s, layout, recipe)) for s in (1.0, 2.0**-60)]
+    [True, False]
     """
     largest = operand.largest_exponents
     if largest.numel() == 1:
@@ -218,7 +262,11 @@ def _normalising_shift(operand: QuantizedBlocks) -> Tensor:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware, else float32."""
+    """bfloat16 where the processor multiplies it in hardware, else float32.
+
+    >>> fast_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    True
+    """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     has_units = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -229,3 +277,6 @@ def _split_axis(gemm: Gemm, left: Tensor, geometry: LayerGeometry) -> tuple[int,
     """Axis of the left operand that runs along K, and its length."""
     axis = 0 if gemm is Gemm.WGRAD else geometry.channel_axis % left.ndim
     return axis, left.shape[axis]
+
+
+__getattr__ = names_left(__name__)

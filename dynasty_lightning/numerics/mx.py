@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the baseline of that name: no
-window, no zero flag that it knows of.
+"""MXINT8 as the OCP Microscaling Formats specification v1.0 has it, for the baseline of that name:
+no window, no zero flag that it knows of.
 
 Section 5.2: a block's scale is E8M0, 2**-127 to 2**127. Section 5.3.4: an element is an 8-bit
 integer times 2**-6, its most negative code may stay unused. Section 6.3: the scale is the largest

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from .geometry import LayerGeometry
@@ -24,8 +25,12 @@ _CONV: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def multiply(
-    gemm: Gemm, left: Tensor, right: Tensor, geometry: LayerGeometry, input_shape: tuple[int, ...]
-) -> Tensor:
+    gemm: Gemm,
+    left: Float[Tensor, "..."],
+    right: Float[Tensor, "..."],
+    geometry: LayerGeometry,
+    input_shape: tuple[int, ...],
+) -> Float[Tensor, "..."]:
     """One GEMM in the operands' own type: FORWARD of (X, W), DGRAD of (E, W), WGRAD of (E, X), as
     in `READS`.
 
@@ -34,6 +39,10 @@ def multiply(
 
     Args:
         input_shape: X's shape, which DGRAD cannot tell from E's.
+
+    >>> linear = LayerGeometry(kind="linear", weight_shape=(3, 2))
+    >>> multiply(Gemm.FORWARD, torch.ones(1, 2), torch.ones(3, 2), linear, (1, 2))
+    tensor([[2., 2., 2.]])
     """
     if geometry.kind == "linear":
         if gemm is Gemm.FORWARD:
@@ -80,19 +89,25 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
 
     Some kernels leave results unwritten (whatever the memory held before) or end the process. It
     was found in random geometries beside float64, with freed memory poisoned
-    (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`):
+    (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`). Wrong are
 
-        1-D, 2-D, 3-D   on some axis the kernel is larger than the input without its padding, or the padding is more than keeps the size
-                        (a tap, or an output position with all its taps, may then read nothing but
-                        padding); or there is one output position at a stride above 1; or a stride
-                        above the kernel, with padding (found in 1-D, on several threads)
-        3-D             groups, dilation, a stride above the kernel, or an input position that no tap reads
-        any, bf16       below 32 input channels of a group, taps of the last axis times these a multiple of 32 above 32: Y is another sum
+    - in 1-D, 2-D and 3-D: on some axis a kernel larger than the input without its padding, or
+      more padding than keeps the size (a tap, or an output position with all its taps, may then
+      read nothing but padding); one output position at a stride above 1; a stride above the
+      kernel, with padding (found in 1-D, on several threads);
+    - in 3-D: groups, dilation, a stride above the kernel, an input position that no tap reads;
+    - in bfloat16: below 32 input channels of a group, where taps of the last axis times these are
+      a multiple of 32 above 32: Y is another sum.
 
     A stride above the kernel without padding is right in 1-D and 2-D, and so is one output position
-    at stride 1.
-    Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone. float64, another
-        code path, was right everywhere.
+    at stride 1. Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone.
+    float64, another code path, was right everywhere.
+
+    >>> conv = LayerGeometry(
+    ...     kind="conv", weight_shape=(8, 4, 5), stride=(1,), padding=(0,), dilation=(1,)
+    ... )
+    >>> is_trusted(conv, (2, 4, 16)), is_trusted(conv, (2, 4, 3))
+    (True, False)
     """
     if geometry.kind == "linear":
         return True
@@ -143,7 +158,12 @@ def _has_odd_edge(size: int, taps: int, stride: int, padding: int, dilation: int
 
 
 def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[int, ...]) -> int:
-    """K: terms of one sum, padding included."""
+    """K: terms of one sum, padding included.
+
+    >>> linear = LayerGeometry(kind="linear", weight_shape=(3, 2))
+    >>> [reduction_length(gemm, linear, (16, 3)) for gemm in Gemm]
+    [2, 3, 16]
+    """
     if gemm is Gemm.FORWARD:
         return math.prod(geometry.weight_shape[1:])
     if gemm is Gemm.DGRAD:
@@ -153,8 +173,8 @@ def reduction_length(gemm: Gemm, geometry: LayerGeometry, output_shape: tuple[in
 
 def sum_bound(
     gemm: Gemm,
-    left: Tensor,
-    right: Tensor,
+    left: Float[Tensor, "..."],
+    right: Float[Tensor, "..."],
     geometry: LayerGeometry,
     input_shape: tuple[int, ...],
     terms: int,
@@ -162,8 +182,13 @@ def sum_bound(
     """Upper bound of |sum| over every partial sum: min(K max|a| max|b|, |row|_2 |col|_2), for
     integer operands in float64.
 
-    Source: DESIGN section 2, "Sums"; the second is Cauchy-Schwarz, which also holds for every
+    Source: docs/numerics.md, "Sums"; the second is Cauchy-Schwarz, which also holds for every
     subset of the terms.
+
+    >>> linear = LayerGeometry(kind="linear", weight_shape=(3, 2))
+    >>> a, b = torch.ones(1, 2).double(), torch.full((3, 2), 7.0).double()
+    >>> sum_bound(Gemm.FORWARD, a, b, linear, (1, 2), terms=2)
+    14.0
     """
     plain = terms * float(left.abs().max()) * float(right.abs().max())
     if plain < 2.0**ACCUMULATOR_BITS:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .._moved import names_left
 from .backends.dispatch import quantize_blocks
 from .formats import FLOATS, MAX_BITS, SCOPES, Rounding, Scope, check_bits, check_widths
 from .layout import BlockLayout
@@ -34,59 +35,39 @@ def quantize(
     stream: StreamPosition | None = None,
     scope: Scope = "tensor",
 ) -> BlockTensor:
-    """Quantize an operand block by block, at given widths or down to given LSBs.
+    """Quantize an operand [N, .., C, ..] block by block, to given widths or down to given LSBs.
 
     Args:
-        x: floating point [N, .., C, ..]; axis 0 holds the block's rows. Types wider than float32
-            are refused.
-        bits: width of every block, or an integer tensor that broadcasts to the grid; 0 or in [2,
-            8].
-        role: what the operand is. X is unsigned where a block has no negative element; E rounds
-            stochastically.
-        block_shape: rows x channels that share an exponent.
-        width_group: rows x channels that share a width, multiples of `block_shape`; None for none.
-        channel_axis: where the block's channels lie; 1 for a Conv, -1 for a Linear.
-        lsb_exponent: instead of `bits`: the finest LSB, 2**lsb_exponent, that the blocks need; int
-            or integer tensor.
-        least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets
-            blocks be zero or dropped.
+        bits: width of every block, or integers that broadcast to the grid; 0 or in [2, 8].
+        role: X is unsigned where a block has no negative element; E rounds stochastically.
+        block_shape: rows x channels that share an exponent; axis 0 holds the rows.
+        width_group: rows x channels that share a width, multiples of `block_shape`.
+        channel_axis: 1 for a Conv, -1 for a Linear.
+        lsb_exponent: instead of `bits`: the blocks need no LSB finer than 2**lsb_exponent.
+        least_bits, most_bits: limits of the widths that follow from it; 0 lets blocks be zero.
         rounding: None for the role's own.
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
-        scope: what shares a window and a non-finite check: "tensor", one "sample", or one "row" (a
-            sample at a position).
+        scope: what shares a window and a non-finite check: a "row" is a sample at a position.
 
     Raises:
-        ValueError: for an empty tensor, widths outside {0, 2..8}, both or none of `bits` and
-            `lsb_exponent`, shapes that do not broadcast to the grid, blocks that span rows where
-            the scope does not.
-        TypeError: for a tensor that is not float32, bfloat16 or float16.
+        ValueError: empty tensors, widths or requests that do not fit, blocks that span scopes.
+        TypeError: a tensor that is not float32, bfloat16 or float16.
 
     >>> x = torch.tensor([[1.0, 0.3, -0.6, 0.0, 0.01, 0.02, 0.0, 0.0]])
-    >>> quantize(x, 4, role=Role.WEIGHT).dequantize()
-    tensor([[ 1.0000,  0.2500, -0.5000,  0.0000,  0.0098,  0.0195,  0.0000,  0.0000]])
-    >>> quantize(x, lsb_exponent=-4, role=Role.WEIGHT).bits  # as many as that LSB takes
-    tensor([[6, 0]], dtype=torch.uint8)
+    >>> quantize(x, 4, role=Role.WEIGHT).mantissas.tolist()
+    [[4, 1, -2, 0, 2, 5, 0, 0]]
     """
     if x.dtype not in FLOATS:
         raise TypeError(
             f"an operand must be float32, bfloat16 or float16, not {x.dtype}: convert it with "
             f".float()"
         )
-    if (bits is None) == (lsb_exponent is None):
-        raise ValueError(
-            f"give exactly one of bits and lsb_exponent, not "
-            f"{'both' if bits is not None else 'none'}"
-        )
     _check_choices(least_bits, most_bits, rounding, scope)
     layout = _layout_of(x, block_shape, channel_axis, width_group, scope)
-    if bits is not None:
-        _check_request_of_widths(bits)
     recipe = Recipe(
         role=role,
-        request=_to_grid(bits, layout, x.device, "bits")
-        if lsb_exponent is None
-        else _to_grid(lsb_exponent, layout, x.device, "lsb_exponent"),
+        request=_request(bits, lsb_exponent, layout, x.device),
         is_threshold=bits is None,
         least_bits=least_bits,
         most_bits=most_bits,
@@ -96,9 +77,8 @@ def quantize(
         stream=stream or StreamPosition(),
         scope=scope,
     )
-    x = x.detach()
-    blocks = quantize_blocks(x if x.dtype is torch.bfloat16 else x.float(), layout, recipe)
-    return blocks.block_tensor()
+    x = x.detach() if x.dtype is torch.bfloat16 else x.detach().float()
+    return quantize_blocks(x, layout, recipe).block_tensor()
 
 
 def _check_choices(least_bits: int, most_bits: int, rounding: str | None, scope: str) -> None:
@@ -144,13 +124,26 @@ def _layout_of(
     return layout
 
 
-def _check_request_of_widths(bits: int | Tensor) -> None:
+def _request(
+    bits: int | Tensor | None,
+    lsb_exponent: int | Tensor | None,
+    layout: BlockLayout,
+    device: torch.device,
+) -> Tensor:
+    if (bits is None) == (lsb_exponent is None):
+        raise ValueError(
+            f"give exactly one of bits and lsb_exponent, not "
+            f"{'both' if bits is not None else 'none'}"
+        )
     if isinstance(bits, int):
         check_bits(bits)
-    elif bits.is_floating_point() or bits.dtype == torch.bool:
-        raise ValueError(f"bits must be an integer tensor, not {bits.dtype}")
-    else:
+    elif bits is not None:
+        if bits.is_floating_point() or bits.dtype == torch.bool:
+            raise ValueError(f"bits must be an integer tensor, not {bits.dtype}")
         check_widths(bits)
+    if bits is None:
+        return _to_grid(lsb_exponent, layout, device, "lsb_exponent")
+    return _to_grid(bits, layout, device, "bits")
 
 
 def _to_grid(
@@ -170,3 +163,6 @@ def _to_grid(
             f"{layout.grid_shape} of an operand {layout.shape}"
         )
     return tensor
+
+
+__getattr__ = names_left(__name__)

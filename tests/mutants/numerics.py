@@ -9,6 +9,7 @@ mutant that does not compile, is an error of this list, not a mutant caught. The
 
 import argparse
 import multiprocessing
+import re
 import shutil
 import sys
 import tempfile
@@ -190,17 +191,23 @@ def try_mutation(mutation: Mutation, checks: Checks) -> tuple[str, str]:
         folder = Path(work) / "cpp"
         shutil.copytree(toolchain.SOURCES, folder)
         texts = {path: path.read_text() for path in folder.iterdir()}
-        count = sum(text.count(mutation.old) for text in texts.values())
+        pattern = in_any_layout(mutation.old)
+        count = sum(len(pattern.findall(text)) for text in texts.values())
         if count != 1:
             return "error", f"the text occurs {count} times"
-        path = next(path for path, text in texts.items() if mutation.old in text)
-        path.write_text(texts[path].replace(mutation.old, mutation.new))
+        path = next(path for path, text in texts.items() if pattern.search(text))
+        path.write_text(pattern.sub(lambda _: mutation.new, texts[path]))
         try:
             library = _build(folder, Path(work) / "cache", plain=mutation.plain)
         except toolchain.BuildError as error:
             return "error", f"does not compile: {str(error)[-300:]}"
         seen = examine(library, checks)
         return ("caught", seen) if seen else ("SURVIVED", "")
+
+
+def in_any_layout(text: str) -> re.Pattern[str]:
+    """What finds a text of C++ however the formatter has broken its lines."""
+    return re.compile(r"\s*".join(re.escape(token) for token in re.findall(r"\w+|\S", text)))
 
 
 def _build(sources: Path, cache: Path, *, plain: bool) -> Path:

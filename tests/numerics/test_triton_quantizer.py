@@ -517,7 +517,9 @@ def test_kernels_compile_and_keep_their_arithmetic(
 def test_a_callers_mistakes_are_named():
     layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
 
-    def quantized(x, bits=torch.tensor(8)):
+    eight = torch.tensor(8)
+
+    def quantized(x, bits=eight):
         return quantize_cuda(x, layout, recipe_of(bits, role=Role.WEIGHT), want_values=False)
 
     with pytest.raises(TypeError, match="float64"):

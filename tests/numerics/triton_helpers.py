@@ -75,7 +75,7 @@ def numbers(
     groups = 1 << (-(-count // share) - 1).bit_length()
     out = torch.empty(groups * share, dtype=torch.int32, device=device)
     triton_stream.numbers_kernel[(1,)](
-        out, **_stream_words(stream, code), GROUPS=groups, SHARE=share, WIDE=wide
+        out, stream=_stream_words(stream, code), GROUPS=groups, SHARE=share, WIDE=wide
     )
     return out[:count].cpu()
 
@@ -106,21 +106,31 @@ def compiled(x, layout, recipe, capability: int) -> dict[str, str]:
     }
     texts: dict[str, str] = {}
 
+    def kind_of(value, varies, path, constants, attributes):
+        """Type of an argument, or types of a tuple; integers of 1 become constants, as at a call."""
+        if isinstance(value, tuple):
+            inner = enumerate(value)
+            return tuple(kind_of(v, varies, (*path, i), constants, attributes) for i, v in inner)
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return pointers[value.dtype]
+        if value == 1 and not varies:
+            constants[path] = value
+            return "constexpr"
+        if value % 16 == 0 and not varies:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+
     def launch(kernel, programs, warps, **arguments):
         signature, constants, attributes = {}, {}, {}
         for i, parameter in enumerate(kernel.params):
             value = arguments[parameter.name]
-            varies = parameter.do_not_specialize
-            if isinstance(value, torch.Tensor):
-                signature[parameter.name] = pointers[value.dtype]
-            elif parameter.is_constexpr or (value == 1 and not varies):
+            if parameter.is_constexpr:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             else:
-                signature[parameter.name] = "i32"
-            if isinstance(value, torch.Tensor) or (
-                signature[parameter.name] == "i32" and value % 16 == 0 and not varies
-            ):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+                signature[parameter.name] = kind_of(
+                    value, parameter.do_not_specialize, (i,), constants, attributes
+                )
         source = ASTSource(kernel, signature, constants, attributes)
         binary = triton.compile(
             source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}

@@ -1,36 +1,19 @@
-"""Kernels around the random stream of `triton_kernels`, so that its numbers can be seen. Imports
+"""Kernels around the random stream of `triton_parts`, so that its numbers can be seen. Imports
 triton: only for `triton_helpers`.
 """
 
 import triton
 import triton.language as tl
 
-from dynasty_lightning.numerics.backends.triton_kernels import _VARYING, _numbers, philox
+from dynasty_lightning.numerics.backends.triton_parts import numbers_of, philox
 
 
-@triton.jit(
-    do_not_specialize=[
-        name
-        for name in _VARYING
-        if name in ("seed", "rank", "backward_count", "call_index", "stream_word")
-    ]
-)
-def numbers_kernel(
-    out,
-    seed,
-    rank,
-    backward_count,
-    call_index,
-    stream_word,
-    GROUPS: tl.constexpr,
-    SHARE: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["stream"])
+def numbers_kernel(out, stream, GROUPS: tl.constexpr, SHARE: tl.constexpr, WIDE: tl.constexpr):
     index = tl.arange(0, GROUPS) * SHARE
     if WIDE:
         index = index.to(tl.int64)
-    numbers = _numbers(index, seed, rank, backward_count, call_index, stream_word, SHARE, WIDE)
-    tl.store(out + tl.arange(0, GROUPS * SHARE), numbers)
+    tl.store(out + tl.arange(0, GROUPS * SHARE), numbers_of(index, stream, SHARE, WIDE))
 
 
 @triton.jit

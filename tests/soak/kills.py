@@ -72,7 +72,14 @@ def train(folder: Path) -> None:
         return train_one(config, data_dir, tell, checkpoint=checkpoint, every=every)
 
     with open(os.devnull, "w") as quiet, threads(1):
-        run_grid(grid(), folder / RESULTS, checkpoint_every=0.0, train=told, in_process=True, stream=quiet)
+        run_grid(
+            grid(),
+            folder / RESULTS,
+            checkpoint_every=0.0,
+            train=told,
+            in_process=True,
+            stream=quiet,
+        )
 
 
 def faults(folder: Path, unbroken: Mapping[str, Any]) -> list[str]:

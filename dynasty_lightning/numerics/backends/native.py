@@ -10,14 +10,13 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int32
 from torch import Tensor
 
+from ..._moved import names_left
 from ...libraries import load_cached
 from ..formats import NO_EXPONENT, SCOPES
 from ..layout import BlockLayout
@@ -25,7 +24,9 @@ from ..memory import empty_channels_innermost, empty_grid, workspace
 from ..quantized import QuantizedBlocks
 from ..random import StreamPosition
 from ..recipe import Recipe
-from .cpp_args import DEQUANTIZE, MEAN_SQUARES, QUANTIZE, STRUCTS, WIDEN, CStruct, Status
+from .cpp_args import Status
+from .library import DequantizeArgs, MeanSquaresArgs, QuantizeArgs, WidenArgs
+from .library import load as load
 from .native_operands import (
     as_read,
     check_innermost,
@@ -39,7 +40,6 @@ from .toolchain import BuildError, build
 __all__ = [
     "available",
     "dequantize",
-    "load",
     "mean_squares",
     "quantize",
     "stream_numbers",
@@ -47,10 +47,6 @@ __all__ = [
     "widen",
 ]
 
-_QuantizeArgs = QUANTIZE.ctype()
-_DequantizeArgs = DEQUANTIZE.ctype()
-_WidenArgs = WIDEN.ctype()
-_MeanSquaresArgs = MEAN_SQUARES.ctype()
 _ELEMENTS_PER_THREAD: Final = 1 << 15  # below, starting a thread costs more than it saves
 
 
@@ -85,44 +81,6 @@ def _library() -> Any:
     return None
 
 
-def load(path: Path, structs: Sequence[CStruct] = STRUCTS) -> Any:
-    """A built library with its functions typed.
-
-    Raises:
-        OSError: the system does not load it, or it has not all of the functions.
-        BuildError: its argument structs are not those of `cpp_args`.
-
-    >>> from dynasty_lightning.numerics.backends.toolchain import build
-    >>> load(build()).dynasty_args_size(-1)
-    -1
-    """
-    library = ctypes.CDLL(str(path))
-    for struct, ctype in zip(
-        STRUCTS, (_QuantizeArgs, _DequantizeArgs, _WidenArgs, _MeanSquaresArgs), strict=True
-    ):
-        function = _function(library, struct.function)
-        function.argtypes, function.restype = [ctypes.POINTER(ctype)], ctypes.c_int
-    function = _function(library, "stream_numbers")
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p], None
-    size = _function(library, "args_size")
-    size.argtypes, size.restype = [ctypes.c_int64], ctypes.c_int64
-    for place, struct in enumerate(structs):
-        here, there = ctypes.sizeof(struct.ctype()), size(place)
-        if here != there:
-            raise BuildError(
-                f"{struct.name} has {there} bytes in the compiled kernels and {here} in "
-                f"numerics/backends/cpp_args.py: render cpp/args.h anew (cpp_args.write())"
-            )
-    return library
-
-
-def _function(library: Any, name: str) -> Any:
-    try:
-        return getattr(library, f"dynasty_{name}")
-    except AttributeError as error:
-        raise OSError(str(error)) from None
-
-
 # -- kernels
 
 
@@ -154,23 +112,12 @@ def quantize(
     """
     library = library or _library()
     check_operand(x, layout)
-    relative_exponents = empty_grid(x, layout, torch.int8)
-    headers = empty_grid(x, layout, torch.uint8)
-    if codes is None:
-        codes = empty_channels_innermost(layout, torch.uint8)
-    else:
-        check_innermost("codes", codes, torch.uint8, layout)
-    if values is not None:
-        check_innermost("values", values, torch.bfloat16, layout)
+    blocks = _empty_blocks(x, layout, recipe, codes, values)
     x, extents, strides = as_read(x, layout)
-    channels_innermost = strides[2] == 1
     request, request_strides = request_as_read(
-        recipe.request, layout, channels_innermost=channels_innermost
+        recipe.request, layout, channels_innermost=strides[2] == 1
     )
-    blocks = math.prod(layout.grid_shape)
-    scratch = workspace.take("plan", 8 * blocks).data_ptr()
-    largest = torch.empty(layout.scope_shape(recipe.scope), dtype=torch.int32, device="cpu")
-    args = _QuantizeArgs(
+    args = QuantizeArgs(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         *extents,
@@ -178,18 +125,12 @@ def quantize(
         min(layout.block_shape[0], extents[0]),
         layout.block_shape[1],
         *layout.blocks_of(recipe.width_group),
-        channels_innermost,
+        strides[2] == 1,
         request.data_ptr(),
         *request_strides,
         *_asked(recipe),
         layout.channels_last,
-        scratch,
-        scratch + 4 * blocks,
-        largest.data_ptr(),
-        codes.data_ptr(),
-        None if values is None else values.data_ptr(),
-        relative_exponents.data_ptr(),
-        headers.data_ptr(),
+        *_written(blocks),
         _threads(x.numel()),
     )
     status = library.dynasty_quantize(ctypes.byref(args))
@@ -200,14 +141,9 @@ def quantize(
         )
     if status & Status.NONFINITE:
         return None
-    return QuantizedBlocks(
-        layout=layout,
-        codes=codes,
-        relative_exponents=relative_exponents,
-        headers=headers,
-        largest_exponents=largest,
-        bfloat16=None if status & Status.VALUES_NOT_WRITTEN else values,
-    )
+    if status & Status.VALUES_NOT_WRITTEN:
+        blocks.bfloat16 = None
+    return blocks
 
 
 def dequantize(
@@ -251,7 +187,7 @@ def dequantize(
             f"{tuple(blocks.largest_exponents.shape)}"
         )
     largest = int(blocks.largest_exponents)
-    args = _DequantizeArgs(
+    args = DequantizeArgs(
         blocks.codes.data_ptr(),
         blocks.relative_exponents.data_ptr(),
         headers.data_ptr(),
@@ -305,7 +241,7 @@ def widen(
             else torch.empty(values.shape, dtype=torch.float32, device="cpu")
         )
     bias = None if bias is None else bias.contiguous()
-    args = _WidenArgs(
+    args = WidenArgs(
         innermost.data_ptr(),
         None if bias is None else bias.data_ptr(),
         *extents,
@@ -333,7 +269,7 @@ def mean_squares(
     check_operand(x, layout)
     x, extents, strides = as_read(x, layout)
     out = torch.empty(layout.grid_shape, dtype=torch.float64, device="cpu")
-    args = _MeanSquaresArgs(
+    args = MeanSquaresArgs(
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         *extents,
@@ -390,3 +326,42 @@ def _asked(recipe: Recipe) -> tuple[int, ...]:
         stream.call_index,
         stream.layer,
     )
+
+
+def _written(blocks: QuantizedBlocks) -> tuple[int | None, ...]:
+    """Where the kernel writes, from `peaks` to `headers`."""
+    count = math.prod(blocks.layout.grid_shape)
+    scratch = workspace.take("plan", 8 * count).data_ptr()
+    return (
+        scratch,
+        scratch + 4 * count,
+        blocks.largest_exponents.data_ptr(),
+        blocks.codes.data_ptr(),
+        None if blocks.bfloat16 is None else blocks.bfloat16.data_ptr(),
+        blocks.relative_exponents.data_ptr(),
+        blocks.headers.data_ptr(),
+    )
+
+
+def _empty_blocks(
+    x: Tensor, layout: BlockLayout, recipe: Recipe, codes: Tensor | None, values: Tensor | None
+) -> QuantizedBlocks:
+    if codes is None:
+        codes = empty_channels_innermost(layout, torch.uint8)
+    else:
+        check_innermost("codes", codes, torch.uint8, layout)
+    if values is not None:
+        check_innermost("values", values, torch.bfloat16, layout)
+    return QuantizedBlocks(
+        layout=layout,
+        codes=codes,
+        relative_exponents=empty_grid(x, layout, torch.int8),
+        headers=empty_grid(x, layout, torch.uint8),
+        largest_exponents=torch.empty(
+            layout.scope_shape(recipe.scope), dtype=torch.int32, device="cpu"
+        ),
+        bfloat16=values,
+    )
+
+
+__getattr__ = names_left(__name__)

@@ -125,8 +125,8 @@ class _Call:
             scopes=scopes,
             shared=dict(
                 **places.arguments,
-                **sizes_of(layout),
-                **tile.arguments,
+                sizes=sizes_of(layout),
+                TILE=tile.edges,
                 x=bits,
                 request=places.request,
                 LEVELS=places.levels,
@@ -154,7 +154,7 @@ class _Call:
             LEAST=recipe.least_bits,
             MOST=recipe.most_bits,
             EMPTY=NO_EXPONENT,
-            **_stream_words(recipe.stream, drop_code(recipe.role)),
+            stream=_stream_words(recipe.stream, drop_code(recipe.role)),
             **self.shared,
         )
 
@@ -162,8 +162,8 @@ class _Call:
         """The largest width of each group to all its blocks."""
         rows, channels = self.layout.blocks_of(self.recipe.width_group)
         sizes = sizes_of(self.layout)
-        groups = -(-sizes["grid_rows"] // rows) * sizes["P"]
-        groups *= -(-sizes["grid_channels"] // channels)
+        _, positions, _, grid_rows, grid_channels, _ = sizes
+        groups = -(-grid_rows // rows) * positions * -(-grid_channels // channels)
         shared = torch.empty_like(self.plans)
         _launch(
             _kernels().share_kernel,
@@ -172,9 +172,7 @@ class _Call:
             plans=self.plans,
             shared=shared,
             groups=groups,
-            P=sizes["P"],
-            grid_rows=sizes["grid_rows"],
-            grid_channels=sizes["grid_channels"],
+            sizes=sizes,
             GR=rows,
             GC=channels,
             TILE=_SHARE_TILE,
@@ -206,7 +204,7 @@ class _Call:
             if recipe.stochastic
             else 1,
             VALUES=want_values,
-            **_stream_words(recipe.stream, int(recipe.role)),
+            stream=_stream_words(recipe.stream, int(recipe.role)),
             **self.shared,
         )
         return QuantizedBlocks(
@@ -269,8 +267,8 @@ def dequantize_cuda(blocks: QuantizedBlocks, dtype: torch.dtype) -> Float[Tensor
             ORDER=order_of(layout),
             WIDE=needs_wide_offsets(codes),
             BFLOAT16=dtype == torch.bfloat16,
-            **sizes_of(layout),
-            **tile.arguments,
+            sizes=sizes_of(layout),
+            TILE=tile.edges,
         )
     return values
 
@@ -323,15 +321,15 @@ def _empty(layout: BlockLayout, dtype: torch.dtype, device: torch.device) -> Ten
     return tensor.movedim(-1, layout.channel_axis)
 
 
-def _stream_words(stream: StreamPosition, code: int) -> dict[str, int]:
+def _stream_words(stream: StreamPosition, code: int) -> tuple[int, ...]:
     """The stream's fields as int32 of the same bits: an argument's type must not depend on its
     value.
     """
-    words = {
-        "seed": stream.seed,
-        "rank": stream.rank,
-        "backward_count": stream.backward_count,
-        "call_index": stream.call_index,
-        "stream_word": stream.layer << 16 | code << 12,
-    }
-    return {name: word - (1 << 32) if word >= 1 << 31 else word for name, word in words.items()}
+    words = (
+        stream.seed,
+        stream.rank,
+        stream.backward_count,
+        stream.call_index,
+        stream.layer << 16 | code << 12,
+    )
+    return tuple(word - (1 << 32) if word >= 1 << 31 else word for word in words)

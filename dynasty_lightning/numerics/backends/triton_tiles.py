@@ -27,7 +27,7 @@ class Places:
     x: Tensor
     request: Tensor
     levels: int
-    arguments: dict[str, int]
+    arguments: dict[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, x: Tensor, layout: BlockLayout, request: Tensor) -> "Places":
@@ -48,17 +48,17 @@ class Places:
         count = max(len(levels), 1)
         levels += [(1, 0, 0)] * (3 - len(levels))
         channel = layout.channel_axis
-        arguments = {
-            "size_1": levels[1][0],
-            "size_2": levels[2][0],
-            "x_row": x.stride(0),
-            "x_channel": x.stride(channel),
-            "q_row": request.stride(0),
-            "q_channel": request.stride(channel),
-        }
-        for i, (_, x_stride, q_stride) in enumerate(levels):
-            arguments[f"x_{i}"], arguments[f"q_{i}"] = x_stride, q_stride
-        return cls(x=x, request=request, levels=count, arguments=arguments)
+        x_places, q_places = ([level[i] for level in levels] for i in (1, 2))
+        return cls(
+            x=x,
+            request=request,
+            levels=count,
+            arguments={
+                "levels": (levels[1][0], levels[2][0]),
+                "x_at": (x.stride(0), x.stride(channel), *x_places),
+                "q_at": (request.stride(0), request.stride(channel), *q_places),
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class Tile:
     channel_blocks: int
     programs: int
     warps: int
-    arguments: dict[str, int]
+    edges: tuple[int, ...]
 
     @classmethod
     def of(cls, layout: BlockLayout, *, channels_innermost: bool, stochastic: bool) -> "Tile":
@@ -103,15 +103,7 @@ class Tile:
                 -(-limit // size) for limit, size in zip(limits, sizes, strict=True)
             ),
             warps=min(max(elements // _ELEMENTS_PER_WARP, 1), 8),
-            arguments={
-                "RB": sizes[0],
-                "BR": rows,
-                "BRP": padded_rows,
-                "PT": sizes[1],
-                "CB": sizes[2],
-                "BC": channels,
-                "BCP": padded_channels,
-            },
+            edges=(sizes[0], rows, padded_rows, sizes[1], sizes[2], channels, padded_channels),
         )
 
     def numbers_per_counter(self, layout: BlockLayout, order: int) -> int:
@@ -126,16 +118,10 @@ class Tile:
         return min(math.gcd(layout.shape[layout.channel_axis], 8), self.channel_blocks * channels)
 
 
-def sizes_of(layout: BlockLayout) -> dict[str, int]:
-    channel = layout.channel_axis
-    return {
-        "N": layout.shape[0],
-        "P": _positions(layout),
-        "C": layout.shape[channel],
-        "grid_rows": layout.grid_shape[0],
-        "grid_channels": layout.grid_shape[channel],
-        "inner": _inner(layout),
-    }
+def sizes_of(layout: BlockLayout) -> tuple[int, ...]:
+    """N, P, C, rows and channels of the grid, and positions behind the channels."""
+    grid = layout.grid_shape
+    return (*layout.extents, grid[0], grid[layout.channel_axis], _inner(layout))
 
 
 def _positions(layout: BlockLayout) -> int:

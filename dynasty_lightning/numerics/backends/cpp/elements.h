@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Third pass: window, mantissas, bfloat16 values, headers.
 //
-// Elements are always written channels innermost, which is what the bf16 GEMMs read without a reordering of their own.
+// Elements are always written channels innermost, which is what the bf16 GEMMs read without a
+// reordering of their own.
 #pragma once
 
 #include <algorithm>
@@ -21,12 +22,14 @@ constexpr int64_t kChannelChunk = 2048;  // elements of a row, likewise
 struct Factors {
   Factors() = default;
   Factors(Int plan_word, Int largest_exponent) : plan(plan_word), largest(largest_exponent) {
-    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
+    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1),
+              depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     active = width > Ints(0);
     scale_exponent = Greatest(ShiftRight<kExponentShift>(plan), largest - Ints(kWindow + 7) + sign);
     shift = Select(active, depth - scale_exponent, Ints(0));
     scale_exponent = Select(active, scale_exponent, Ints(0));
-    extreme = Mask((Ints(-126) > shift) | (shift > Ints(126)) | (Ints(-126) > scale_exponent) | (scale_exponent > Ints(126)));
+    extreme = Mask((Ints(-126) > shift) | (shift > Ints(126)) | (Ints(-126) > scale_exponent) |
+                   (scale_exponent > Ints(126)));
     factor = Select(active, PowerOfTwo(shift), Floats(0.0f));
     unit = PowerOfTwo(scale_exponent);
     limit = ToFloat(ShiftLeft(Ints(1), width - sign) - Ints(1));
@@ -44,7 +47,8 @@ struct Factors {
   // Header and exponent once it is known which blocks kept an element.
   void Finish(Int any, Int& header, Int& exponent) const {
     const Mask kept = Mask(active & ~(any == Ints(0)));
-    header = Select(kept, plan & Ints(kBitsMask | kSignedFlag), Ints(0)) | (plan & Ints(kOccupiedFlag));
+    header =
+        Select(kept, plan & Ints(kBitsMask | kSignedFlag), Ints(0)) | (plan & Ints(kOccupiedFlag));
     exponent = Select(kept, scale_exponent - largest, Ints(0));
   }
 
@@ -53,12 +57,15 @@ struct Factors {
   Float factor, second, unit, limit;
 };
 
-// Sixteen elements: the bits of their dequantized values, whose low halves are zero, and their mantissas, of which the low bytes count.
+// Sixteen elements: the bits of their dequantized values, whose low halves are zero, and their
+// mantissas, of which the low bytes count.
 struct Elements {
   Int value, mantissa;
 };
 
-template <bool kStochastic, bool kExtreme> inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit, Int numbers) {
+template <bool kStochastic, bool kExtreme>
+inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit,
+                          Int numbers) {
   if (kStochastic) {
     if (kExtreme) x = x * factor, factor = second;
     const Int q = FloorOfSum(x, factor, numbers);
@@ -72,7 +79,8 @@ template <bool kStochastic, bool kExtreme> inline Elements Quantized(Float x, Fl
   return {BitsOf((t - magic) * unit), BitsOf(t)};
 }
 
-// Uninitialised: a unit's buffer is as large as the unit, and filling it with zeros would be one more pass.
+// Uninitialised: a unit's buffer is as large as the unit, and filling it with zeros would be one
+// more pass.
 class Buffer {
  public:
   explicit Buffer(int64_t size) : data_(size ? new uint16_t[size] : nullptr) {}
@@ -83,7 +91,8 @@ class Buffer {
 };
 
 Stream ElementStream(const QuantizeArgs& a) {
-  return Stream(uint32_t(a.seed), uint32_t(a.rank), uint32_t(a.backward_count), uint32_t(a.call_index), uint32_t(a.layer), uint32_t(a.role));
+  return Stream(uint32_t(a.seed), uint32_t(a.rank), uint32_t(a.backward_count),
+                uint32_t(a.call_index), uint32_t(a.layer), uint32_t(a.role));
 }
 
 void StoreElements(const QuantizeArgs& a, int64_t at, const Elements& e, int64_t count) {
@@ -92,8 +101,10 @@ void StoreElements(const QuantizeArgs& a, int64_t at, const Elements& e, int64_t
   if (a.values) StoreHighHalves(reinterpret_cast<Bf16_t*>(a.values) + at, e.value, lanes);
 }
 
-// Sixteen channels of up to sixteen positions: four channels of a position in a lane of `mantissas`, two in one of `values`.
-void StoreTile(const QuantizeArgs& a, int64_t at, const Int (&values)[8], const Int (&mantissas)[4], int64_t count, int64_t channels) {
+// Sixteen channels of up to sixteen positions: four channels of a position in a lane of
+// `mantissas`, two in one of `values`.
+void StoreTile(const QuantizeArgs& a, int64_t at, const Int (&values)[8], const Int (&mantissas)[4],
+               int64_t count, int64_t channels) {
   Bf16_t* out = reinterpret_cast<Bf16_t*>(a.values);
   if (count == kLanes && channels == kLanes) {
     StoreTransposed(a.codes + at, a.channels, mantissas);
@@ -110,7 +121,8 @@ void StoreTile(const QuantizeArgs& a, int64_t at, const Int (&values)[8], const 
   }
 }
 
-void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, int64_t first, int64_t count, Int header, Int exponent) {
+void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, int64_t first,
+                  int64_t count, Int header, Int exponent) {
   const Mask lanes = FirstLanes(count);
   if (grid.linear && grid.step == 1) {
     StoreBytes(a.headers + base + first, header, lanes);
@@ -126,65 +138,84 @@ void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, in
   });
 }
 
-// One row's tile of sixteen channels and up to sixteen positions; factors and any are those of the span's blocks.
+// One row's tile of sixteen channels and up to sixteen positions; factors and any are those of the
+// span's blocks.
 template <typename T, bool kStochastic, bool kExtreme>
-void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t count, int64_t channels, int64_t first_channel, int block_shift,
-                    const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch, bool prefetch) {
+void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t count,
+                    int64_t channels, int64_t first_channel, int block_shift,
+                    const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch,
+                    bool prefetch) {
   const Mask lanes = FirstLanes(count);
   const auto quantized = [&](int64_t c) {
     const Factors& f = factors[(first_channel + c) >> block_shift];
     const T* from = run + c * a.stride_channel;
-    // Into the second cache, for the next chunk: prefetchers do not follow as many runs, and planes of 4 KiB share a set of the first.
+    // Into the second cache, for the next chunk: prefetchers do not follow as many runs, and planes
+    // of 4 KiB share a set of the first.
     if (prefetch) __builtin_prefetch(from + kApplyChunk, 0, 2);
     const Int r16 = kStochastic ? Load(numbers + c * pitch) : Ints(0);
-    return Quantized<kStochastic, kExtreme>(Load(from, lanes), f.factor, f.second, f.unit, f.limit, r16);
+    return Quantized<kStochastic, kExtreme>(Load(from, lanes), f.factor, f.second, f.unit, f.limit,
+                                            r16);
   };
   // Packed as they come, so that all of the tile stays in registers.
   Int values[8], mantissas[4];
   if (channels == kLanes && block_shift >= 2) {
 #pragma GCC unroll 4
     for (int64_t g = 0; g < 4; ++g) {
-      const Elements e0 = quantized(4 * g), e1 = quantized(4 * g + 1), e2 = quantized(4 * g + 2), e3 = quantized(4 * g + 3);
+      const Elements e0 = quantized(4 * g), e1 = quantized(4 * g + 1), e2 = quantized(4 * g + 2),
+                     e3 = quantized(4 * g + 3);
       values[2 * g] = PackHighHalves(e0.value, e1.value);
       values[2 * g + 1] = PackHighHalves(e2.value, e3.value);
       mantissas[g] = PackBytes(e0.mantissa, e1.mantissa, e2.mantissa, e3.mantissa);
-      any[(first_channel + 4 * g) >> block_shift] = any[(first_channel + 4 * g) >> block_shift] | mantissas[g];
+      any[(first_channel + 4 * g) >> block_shift] =
+          any[(first_channel + 4 * g) >> block_shift] | mantissas[g];
     }
   } else {
     Elements e[kLanes];
     for (int64_t c = 0; c < kLanes; ++c) {
       e[c] = c < channels ? quantized(c) : Elements{Ints(0), Ints(0)};
-      if (c < channels) any[(first_channel + c) >> block_shift] = any[(first_channel + c) >> block_shift] | (e[c].mantissa & Ints(0xFF));
+      if (c < channels)
+        any[(first_channel + c) >> block_shift] =
+            any[(first_channel + c) >> block_shift] | (e[c].mantissa & Ints(0xFF));
     }
     for (int g = 0; g < 4; ++g) {
       values[2 * g] = PackHighHalves(e[4 * g].value, e[4 * g + 1].value);
       values[2 * g + 1] = PackHighHalves(e[4 * g + 2].value, e[4 * g + 3].value);
-      mantissas[g] = PackBytes(e[4 * g].mantissa, e[4 * g + 1].mantissa, e[4 * g + 2].mantissa, e[4 * g + 3].mantissa);
+      mantissas[g] = PackBytes(e[4 * g].mantissa, e[4 * g + 1].mantissa, e[4 * g + 2].mantissa,
+                               e[4 * g + 3].mantissa);
     }
   }
   StoreTile(a, at, values, mantissas, count, channels);
 }
 
-// Numbers of `runs` runs of `count` indices that begin `step` indices apart, each from out + run * pitch on.
-void NumbersByPosition(const Stream& stream, uint64_t first, int64_t step, int64_t runs, int64_t count, uint16_t* out, int64_t pitch) {
+// Numbers of `runs` runs of `count` indices that begin `step` indices apart, each from out + run *
+// pitch on.
+void NumbersByPosition(const Stream& stream, uint64_t first, int64_t step, int64_t runs,
+                       int64_t count, uint16_t* out, int64_t pitch) {
   int64_t run = 0;
-  if (first % kNumbersPerCounter == 0 && step % kNumbersPerCounter == 0 && count <= kNumbersPerCall) {
+  if (first % kNumbersPerCounter == 0 && step % kNumbersPerCounter == 0 &&
+      count <= kNumbersPerCall) {
     for (; run + 4 <= runs; run += 4) {
       uint64_t counters[4];
       uint16_t* outs[4];
-      for (int u = 0; u < 4; ++u) counters[u] = (first + (run + u) * step) / kNumbersPerCounter, outs[u] = out + (run + u) * pitch;
+      for (int u = 0; u < 4; ++u)
+        counters[u] = (first + (run + u) * step) / kNumbersPerCounter,
+        outs[u] = out + (run + u) * pitch;
       stream.Runs<4>(counters, outs);
     }
   }
   for (; run < runs; ++run) {
     const int64_t offset = stream.Numbers(first + run * step, count, out + run * pitch);
-    if (offset) std::memmove(out + run * pitch, out + run * pitch + offset, count * sizeof(uint16_t));
+    if (offset)
+      std::memmove(out + run * pitch, out + run * pitch + offset, count * sizeof(uint16_t));
   }
 }
 
-template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest, const T* x, bool* extreme) {
+template <typename T, bool kStochastic>
+void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
+                        const T* x, bool* extreme) {
   const Stream stream = ElementStream(a);
-  const int64_t span = std::max<int64_t>(kLanes, a.block_channels), blocks = span / a.block_channels;
+  const int64_t span = std::max<int64_t>(kLanes, a.block_channels),
+                blocks = span / a.block_channels;
   const int64_t pitch = kApplyChunk + kNumbersSlack;
   const int block_shift = __builtin_ctzll(uint64_t(a.block_channels));
   const Buffer numbers(kStochastic ? a.block_rows * span * pitch + kLanes : 0);
@@ -197,20 +228,27 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
         if (kStochastic) {
           const int64_t runs = std::min(span, a.channels - channel);
           for (int64_t r = 0; r < rows; ++r) {
-            NumbersByPosition(stream, uint64_t(((row + r) * a.channels + channel) * a.positions + chunk), a.positions, runs, chunk_end - chunk,
-                              numbers.get() + r * span * pitch, pitch);
+            NumbersByPosition(
+                stream, uint64_t(((row + r) * a.channels + channel) * a.positions + chunk),
+                a.positions, runs, chunk_end - chunk, numbers.get() + r * span * pitch, pitch);
           }
         }
-        const int64_t first_block = channel / a.block_channels, here = std::min(blocks, s.channel_blocks - first_block);
+        const int64_t first_block = channel / a.block_channels,
+                      here = std::min(blocks, s.channel_blocks - first_block);
         Factors factors[kApplyChunk / kLanes][kLanes];
         Int any[kApplyChunk / kLanes][kLanes];
         Mask beyond = 0;
         for (int64_t p = chunk, i = 0; p < chunk_end; p += kLanes, ++i) {
           const Mask lanes = FirstLanes(chunk_end - p);
-          const Int largest = a.scope == kRow ? Load(a.largest_exponents + row_block * a.positions + p, lanes)
-                                              : Ints(a.scope == kSample ? a.largest_exponents[row_block] : tensor_largest);
+          const Int largest =
+              a.scope == kRow
+                  ? Load(a.largest_exponents + row_block * a.positions + p, lanes)
+                  : Ints(a.scope == kSample ? a.largest_exponents[row_block] : tensor_largest);
           for (int64_t b = 0; b < here; ++b) {
-            factors[i][b] = Factors(Load(a.plans + (row_block * s.channel_blocks + first_block + b) * a.positions + p, lanes), largest);
+            factors[i][b] = Factors(
+                Load(a.plans + (row_block * s.channel_blocks + first_block + b) * a.positions + p,
+                     lanes),
+                largest);
             beyond = Mask(beyond | factors[i][b].extreme);
             any[i][b] = Ints(0);
           }
@@ -221,18 +259,25 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
             for (int64_t b = 0; b < here; ++b) factors[i][b].Split();
           }
         }
-        // Row by row through all of the chunk's positions: more runs of memory at a time than this are more than prefetchers follow.
+        // Row by row through all of the chunk's positions: more runs of memory at a time than this
+        // are more than prefetchers follow.
         for (int64_t r = 0; r < rows; ++r) {
           for (int64_t c = 0; c < span && channel + c < a.channels; c += kLanes) {
             const int64_t channels = std::min<int64_t>(kLanes, a.channels - channel - c);
             const T* from = x + (row + r) * a.stride_row + (channel + c) * a.stride_channel;
             for (int64_t p = chunk, i = 0; p < chunk_end; p += kLanes, ++i) {
-              const int64_t count = std::min<int64_t>(kLanes, chunk_end - p), at = ((row + r) * a.positions + p) * a.channels + channel + c;
-              const uint16_t* tile = kStochastic ? numbers.get() + (r * span + c) * pitch + (p - chunk) : nullptr;
+              const int64_t count = std::min<int64_t>(kLanes, chunk_end - p),
+                            at = ((row + r) * a.positions + p) * a.channels + channel + c;
+              const uint16_t* tile =
+                  kStochastic ? numbers.get() + (r * span + c) * pitch + (p - chunk) : nullptr;
               if (beyond) {
-                TileByPosition<T, kStochastic, true>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch, chunk_end < a.positions);
+                TileByPosition<T, kStochastic, true>(a, from + p, at, count, channels, c,
+                                                     block_shift, factors[i], any[i], tile, pitch,
+                                                     chunk_end < a.positions);
               } else {
-                TileByPosition<T, kStochastic, false>(a, from + p, at, count, channels, c, block_shift, factors[i], any[i], tile, pitch, chunk_end < a.positions);
+                TileByPosition<T, kStochastic, false>(a, from + p, at, count, channels, c,
+                                                      block_shift, factors[i], any[i], tile, pitch,
+                                                      chunk_end < a.positions);
               }
             }
           }
@@ -242,7 +287,8 @@ template <typename T, bool kStochastic> void ElementsByPosition(const QuantizeAr
             Int header, exponent;
             factors[i][b].Finish(any[i][b], header, exponent);
             const int64_t base = row_block * s.BlocksOfRow(a) + (first_block + b) * s.channel_step;
-            StoreHeaders(a, grid, base, p, std::min<int64_t>(kLanes, chunk_end - p), header, exponent);
+            StoreHeaders(a, grid, base, p, std::min<int64_t>(kLanes, chunk_end - p), header,
+                         exponent);
           }
         }
       }
@@ -256,10 +302,12 @@ enum class Order {
   kPairs,     // [positions / 2][channels], two positions in 32 bits
 };
 
-// Sixteen blocks of a run: `length` elements are left in it from here on, the first of which is element `first` of the chunk.
+// Sixteen blocks of a run: `length` elements are left in it from here on, the first of which is
+// element `first` of the chunk.
 template <typename T, bool kStochastic, bool kExtreme, Order kOrder>
-Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, int64_t length, const Factors& f, const Int* spread,
-                   const uint16_t* numbers, int64_t pitch, int64_t first) {
+Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, int64_t length,
+                   const Factors& f, const Int* spread, const uint16_t* numbers, int64_t pitch,
+                   int64_t first) {
   Int any[kMaxBlockChannels];
   const bool pairs = kStochastic && kOrder == Order::kPairs;
   int64_t p = pairs ? first / a.channels : 0, c = pairs ? first % a.channels : 0;
@@ -271,7 +319,8 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
     const Float factor = Permute(f.factor, spread[v]), unit = Permute(f.unit, spread[v]);
     const Float limit = kStochastic ? unit : Permute(f.limit, spread[v]);
     const Float second = kExtreme ? Permute(f.second, spread[v]) : factor;
-    const uint16_t* from_numbers = numbers + (pairs ? 2 * (p / 2 * a.channels + c) : first + v * kLanes);
+    const uint16_t* from_numbers =
+        numbers + (pairs ? 2 * (p / 2 * a.channels + c) : first + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
       Int r16 = Ints(0);
       if (pairs) {
@@ -280,7 +329,8 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
       } else if (kStochastic) {
         r16 = Load(from_numbers + r * pitch);
       }
-      const Elements e = Quantized<kStochastic, kExtreme>(Load(x + r * a.stride_row + v * kLanes, lanes), factor, second, unit, limit, r16);
+      const Elements e = Quantized<kStochastic, kExtreme>(
+          Load(x + r * a.stride_row + v * kLanes, lanes), factor, second, unit, limit, r16);
       any[v] = any[v] | (e.mantissa & Ints(0xFF));
       StoreElements(a, at + r * a.positions * a.channels + v * kLanes, e, left);
     }
@@ -289,34 +339,44 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
   return ReduceBlocks(any, a.block_channels, AnyBit());
 }
 
-// Random numbers of one row for positions first .. first + positions - 1 where the stream counts positions innermost but memory does not.
-void NumbersByChannel(const QuantizeArgs& a, const Stream& stream, int64_t row, int64_t first, int64_t positions, Order order, uint16_t* out,
-                      uint16_t* scratch) {
+// Random numbers of one row for positions first .. first + positions - 1 where the stream counts
+// positions innermost but memory does not.
+void NumbersByChannel(const QuantizeArgs& a, const Stream& stream, int64_t row, int64_t first,
+                      int64_t positions, Order order, uint16_t* out, uint16_t* scratch) {
   if (order == Order::kPairs) {
     for (int64_t c = 0; c < a.channels; c += kLanes) {
       for (int64_t p = 0; p < positions; p += kNumbersPerCounter) {
-        const uint64_t counter = uint64_t((row * a.channels + c) * a.positions + first + p) / kNumbersPerCounter;
-        stream.Columns(counter, uint64_t(a.positions / kNumbersPerCounter), reinterpret_cast<uint32_t*>(out) + p / 2 * a.channels + c, a.channels);
+        const uint64_t counter =
+            uint64_t((row * a.channels + c) * a.positions + first + p) / kNumbersPerCounter;
+        stream.Columns(counter, uint64_t(a.positions / kNumbersPerCounter),
+                       reinterpret_cast<uint32_t*>(out) + p / 2 * a.channels + c, a.channels);
       }
     }
     return;
   }
   for (int64_t c = 0; c < a.channels; ++c) {
-    const int64_t offset = stream.Numbers(uint64_t((row * a.channels + c) * a.positions + first), positions, scratch);
+    const int64_t offset =
+        stream.Numbers(uint64_t((row * a.channels + c) * a.positions + first), positions, scratch);
     for (int64_t p = 0; p < positions; ++p) out[p * a.channels + c] = scratch[offset + p];
   }
 }
 
-template <typename T, bool kStochastic, Order kOrder> void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest, const T* x, bool* extreme) {
+template <typename T, bool kStochastic, Order kOrder>
+void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
+                       const T* x, bool* extreme) {
   const Stream stream = ElementStream(a);
   const int64_t block = a.block_channels, step = kLanes * block;
   // A chunk is a number of positions, or of elements where positions do not matter.
   const bool transposed = kStochastic && !s.logical_is_memory, by_elements = s.flat && !transposed;
   const int64_t total = by_elements ? a.positions * a.channels : a.positions;
-  int64_t chunk = by_elements ? std::max(step, kChannelChunk / step * step) : std::max<int64_t>(1, kChannelChunk / a.channels);
-  if (!by_elements) chunk = (chunk + kNumbersPerCounter - 1) / kNumbersPerCounter * kNumbersPerCounter;
-  const int64_t row_numbers = (by_elements ? chunk : chunk * a.channels) + kNumbersSlack + kLanes * kMaxBlockChannels;
-  const Buffer numbers(kStochastic ? a.block_rows * row_numbers : 0), scratch(transposed ? chunk + kNumbersSlack : 0);
+  int64_t chunk = by_elements ? std::max(step, kChannelChunk / step * step)
+                              : std::max<int64_t>(1, kChannelChunk / a.channels);
+  if (!by_elements)
+    chunk = (chunk + kNumbersPerCounter - 1) / kNumbersPerCounter * kNumbersPerCounter;
+  const int64_t row_numbers =
+      (by_elements ? chunk : chunk * a.channels) + kNumbersSlack + kLanes * kMaxBlockChannels;
+  const Buffer numbers(kStochastic ? a.block_rows * row_numbers : 0),
+      scratch(transposed ? chunk + kNumbersSlack : 0);
   const LaneSteps grid(a, s, s.position_step, s.channel_step);
   Int spread[kMaxBlockChannels];
   for (int64_t v = 0; v < block; ++v) {
@@ -328,22 +388,26 @@ template <typename T, bool kStochastic, Order kOrder> void ElementsByChannel(con
     for (int64_t start = 0; start < total; start += chunk) {
       const int64_t row = row_block * a.block_rows, rows = std::min(a.block_rows, a.rows - row);
       const int64_t here = std::min(chunk, total - start);
-      // Runs of elements in this chunk: one where positions and channels are one run, else one a position.
+      // Runs of elements in this chunk: one where positions and channels are one run, else one a
+      // position.
       const int64_t pieces = s.flat ? 1 : here;
       const int64_t length = by_elements ? here : s.flat ? here * a.channels : a.channels;
-      const int64_t element = by_elements ? start : start * a.channels;  // of the row, channels innermost
+      const int64_t element =
+          by_elements ? start : start * a.channels;  // of the row, channels innermost
       for (int64_t r = 0; kStochastic && r < rows; ++r) {
         uint16_t* out = numbers.get() + r * row_numbers;
         if (transposed) {
           NumbersByChannel(a, stream, row + r, start, here, kOrder, out, scratch.get());
         } else {
-          const int64_t offset = stream.Numbers(uint64_t((row + r) * a.positions * a.channels + element), pieces * length, out);
+          const int64_t offset = stream.Numbers(
+              uint64_t((row + r) * a.positions * a.channels + element), pieces * length, out);
           if (offset) std::memmove(out, out + offset, pieces * length * sizeof(uint16_t));
         }
       }
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t run = s.flat ? 0 : start + piece;
-        const int64_t first_block = s.flat ? element / block : 0, blocks = (length + block - 1) / block;
+        const int64_t first_block = s.flat ? element / block : 0,
+                      blocks = (length + block - 1) / block;
         const T* from = x + row * a.stride_row + (s.flat ? element : run * a.stride_position);
         const int64_t at = row * a.positions * a.channels + element + piece * a.channels;
         const int64_t plan = row_block * s.BlocksOfRow(a) + (s.flat ? 0 : run * s.channel_blocks);
@@ -351,15 +415,20 @@ template <typename T, bool kStochastic, Order kOrder> void ElementsByChannel(con
         const int64_t scope = a.scope == kSample ? row_block : row_block * a.positions + run;
         const Int largest = Ints(a.scope == kTensor ? tensor_largest : a.largest_exponents[scope]);
         for (int64_t b = 0; b < blocks; b += kLanes) {
-          const int64_t count = std::min<int64_t>(kLanes, blocks - b), left = length - b * block, first = piece * a.channels + b * block;
+          const int64_t count = std::min<int64_t>(kLanes, blocks - b), left = length - b * block,
+                        first = piece * a.channels + b * block;
           Factors factors(Load(a.plans + plan + first_block + b, FirstLanes(count)), largest);
           Int any;
           if (factors.extreme) {
             *extreme = true;
             factors.Split();
-            any = LanesByChannel<T, kStochastic, true, kOrder>(a, from + b * block, at + b * block, rows, left, factors, spread, numbers.get(), row_numbers, first);
+            any = LanesByChannel<T, kStochastic, true, kOrder>(a, from + b * block, at + b * block,
+                                                               rows, left, factors, spread,
+                                                               numbers.get(), row_numbers, first);
           } else {
-            any = LanesByChannel<T, kStochastic, false, kOrder>(a, from + b * block, at + b * block, rows, left, factors, spread, numbers.get(), row_numbers, first);
+            any = LanesByChannel<T, kStochastic, false, kOrder>(a, from + b * block, at + b * block,
+                                                                rows, left, factors, spread,
+                                                                numbers.get(), row_numbers, first);
           }
           Int header, exponent;
           factors.Finish(any, header, exponent);
@@ -370,14 +439,18 @@ template <typename T, bool kStochastic, Order kOrder> void ElementsByChannel(con
   }
 }
 
-// The elements of a unit, given the largest exponent of the tensor where that is the scope. Sets *extreme where values could not be written.
-template <typename T> void WriteElements(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest, const T* x, bool* extreme) {
+// The elements of a unit, given the largest exponent of the tensor where that is the scope. Sets
+// *extreme where values could not be written.
+template <typename T>
+void WriteElements(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
+                   const T* x, bool* extreme) {
   if (s.positions_innermost) {
     a.stochastic ? ElementsByPosition<T, true>(a, s, unit, tensor_largest, x, extreme)
                  : ElementsByPosition<T, false>(a, s, unit, tensor_largest, x, extreme);
   } else if (!a.stochastic) {
     ElementsByChannel<T, false, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
-  } else if (!s.logical_is_memory && a.channels % kLanes == 0 && a.positions % kNumbersPerCounter == 0) {
+  } else if (!s.logical_is_memory && a.channels % kLanes == 0 &&
+             a.positions % kNumbersPerCounter == 0) {
     ElementsByChannel<T, true, Order::kPairs>(a, s, unit, tensor_largest, x, extreme);
   } else {
     ElementsByChannel<T, true, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
@@ -387,7 +460,8 @@ template <typename T> void WriteElements(const QuantizeArgs& a, const Shape& s, 
 // Relative exponents of a unit that were counted from `from` are counted from `to`.
 void Rebase(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t from, int32_t to) {
   for (int64_t i = unit.begin * s.BlocksOfRow(a); i < unit.end * s.BlocksOfRow(a); ++i) {
-    a.relative_exponents[i] = int8_t(a.headers[i] & kBitsMask ? a.relative_exponents[i] + from - to : 0);
+    a.relative_exponents[i] =
+        int8_t(a.headers[i] & kBitsMask ? a.relative_exponents[i] + from - to : 0);
   }
 }
 

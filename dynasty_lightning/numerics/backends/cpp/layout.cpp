@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens around the GEMMs: codes back to bfloat16, and bfloat16 results to float32 in the layer's memory order.
+// What happens around the GEMMs: codes back to bfloat16, and bfloat16 results to float32 in the
+// layer's memory order.
 #include <omp.h>
 
 #include <algorithm>
@@ -12,20 +13,25 @@
 namespace dynasty {
 namespace {
 
-// Units of a block row as [positions][channels of a vector's worth of lanes]: 2**scale_exponent, negative where the block is unsigned.
-void Units(const DequantizeArgs& a, int64_t row_block, int64_t channel_blocks, int64_t first, int64_t count, float* units) {
+// Units of a block row as [positions][channels of a vector's worth of lanes]: 2**scale_exponent,
+// negative where the block is unsigned.
+void Units(const DequantizeArgs& a, int64_t row_block, int64_t channel_blocks, int64_t first,
+           int64_t count, float* units) {
   const int64_t base = row_block * channel_blocks * a.positions;
   for (int64_t c = 0; c < channel_blocks; ++c) {
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t at = base + (a.grid_channels_last ? (first + p) * channel_blocks + c : c * a.positions + first + p);
-      const uint32_t bits = uint32_t(a.relative_exponents[at] + a.largest_exponent + 127) << 23 | (a.headers[at] & kSignedFlag ? 0u : 0x80000000u);
+      const int64_t at = base + (a.grid_channels_last ? (first + p) * channel_blocks + c
+                                                      : c * a.positions + first + p);
+      const uint32_t bits = uint32_t(a.relative_exponents[at] + a.largest_exponent + 127) << 23 |
+                            (a.headers[at] & kSignedFlag ? 0u : 0x80000000u);
       std::memcpy(units + p * channel_blocks + c, &bits, sizeof bits);
     }
   }
 }
 
 inline Int Values(const uint8_t* codes, Float unit, Mask lanes) {
-  const Int low = Load(codes, lanes), sign = ShiftRight<31>(BitsOf(unit));  // -1 for unsigned blocks
+  const Int low = Load(codes, lanes),
+            sign = ShiftRight<31>(BitsOf(unit));  // -1 for unsigned blocks
   // A signed byte above 127 stands for itself less 256.
   const Int q = low - (ShiftLeft<1>(low & Ints(0x80)) & (Ints(-1) - sign));
   return BitsOf(ToFloat(q) * FloatOf(BitsOf(unit) & Ints(INT32_MAX)));
@@ -67,7 +73,8 @@ void Dequantize(const DequantizeArgs& a) {
                 if (left >= kLanes) {
                   StoreHighHalves(values + to, Values(a.codes + to, spread_unit, Mask(0xFFFF)));
                 } else {
-                  StoreHighHalves(values + to, Values(a.codes + to, spread_unit, FirstLanes(left)), FirstLanes(left));
+                  StoreHighHalves(values + to, Values(a.codes + to, spread_unit, FirstLanes(left)),
+                                  FirstLanes(left));
                 }
               }
             }
@@ -83,7 +90,8 @@ void Widen(const WidenArgs& a) {
   if (a.channels_last || a.positions == 1) {
     const int64_t rows = a.rows * a.positions;
     const bool flat = !a.bias;
-    const int64_t length = flat ? 4096 : a.channels, lines = flat ? (rows * a.channels + length - 1) / length : rows;
+    const int64_t length = flat ? 4096 : a.channels,
+                  lines = flat ? (rows * a.channels + length - 1) / length : rows;
 #pragma omp parallel for num_threads(int(a.threads)) schedule(static)
     for (int64_t line = 0; line < lines; ++line) {
       const DefaultRounding rounding;
@@ -111,7 +119,8 @@ void Widen(const WidenArgs& a) {
           LoadTransposed(from, a.channels, columns);
         } else {
           Bf16_t square[kLanes][kLanes] = {};
-          for (int64_t i = 0; i < count; ++i) std::copy(from + i * a.channels, from + i * a.channels + channels, square[i]);
+          for (int64_t i = 0; i < count; ++i)
+            std::copy(from + i * a.channels, from + i * a.channels + channels, square[i]);
           LoadTransposed(square[0], kLanes, columns);
         }
         for (int64_t i = 0; i < channels; ++i) {
@@ -127,8 +136,10 @@ void Widen(const WidenArgs& a) {
 
 extern "C" int dynasty_dequantize(const DequantizeArgs* args) {
   const int64_t b = args ? args->block_channels : 0;
-  if (!args || !args->codes || !args->relative_exponents || args->largest_exponent < -100 || args->largest_exponent > 120 || !args->headers || !args->values || args->rows < 1 || args->positions < 1 ||
-      args->channels < 1 || args->block_rows < 1 || args->threads < 1 || b < 1 || b > kMaxBlockChannels || b & (b - 1)) {
+  if (!args || !args->codes || !args->relative_exponents || args->largest_exponent < -100 ||
+      args->largest_exponent > 120 || !args->headers || !args->values || args->rows < 1 ||
+      args->positions < 1 || args->channels < 1 || args->block_rows < 1 || args->threads < 1 ||
+      b < 1 || b > kMaxBlockChannels || b & (b - 1)) {
     return kBadArguments;
   }
   Dequantize(*args);
@@ -136,7 +147,8 @@ extern "C" int dynasty_dequantize(const DequantizeArgs* args) {
 }
 
 extern "C" int dynasty_widen(const WidenArgs* args) {
-  if (!args || !args->values || !args->out || args->rows < 1 || args->positions < 1 || args->channels < 1 || args->threads < 1) {
+  if (!args || !args->values || !args->out || args->rows < 1 || args->positions < 1 ||
+      args->channels < 1 || args->threads < 1) {
     return kBadArguments;
   }
   Widen(*args);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// First pass: the largest magnitude of each block, and for X whether an element is negative, in the sign bit.
+// First pass: the largest magnitude of each block, and for X whether an element is negative, in the
+// sign bit.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +12,19 @@ namespace {
 
 constexpr int64_t kPeakChunk = 256;  // positions of a row read at a time
 
-Int WithSign(Int magnitude, Float least) { return magnitude | Select(Negative(least), Ints(INT32_MIN), Ints(0)); }
+Int WithSign(Int magnitude, Float least) {
+  return magnitude | Select(Negative(least), Ints(INT32_MIN), Ints(0));
+}
 
-template <typename T, bool kFindSign> void PeaksByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
+template <typename T, bool kFindSign>
+void PeaksByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
   for (int64_t row_block = unit.begin; row_block < unit.end; ++row_block) {
     for (int64_t channel_block = 0; channel_block < s.channel_blocks; ++channel_block) {
       const int64_t rows = std::min(a.block_rows, a.rows - row_block * a.block_rows);
-      const int64_t channels = std::min(a.block_channels, a.channels - channel_block * a.block_channels);
-      const T* block = x + row_block * a.block_rows * a.stride_row + channel_block * a.block_channels * a.stride_channel;
+      const int64_t channels =
+          std::min(a.block_channels, a.channels - channel_block * a.block_channels);
+      const T* block = x + row_block * a.block_rows * a.stride_row +
+                       channel_block * a.block_channels * a.stride_channel;
       int32_t* peaks = a.peaks + (row_block * s.channel_blocks + channel_block) * a.positions;
       for (int64_t p = 0; p < a.positions; p += kPeakChunk) {
         const int64_t count = std::min(kPeakChunk, a.positions - p);
@@ -31,22 +37,26 @@ template <typename T, bool kFindSign> void PeaksByPosition(const QuantizeArgs& a
             const T* run = block + r * a.stride_row + c * a.stride_channel + p;
             for (int v = 0; v * kLanes < count; ++v) {
               const int64_t left = count - v * kLanes;
-              const Float value = left >= kLanes ? Load(run + v * kLanes) : Load(run + v * kLanes, FirstLanes(left));
+              const Float value = left >= kLanes ? Load(run + v * kLanes)
+                                                 : Load(run + v * kLanes, FirstLanes(left));
               largest[v] = Greatest(largest[v], BitsOf(value) & Ints(INT32_MAX));
               if (kFindSign) least[v] = Least(value, least[v]);
             }
           }
         }
         for (int v = 0; v * kLanes < count; ++v) {
-          Store(peaks + p + v * kLanes, kFindSign ? WithSign(largest[v], least[v]) : largest[v], FirstLanes(count - v * kLanes));
+          Store(peaks + p + v * kLanes, kFindSign ? WithSign(largest[v], least[v]) : largest[v],
+                FirstLanes(count - v * kLanes));
         }
       }
     }
   }
 }
 
-template <typename T, bool kFindSign> void PeaksByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
-  const int64_t runs = s.flat ? 1 : a.positions, length = s.flat ? a.positions * a.channels : a.channels;
+template <typename T, bool kFindSign>
+void PeaksByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
+  const int64_t runs = s.flat ? 1 : a.positions,
+                length = s.flat ? a.positions * a.channels : a.channels;
   const int64_t blocks = s.RunLength(a), vectors = a.block_channels;
   for (int64_t row_block = unit.begin; row_block < unit.end; ++row_block) {
     for (int64_t run = 0; run < runs; ++run) {
@@ -74,14 +84,15 @@ template <typename T, bool kFindSign> void PeaksByChannel(const QuantizeArgs& a,
         }
         Int peaks = ReduceBlocks(largest, a.block_channels, AbsMax());
         if (kFindSign) peaks = peaks | ReduceBlocks(flags, a.block_channels, AnyBit());
-        Store(a.peaks + (row_block * runs + run) * blocks + first, peaks, FirstLanes(blocks - first));
+        Store(a.peaks + (row_block * runs + run) * blocks + first, peaks,
+              FirstLanes(blocks - first));
       }
     }
   }
 }
 
-
-template <typename T> void FindPeaks(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
+template <typename T>
+void FindPeaks(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
   const bool find_sign = a.role == kActivation && !a.force_signed;
   if (s.positions_innermost) {
     find_sign ? PeaksByPosition<T, true>(a, s, unit, x) : PeaksByPosition<T, false>(a, s, unit, x);

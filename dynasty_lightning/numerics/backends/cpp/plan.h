@@ -11,7 +11,8 @@
 namespace dynasty {
 namespace {
 
-// A plan: width, signed, occupied and drop depth as args.h has them, bit 8 kept by a drop, bits 16-31 scale exponent before the window.
+// A plan: width, signed, occupied and drop depth as args.h has them, bit 8 kept by a drop, bits
+// 16-31 scale exponent before the window.
 constexpr int kExponentShift = 16;
 constexpr int32_t kKeptFlag = 0x100;
 
@@ -20,7 +21,8 @@ struct Peak {
   explicit Peak(Int word) {
     const Int magnitude = word & Ints(INT32_MAX);
     const Mask subnormal = Ints(0x00800000) > magnitude;
-    const Int normalised = Select(subnormal, BitsOf(ToFloat(magnitude)), magnitude);  // an integer below 2**23 is exact
+    const Int normalised = Select(subnormal, BitsOf(ToFloat(magnitude)),
+                                  magnitude);  // an integer below 2**23 is exact
     exponent = ShiftRight<23>(normalised) - Select(subnormal, Ints(127 + 149), Ints(127));
     significand = (normalised & Ints(0x007FFFFF)) | Ints(0x00800000);
     occupied = magnitude > Ints(0);
@@ -28,7 +30,9 @@ struct Peak {
     negative = Ints(0) > word;
   }
   // significand * 2**-24 > 1 - 2**-p: the peak does not fit p magnitude bits of its own scale.
-  Mask Exceeds(Int p) const { return significand > Ints(1 << 24) - ShiftLeft(Ints(1), Ints(24) - p); }
+  Mask Exceeds(Int p) const {
+    return significand > Ints(1 << 24) - ShiftLeft(Ints(1), Ints(24) - p);
+  }
 
   Int exponent, significand;
   Mask occupied, nonfinite, negative;
@@ -36,9 +40,13 @@ struct Peak {
 
 struct Planner {
   explicit Planner(const QuantizeArgs& args)
-      : a(args), drops(args.is_threshold && args.stochastic && args.role == kError), finds_sign(args.role == kActivation && !args.force_signed) {}
+      : a(args),
+        drops(args.is_threshold && args.stochastic && args.role == kError),
+        finds_sign(args.role == kActivation && !args.force_signed) {}
 
-  Int Sign(const Peak& peak) const { return finds_sign ? Select(peak.negative, Ints(1), Ints(0)) : Ints(1); }
+  Int Sign(const Peak& peak) const {
+    return finds_sign ? Select(peak.negative, Ints(1), Ints(0)) : Ints(1);
+  }
 
   // Width, sign, occupied, depth and kept; `numbers` decide drops.
   Int Widths(const Peak& peak, Int request, Int numbers) const {
@@ -50,7 +58,8 @@ struct Planner {
       const Int over = Select(peak.Exceeds(above + Ints(1)), Ints(1), Ints(0));
       const Int needed = drops ? above + Ints(2) + over : above + Ints(1) + sign;
       const Mask below = Ints(drops ? -1 : 0) > above;
-      width = Least(Greatest(needed, Ints(std::max<int32_t>(int32_t(a.least_bits), kMinBits))), Ints(int32_t(a.most_bits)));
+      width = Least(Greatest(needed, Ints(std::max<int32_t>(int32_t(a.least_bits), kMinBits))),
+                    Ints(int32_t(a.most_bits)));
       Int low = Ints(int32_t(a.least_bits));
       if (drops && !a.least_bits) {
         depth = Least(Ints(-1) - above, Ints(kMaxDropDepth));
@@ -61,13 +70,15 @@ struct Planner {
       width = Select(below, low, width);
     }
     width = Select(peak.occupied, width, Ints(0));
-    return width | ShiftLeft<kSignedShift>(sign) | Select(peak.occupied, Ints(kOccupiedFlag), Ints(0)) | ShiftLeft<kDepthShift>(depth) |
+    return width | ShiftLeft<kSignedShift>(sign) |
+           Select(peak.occupied, Ints(kOccupiedFlag), Ints(0)) | ShiftLeft<kDepthShift>(depth) |
            Select(kept, Ints(kKeptFlag), Ints(0));
   }
 
   // Adds the scale exponent before the window; returns the exponent after drop scaling.
   Int Scale(const Peak& peak, Int request, Int& plan) const {
-    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1), depth = ShiftRight<kDepthShift>(plan) & Ints(3);
+    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1),
+              depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     const Int exponent = peak.exponent + depth, p = width - sign;
     Int scale = exponent + Ints(1) - p;
     if (a.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));
@@ -82,13 +93,15 @@ struct Planner {
 
 // Every block that is not zero takes the largest width of its group; the unit is one group of rows.
 void ShareWidths(const QuantizeArgs& a, const Shape& s, Unit unit) {
-  const int64_t step_p = s.positions_innermost ? 1 : s.channel_blocks, step_c = s.positions_innermost ? a.positions : 1;
+  const int64_t step_p = s.positions_innermost ? 1 : s.channel_blocks,
+                step_c = s.positions_innermost ? a.positions : 1;
   for (int64_t first = 0; first < s.channel_blocks; first += a.group_channels) {
     const int64_t end = std::min(s.channel_blocks, first + a.group_channels);
     for (int64_t p = 0; p < a.positions; ++p) {
       const auto each = [&](auto visit) {
         for (int64_t r = unit.begin; r < unit.end; ++r) {
-          for (int64_t c = first; c < end; ++c) visit(a.plans[r * s.BlocksOfRow(a) + c * step_c + p * step_p]);
+          for (int64_t c = first; c < end; ++c)
+            visit(a.plans[r * s.BlocksOfRow(a) + c * step_c + p * step_p]);
         }
       };
       int32_t widest = 0;
@@ -98,13 +111,14 @@ void ShareWidths(const QuantizeArgs& a, const Shape& s, Unit unit) {
   }
 }
 
-// The numbers that decide which blocks of a unit are kept, in the order in which the stream counts blocks.
+// The numbers that decide which blocks of a unit are kept, in the order in which the stream counts
+// blocks.
 class DropNumbers {
  public:
   DropNumbers(const QuantizeArgs& a, const Shape& s, Unit unit, bool wanted) {
     if (!wanted) return;
-    const Stream stream(uint32_t(a.seed), uint32_t(a.rank), uint32_t(a.backward_count), uint32_t(a.call_index), uint32_t(a.layer),
-                        uint32_t(kDropCode + a.role));
+    const Stream stream(uint32_t(a.seed), uint32_t(a.rank), uint32_t(a.backward_count),
+                        uint32_t(a.call_index), uint32_t(a.layer), uint32_t(kDropCode + a.role));
     const int64_t count = (unit.end - unit.begin) * s.BlocksOfRow(a);
     numbers_.resize(count + kNumbersSlack);
     first_ = unit.begin * s.BlocksOfRow(a);
@@ -118,10 +132,14 @@ class DropNumbers {
   int64_t first_ = 0, offset_ = 0;
 };
 
-// Walks a unit's blocks, sixteen lanes at a time: visit(index in plan order, run, first, count, request, drop numbers).
-template <typename Visit> void EachLanes(const QuantizeArgs& a, const Shape& s, Unit unit, const DropNumbers& drops, Visit visit) {
+// Walks a unit's blocks, sixteen lanes at a time: visit(index in plan order, run, first, count,
+// request, drop numbers).
+template <typename Visit>
+void EachLanes(const QuantizeArgs& a, const Shape& s, Unit unit, const DropNumbers& drops,
+               Visit visit) {
   const int64_t length = s.RunLength(a), runs = s.BlocksOfRow(a) / length;
-  const LaneSteps request(a, s, a.request_position, a.request_channel), logical(a, s, s.logical_position_step, s.logical_channel_step);
+  const LaneSteps request(a, s, a.request_position, a.request_channel),
+      logical(a, s, s.logical_position_step, s.logical_channel_step);
   for (int64_t row_block = unit.begin; row_block < unit.end; ++row_block) {
     for (int64_t run = 0; run < runs; ++run) {
       const int16_t* base = a.request + row_block * a.request_row + request.RunOffset(run, s);
@@ -133,20 +151,26 @@ template <typename Visit> void EachLanes(const QuantizeArgs& a, const Shape& s, 
           numbers = Load(drops.At(base_of_drops + first), FirstLanes(count));
         } else if (drops.wanted()) {
           int32_t lanes[kLanes] = {};
-          logical.Each(first, count, [&](int64_t i, int64_t at) { lanes[i] = *drops.At(base_of_drops + at); });
+          logical.Each(first, count,
+                       [&](int64_t i, int64_t at) { lanes[i] = *drops.At(base_of_drops + at); });
           numbers = Load(lanes);
         }
         const int64_t index = row_block * s.BlocksOfRow(a) + run * length + first;
-        // Beyond these, thresholds all ask for the same of a float32, and powers of two stay within reach of two factors.
-        const Int asked = Least(Greatest(GatherRequest(base, request, first, count), Ints(kLeastThreshold)), Ints(kMostThreshold));
+        // Beyond these, thresholds all ask for the same of a float32, and powers of two stay within
+        // reach of two factors.
+        const Int asked =
+            Least(Greatest(GatherRequest(base, request, first, count), Ints(kLeastThreshold)),
+                  Ints(kMostThreshold));
         visit(index, row_block, run, first, count, asked, numbers);
       }
     }
   }
 }
 
-// Where a scope's largest exponent lies; lanes of one vector share a scope but where positions innermost have one each.
-int64_t ScopeIndex(const QuantizeArgs& a, const Shape& s, int64_t row_block, int64_t run, int64_t first) {
+// Where a scope's largest exponent lies; lanes of one vector share a scope but where positions
+// innermost have one each.
+int64_t ScopeIndex(const QuantizeArgs& a, const Shape& s, int64_t row_block, int64_t run,
+                   int64_t first) {
   if (a.scope == kTensor) return 0;
   if (a.scope == kSample) return row_block;
   return row_block * a.positions + (s.positions_innermost ? first : run);
@@ -155,7 +179,8 @@ int64_t ScopeIndex(const QuantizeArgs& a, const Shape& s, int64_t row_block, int
 // What the plans of a unit amount to.
 struct Planned {
   int32_t largest = kNoExponent;  // exponent
-  int32_t finest = INT32_MAX;     // least scale exponent before the window, less the sign: what a window can still raise
+  int32_t finest = INT32_MAX;     // least scale exponent before the window, less the sign: what a
+                                  // window can still raise
   bool nonfinite = false;
 };
 
@@ -164,13 +189,17 @@ Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
   const bool groups = a.group_rows > 1 || a.group_channels > 1;
   Int largest = Ints(kNoExponent), finest = Ints(INT32_MAX);
   Mask bad = 0;
-  const auto scale = [&](const Peak& peak, Int request, Int& plan, int64_t count, int64_t row_block, int64_t run, int64_t first) {
+  const auto scale = [&](const Peak& peak, Int request, Int& plan, int64_t count, int64_t row_block,
+                         int64_t run, int64_t first) {
     const Mask lanes = FirstLanes(count);
     const Int exponent = Select(lanes, planner.Scale(peak, request, plan), Ints(kNoExponent));
     if (a.scope == kTensor) {
       largest = Greatest(largest, exponent);
       const Mask active = Mask(lanes & ((plan & Ints(kBitsMask)) > Ints(0)));
-      finest = Least(finest, Select(active, ShiftRight<kExponentShift>(plan) - (ShiftRight<kSignedShift>(plan) & Ints(1)), finest));
+      finest = Least(finest, Select(active,
+                                    ShiftRight<kExponentShift>(plan) -
+                                        (ShiftRight<kSignedShift>(plan) & Ints(1)),
+                                    finest));
       return;
     }
     int32_t* out = a.largest_exponents + ScopeIndex(a, s, row_block, run, first);
@@ -181,21 +210,26 @@ Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
     }
   };
   const DropNumbers drops(a, s, unit, planner.drops && !a.least_bits);
-  EachLanes(a, s, unit, drops, [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count, Int request, Int numbers) {
-    const Peak peak(Load(a.peaks + index, FirstLanes(count)));
-    bad = Mask(bad | peak.nonfinite);
-    Int plan = planner.Widths(peak, request, numbers);
-    if (!groups) scale(peak, request, plan, count, row_block, run, first);
-    Store(a.plans + index, plan, FirstLanes(count));
-  });
+  EachLanes(a, s, unit, drops,
+            [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count,
+                Int request, Int numbers) {
+              const Peak peak(Load(a.peaks + index, FirstLanes(count)));
+              bad = Mask(bad | peak.nonfinite);
+              Int plan = planner.Widths(peak, request, numbers);
+              if (!groups) scale(peak, request, plan, count, row_block, run, first);
+              Store(a.plans + index, plan, FirstLanes(count));
+            });
   if (groups) {
     ShareWidths(a, s, unit);
     const DropNumbers none(a, s, unit, false);
-    EachLanes(a, s, unit, none, [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count, Int request, Int) {
-      Int plan = Load(a.plans + index, FirstLanes(count));
-      scale(Peak(Load(a.peaks + index, FirstLanes(count))), request, plan, count, row_block, run, first);
-      Store(a.plans + index, plan, FirstLanes(count));
-    });
+    EachLanes(a, s, unit, none,
+              [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count,
+                  Int request, Int) {
+                Int plan = Load(a.plans + index, FirstLanes(count));
+                scale(Peak(Load(a.peaks + index, FirstLanes(count))), request, plan, count,
+                      row_block, run, first);
+                Store(a.plans + index, plan, FirstLanes(count));
+              });
   }
   Planned planned;
   planned.largest = GreatestLane(largest);

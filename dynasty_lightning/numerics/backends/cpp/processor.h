@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The processor's float settings: nearest-even with subnormals inside our kernels, whatever the program has set.
+// The processor's float settings: nearest-even with subnormals inside our kernels, whatever the
+// program has set.
 #pragma once
 
 #if defined(__SSE2__)

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block quantization of one operand in three passes: peaks of blocks, a plan for each block, elements. docs/numerics.md is the specification.
+// Block quantization of one operand in three passes: peaks of blocks, a plan for each block,
+// elements. docs/numerics.md is the specification.
 //
-// Two memory orders are read natively: positions innermost (a Conv's N, C, H, W), where a lane is a position, and channels innermost
-// (Linear, channels_last), where sixteen consecutive blocks are planned in the lanes of a vector and each plan is spread over its block's channels.
+// Two memory orders are read natively: positions innermost (a Conv's N, C, H, W), where a lane is a
+// position, and channels innermost (Linear, channels_last), where sixteen consecutive blocks are
+// planned in the lanes of a vector and each plan is spread over its block's channels.
 #include <omp.h>
 
 #include <algorithm>
@@ -18,7 +20,8 @@
 namespace dynasty {
 namespace {
 
-template <typename T> int Quantize(const QuantizeArgs& a) {
+template <typename T>
+int Quantize(const QuantizeArgs& a) {
   const Shape s(a);
   const T* x = static_cast<const T*>(a.x);
   if (a.scope != kTensor) {
@@ -26,13 +29,17 @@ template <typename T> int Quantize(const QuantizeArgs& a) {
     std::fill(a.largest_exponents, a.largest_exponents + scopes, kNoExponent);
   }
   const int64_t units = (s.row_blocks + a.group_rows - 1) / a.group_rows;
-  const auto unit_at = [&](int64_t u) { return Unit{u * a.group_rows, std::min(s.row_blocks, (u + 1) * a.group_rows)}; };
+  const auto unit_at = [&](int64_t u) {
+    return Unit{u * a.group_rows, std::min(s.row_blocks, (u + 1) * a.group_rows)};
+  };
   bool nonfinite = false, extreme = false;
   int32_t largest = kNoExponent;
-  // The window needs the largest exponent of the tensor, which is known only after all of it was read. Each unit is finished at once,
-  // while it is in the cache, with the largest exponent that its thread has met; the few whose blocks the true one changes are done again.
+  // The window needs the largest exponent of the tensor, which is known only after all of it was
+  // read. Each unit is finished at once, while it is in the cache, with the largest exponent that
+  // its thread has met; the few whose blocks the true one changes are done again.
   std::vector<int32_t> used(units), finest(units);
-#pragma omp parallel num_threads(int(a.threads)) reduction(|| : nonfinite, extreme) reduction(max : largest)
+#pragma omp parallel num_threads(int(a.threads)) reduction(|| : nonfinite, extreme) \
+    reduction(max : largest)
   {
     const DefaultRounding rounding;
     int32_t met = kNoExponent;
@@ -67,14 +74,18 @@ template <typename T> int Quantize(const QuantizeArgs& a) {
 }
 
 bool Sound(const QuantizeArgs& a) {
-  const bool blocks = a.block_rows >= 1 && (a.block_channels == 1 || a.block_channels == 2 || a.block_channels == 4 || a.block_channels == 8 ||
-                                            a.block_channels == 16 || a.block_channels == 32);
-  const bool pointers = a.x && a.request && a.peaks && a.plans && a.largest_exponents && a.codes && a.relative_exponents && a.headers;
+  const bool blocks = a.block_rows >= 1 &&
+                      (a.block_channels == 1 || a.block_channels == 2 || a.block_channels == 4 ||
+                       a.block_channels == 8 || a.block_channels == 16 || a.block_channels == 32);
+  const bool pointers = a.x && a.request && a.peaks && a.plans && a.largest_exponents && a.codes &&
+                        a.relative_exponents && a.headers;
   const bool strides = a.stride_position == 1 || a.stride_channel == 1;
-  return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 && a.group_rows >= 1 && a.group_channels >= 1 &&
-         a.threads >= 1 && a.role >= kActivation && a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
-         (a.scope == kTensor || a.block_rows == 1) && a.most_bits >= kMinBits && a.most_bits <= kMaxBits &&
-         (a.least_bits == 0 || a.least_bits >= kMinBits) && a.least_bits <= a.most_bits;
+  return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 &&
+         a.group_rows >= 1 && a.group_channels >= 1 && a.threads >= 1 && a.role >= kActivation &&
+         a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
+         (a.scope == kTensor || a.block_rows == 1) && a.most_bits >= kMinBits &&
+         a.most_bits <= kMaxBits && (a.least_bits == 0 || a.least_bits >= kMinBits) &&
+         a.least_bits <= a.most_bits;
 }
 
 }  // namespace
@@ -84,7 +95,8 @@ extern "C" int dynasty_quantize(const QuantizeArgs* args) {
   return args->x_is_bfloat16 ? Quantize<Bf16_t>(*args) : Quantize<float>(*args);
 }
 
-extern "C" void dynasty_stream_numbers(const int64_t* position_and_code, int64_t count, uint16_t* out) {
+extern "C" void dynasty_stream_numbers(const int64_t* position_and_code, int64_t count,
+                                       uint16_t* out) {
   uint32_t word[6];
   for (int i = 0; i < 6; ++i) word[i] = uint32_t(position_and_code[i]);
   const Stream stream(word[0], word[1], word[2], word[3], word[4], word[5]);

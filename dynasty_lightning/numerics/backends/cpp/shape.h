@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How an operand's elements and blocks lie in memory, and how its blocks are walked, sixteen at a time.
+// How an operand's elements and blocks lie in memory, and how its blocks are walked, sixteen at a
+// time.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,8 @@ struct Shape {
         logical_channel_step(a.logical_channels_last ? 1 : a.positions),
         logical_is_memory(a.logical_channels_last || a.positions == 1),
         // Positions and channels in one run, where blocks do not end inside a position's channels.
-        flat(!positions_innermost && a.stride_position == a.channels && a.channels % a.block_channels == 0 && a.scope != kRow) {}
+        flat(!positions_innermost && a.stride_position == a.channels &&
+             a.channels % a.block_channels == 0 && a.scope != kRow) {}
 
   int64_t row_blocks, channel_blocks;
   bool positions_innermost;
@@ -31,7 +33,8 @@ struct Shape {
   int64_t logical_position_step, logical_channel_step;  // of the grid as the stream counts it
   bool logical_is_memory, flat;
 
-  // Blocks of one block row, in the order in which they are planned: [channels, positions] or [positions, channels].
+  // Blocks of one block row, in the order in which they are planned: [channels, positions] or
+  // [positions, channels].
   int64_t BlocksOfRow(const QuantizeArgs& a) const { return channel_blocks * a.positions; }
   // One run of consecutive blocks in that order, and how many there are.
   int64_t RunLength(const QuantizeArgs& a) const {
@@ -42,7 +45,10 @@ struct Shape {
 // Where sixteen consecutive blocks of a run lie in a grid with the given steps.
 struct LaneSteps {
   LaneSteps(const QuantizeArgs& a, const Shape& s, int64_t position_step, int64_t channel_step)
-      : position(position_step), channel(channel_step), channel_blocks(s.channel_blocks), by_position(s.positions_innermost) {
+      : position(position_step),
+        channel(channel_step),
+        channel_blocks(s.channel_blocks),
+        by_position(s.positions_innermost) {
     if (by_position) {
       linear = true, step = position;
     } else {
@@ -52,10 +58,13 @@ struct LaneSteps {
   }
 
   // Offset of the first block of run `run` in a block row.
-  int64_t RunOffset(int64_t run, const Shape& s) const { return by_position ? run * channel : s.flat ? 0 : run * position; }
+  int64_t RunOffset(int64_t run, const Shape& s) const {
+    return by_position ? run * channel : s.flat ? 0 : run * position;
+  }
 
   // Calls visit(lane, offset within the run) for `count` blocks from `first` on.
-  template <typename Visit> void Each(int64_t first, int64_t count, Visit visit) const {
+  template <typename Visit>
+  void Each(int64_t first, int64_t count, Visit visit) const {
     if (linear) {
       for (int64_t i = 0; i < count; ++i) visit(i, (first + i) * step);
       return;
@@ -76,11 +85,13 @@ Int GatherRequest(const int16_t* base, const LaneSteps& steps, int64_t first, in
   if (steps.linear && steps.step == 0) return Ints(*base);
   if (steps.linear && steps.step == 1) return Load(base + first, FirstLanes(count));
   int32_t lanes[kLanes] = {};
-  steps.Each(first, std::min<int64_t>(count, kLanes), [&](int64_t i, int64_t at) { lanes[i] = base[at]; });
+  steps.Each(first, std::min<int64_t>(count, kLanes),
+             [&](int64_t i, int64_t at) { lanes[i] = base[at]; });
   return Load(lanes);
 }
 
-// Row blocks begin .. end - 1: what one thread works on at a time, whole width groups, small enough to stay in its caches from pass to pass.
+// Row blocks begin .. end - 1: what one thread works on at a time, whole width groups, small enough
+// to stay in its caches from pass to pass.
 struct Unit {
   int64_t begin, end;
 };
@@ -94,8 +105,10 @@ struct AnyBit {
 
 const int32_t kQuadOrder[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 
-// Reduces the elements of sixteen blocks, block_channels vectors one behind the other, to a lane for each block.
-template <typename Reduce> Int ReduceBlocks(const Int* vectors, int64_t block_channels, Reduce reduce) {
+// Reduces the elements of sixteen blocks, block_channels vectors one behind the other, to a lane
+// for each block.
+template <typename Reduce>
+Int ReduceBlocks(const Int* vectors, int64_t block_channels, Reduce reduce) {
   if (block_channels == 1) return vectors[0];
   if (block_channels == 4) {
     const Int quads[4] = {vectors[0], vectors[1], vectors[2], vectors[3]};
@@ -104,7 +117,8 @@ template <typename Reduce> Int ReduceBlocks(const Int* vectors, int64_t block_ch
   // Transposed, the sixteen blocks' elements lie in the lanes.
   Int columns[kLanes], total = Ints(0);
   const int64_t per_vector = kLanes / block_channels;
-  if (per_vector > 1) {  // 2 or 8 channels: a vector holds several blocks, and not all vectors of a full transpose exist
+  if (per_vector > 1) {  // 2 or 8 channels: a vector holds several blocks, and not all vectors of a
+                         // full transpose exist
     int32_t lanes[kMaxBlockChannels * kLanes], out[kLanes];
     for (int64_t v = 0; v < block_channels; ++v) Store(lanes + v * kLanes, vectors[v]);
     for (int b = 0; b < kLanes; ++b) {
