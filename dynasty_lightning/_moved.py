@@ -94,16 +94,10 @@ DEFINITIONS: Final = {
         "model_structure": "maps.structure",
         "structure_hash": "maps.structure",
     },
-    "numerics.backends.native": {
-        "BuildError": "numerics.backends.toolchain",
-        "build": "numerics.backends.toolchain",
-    },
+    "numerics.backends.native": {},
     "numerics.formats": {"BlockTensor": "numerics.quantized"},
     "numerics.gemm": {
         "is_trusted": "numerics.products",
-        "multiply": "numerics.products",
-        "reduction_length": "numerics.products",
-        "sum_bound": "numerics.products",
     },
     "numerics.layout": {
         "BandedWeight": "numerics.banded",
@@ -116,7 +110,6 @@ DEFINITIONS: Final = {
         "header_occupied": "numerics.quantized",
         "header_signed": "numerics.quantized",
         "make_headers": "numerics.quantized",
-        "quantize_blocks": "numerics.backends.dispatch",
         "quantize_in_torch": "numerics.backends.pytorch",
     },
     "policy.baselines.magnitude": {"RandomPolicy": "policy.baselines.random"},

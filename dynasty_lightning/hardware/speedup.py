@@ -85,7 +85,7 @@ def core_speedups(
 
     Returns:
         The speedup with lock step, edges, loads and stores, and the same if memory were never
-        waited for. None where no core computes these blocks (1 x n ones, say).
+        waited for. None where no core computes these blocks: 1 x n ones, for example.
 
     >>> import torch, dynasty_lightning
     >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4))

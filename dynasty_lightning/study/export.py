@@ -38,7 +38,7 @@ def export_run(
 
     Args:
         checkpoint: a file that `demo --checkpoints` left; the run folder's summary.json beside it
-            says which network and data.
+            names network and data.
         out: folder for program.json, program.npz and images.npz.
         images: test images to write and to compare.
         device: where the program's GEMMs run for the comparison.
@@ -83,7 +83,7 @@ def export_run(
 
 
 def _trained(checkpoint: Path, data_dir: str | None) -> tuple[Task, dict[str, Any]]:
-    """Data and network of a demo's checkpoint as they were trained, and what a program says of
+    """Data and network of a demo's checkpoint as they were trained, and what a program notes of
     where it comes from.
     """
     arguments = read_summary(checkpoint.parent)["args"]

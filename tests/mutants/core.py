@@ -20,7 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
 DRIVER_TESTS = ("tests/fpga/test_board.py", "not million and not selftest")
-LAYER_TESTS = ("tests/hardware/test_hls4ml.py", "a_layer_of_hls4ml")
+LAYER_TESTS = ("tests/hardware/hls4ml/test_layer.py", "a_layer_of_hls4ml")
 DEVICE_TESTS = (
     "tests/fpga/test_devices.py",
     "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or smallest_subnormal or beyond_31 or block_diagonal or (every_configuration and 8))",

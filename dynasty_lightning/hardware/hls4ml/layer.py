@@ -2,7 +2,7 @@
 """The core as a layer of hls4ml, through its Extension API: PyTorch module, converter, model node,
 templates, C++ source.
 
-Importing this module imports hls4ml; ImportError says how to get it.
+Importing this module imports hls4ml; ImportError names the extra that brings it.
 
     register(config)  # once, before hls4ml converts: the layer, and the source of that core
     runner = fpga.network.runner.Runner(program, device)

@@ -327,7 +327,7 @@ class Buffers(nn.Module):
 REFUSED: dict[str, tuple[Any, str]] = {
     "module": (
         None,
-        r"act \(GELU\), at test_export_operations.py:\d+ `return self.act\(x\)`, calls gelu: "
+        r"act \(GELU\), at test_recording\.py:\d+ `return self.act\(x\)`, calls gelu: "
         r"the runtime has no such operation",
     ),
     "not converted": (None, r"plain \(Conv2d\), at .*not converted"),
