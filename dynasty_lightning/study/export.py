@@ -41,7 +41,7 @@ def export_run(
 
     Args:
         checkpoint: a file that `demo --checkpoints` left; the run folder's summary.json beside it
-            says which network and data.
+            names network and data.
         out: folder for program.json, program.npz and images.npz.
         images: test images to write and to compare.
         device: where the program's GEMMs run for the comparison.

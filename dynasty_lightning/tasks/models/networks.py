@@ -51,6 +51,9 @@ class CifarResNet(nn.Module):
             al., "Contrastive Representation Distillation", 2020) has width 64 behind a stem of 32,
             whose first block then has a shortcut of its own.
 
+    >>> sum(p.numel() for p in CifarResNet(depth=8).parameters())
+    78042
+
     Raises:
         ValueError: a depth that is not 6n + 2.
     """
@@ -91,6 +94,9 @@ class ResNet18(nn.Module):
 
     Args:
         width: channels of the first stage; each further stage has twice as many.
+
+    >>> ResNet18(width=8).head
+    Linear(in_features=64, out_features=10, bias=True)
     """
 
     def __init__(self, *, in_channels: int = 3, classes: int = 10, width: int = 64) -> None:
@@ -112,7 +118,12 @@ class ResNet18(nn.Module):
 
 
 def multilayer_perceptron(*, features: int, classes: int, width: int, hidden: int) -> nn.Sequential:
-    """`hidden` layers of `width` with ReLU, and a linear head."""
+    """`hidden` layers of `width` with ReLU, and a linear head.
+
+    >>> network = multilayer_perceptron(features=64, classes=10, width=16, hidden=2)
+    >>> [layer.out_features for layer in network if isinstance(layer, nn.Linear)]
+    [16, 16, 10]
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for i in range(hidden):
         layers += [nn.Linear(width if i else features, width), nn.ReLU()]
@@ -120,7 +131,14 @@ def multilayer_perceptron(*, features: int, classes: int, width: int, hidden: in
 
 
 def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
-    """A network for images by name, shaped for the data. Raises ValueError for an unknown name."""
+    """A network for images by name, shaped for the data.
+
+    >>> build_model("resnet8", in_channels=1, image_size=28, classes=10).stem.stride
+    (2, 2)
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name in _CIFAR_RESNETS:
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
         return CifarResNet(
@@ -143,3 +161,6 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
             features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden
         )
     raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+
+
+__all__ = ["MODELS", "CifarResNet", "ResNet18", "build_model", "multilayer_perceptron"]
