@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What fixes one run, and the key that its result is stored under.
 
-A field says itself what it is: its help, its limits, what it belongs to. Command line, key, label
+A field knows itself what it is: its help, its limits, what it belongs to. Command line, key, label
 and report read that from here.
 """
 
@@ -80,7 +80,7 @@ class RunConfig:
             quarters of the run).
         accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what
             fixes a run.
-        mode, block_shape, width_group, interval: of blocks, where the method says nothing else;
+        mode, block_shape, width_group, interval: of blocks, where the method has no other;
             without effect for floating point.
         evaluate_on: "test", or "validation" for choices that must not see the test set.
 
@@ -178,7 +178,7 @@ class RunConfig:
         return f"{self.data} {self.model} {self.method} seed {self.seed}"
 
     def command(self) -> str:
-        """What repeats this one run, with data where $DYNASTY_DATA says."""
+        """What repeats this one run, with data in $DYNASTY_DATA."""
         words = ["dynasty-lightning", "compare", "--methods", self.method]
         words += ["--seed", str(self.seed), "--seeds", "1"]
         for name, value in self.canonical().items():

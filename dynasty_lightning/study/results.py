@@ -66,7 +66,7 @@ def sift_records(
     ([], ["results.jsonl, line 1 is no record and is left out, ...: it lacks 'config'"])
 
     Args:
-        checks: what a record must be beside what `record_fields.check_record` says; they raise
+        checks: what a record must be beside what `record_fields.check_record` checks; they raise
             ValueError.
     """
     records: dict[str, dict[str, Any]] = {}

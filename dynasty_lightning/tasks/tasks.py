@@ -26,13 +26,17 @@ TASK_MODELS: Final = (*MODELS, *TEXT_MODELS)
 class Task:
     """What `Trainer.fit(task.module, task.data)` and `Trainer.test(task.module, task.data)` take.
 
+    >>> task = build_task(data="digits", model="mlp", train_samples=64)
+    >>> task.facts["train_samples"], task.facts["test_samples"]
+    (64, 360)
+
     Both modules have the attributes `network` and `learning_rate`, and both log `train_loss`,
     `val_loss`, `val_accuracy`, `test_loss` and `test_accuracy`: of images, or of the next character
     (losses in nats). Without validation samples there is no validation loader, of which Lightning
     warns unless it gets `limit_val_batches=0`.
 
     Attributes:
-        facts: what a record of figures says about the pair, ready for JSON: `parameters`,
+        facts: what a record of figures has about the pair, ready for JSON: `parameters`,
             `train_samples` (an epoch's), `validation_samples`, `test_samples`; for text also
             `context` and the text's `sha256`.
     """
@@ -45,6 +49,8 @@ class Task:
 def check_pair(*, data: str, model: str) -> None:
     """Raises ValueError for an unknown name and for a model that does not go with the data; reads
     no file.
+
+    >>> check_pair(data="digits", model="resnet8")
     """
     for what, value, known in (("data", data, TASK_DATA), ("model", model, TASK_MODELS)):
         if value not in known:
@@ -57,7 +63,10 @@ def check_pair(*, data: str, model: str) -> None:
 
 
 def check_decay(*, data: str, decay: str) -> None:
-    """Raises ValueError for a decay of the learning rate that the data's module does not have."""
+    """Raises ValueError for a decay of the learning rate that the data's module does not have.
+
+    >>> check_decay(data="digits", decay="steps")
+    """
     if decay not in DECAYS:
         raise ValueError(f"unknown decay {decay!r}: choose one of {', '.join(DECAYS)}")
     if data in TEXT_DATA and decay != "cosine":
@@ -77,6 +86,10 @@ def build_task(
     seed: int = 0,
 ) -> Task:
     """A network, the module that trains it and its data.
+
+    >>> task = build_task(data="digits", model="resnet8", batch_size=32)
+    >>> [tuple(part.shape) for part in next(iter(task.data.train_dataloader()))]
+    [(32, 1, 8, 8), (32,)]
 
     Args:
         data: of `TASK_DATA`.
@@ -167,3 +180,15 @@ def _given(**options: Any) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _images(name: str, data_dir: str | None) -> ImageData:
     return load_data(name, data_dir)
+
+
+__all__ = [
+    "TASK_DATA",
+    "TASK_MODELS",
+    "TEXT_DATA",
+    "TEXT_MODELS",
+    "Task",
+    "build_task",
+    "check_decay",
+    "check_pair",
+]

@@ -10,25 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dynasty_lightning.cli import main
 from dynasty_lightning.hardware import core_watch
-from dynasty_lightning.policy.schedule import AnalysisSchedule
-from dynasty_lightning.study import environment
-from dynasty_lightning.study import grid as compare
 from dynasty_lightning.study import run as runs
 from dynasty_lightning.study.config import RunConfig
 from dynasty_lightning.study.grid import describe_grid, make_grid, run_grid
-from dynasty_lightning.study.record import record_of, thinned
-from dynasty_lightning.study.results import ResultsFile, read_records
+from dynasty_lightning.study.record import record_of
+from dynasty_lightning.study.results import read_records
 from dynasty_lightning.study.run import train, train_one
-from dynasty_lightning.study.workers import run_in_workers
 from dynasty_lightning.tasks.data import TensorDataModule
 from tests.waiting import wait_until
 
@@ -130,99 +125,6 @@ def run(runs_of_grid, out, train=fake, **more):
 
 def lines(out):
     return [json.loads(text) for text in out.read_text().splitlines()]
-
-
-# -- What fixes a run
-
-
-def test_keys_stay_what_they_are():
-    """Results in the repository are found by these: they may never change."""
-    assert config().key == "590f5333f0d0db0614b42c18f18de35fe4d185288933c1013b27faf7f9cbedff"
-    cifar = RunConfig(
-        data="cifar100", model="resnet8", method="dynasty@5.1", seed=3, epochs=10, batch_size=128
-    )
-    assert cifar.key == "0dde3d1762a75e0f2e4583c6d930678440bf659abaff5673ae531894b5d2e047"
-
-
-def test_the_key_leaves_out_defaults_and_what_has_no_effect():
-    assert config().canonical() == {**SMALL, "method": "uniform8", "seed": 0}
-    plain = RunConfig(
-        data="digits", model="mlp", method="uniform8", seed=0, epochs=1, batch_size=32
-    )
-    assert set(plain.canonical()) == {"data", "model", "method", "seed", "epochs", "batch_size"}
-    assert (
-        config(method="float32", interval=7, mode="exact", block_shape=(8, 8)).key
-        == config(method="float32").key
-    )
-    assert config(interval=7).key != config().key
-    assert config(method="dynasty@5.10").key == config(method="dynasty@5.1").key
-    assert config(learning_rate=1).key == config(learning_rate=1.0).key
-    others = [
-        config(seed=1),
-        config(epochs=2),
-        config(validation_samples=5),
-        config(block_shape=(8, 8)),
-        config(learning_rate=0.2),
-    ]
-    assert len({c.key for c in [config(), *others]}) == 6
-    # A new field must have a default, or all keys change.
-    assert [f.name for f in fields(RunConfig)][:6] == [
-        "data",
-        "model",
-        "method",
-        "seed",
-        "epochs",
-        "batch_size",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"data": "mnist"}, "unknown data 'mnist'"),
-        ({"model": "chartransformer"}, "does not go with data 'digits'"),
-        ({"method": "uniform9"}, "unknown method"),
-        ({"method": "dynasty"}, "needs a speedup"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"seed": -1}, "seed must fit"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
-        ({"evaluate_on": "validation"}, "needs validation_samples"),
-        ({"mode": "slow"}, "unknown mode"),
-        ({"train_samples": 0}, "train_samples must be at least 1"),
-        ({"interval": 0}, "interval must be at least 1"),
-    ],
-)
-def test_a_wrong_run(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        config(**wrong)
-
-
-def test_the_command_repeats_the_run(tmp_path, monkeypatch):
-    """Parsed again, it gives the same key and nothing else."""
-    seen = []
-    monkeypatch.setattr(
-        "dynasty_lightning.cli.compare.run_grid",
-        lambda grid, out, **_: (
-            seen.append(grid)
-            or compare.Outcome(complete=0, diverged=0, failed=0, stood=0, unsaved=0)
-        ),
-    )
-    odd = config(
-        method="dynasty@3:interval=5",
-        seed=7,
-        learning_rate=0.05,
-        block_shape=(8, 8),
-        width_group=(16, 16),
-        mode="exact",
-        interval=9,
-        validation_samples=10,
-        evaluate_on="validation",
-    )
-    for one in (config(), config("uniform:bits=X:4/W:8/E:8"), odd):
-        words = one.command().split()
-        assert words[:2] == ["dynasty-lightning", "compare"]
-        assert main(words[1:]) == 0
-        assert seen.pop() == [one]
 
 
 # -- The grid
@@ -368,24 +270,6 @@ def test_a_run_that_hangs_is_ended_and_told_of(out):
         run(grid(), out, fake, in_process=False, timeout=0)
 
 
-def variables(job, send):
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
-    if job == "leave":
-        os._exit(3)
-    return [os.environ.get(name) for name in names], torch.get_num_threads()
-
-
-def test_workers_keep_memory_and_say_how_they_ended(monkeypatch):
-    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    taken = []
-    run_in_workers(variables, ["leave", "look"], lambda *message: taken.append(message), count=1)
-    assert taken[0] == ("died", "leave", "the worker process ended by itself with exit code 3")
-    assert taken[1][:2] == ("done", "look")
-    assert taken[1][2][0] == ["33554432", "8589934592", "1"]  # what is set stays
-    assert "MALLOC_MMAP_THRESHOLD_" not in os.environ
-
-
 def start_compare(out, code):
     program = f"""
 import sys
@@ -394,7 +278,8 @@ if __name__ == "__main__":
     import test_compare
     from pathlib import Path
     from dynasty_lightning.study.grid import run_grid
-    run_grid(test_compare.grid(["float32"], range(200)), Path({str(out)!r}), train=test_compare.{code}, workers=2)
+    grid = test_compare.grid(["float32"], range(200))
+    run_grid(grid, Path({str(out)!r}), train=test_compare.{code}, workers=2)
 """
     script = out.with_name("run.py")
     script.write_text(program)
@@ -625,203 +510,3 @@ def test_an_error_in_the_core_model_costs_no_run(monkeypatch):
         "ZeroDivisionError: division by zero",
     )
     assert record["speedup_core"] is None
-
-
-class StandIn:
-    """A callback and a Trainer as far as `CoreWatch` looks at them."""
-
-    def __init__(self, steps, warmup=0):
-        self.schedule = AnalysisSchedule(interval=50, warmup_steps=warmup)
-        self.estimated_stepping_batches, self.global_step = steps, 0
-
-
-def watched(monkeypatch, speedup_at, *, steps, warmup):
-    """Figures of a run of which the core's speedup is known at every step, and the steps looked
-    at.
-    """
-    looked = []
-    stand_in = StandIn(steps, warmup)
-
-    def speedups(network, batch):
-        looked.append(stand_in.global_step)
-        return speedup_at(stand_in.global_step), 2 * speedup_at(stand_in.global_step)
-
-    monkeypatch.setattr(core_watch, "core_speedups", speedups)
-    watch = core_watch.CoreWatch(stand_in)
-    watch.on_train_start(stand_in, None)
-    module = SimpleNamespace(network=None)
-    for step in range(1, steps + 1):
-        stand_in.global_step = step
-        watch.on_train_batch_end(
-            stand_in, module, None, (torch.zeros(32, 1), torch.zeros(32)), step
-        )
-    return watch.figures(), looked
-
-
-def test_the_core_over_a_whole_run(monkeypatch):
-    figures, looked = watched(
-        monkeypatch, lambda step: 4.0 if step <= 60 else 2.0, steps=100, warmup=20
-    )
-    assert looked == [25, 35, 45, 55, 65, 75, 85, 95]
-    # 20 steps at 8 bits, 40 at a quarter of their time and 40 at half.
-    assert figures["speedup_core"] == pytest.approx(100 / (20 + 10 + 20))
-    assert figures["speedup_core_cycles"] == pytest.approx(100 / (20 + 5 + 10))
-    assert figures["core_steps"] == {"board": "pynq-z2", "samples": 16, "steps": 8}
-
-
-@pytest.mark.parametrize(
-    ("steps", "warmup", "expected"),
-    # The speedup after a step is its number; of three steps each is looked at, of five behind two
-    # of warm-up 2 to 7.
-    [
-        (3, 0, 3 / (1 + 1 / 2 + 1 / 3)),
-        (1, 0, 1.0),
-        (7, 2, 7 / (2 + 5 / 6 * (1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6 + 1 / 7))),
-        (4, 6, 1.0),
-        (6, 6, 1.0),
-    ],
-)
-def test_the_core_over_a_short_run(monkeypatch, steps, warmup, expected):
-    figures, looked = watched(monkeypatch, float, steps=steps, warmup=warmup)
-    assert looked
-    assert set(looked) <= set(range(1, steps + 1))
-    assert figures["speedup_core"] == pytest.approx(expected)
-
-
-def test_history_is_thinned():
-    history = [
-        {
-            "step": i,
-            "mean_bits": {"X": 1 / 3},
-            "bits": {"layer": {}},
-            "speedup_charged": 2.0,
-            "loss": 1.0,
-            "lambda": None,
-        }
-        for i in range(1000)
-    ]
-    thin = thinned(history)
-    assert len(thin) == 40
-    assert (thin[0]["step"], thin[-1]["step"]) == (0, 999)
-    assert [h["step"] for h in thinned(history[:3])] == [0, 1, 2]
-    assert [h["step"] for h in thinned(history[:1])] == [0]
-    assert thin[0]["bits"] == {"X": 0.333333}
-    assert thinned([]) == []
-
-
-def test_commit_of_a_checkout_and_of_none(tmp_path, monkeypatch):
-    environment.commit.cache_clear()
-    try:
-        monkeypatch.setattr(environment, "PACKAGE", tmp_path)
-        assert environment.commit() is None
-        environment.commit.cache_clear()
-        package = tmp_path / "dynasty_lightning"
-        package.mkdir()
-        (package / "__init__.py").write_text("")
-        monkeypatch.setattr(environment, "PACKAGE", package)
-        git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
-        subprocess.run([*git, "init", "-q"], check=True)
-        assert environment.commit() is None  # a checkout, but not of this package
-        environment.commit.cache_clear()
-        subprocess.run([*git, "add", "dynasty_lightning"], check=True)
-        subprocess.run([*git, "commit", "-q", "-m", "one"], check=True)
-        (tmp_path / "results.jsonl").write_text("{}\n")  # results are no change of the code
-        clean = environment.commit()
-        assert len(clean) == 40
-        environment.commit.cache_clear()
-        (package / "__init__.py").write_text("x = 1\n")
-        assert environment.commit() == clean + "+changes"
-    finally:
-        environment.commit.cache_clear()
-
-
-# -- The command
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: --methods"),
-        (["--methods", "float32"], "the following arguments are required: --out"),
-        (["--methods", "uniform9", "--out", "f"], "unknown method 'uniform9'"),
-        (["--methods", "dynasty", "--out", "f"], "dynasty needs a speedup to steer to"),
-        (["--methods", "dynasty@5:frob=1", "--out", "f"], "frob"),
-        (["--methods", "float32", "--out", "f", "--seeds", "0"], "--seeds must be at least 1"),
-        (["--methods", "float32", "--out", "f", "--workers", "0"], "--workers must be at least 1"),
-        (
-            ["--methods", "float32", "--out", "f", "--timeout", "0"],
-            "--timeout must be a positive number of minutes, or inf",
-        ),
-        (
-            ["--methods", "float32", "--out", "f", "--checkpoint-every", "0"],
-            "--checkpoint-every must be a positive number of minutes, or inf",
-        ),
-        (["--methods", "float32", "--out", "f", "--data", "mnist"], "unknown data 'mnist'"),
-        (["--methods", "float32", "--out", "f", "--epochs", "0"], "epochs must be at least 1"),
-        (
-            ["--methods", "float32", "--out", "f", "--block-shape", "44"],
-            "invalid shape value: '44'",
-        ),
-        (["--report-only", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
-    ],
-)
-def test_wrong_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["compare", *arguments])
-    assert stopped.value.code == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_in_use(capsys, out):
-    with ResultsFile(out), pytest.raises(SystemExit) as stopped:
-        main(["compare", "--methods", "float32", *OPTIONS, "--out", str(out)])
-    assert stopped.value.code == 2
-    assert "is in use: another process appends to it" in capsys.readouterr().err
-
-
-def test_interrupted(capsys, out, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "run_in_workers", interrupted)
-    assert main(["compare", "--methods", "float32", *OPTIONS, "--out", str(out)]) == 130
-    assert "interrupted; what was finished is in the file of results" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "name", "value"),
-    [
-        ("--silence", "--timeout", "timeout", 90.0),
-        ("--keep", "--checkpoint-every", "checkpoint_every", 90.0),
-        ("--threads", "--workers", "workers", 3),
-    ],
-)
-def test_words_of_before_are_understood_and_not_shown(
-    capsys, out, monkeypatch, old, new, name, value
-):
-    seen = []
-    monkeypatch.setattr(
-        "dynasty_lightning.cli.compare.run_grid",
-        lambda grid, out, **options: seen.append(options) or SimpleNamespace(exit_code=0),
-    )
-    number = "3" if name == "workers" else "1.5"
-    for word in (old, new):
-        assert main(["compare", "--methods", "float32", "--out", str(out), word, number]) == 0
-    assert seen[0] == seen[1]
-    assert seen[0][name] == value
-    with pytest.raises(SystemExit):
-        main(["compare", "--help"])
-    shown = capsys.readouterr().out
-    assert new in shown
-    assert f"{old} " not in shown
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["compare", "--help"])
-    assert stopped.value.code == 0
-    assert "NAME[@TARGET][:option=value,..]" in capsys.readouterr().out

@@ -345,7 +345,7 @@ def test_report_of_a_study(report):
         "-0.40 [-0.90, +0.10]",
         "no drop larger than 0.90 points",
     ]
-    cost = rows(text, "| method | speedup charged")
+    cost = rows(text, "| method | reduction in bit operations")
     assert set(cost) == {"uniform8", "dynasty@5.1", "dynasty@3"}
     assert cost["dynasty@5.1"][:4] == ["5.20 ± 0.10", "5.10", "1.00 ± 0.00", "3.30 ± 0.00"]
     assert cost["uniform8"][4:6] == ["1.00 / 1.00 / 1.00", "8.0 / 8.0 / 8.0"]

@@ -129,7 +129,7 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     counts = sorted({accuracy_of(summary, m).n for m in methods_of(summary)})
     n = " to ".join(map(str, counts[:: max(len(counts) - 1, 1)]))
     axes.set_title(
-        f"{setting_text(summary)}. Whole run, zero blocks charged.\nSmall marks: seeds; "
+        f"{setting_text(summary)}. Whole run, zero blocks counted.\nSmall marks: seeds; "
         f"large: mean ± sample standard deviation, n = {n}.",
         fontsize=8.5,
         color=NOTE_COLOUR,

@@ -128,7 +128,7 @@ def _course_section(course: Sequence[Setting], picture: str | None) -> str:
         "accuracy %",
         "loss",
         f"minus {REFERENCE}, points [{CONFIDENCE:.0%} interval]",
-        "which says",
+        "which means",
     ]
     several = [
         label
@@ -158,7 +158,7 @@ def _section(setting: Setting, title: str, pictures: Sequence[str]) -> str:
         "accuracy %",
         "loss",
         f"minus {REFERENCE}, points [{CONFIDENCE:.0%} interval]",
-        "which says",
+        "which means",
     ]
     lines += _table(header, [_accuracy_cells(setting, row) for row in setting.rows])
     cases = setting.against_baselines()
@@ -171,7 +171,7 @@ def _section(setting: Setting, title: str, pictures: Sequence[str]) -> str:
     )
     header = [
         "method",
-        "speedup charged",
+        "reduction in bit operations",
         "least",
         "ideal",
         "core",
@@ -181,10 +181,9 @@ def _section(setting: Setting, title: str, pictures: Sequence[str]) -> str:
     ]
     lines += _table(header, [_cost_cells(row) for row in setting.rows if not row.is_float])
     lines.append(
-        "Speedup in bit products and energy (a model) are ratios to uniform 8-bit blocks over "
-        "the whole run, warm-up included; "
-        "charged: zero blocks are not free. Core: time of the same core at uniform 8 bits over "
-        "its time, with its memory, over the whole "
+        "Reduction in bit operations (zero blocks counted; ideal: zero blocks free) and energy (a "
+        "model) are ratios to uniform 8-bit blocks over the whole run, warm-up included. Core: "
+        "time of the same core at uniform 8 bits over its time, with its memory, over the whole "
         "run, a model: a few steps stand for the rest, analysed ones left out. Bits: last "
         "analysis.\n"
     )
@@ -202,7 +201,7 @@ def _against_baselines(setting: Setting, cases: Sequence[tuple[Row, Row, Differe
         "with the same target",
         "pairs",
         f"difference, points [{CONFIDENCE:.0%} interval]",
-        "which says, of the first",
+        "which means, of the first",
     ]
     return _table(
         header,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _KINDS: Final = (
     (
         "speedup_charged",
-        "Speedup in bit products over uniform 8-bit blocks,\nwhole run, zero blocks charged "
+        "Reduction in bit operations against uniform 8-bit blocks,\nwhole run, zero blocks counted "
         "(log scale)",
     ),
     (

@@ -13,7 +13,7 @@ REFERENCE: Final = "uniform8"
 
 _TELLING_PAIRS: Final = 3
 """The interval of two pairs is 13 of their standard errors wide on each side: that it holds zero
-says nothing.
+means nothing.
 """
 
 

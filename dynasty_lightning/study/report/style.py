@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with every kind of colour vision; markers differ as well.
+# Okabe and Ito's palette, distinct with every kind of colour vision; markers differ as well.
 COLOURS: Final = {"float32": "#444444", "uniform8": "#0072B2", "dynasty": "#D55E00"}
 OTHER_COLOURS: Final = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS: Final = {"float32": "D", "uniform8": "s", "dynasty": "o"}

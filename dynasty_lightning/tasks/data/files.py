@@ -60,7 +60,12 @@ _OPENERS: Final = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData:
-    """uint8 images [n, channels, height, width] and int64 labels [n], for training and for test."""
+    """uint8 images [n, channels, height, width] and int64 labels [n], for training and for test.
+
+    >>> data = digits()
+    >>> data.train_images.shape, data.train_labels.dtype
+    ((1437, 1, 8, 8), dtype('int64'))
+    """
 
     name: str
     classes: int
@@ -74,6 +79,9 @@ class ImageData:
 def digits() -> ImageData:
     """scikit-learn's 1797 digits of 8 x 8 pixels, bundled with the package; 360 of them,
     stratified, for test.
+
+    >>> digits().test_images.shape
+    (360, 1, 8, 8)
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -96,6 +104,11 @@ def digits() -> ImageData:
 
 def fashion_mnist(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
     """60,000 + 10,000 images of 28 x 28 pixels from gzipped or plain idx files.
+
+    >>> fashion_mnist("/nowhere")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: no Fashion-MNIST idx files in /nowhere...
 
     Raises:
         FileNotFoundError: no folder holds the files.
@@ -130,6 +143,11 @@ def cifar100(data_dir: str | os.PathLike[str] | None = None) -> ImageData:
 
     An archive is unpacked once into the user's cache. md5 sums are checked before anything is
     unpickled.
+
+    >>> cifar100("/nowhere")
+    Traceback (most recent call last):
+        ...
+    FileNotFoundError: no CIFAR-100 in /nowhere...
 
     Raises:
         FileNotFoundError: no folder or archive holds the files.
@@ -329,3 +347,6 @@ def _unpack(archive: Path) -> Path:
             f"{', '.join(n for n in _CIFAR100_MD5 if not (folder / n).is_file())} in {_CIFAR100}/"
         )
     return folder
+
+
+__all__ = ["ImageData", "cifar100", "digits", "fashion_mnist"]

@@ -23,6 +23,10 @@ class EpochLoader(ABC):
     state is two numbers, and what they were counted with. A loader that does not shuffle starts
     anew each time.
 
+    >>> loader = TensorLoader(torch.zeros(5), torch.arange(5), batch_size=2, shuffle=True, seed=1)
+    >>> isinstance(loader, EpochLoader), len(loader)
+    (True, 3)
+
     Args:
         available: number of samples.
         samples: how many of them an epoch shows, the first of its order; None for all.
@@ -127,7 +131,7 @@ class EpochLoader(ABC):
                     )
             if numbers["next_batch"] >= len(self):
                 raise ValueError(
-                    f"the loader's state says batch {numbers['next_batch']} of an epoch of "
+                    f"the loader's state is at batch {numbers['next_batch']} of an epoch of "
                     f"{len(self)}: it was changed"
                 )
         self._epoch, self._next_batch = numbers["epoch"], numbers["next_batch"]
@@ -171,6 +175,10 @@ class EpochLoader(ABC):
 class TensorLoader(EpochLoader):
     """Images and labels.
 
+    >>> loader = TensorLoader(torch.zeros(5, 1, 8, 8), torch.arange(5), batch_size=2, shuffle=False)
+    >>> [labels.tolist() for _, labels in loader]
+    [[0, 1], [2, 3], [4]]
+
     Args:
         images, labels: tensors of the same length.
         batch_size, shuffle, seed: as in `EpochLoader`; the seed is also that of augmentation.
@@ -209,6 +217,11 @@ class WindowLoader(EpochLoader):
     Windows lie side by side. A loader that shuffles moves all of an epoch's windows by one random
     offset below `context`, so that an epoch shows nearly every symbol once, and each epoch other
     windows.
+
+    >>> text = np.arange(9, dtype=np.uint8)
+    >>> (batch,) = WindowLoader(text, context=4, batch_size=2, shuffle=False)
+    >>> [part.tolist() for part in batch]
+    [[[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]]]
 
     Args:
         text: uint8 symbols [length].
@@ -255,6 +268,9 @@ class WindowLoader(EpochLoader):
 def window_count(length: int, context: int, *, shuffle: bool) -> int:
     """Windows side by side in `length` symbols, each with a symbol after it; with `shuffle`, after
     any offset below `context`.
+
+    >>> window_count(9, 4, shuffle=False), window_count(9, 4, shuffle=True)
+    (2, 1)
     """
     return max(length - 1 - (context - 1 if shuffle else 0), 0) // context
 
@@ -274,3 +290,6 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
     sample = torch.arange(count)[:, None, None, None]
     return padded[sample, torch.arange(channels)[None, :, None, None], rows, columns]
+
+
+__all__ = ["EpochLoader", "TensorLoader", "WindowLoader", "window_count"]

@@ -20,6 +20,9 @@ _EVALUATION_BATCH: Final = 500
 def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
     """A data set by name. Raises ValueError for an unknown name, and what the readers in `files`
     raise.
+
+    >>> load_data("digits").classes
+    10
     """
     if name == "digits":
         return digits()
@@ -32,6 +35,10 @@ def load_data(name: str, data_dir: str | os.PathLike[str] | None = None) -> Imag
 
 class TensorDataModule(pl.LightningDataModule):
     """Train, validation and test loaders of an `ImageData`; images become normalised float32.
+
+    >>> data = TensorDataModule(load_data("digits"), batch_size=32, train_images=64)
+    >>> [len(labels) for _, labels in data.train_dataloader()]
+    [32, 32]
 
     Args:
         train_images: use only so many training images (the first of a seeded shuffle); None for
@@ -135,3 +142,6 @@ def _normalised_levels(images: np.ndarray) -> np.ndarray:
         deviation = np.sqrt((counts @ (levels - mean) ** 2) / counts.sum())
         rows.append((levels - mean) / max(deviation, 1e-8))
     return np.stack(rows).astype(np.float32)
+
+
+__all__ = ["DATASETS", "TensorDataModule", "load_data"]

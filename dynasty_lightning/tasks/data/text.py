@@ -52,6 +52,10 @@ class TextData:
     """uint8 symbols of three parts of one text: the first 80 % for training, then 10 % for
     validation, then 10 % for test.
 
+    >>> text = stdlib_docs()
+    >>> text.train.dtype, len(text.train) > 7 * len(text.test)
+    (dtype('uint8'), True)
+
     Attributes:
         sha256: of the whole text in UTF-8. The text belongs to a Python version, so figures of
             different texts do not compare.
@@ -65,14 +69,22 @@ class TextData:
 
 
 def encode(text: str) -> np.ndarray:
-    """Symbols of a text's characters, uint8."""
+    """Symbols of a text's characters, uint8.
+
+    >>> decode(encode("X @ W.T"))
+    'X @ W.T'
+    """
     table = np.full(129, UNKNOWN, np.uint8)  # the last entry is for all characters beyond ASCII
     table[[ord(c) for c in CHARACTERS]] = np.arange(len(CHARACTERS))
     return table[np.minimum(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4"), 128)]
 
 
 def decode(symbols: np.ndarray) -> str:
-    """Characters of symbols; U+FFFD for the unknown one."""
+    """Characters of symbols; U+FFFD for the unknown one.
+
+    >>> decode(encode("naïve"))
+    'na�ve'
+    """
     return np.array([*CHARACTERS, "\ufffd"])[symbols].astype("<U1").tobytes().decode("utf-32-le")
 
 
@@ -84,6 +96,9 @@ def stdlib_docs(root: Path | None = None) -> TextData:
     Files are parsed and not imported. They come sorted by path, and a paragraph that has come
     before is left out, so that no part of the text repeats another. The same Python version gives
     the same text, but for what a distribution changes in it.
+
+    >>> len(stdlib_docs().sha256)
+    64
 
     Args:
         root: folder of the standard library; None for the running Python's.
@@ -128,6 +143,11 @@ def stdlib_docs(root: Path | None = None) -> TextData:
 class TextDataModule(pl.LightningDataModule):
     """Train, validation and test loaders of a `TextData`: windows of `context` symbols and the
     symbols that follow each.
+
+    >>> data = TextDataModule(stdlib_docs(), batch_size=16, context=32, train_windows=64)
+    >>> symbols, following = next(iter(data.train_dataloader()))
+    >>> symbols.shape, bool((symbols[:, 1:] == following[:, :-1]).all())
+    (torch.Size([16, 32]), True)
 
     Args:
         train_windows: windows in an epoch, drawn anew each time; None for as many as there are.
@@ -251,3 +271,6 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.excepthandler):  # no definition hides in an expression
             yield from _docstrings(child)
+
+
+__all__ = ["TextData", "TextDataModule", "decode", "encode", "stdlib_docs"]

@@ -16,6 +16,10 @@ class CharTransformer(nn.Module):
     The head has weights of its own, not the embedding's: an embedding is looked up, not multiplied,
     and stays in float32.
 
+    >>> network = CharTransformer(vocabulary=97, context=16, width=32, heads=2)
+    >>> network(torch.zeros(1, 16, dtype=torch.long)).shape  # logits of the next symbol
+    torch.Size([1, 16, 97])
+
     Args:
         vocabulary: number of symbols.
         context: longest sequence.
@@ -62,3 +66,6 @@ class CharTransformer(nn.Module):
         return self.head(
             self.norm(self.blocks(self.embedding(symbols) + self.position[:, :length]))
         )
+
+
+__all__ = ["CharTransformer"]

@@ -16,6 +16,10 @@ from .decay import DECAYS, Decay, stepped, warmup_cosine
 class Classifier(pl.LightningModule):
     """Cross entropy, SGD with Nesterov momentum, a learning rate that falls over the whole run.
 
+    >>> module = Classifier(nn.Linear(4, 3), classes=3, decay="steps")
+    >>> module(torch.zeros(2, 4)).shape
+    torch.Size([2, 3])
+
     Args:
         network: images to logits.
         classes: number of classes.
@@ -92,3 +96,6 @@ class Classifier(pl.LightningModule):
         else:
             schedule = warmup_cosine(optimizer, steps=steps, warmup_fraction=self.warmup_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+__all__ = ["Classifier"]

@@ -20,6 +20,10 @@ class LanguageModel(pl.LightningModule):
 
     Weight decay applies to matrices, not to biases and LayerNorm.
 
+    >>> module = LanguageModel(nn.Embedding(97, 97), vocabulary=97)
+    >>> module(torch.zeros(1, 8, dtype=torch.long)).shape
+    torch.Size([1, 8, 97])
+
     Args:
         network: symbols [batch, length] to logits [batch, length, vocabulary].
         vocabulary: number of symbols.
@@ -95,3 +99,6 @@ class LanguageModel(pl.LightningModule):
 
 def _cross_entropy(logits: Tensor, following: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+
+
+__all__ = ["LanguageModel"]

@@ -56,6 +56,10 @@ class MobileNetV2(nn.Module):
 
     Images are small, so the stem and the second stage have stride 1 and not 2: an image is halved
     three times, not five.
+
+    >>> network = MobileNetV2(in_channels=3, classes=10)
+    >>> sum(p.numel() for p in network.parameters()) // 1000
+    2236
     """
 
     def __init__(self, *, in_channels: int = 3, classes: int = 10) -> None:
@@ -78,3 +82,6 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.blocks(F.relu6(self.bn(self.stem(x))))
         return self.head(F.relu6(self.features_bn(self.features(y))).mean((2, 3)))
+
+
+__all__ = ["MobileNetV2"]

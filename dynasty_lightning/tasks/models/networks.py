@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CIFAR residual networks, multilayer perceptrons, and networks by name."""
+"""Networks for images by name."""
 
 from typing import Final
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from .initialization import initialize_convolutions
+from .mlp import multilayer_perceptron
 from .mobilenet import MobileNetV2
+from .resnet import CifarResNet, ResNet18
 from .vgg import VggSmall
 from .vit import VisionTransformer
 
@@ -21,106 +21,15 @@ _CIFAR_RESNETS: Final[dict[str, dict[str, int]]] = {
 MODELS: Final = (*_CIFAR_RESNETS, "mlp", "resnet18", "vit", "mlp1024", "mobilenetv2", "vgg-small")
 
 
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
+    """A network for images by name, shaped for the data.
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-class CifarResNet(nn.Module):
-    """Residual network of depth 6n + 2 with 1x1 shortcuts (He et al., "Deep Residual Learning",
-    2016, section 4.2, option B).
-
-    Args:
-        depth: 8, 14, 20, ...
-        stem_stride: 2 halves the image at once.
-        width: channels of the first stage; the second and third have 2 and 4 times as many.
-        stem_width: channels of the stem; None for those of the first stage. ResNet-8x4 (Tian et
-            al., "Contrastive Representation Distillation", 2020) has width 64 behind a stem of 32,
-            whose first block then has a shortcut of its own.
+    >>> build_model("resnet8", in_channels=1, image_size=28, classes=10).stem.stride
+    (2, 2)
 
     Raises:
-        ValueError: a depth that is not 6n + 2.
+        ValueError: an unknown name.
     """
-
-    def __init__(
-        self,
-        depth: int = 8,
-        *,
-        in_channels: int = 3,
-        classes: int = 10,
-        stem_stride: int = 1,
-        width: int = 16,
-        stem_width: int | None = None,
-    ) -> None:
-        super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth must be 6n + 2 (8, 14, 20, ...), not {depth}")
-        inputs = stem_width or width
-        self.stem = nn.Conv2d(in_channels, inputs, 3, stride=stem_stride, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(inputs)
-        blocks = []
-        for stage in range(3):
-            for i in range((depth - 2) // 6):
-                blocks.append(_Block(inputs, width << stage, 2 if stage and not i else 1))
-                inputs = width << stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(inputs, classes)
-        initialize_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.blocks(F.relu(self.bn(self.stem(x))))
-        return self.head(y.mean((2, 3)))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 (He et al., 2016, table 1) for images of 32 x 32: a 3x3 stem of stride 1 without
-    pooling, then four stages of two blocks.
-
-    Args:
-        width: channels of the first stage; each further stage has twice as many.
-    """
-
-    def __init__(self, *, in_channels: int = 3, classes: int = 10, width: int = 64) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        blocks, inputs = [], width
-        for stage in range(4):
-            outputs = width << stage
-            blocks += [_Block(inputs, outputs, 2 if stage else 1), _Block(outputs, outputs, 1)]
-            inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(inputs, classes)
-        initialize_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.blocks(F.relu(self.bn(self.stem(x))))
-        return self.head(y.mean((2, 3)))
-
-
-def multilayer_perceptron(*, features: int, classes: int, width: int, hidden: int) -> nn.Sequential:
-    """`hidden` layers of `width` with ReLU, and a linear head."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    for i in range(hidden):
-        layers += [nn.Linear(width if i else features, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, classes))
-
-
-def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -> nn.Module:
-    """A network for images by name, shaped for the data. Raises ValueError for an unknown name."""
     if name in _CIFAR_RESNETS:
         # 28 x 28 images go through a stem of stride 2, as in the published prototype figures.
         return CifarResNet(
@@ -143,3 +52,6 @@ def build_model(name: str, *, in_channels: int, image_size: int, classes: int) -
             features=in_channels * image_size**2, classes=classes, width=width, hidden=hidden
         )
     raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+
+
+__all__ = ["MODELS", "build_model"]

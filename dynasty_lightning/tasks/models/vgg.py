@@ -15,6 +15,10 @@ class VggSmall(nn.Module):
     and ReLU, convolutions have no bias. It goes back to the larger one of Courbariaux et al.,
     "BinaryConnect" (2015).
 
+    >>> import torch
+    >>> VggSmall(image_size=8, width=8)(torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
+
     Args:
         image_size: of square images, 8 at least.
         width: channels of the first two convolutions; the next two have twice, the last two four
@@ -45,3 +49,6 @@ class VggSmall(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layers(x).flatten(1))
+
+
+__all__ = ["VggSmall"]

@@ -16,6 +16,10 @@ class VisionTransformer(nn.Module):
     There is no class token, so a 32 x 32 image in patches of 4 has 64 tokens. Defaults: the width
     and heads of DeiT-Tiny at half its depth.
 
+    >>> network = VisionTransformer(width=12, depth=1)
+    >>> network.position.shape  # a place for each patch
+    torch.Size([1, 64, 12])
+
     Raises:
         ValueError: an image that patches do not tile, or a width that heads do not divide.
     """
@@ -51,3 +55,6 @@ class VisionTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
         return self.head(self.norm(self.blocks(tokens)).mean(1))
+
+
+__all__ = ["VisionTransformer"]
