@@ -39,7 +39,6 @@ def layer_cost(
     """Cost of each GEMM that a layer's training step runs.
 
     Args:
-        geometry: the layer.
         input_shape: X after explicit padding, [N, C, *image] of a Conv or [N, *tokens, F] of a
             Linear.
         output_shape: Y and E, likewise.
@@ -56,43 +55,29 @@ def layer_cost(
     Raises:
         ValueError: shapes or grids that do not belong together.
 
-    Eight samples through a Linear of 4 inputs and 8 outputs, at 4 bits everywhere:
-
-    >>> geometry = LayerGeometry(kind="linear", weight_shape=(8, 4))
-    >>> grids = {Role.ACTIVATION: (2, 1), Role.WEIGHT: (2, 1), Role.ERROR: (2, 2)}
+    >>> grids = {Role.ACTIVATION: (2, 1), Role.WEIGHT: (1, 1), Role.ERROR: (2, 1)}
     >>> cost = layer_cost(
-    ...     geometry,
-    ...     input_shape=(8, 4),
-    ...     output_shape=(8, 8),
-    ...     bits={role: torch.full(grid, 4) for role, grid in grids.items()},
-    ...     occupied={role: torch.ones(grid, dtype=torch.bool) for role, grid in grids.items()},
-    ...     block_shape=(4, 4),
-    ...     has_dgrad=True,
-    ... )
-    >>> cost[Gemm.FORWARD].macs, cost[Gemm.FORWARD].products, cost[Gemm.FORWARD].baseline
-    (256, 4096, 16384)
-    >>> sum(cost.values(), GemmCost()).speedup_charged
-    4.0
+    ...     LayerGeometry(kind="linear", weight_shape=(4, 4)), input_shape=(8, 4),
+    ...     output_shape=(8, 4), bits={role: torch.full(grid, 4) for role, grid in grids.items()},
+    ...     occupied={role: torch.full(grid, True) for role, grid in grids.items()},
+    ...     block_shape=(4, 4), has_dgrad=True)
+    >>> cost[Gemm.FORWARD].macs, sum(cost.values(), GemmCost()).speedup_charged
+    (128, 4.0)
     """
     grids = _grid_shapes(geometry, input_shape, output_shape, block_shape, bits[Role.WEIGHT])
     copies = backward_bits or {}
     _check_grids(grids, bits, {**bits, **copies}, occupied)
-    x_blocks = grids[Role.ACTIVATION][geometry.channel_axis]
     layer = _Layer(
         geometry=geometry,
         input_shape=input_shape,
         output_shape=output_shape,
         block_shape=block_shape,
         grids=grids,
-        band=_band(geometry.groups, grids[Role.WEIGHT], first_columns, block_shape[1], x_blocks),
+        band=_band(geometry, grids, first_columns, block_shape[1]),
         copies=frozenset(copies),
     )
-    factors = {role: _factors(layer, role, bits[role], occupied[role]) for role in Role}
-    backward = factors | {
-        role: _factors(layer, role, copies[role], occupied[role])
-        for role in SHARED
-        if role in copies
-    }
+    factors = _factors(layer, bits, occupied)
+    backward = factors | _factors(layer, {r: b for r, b in copies.items() if r in SHARED}, occupied)
     grams = _grams(layer, factors, backward, has_dgrad=has_dgrad, has_wgrad=has_wgrad)
     return {
         gemm: _gemm_cost(layer, gemm, sums, factors if gemm is Gemm.FORWARD else backward)
@@ -239,18 +224,27 @@ def _gemm_cost(
 _BITS, _NONZERO, _OCCUPIED = range(3)
 
 
-def _factors(layer: _Layer, role: Role, bits: Tensor, occupied: Tensor) -> Tensor:
-    """[3, *grid] on the CPU: widths, and 1 where the quantized or the input block is not zero."""
-    dtype = torch.float64 if role is Role.WEIGHT else layer.dtype
-    factors = torch.empty(3, *bits.shape, dtype=dtype)
-    factors[_BITS] = bits
-    torch.clamp(factors[_BITS], max=1, out=factors[_NONZERO])
-    factors[_OCCUPIED] = occupied
-    if role is Role.WEIGHT:
-        stored = layer.is_stored
-        return factors.reshape(3, *stored.shape, -1) * stored.unsqueeze(-1)
-    # A Linear's tokens are further rows: it has no taps that would tie positions together.
-    return factors.flatten(1, -2) if layer.geometry.kind == "linear" else factors
+def _factors(
+    layer: _Layer, bits: Mapping[Role, Tensor], occupied: Mapping[Role, Tensor]
+) -> dict[Role, Tensor]:
+    """Of each operand that `bits` names, [3, *grid] on the CPU: widths, and 1 where the quantized
+    or the input block is not zero.
+    """
+    result = {}
+    for role, grid in bits.items():
+        dtype = torch.float64 if role is Role.WEIGHT else layer.dtype
+        factors = torch.empty(3, *grid.shape, dtype=dtype)
+        factors[_BITS] = grid
+        torch.clamp(factors[_BITS], max=1, out=factors[_NONZERO])
+        factors[_OCCUPIED] = occupied[role]
+        if role is Role.WEIGHT:
+            stored = layer.is_stored
+            factors = factors.reshape(3, *stored.shape, -1) * stored.unsqueeze(-1)
+        elif layer.geometry.kind == "linear":
+            # Tokens are further rows: there are no taps that would tie positions together.
+            factors = factors.flatten(1, -2)
+        result[role] = factors
+    return result
 
 
 def _over_samples(factors: Tensor) -> Tensor:
@@ -327,15 +321,16 @@ def _check_grids(
 
 
 def _band(
-    groups: int,
-    w_shape: tuple[int, ...],
+    geometry: LayerGeometry,
+    grids: Mapping[Role, tuple[int, ...]],
     first_columns: Tensor | None,
     block_channels: int,
-    x_blocks: int,
 ) -> Tensor:
-    """int64 [row blocks, band blocks]: the channel block that a block of W reads; `x_blocks` where
-    none is stored.
+    """int64 [row blocks, band blocks]: the channel block that a block of W reads; that of X behind
+    the last where none is stored. Raises ValueError for columns that do not fit the layer.
     """
+    groups, w_shape = geometry.groups, grids[Role.WEIGHT]
+    x_blocks = grids[Role.ACTIVATION][geometry.channel_axis]
     if (first_columns is None) != (groups == 1):
         raise ValueError(
             f"first_columns belongs to grouped weights and only to them; this layer has "

@@ -84,8 +84,7 @@ def layer_sensitivities(
         (elements * 64 * total MACs)
 
     M counts less where L exceeds `NATURAL_LOSS`, in proportion. "Below" counts the layers that
-    learn and ran earlier, one at least where
-    DGRAD runs: somebody wants that gradient.
+    learn and ran earlier, one at least where DGRAD runs: somebody wants that gradient.
 
     Args:
         layers: in the order in which data ran through them.
@@ -108,19 +107,16 @@ def layer_sensitivities(
     below = 0
     for name, s in layers.items():
         counts = operand_elements(s)
+        harm = _forward_harm(s, counts, terms=terms, progress=progress)
         reached = max(below, 1) if s.has_dgrad else 0
-        harm = {
-            **_forward_harm(s, counts, terms=terms, progress=progress),
-            Role.ERROR: _error_harm(s, counts, share=share, reached=reached),
-        }
+        harm[Role.ERROR] = _error_harm(s, counts, share=share, reached=reached)
         below += s.learns
-        squares = zip(Role, (s.x_square, s.w_square, s.e_square), strict=True)
-        square = {role: values.double() for role, values in squares}
+        squares = (s.x_square, s.w_square, s.e_square)
         result[name] = {
             role: Sensitivity(
                 harm=scale * harm[role],
                 price=bit_price(s, role, counts[role], total_macs),
-                mean_square=square[role],
+                mean_square=squares[role].double(),
                 elements=counts[role],
             )
             for role in Role

@@ -116,7 +116,7 @@ def test_flipped_bytes(saved):
         assert type(caught.value) in (
             ValueError,
             DamagedFile,
-        )  # a sentence of ours, not a UnicodeDecodeError
+        )  # a sentence for a reader, not a UnicodeDecodeError
         assert str(saved) in str(caught.value)
 
 

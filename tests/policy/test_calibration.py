@@ -161,7 +161,7 @@ def test_a_layer_that_does_not_learn_has_no_harm_in_its_gradient():
 
 
 def test_no_error_whose_gradient_is_wanted_is_without_harm():
-    """Step sizes that nobody knows, gradients that somebody wants who is no layer of ours, losses
+    """Step sizes that nobody knows, gradients that somebody wants who is no converted layer, losses
     of any scale.
     """
     a = linear(outputs=4, inputs=8, step_size=math.nan, dw=0.1)

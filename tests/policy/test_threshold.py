@@ -116,7 +116,7 @@ def test_statistics_without_harm_leave_lambda_alone():
     }
     entries = policy.update(Measurement(layers=still, loss=2.0, speedup=5.0, target_speedup=5.0))
     assert policy.multiplier == pytest.approx(before)
-    # A step without gradients (a last layer that begins at zero) tells nothing about any operand:
+    # A step without gradients (a last layer that begins at zero) shows nothing of any operand:
     # all keep what they have.
     assert not any(entries.values())
 
@@ -131,7 +131,7 @@ def test_a_batch_that_shows_no_harm_somewhere_does_not_take_all_precision_there(
     assert 8 <= unlit - lit <= 11
 
 
-def test_what_backward_reads_is_asked_for_with_each_entry():
+def test_what_backward_reads_is_asked_for_with_each_precision():
     policy = DynastyPolicy(backward_bits={"X": 2, "W": 4})
     entries = policy.update(measured(loss=2.0))
     assert [[entries[name][role].backward_bits for role in Role] for name in LAYERS] == [

@@ -44,7 +44,7 @@ def test_schedules_stay_cheap_when_the_guard_took_their_budget():
         policy = make_policy(name, target_speedup=4.0)
         policy.initial({"a": None})
         policy.raise_precision()
-        # 8 bits were in force: a step cost 1, none of it for zero blocks.
+        # 8 bits were active: a step cost 1, none of it for zero blocks.
         entries = policy.update(measure(step=500, steps=1000, speedup=1.0, run_speedup=1.9))
         assert policy.state_dict()["overhead"] == pytest.approx(0.0)
         assert bits(entries) == (2, 2, 2)  # 500 / 1.9 steps are more than all 1000 may cost

@@ -17,9 +17,9 @@ def test_random_swaps_what_is_at_stake():
     # Two groups of E, mean squares 1 and 16, equal harm a squared error. Swapped, the first is owed
     # 16 / 1 times its harm and the second 1 / 16: thresholds two binades lower and higher.
     layers = {"a": layer(e=((1.0, 16.0),))}
-    ours = make_policy("dynasty", target_speedup=4.0, calibrate="none", hysteresis=0.0)
-    ours.multiplier = 1e3
-    reference = ours.update(measure(layers))["a"][E].lsb_exponent
+    placed = make_policy("dynasty", target_speedup=4.0, calibrate="none", hysteresis=0.0)
+    placed.multiplier = 1e3
+    reference = placed.update(measure(layers))["a"][E].lsb_exponent
     found = set()
     for seed in range(8):
         policy = random_policy(seed)
@@ -41,16 +41,16 @@ def test_random_keeps_the_distribution_and_its_order():
         "dx_square": torch.full((1, 32), 1e-3),
     }
     layers = {"a": layer(w_square=torch.ones(2, 32), dw_square=torch.ones(2, 32), **wide)}
-    ours = make_policy("dynasty", target_speedup=4.0, calibrate="none").sensitivities(
+    placed = make_policy("dynasty", target_speedup=4.0, calibrate="none").sensitivities(
         layers, loss=1.0
     )["a"][X]
     policy = random_policy()
     first, again = (policy.sensitivities(layers, loss=1.0)["a"][X] for _ in range(2))
-    stake = (ours.harm * ours.mean_square).flatten()
+    stake = (placed.harm * placed.mean_square).flatten()
     shuffled = (first.harm * first.mean_square).flatten()
     torch.testing.assert_close(shuffled.sort().values, stake.sort().values)
     assert int((shuffled != stake).sum()) > 20
-    assert first.harm[0, 5] == ours.harm[0, 5]  # no signal, nothing to shuffle
+    assert first.harm[0, 5] == placed.harm[0, 5]  # no signal, nothing to shuffle
     assert torch.equal(first.harm, again.harm)
     assert not torch.equal(
         first.harm, random_policy(1).sensitivities(layers, loss=1.0)["a"][X].harm
