@@ -94,7 +94,6 @@ DEFINITIONS: Final = {
         "model_structure": "maps.structure",
         "structure_hash": "maps.structure",
     },
-    "numerics.backends.native": {},
     "numerics.formats": {"BlockTensor": "numerics.quantized"},
     "numerics.gemm": {
         "is_trusted": "numerics.products",

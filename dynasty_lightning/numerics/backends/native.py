@@ -16,7 +16,6 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Float64, Int32
 from torch import Tensor
 
-from ..._moved import names_left
 from ...libraries import load_cached
 from ..formats import NO_EXPONENT, SCOPES
 from ..layout import BlockLayout
@@ -362,6 +361,3 @@ def _empty_blocks(
         ),
         bfloat16=values,
     )
-
-
-__getattr__ = names_left(__name__)
