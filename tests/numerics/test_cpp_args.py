@@ -68,7 +68,7 @@ def test_constants_of_three_languages_are_one_table():
     )
     assert f"enum Role : int64_t {{ kActivation = {Role.ACTIVATION:d}" in header()
     assert f"kBadArguments = {Status.BAD_ARGUMENTS:d} }}" in header()
-    assert cpp_args.MAX_BLOCK_CHANNELS == max(b[1] for b in formats.LINE_BLOCKS)
+    assert max(b[1] for b in formats.LINE_BLOCKS) == cpp_args.MAX_BLOCK_CHANNELS
 
 
 def test_header_fields_do_not_overlap():
