@@ -294,8 +294,8 @@ class PrecisionMap:
                 )
             names = ("least_bits", "most_bits", "backward_bits")
             try:
-                limits = dict(zip(names, widths, strict=False))
-                precision = OperandPrecision(**{kind: value}, **limits)  # type: ignore[arg-type]
+                of_role = dict(zip(names, widths, strict=False))
+                precision = OperandPrecision(**{kind: value}, **of_role)  # type: ignore[arg-type]
             except ValueError as error:
                 raise ValueError(f"{source}: {key}: {error}") from error
             entries.setdefault(name, {})[role] = precision
