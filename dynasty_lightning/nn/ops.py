@@ -22,9 +22,9 @@ from ..numerics.quantize import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import SHARED, Gemm, Role
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
+from .observe import BackwardPass, Observe, read_key
 from .plan import LayerPlan
 from .probe import probe_layer
-from .records import HEADERS_ONLY, PROBING, record_of, records, slot_of
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """codes, relative_exponents, headers, largest_exponents as `QuantizedBlocks` has them, and the
@@ -156,7 +156,7 @@ def wants_headers(slot_key: str, *, keep_x: bool, keep_w: bool) -> bool:
     """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a
     prediction; not to be saved for nothing.
     """
-    return records(slot_key) or not (keep_x or keep_w)
+    return read_key(slot_key)[1].records or not (keep_x or keep_w)
 
 
 def _layer_backward(
@@ -182,7 +182,7 @@ def _layer_backward(
     inside an operator, so that compiled networks do it too.
 
     Args:
-        slot_key: of the `ObservationSlot` to record to, or to count in (`COUNT_ONLY`); empty for
+        slot_key: of the `ObservationSlot` to record to, and what; empty for
             none. For second moments both gradients are computed, needed or not.
         forward_headers: of X and W, as FORWARD read them.
         probed: X and W as they came and the requests for them, for a step whose harm is measured;
@@ -218,8 +218,8 @@ def _layer_backward(
     headers = (*forward_headers, e_blocks.headers)
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
-    recorded = records(slot_key)
-    moments = recorded and not slot_key.endswith(HEADERS_ONLY)
+    slot, observe = read_key(slot_key)
+    recorded, moments = observe.records, observe.has_moments
     if need_dx or recorded:
         w_blocks = _unpack(w_packed, plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
     if need_dx or moments:
@@ -240,7 +240,6 @@ def _layer_backward(
                 e, plan, Role.ERROR, Gemm.WGRAD, e_request, settings, position=stream
             )
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
-    slot = slot_of(slot_key)
     if slot is not None:
         slot.count(has_dgrad=need_dx, has_wgrad=need_dw)
     if slot is not None and recorded:
@@ -250,23 +249,26 @@ def _layer_backward(
             probe = probe_layer(
                 plan, x, weight, e, (x_request, w_request, e_request), settings, stream
             )
-        headers = (*headers, x_packed[_HEADERS], w_packed[_HEADERS])
-        record = record_of(
-            plan,
-            shape,
-            headers,
-            x_blocks,
-            w_blocks,
-            e,
-            dx,
-            dw,
+        sums_gradient = moments and slot.needs_gradient(call_index)
+        passed = BackwardPass(
+            plan=plan,
+            settings=settings,
+            input_shape=shape,
+            headers=(*headers, x_packed[_HEADERS], w_packed[_HEADERS]),
+            x_blocks=x_blocks,
+            w_blocks=w_blocks,
+            e=e,
+            dx=dx,
+            dw=dw,
             has_dgrad=need_dx,
             has_wgrad=need_dw,
-            probe=probe,
-            moments=moments,
-            keep_gradient=slot.needs_gradient(call_index),
         )
-        slot.record(record)
+        slot.record(
+            passed.observation(moments=moments, sums_gradient=sums_gradient, probe=probe),
+            # A copy: autograd takes dW itself for the parameter's gradient, to which it adds the
+            # next micro-batch's.
+            dw.detach().clone() if sums_gradient else None,
+        )
     return dx if need_dx else nothing, dw if need_dw else nothing.clone()
 
 
@@ -280,7 +282,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, _, x_request, w_request, e_request, position, settings, plan_key, slot_key, *_ = (
         inputs
     )
-    probed = (x, weight, x_request, w_request) if slot_key.endswith(PROBING) else ()
+    probed = (x, weight, x_request, w_request) if read_key(slot_key)[1] is Observe.HARM else ()
     ctx.save_for_backward(e_request, position, *output[1:], *probed)
     ctx.settings, ctx.plan_key, ctx.slot_key = list(settings), plan_key, slot_key
     ctx.input_shape, ctx.dtypes, ctx.channels_last = (

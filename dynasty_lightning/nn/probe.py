@@ -7,13 +7,14 @@ GEMMs on what its backward holds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..numerics.gemm import fast_dtype, multiply
+from ..numerics.observation import SHIFTS, ProbeRecord
 from ..numerics.quantize import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import READS, Gemm, Role
@@ -21,54 +22,6 @@ from .gemms import quantize_operand
 from .plan import LayerPlan
 
 PROBED_ROWS: Final = 32
-_FIGURES: Final = 5
-SHIFTS: Final = (-1, 1)
-"""Binades by which a role's thresholds are shifted; the difference is a slope."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeRecord:
-    """What one role's rounding did to a layer's own results, by role (X, W, E) and shift; float64
-    [3, 2].
-
-    Attributes:
-        loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for
-            X and W.
-        forward: |change of Y|**2 / |Y|**2, for X and W.
-        wgrad: |change of dW|**2 / |dW|**2, for E.
-        bits: mean width of the role's blocks, zero blocks included.
-        zeros: share of the blocks that rounding or dropping made zero.
-    """
-
-    loss: Tensor
-    forward: Tensor
-    wgrad: Tensor
-    bits: Tensor
-    zeros: Tensor
-
-    @staticmethod
-    def flat(record: "ProbeRecord | None", *, present: bool) -> Tensor:
-        """All figures in a row, NaN for a missing record, so that ranks can be averaged; nothing if
-        the step was not `present`.
-        """
-        if not present:
-            return torch.empty(0, dtype=torch.float64)
-        if record is None:
-            return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
-        return torch.cat(
-            [
-                t.flatten()
-                for t in (record.loss, record.forward, record.wgrad, record.bits, record.zeros)
-            ]
-        )
-
-    @classmethod
-    def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
-        """The inverse of `flat`; None for nothing and for a missing record."""
-        if not values.numel() or bool(values.isnan().any()):
-            return None
-        loss, forward, wgrad, bits, zeros = values.view(_FIGURES, len(Role), len(SHIFTS))
-        return cls(loss=loss, forward=forward, wgrad=wgrad, bits=bits, zeros=zeros)
 
 
 def probe_layer(
@@ -105,7 +58,7 @@ def probe_layer(
     y_energy = _energy(product(Gemm.FORWARD, Role.ACTIVATION, cast[Role.ACTIVATION]))
     figures = {
         name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64)
-        for name in ProbeRecord.__dataclass_fields__
+        for name in (f.name for f in fields(ProbeRecord))
     }
     for role in Role:
         for column, shift in enumerate(SHIFTS):

@@ -8,13 +8,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-_HASH_BITS = 48  # what float64 holds, and some to spare
+_HASH_BITS: Final = 48  # what float64 holds, and some to spare
+_LOST: Final = (
+    "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the "
+    "precision map and the figures with them: "
+    "summary() and precision_map() know nothing of this run then, and the model that comes back "
+    "validates and tests at uniform 8 bits. "
+    "Take the table, the loggers and a checkpoint (test(ckpt_path=...)), or strategy='ddp'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,37 @@ class Ranks:
                 f"or were slower than the process group's timeout, DDPStrategy(timeout=...) "
                 f"({error})"
             ) from error
+
+    def note_failure(self, exception: BaseException, *, step: int) -> None:
+        """Say in an error, where there are others, on which rank it was and after which step."""
+        if self.size > 1:
+            exception.add_note(
+                f"on rank {self.rank} of {self.size} after step "
+                f"{step}. A rank whose training ends or fails "
+                "leaves the others waiting for its gradients: what its own process reports is the "
+                "cause"
+            )
+
+
+def refuse_join(trainer: "pl.Trainer") -> None:
+    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not ours, and
+    not Lightning's at each batch. Raises RuntimeError there.
+    """
+    config = getattr(trainer.strategy.model, "_join_config", None)
+    if getattr(config, "enable", False):
+        raise RuntimeError(
+            "join() is not supported: Lightning sends a signal to all ranks at each batch, "
+            "which a rank that joined does not take. Give "
+            "all ranks as many steps (max_steps instead of max_epochs, or limit_train_batches)"
+        )
+
+
+def warn_of_processes_that_end(trainer: "pl.Trainer") -> None:
+    """Of a launcher that trains in processes which end with fit, and take with them what was
+    learned beside the weights.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(_LOST)
 
 
 def _number(text: str) -> float:

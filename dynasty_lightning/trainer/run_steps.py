@@ -7,7 +7,10 @@ import math
 from typing import Any, Final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from .ranks import Ranks
 
 _MOST_EPOCHS: Final = 100_000  # a scheduler's plan is added up epoch by epoch no further than this
 
@@ -71,6 +74,16 @@ class RunSteps:
             ends.append(self.done + self._steps_ahead(trainer, pl_module, batches, epochs))
         end = min(ends)
         return max(math.ceil(end), self.done) if math.isfinite(end) else end
+
+    def agreed_last(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", ranks: Ranks
+    ) -> float:
+        """`last` of the rank that plans most, since loaders of different lengths give different
+        ends.
+        """
+        steps = torch.tensor([float(self.last(trainer, pl_module))])
+        what = f"the number of steps planned at step {self.done}"
+        return float(ranks.table(steps, what=what).max())
 
     def _optimizer_steps_each(self, trainer: "pl.Trainer") -> float:
         """Of `global_step`, for each of ours; 1 before there is one to tell from."""

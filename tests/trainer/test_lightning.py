@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role, convert
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.policy.threshold import DynastyPolicy
 from dynasty_lightning.tasks.data import TensorDataModule, load_data
@@ -86,7 +87,7 @@ def test_what_backward_reads_has_widths_and_a_price_of_its_own():
         64 * (2 * first + 3 * second) / ours
     )
     layer = next(iter(dynamic_layers(model).values()))
-    layer.observing = True
+    layer.observe(Observe.MOMENTS)
     model(torch.randn(8, 32)).sum().backward()
     seen = layer.observation()
     assert [int(seen.bits[r].max()) for r in Role] == [5, 4, 6]
