@@ -55,12 +55,12 @@ class Look:
         nonfinite: how many operands of all ranks were not.
     """
 
-    observations: Mapping[str, LayerObservation]
-    layers: Mapping[str, LayerStatistics]
-    widths: Mapping[str, LayerWidths]
     uses: Mapping[str, Uses]
-    finite: bool
-    nonfinite: int
+    observations: Mapping[str, LayerObservation] = field(default_factory=dict)
+    layers: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    widths: Mapping[str, LayerWidths] = field(default_factory=dict)
+    finite: bool = True
+    nonfinite: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -109,15 +109,11 @@ class StepReader:
         }
         used = {name: a for name, a in agreed.items() if a.calls}
         if not used or self._is_small({name: a.samples for name, a in used.items()}):
-            return Look(
-                observations={}, layers={}, widths={}, uses=all_uses, finite=True, nonfinite=0
-            )
+            return Look(uses=all_uses)
         # Depth first of the lowest rank that used the layer: in each the same order, but for layers
         # that ranks use in turns.
-        used = {
-            name: replace(used[name], varies=self._varies(name, used[name]))
-            for name in sorted(used, key=lambda n: used[n].place)
-        }
+        order = sorted(used, key=lambda n: used[n].place)
+        used = {n: replace(used[n], varies=self._varies(n, used[n])) for n in order}
         sums = _total(layers, calls, used, facts)
         found = {
             name: statistics_of(

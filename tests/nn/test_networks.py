@@ -177,7 +177,7 @@ def test_a_layer_called_twice_and_a_frozen_layer():
 
 
 def test_bf16_around_converted_layers():
-    plugin = DynastyPrecision(rest="bf16")
+    plugin = DynastyPrecision(other_layers="bf16")
     model = Classifier(CifarResNet(8, in_channels=1, width=8), classes=10, learning_rate=0.05)
     t = L.Trainer(
         accelerator="cpu",

@@ -450,7 +450,7 @@ def test_bad_callback_options(options, message):
     ("options", "message"),
     [
         ({"mode": "quick"}, "mode must be"),
-        ({"rest": "16"}, "rest must be"),
+        ({"other_layers": "16"}, "other_layers must be"),
         ({"block_shape": (3, 4)}, "block_shape must be one of"),
         ({"width_group": (6, 4)}, "multiple of block_shape"),
         ({"exclude": "head"}, r"exclude=\('head',\)"),
@@ -467,7 +467,7 @@ def test_bad_callback_options(options, message):
 def test_bad_plugin_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         DynastyPrecision(**options)
-    if "rest" not in options:  # the same options, the same words
+    if "other_layers" not in options:  # the same options, the same words
         with pytest.raises((ValueError, TypeError), match=message):
             convert(nn.Sequential(nn.Linear(4, 4)), **options)
 
