@@ -21,6 +21,10 @@ from .stream import StreamState, check_seed
 class ConversionReport:
     """What `convert` did. `converted` and `skipped` hold (layer name, class) and (layer name,
     class, reason).
+
+    >>> print(convert(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))))
+    1 layers train in dynamic precision, 1 do not:
+      1 (LSTM): recurrent layers run in fused kernels that cannot be quantized
     """
 
     converted: tuple[tuple[str, str], ...]
@@ -48,7 +52,7 @@ def convert(
     rank: int = 0,
 ) -> ConversionReport:
     """Make every nn.Linear and nn.Conv1d/2d/3d of `model` train in block-wise precision (8 bits
-    until told otherwise), in place.
+    until a map asks for others), in place.
 
     Converting again is harmless: layers that are converted keep their widths, and the report names
     them too. Layers that were converted apart, or copied since, get the model's random stream, and
@@ -67,6 +71,14 @@ def convert(
     Raises:
         ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model
             is converted in another format.
+
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> report = convert(model, exclude=["2"], seed=1)
+    >>> report.converted, report.skipped
+    ((('0', 'Linear'),), (('2', 'Linear', 'excluded by name'),))
+    >>> import torch
+    >>> model(torch.ones(4, 8)).sum().backward()
+    >>> report.stream.advance()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert takes a torch.nn.Module, not {model!r}")

@@ -167,6 +167,3 @@ def _broadcasts(shape: tuple[int, ...], grid: tuple[int, ...]) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-__all__: list[str] = []

@@ -208,7 +208,14 @@ def _result_type(x: Tensor) -> torch.dtype:
 
 
 class BlockLinear(DynamicLayer, nn.Linear):
-    """nn.Linear in dynamic precision; blocks are rows of the batch x features at one token."""
+    """nn.Linear in dynamic precision; blocks are rows of the batch x features at one token.
+
+    >>> from dynasty_lightning import convert
+    >>> model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    >>> _ = convert(model)
+    >>> type(model[0]).__name__, tuple(model(torch.ones(2, 5, 8)).shape)
+    ('BlockLinear', (2, 5, 4))
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         batch = input.unsqueeze(0) if input.ndim == 1 else input
@@ -246,15 +253,36 @@ class _BlockConv(DynamicLayer, nn.modules.conv._ConvNd):
 
 
 class BlockConv1d(_BlockConv, nn.Conv1d):
-    """nn.Conv1d in dynamic precision; blocks are samples x channels at one position."""
+    """nn.Conv1d in dynamic precision; blocks are samples x channels at one position.
+
+    >>> from dynasty_lightning import convert
+    >>> model = nn.Sequential(nn.Conv1d(4, 8, 3))
+    >>> _ = convert(model)
+    >>> type(model[0]).__name__, tuple(model(torch.ones(2, 4, 5)).shape)
+    ('BlockConv1d', (2, 8, 3))
+    """
 
 
 class BlockConv2d(_BlockConv, nn.Conv2d):
-    """nn.Conv2d in dynamic precision; blocks are samples x channels at one pixel."""
+    """nn.Conv2d in dynamic precision; blocks are samples x channels at one pixel.
+
+    >>> from dynasty_lightning import convert
+    >>> model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    >>> _ = convert(model)
+    >>> type(model[0]).__name__, tuple(model(torch.ones(2, 4, 5, 5)).shape)
+    ('BlockConv2d', (2, 8, 3, 3))
+    """
 
 
 class BlockConv3d(_BlockConv, nn.Conv3d):
-    """nn.Conv3d in dynamic precision; blocks are samples x channels at one voxel."""
+    """nn.Conv3d in dynamic precision; blocks are samples x channels at one voxel.
+
+    >>> from dynasty_lightning import convert
+    >>> model = nn.Sequential(nn.Conv3d(4, 8, 3))
+    >>> _ = convert(model)
+    >>> type(model[0]).__name__, tuple(model(torch.ones(2, 4, 5, 5, 5)).shape)
+    ('BlockConv3d', (2, 8, 3, 3, 3))
+    """
 
 
 CONVERTED_TYPES: Final[Mapping[type[nn.Module], type[DynamicLayer]]] = {
@@ -276,7 +304,11 @@ def pads_explicitly(conv: nn.modules.conv._ConvNd) -> bool:
 
 
 def geometry_of(module: nn.Module) -> LayerGeometry:
-    """The geometry of an nn.Linear or nn.Conv, explicit padding taken out."""
+    """The geometry of an nn.Linear or nn.Conv, explicit padding taken out.
+
+    >>> geometry_of(nn.Conv2d(4, 8, 3, stride=2, padding=1)).stride
+    (2, 2)
+    """
     if isinstance(module, nn.Linear):
         return LayerGeometry(kind="linear", weight_shape=tuple(module.weight.shape))
     assert isinstance(module, nn.modules.conv._ConvNd)
@@ -300,6 +332,12 @@ def geometry_of(module: nn.Module) -> LayerGeometry:
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
     """Converted layers by name, in the order of conversion; a layer used under two names stands
     once.
+
+    >>> from dynasty_lightning import convert
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> _ = convert(model)
+    >>> list(dynamic_layers(model))
+    ['0', '2']
     """
     found = {m.layer_name: m for m in model.modules() if isinstance(m, DynamicLayer)}
     return dict(sorted(found.items(), key=lambda item: item[1].layer_index))

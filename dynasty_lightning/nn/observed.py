@@ -114,6 +114,3 @@ class ObservedLayer(nn.Module):
     def uses(self) -> tuple[int, ...]:
         """What `take_uses` would give."""
         return tuple(self.slot.uses)
-
-
-__all__: list[str] = []

@@ -39,6 +39,14 @@ def probe_layer(
         x, weight, e: the operands, not quantized; the first `PROBED_ROWS` samples are measured.
         requests: thresholds of X, W and E, as `set_precision` keeps them.
         settings: as `layer_forward` takes them.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(4, 8)))
+    >>> x, weight, e = torch.linspace(0, 1, 32).view(4, 8), torch.ones(4, 8) / 3, torch.ones(4, 4)
+    >>> thresholds, settings = [torch.tensor(-3, dtype=torch.int16)] * 3, [1, 0, 8, 8] * 3
+    >>> record = probe_layer(plan, x, weight, e, thresholds, settings, StreamPosition())
+    >>> record.bits[Role.ACTIVATION] > record.bits[Role.ACTIVATION, 1]  # finer, coarser
+    tensor([ True, False])
     """
     samples, rows = len(x), min(len(x), PROBED_ROWS)
     dtype = fast_dtype(x.device)

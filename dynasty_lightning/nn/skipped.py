@@ -150,6 +150,3 @@ def _multiplies(kind: type[nn.Module]) -> bool:
         or any(i.argrepr == "@" for i in dis.get_instructions(code))
         for code in codes
     )
-
-
-__all__: list[str] = []

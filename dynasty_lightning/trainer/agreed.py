@@ -124,6 +124,3 @@ def facts_of(
 
 def uses_in(table: Tensor) -> Uses:
     return tuple(table[:, _USES : _USES + len(Gemm)].sum(0).tolist())
-
-
-__all__: list[str] = []

@@ -393,4 +393,4 @@ _LAYER_WIDTHS: Final = ("known", "widths", "exact")
 _STATISTICS: Final = ("statistics", "inexact")
 
 
-__all__: list[str] = []
+__all__ = ["Analysis"]

@@ -139,6 +139,3 @@ def average_widths(layers: Mapping[str, LayerWidths], rates: Mapping[str, Uses])
         zero_share=zero_share,
         dropped={name: layer.dropped for name, layer in layers.items()},
     )
-
-
-__all__: list[str] = []

@@ -239,6 +239,3 @@ def _probe(sums: Mapping[str, Tensor], gradient: Tensor | None, ranks: int) -> P
 
 def _vector(values: Any) -> Tensor:
     return torch.tensor([float(v) for v in values], dtype=torch.float64)
-
-
-__all__: list[str] = []

@@ -42,8 +42,8 @@ class LayerWidths:
     ... )
     >>> widths.mean_bits[Role.ERROR], widths.cost((1.0, 0.0, 1.0)).speedup_charged
     (2.0, 5.333333333333333)
-    >>> widths.at_baseline().cost((1.0, 1.0, 1.0)).speedup_charged
-    1.0
+    >>> widths.at_baseline().mean_bits[Role.ERROR]
+    8.0
     """
 
     calls: Uses

@@ -19,6 +19,3 @@ def log_analysis(trainer: Trainer, module: LightningModule, run: TrainingRun) ->
         logger.log_metrics({**bar, **values}, step=last["step"] + (run.steps.before or 0))
     module.log_dict(bar, prog_bar=True, logger=False, on_step=True, on_epoch=False)
     module.log_dict(values, logger=False, on_step=True, on_epoch=False)
-
-
-__all__: list[str] = []

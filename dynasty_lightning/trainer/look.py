@@ -234,6 +234,3 @@ def _whole_gradient(
     mine = torch.zeros(layer.geometry.weight_shape) if gradient is None else gradient
     what = f"the gradient of {name} at step {facts.number}"
     return ranks.total(mine.float(), what=what) / ranks.size
-
-
-__all__: list[str] = []

@@ -74,4 +74,4 @@ class LossMeter:
         self._sum = torch.tensor(loss_sum, dtype=torch.float64)
 
 
-__all__: list[str] = []
+__all__ = ["LossMeter"]

@@ -99,6 +99,3 @@ def checked_entries(policy: Policy, entries: Any, layers: Collection[str]) -> En
             if not isinstance(role, Role) or not isinstance(precision, OperandPrecision):
                 raise TypeError(f"{rule}; for {name!r} it returned {role!r}: {precision!r}")
     return dict(entries)
-
-
-__all__: list[str] = []

@@ -121,6 +121,3 @@ def _check_counts(**given: Any) -> None:
 
 def _named(policy: Any) -> str:
     return f"policy {policy!r}" if isinstance(policy, str) else f"a {type(policy).__name__}"
-
-
-__all__: list[str] = []

@@ -27,7 +27,12 @@ _MUCH: Final = 0.1  # of bit operations: by so much a target is missed
 
 
 class PromiseWarning(UserWarning):
-    """A run is about to miss what it was asked for."""
+    """A run is about to miss what it was asked for.
+
+    >>> warnings.simplefilter("error", PromiseWarning)  # let it end there
+    >>> issubclass(PromiseWarning, UserWarning)
+    True
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,11 @@ class Outcome:
         speedup: of the whole run, in the target's currency; NaN where nothing was counted.
         settled: of the last step, likewise.
         slack: how far short of the target still counts as reached, as a share.
+
+    >>> outcome = Outcome(steps=500, warmup_steps=6, exact_steps=9, unmapped_share=0.0,
+    ...                   target=4.0, speedup=3.8, settled=4.0, slack=0.08)
+    >>> outcome.reached
+    True
     """
 
     steps: int
@@ -61,7 +71,15 @@ class Outcome:
 
 
 class Promises:
-    """Facts of one run."""
+    """Facts of one run.
+
+    >>> promises = Promises()
+    >>> promises.map_applied()
+    >>> outcome = Outcome(steps=20, warmup_steps=6, exact_steps=1, unmapped_share=0.0,
+    ...                   target=4.0, speedup=2.0, settled=2.5, slack=0.08)
+    >>> print(promises.lines(outcome)[0])
+      target            4.00x NOT reached: widths were still on their way, or at their least, ...
+    """
 
     def __init__(self) -> None:
         self.maps = 0
@@ -269,3 +287,6 @@ def _speedup(value: float) -> str:
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+__all__ = ["Outcome", "PromiseWarning", "Promises"]

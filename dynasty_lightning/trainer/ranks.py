@@ -39,6 +39,12 @@ class Ranks:
         size: how many there are.
         rank: this one's number.
         device: on which the process group's backend takes tensors.
+
+    >>> alone = Ranks()
+    >>> alone.table(torch.tensor([1.0, 2.0]), what="an example")
+    tensor([[1., 2.]], dtype=torch.float64)
+    >>> alone.total(torch.tensor([1.0, 2.0]), what="an example")
+    tensor([1., 2.])
     """
 
     size: int = 1
@@ -195,3 +201,6 @@ def _minority(values: list[object]) -> list[int]:
 
 def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+__all__ = ["Ranks"]

@@ -112,6 +112,3 @@ class RunResults:
                 "trained with has ended with their processes)"
             )
         return self._plugin
-
-
-__all__: list[str] = []

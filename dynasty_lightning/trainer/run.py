@@ -360,6 +360,3 @@ class TrainingRun:
             nonfinite=self.nonfinite,
             energy_model=self.options.energy_model,
         )
-
-
-__all__: list[str] = []

@@ -115,6 +115,3 @@ def check_ranks(run: TrainingRun, plugin: DynastyPrecision) -> None:
         if not isinstance(layer.weight, DTensor)
     }
     ranks.check_same_tensors(weights, what="the weight of")
-
-
-__all__: list[str] = []

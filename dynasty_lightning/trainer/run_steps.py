@@ -26,6 +26,12 @@ class RunSteps:
         done: steps of this run.
         before: what the Trainer had counted when it began: steps of another module, or of a
             checkpoint that knows nothing of it.
+
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> steps, trainer = RunSteps(), pl.Trainer(max_steps=50, logger=False, barebones=True)
+    >>> steps.start(trainer, BoringModel())
+    >>> steps.done, steps.last(trainer, BoringModel())
+    (0, 50)
     """
 
     def __init__(self) -> None:
@@ -122,3 +128,6 @@ def _accumulation(trainer: "pl.Trainer", epoch: int, epochs: int) -> list[int]:
         if isinstance(callback, GradientAccumulationScheduler):
             return [callback.get_accumulate_grad_batches(epoch + i) for i in range(epochs)]
     return [now] * epochs
+
+
+__all__ = ["RunSteps"]

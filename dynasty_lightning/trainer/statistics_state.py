@@ -38,6 +38,3 @@ def from_state(state: Mapping[str, Any]) -> LayerStatistics:
             "positions": None if state["positions"] is None else tuple(state["positions"]),
         }
     )
-
-
-__all__: list[str] = []

@@ -78,4 +78,4 @@ class RunTally:
         self.unmapped = float(state["unmapped"])
 
 
-__all__: list[str] = []
+__all__ = ["RunTally"]

@@ -64,6 +64,3 @@ class TrainerWatch:
                 "that was not converted "
                 "(load_from_checkpoint makes one)"
             )
-
-
-__all__: list[str] = []

@@ -82,4 +82,4 @@ class UseCounter:
         )
 
 
-__all__: list[str] = []
+__all__ = ["UseCounter"]
