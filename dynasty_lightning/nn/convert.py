@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Swaps Linear and Conv layers in place, and says what was swapped and what was not, and why."""
+"""Swaps Linear and Conv layers in place, and reports what was swapped and what was not, and why."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace

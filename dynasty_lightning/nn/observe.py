@@ -161,7 +161,7 @@ class BackwardPass:
         if moments and not sums_gradient:
             squares["dw_square"] = weight_squares(plan, self.dw)
         # A square of what float32 holds is finite in float64, so the means, of which there are
-        # fewer, tell of each element.
+        # fewer, show each element.
         e_is_finite = bool((squares["e_square"] if moments else self.e).isfinite().all())
         headers = dict(zip(Role, self.headers[: len(Role)], strict=True))
         backward = dict(zip(SHARED, self.headers[len(Role) :], strict=True))

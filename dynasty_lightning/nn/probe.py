@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harm measured inside an ordinary step: one role at a time quantized finer and coarser than asked,
-the other operands as they came.
+"""Harm (the predicted loss increase) measured inside an ordinary step: one role at a time quantized
+finer and coarser than asked, the other operands as they came.
 
 Nothing of the user's runs again and nothing that training uses changes: the layer repeats its own
 GEMMs on what its backward holds.

@@ -197,7 +197,7 @@ class Analysis:
         taken = self._statistics if phase is Phase.STATISTICS else self._inexact
         for place, (name, s) in enumerate(look.layers.items()):
             # A layer that learns in some steps only (a discriminator, not in its generator's)
-            # tells little in the others.
+            # shows little in the others.
             if s.learns or not uses[name][Gemm.WGRAD]:
                 taken[name] = (self._looks, place, s)
 

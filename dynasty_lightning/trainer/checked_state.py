@@ -140,7 +140,7 @@ def state_digest(value: Any) -> str:
 
 
 def _parts(value: Any) -> Iterator[bytes]:
-    """Bytes that tell values apart: each begins with its kind and its length."""
+    """Bytes by which values differ: each begins with its kind and its length."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous()
         yield f"tensor {content.dtype} {tuple(content.shape)}:".encode()

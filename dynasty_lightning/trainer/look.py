@@ -2,10 +2,10 @@
 """What one step showed, of all layers, micro-batches and ranks: statistics for the policy, widths
 and their cost.
 
-Knows no Trainer, and of other steps only what tells whether this one counts; `analysis` puts steps
-together. All ranks take part at each step at which one could look: first in a table of fixed size
-(`agreed`), then in sums (`layer_sums`) whose layout follows from that table, so that it is the same
-on all of them whatever their data were.
+Knows no Trainer, and of other steps only what decides whether this one counts; `analysis` puts
+steps together. All ranks take part at each step at which one could look: first in a table of fixed
+size (`agreed`), then in sums (`layer_sums`) whose layout follows from that table, so that it is the
+same on all of them whatever their data were.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ class StepReader:
         """What the layers recorded in the last step, on all ranks; the layers forget it.
 
         Empty if no layer recorded anything; and, once, if each had less than half the samples of
-        when it was looked at before: the last batch of an epoch says less, and its cost is not a
+        when it was looked at before: the last batch of an epoch shows less, and its cost is not a
         step's.
 
         Args:

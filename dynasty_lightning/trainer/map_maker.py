@@ -22,7 +22,7 @@ class MapMaker:
 
     Attributes:
         policy: its state is as at the beginning of a run.
-        promises: are told what becomes of them.
+        promises: keeps account of what becomes of them.
         raised: whether the loss guard has widened everything, and no map was made since.
     """
 

@@ -104,7 +104,7 @@ class DynastyPrecision(Precision):
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
         self._knows_widths: ref[Any] | None = (
-            # the Trainer that trained the module, loaded its widths, or was told that it has none
+            # the Trainer that trained the module, loaded its widths, or was found to have none
             None
         )
 
@@ -192,7 +192,7 @@ class DynastyPrecision(Precision):
         ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
 
     def _look_for_widths(self, module: nn.Module) -> None:
-        """Say so where a checkpoint is about to be loaded that has weights but no widths."""
+        """Warn where a checkpoint is about to be loaded that has weights but no widths."""
         trainer = getattr(module, "_trainer", None)
         loaded = getattr(
             getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None
@@ -200,7 +200,9 @@ class DynastyPrecision(Precision):
         if loaded or (trainer is not None and trainer.state.fn is TrainerFn.FITTING):
             self._knows_widths = ref(trainer)
         if loaded and not loaded.get(type(self).__qualname__):
-            widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
+            widths = (
+                "the widths of the active map" if self.precision_map().entries else "uniform 8 bits"
+            )
             rank_zero_warn(
                 f"{checkpoint_of(module)} holds no widths (it was saved with weights only, or "
                 f"without "
@@ -209,8 +211,8 @@ class DynastyPrecision(Precision):
             )
 
     def _look_for_map(self) -> None:
-        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for,
-        and no map is in force.
+        """Report once where a Trainer evaluates what it has neither trained nor loaded widths for,
+        and no map is active.
 
         Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this
         is no warning.
@@ -221,11 +223,11 @@ class DynastyPrecision(Precision):
         self._knows_widths = ref(trainer)
         if not self.precision_map().entries:
             rank_zero_info(
-                f"no map is in force and this Trainer has not trained the model: its "
+                f"no map is active and this Trainer has not trained the model: its "
                 f"{len(self._layers)} converted layers run at uniform "
                 f"8 bits. If it was trained with a map, pass that run's checkpoint "
                 f"(trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
-                "load_from_checkpoint reads the weights alone), or put a saved map in force "
+                "load_from_checkpoint reads the weights alone), or make a saved map active "
                 "with apply_map"
             )
 
@@ -292,7 +294,7 @@ class DynastyPrecision(Precision):
         )
 
     def precision_map(self) -> PrecisionMap:
-        """The map in force."""
+        """The active map."""
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for name, layer in self.layers.items():
             roles = {role: p for role in Role if (p := layer.get_precision(role)) is not None}
@@ -301,7 +303,11 @@ class DynastyPrecision(Precision):
         return PrecisionMap(structure=self.structure, entries=entries)
 
     def apply_map(self, precision_map: PrecisionMap) -> None:
-        """Put a map in force from the next step on. Raises ValueError if it is of another model."""
+        """Make a map the active one from the next step on.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         self.structure.check_equal(precision_map.structure, "the map")
         for name, layer in self.layers.items():
             roles = precision_map.entries.get(name, {})

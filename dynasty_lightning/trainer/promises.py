@@ -3,8 +3,8 @@
 of a run that misses its purpose.
 
 A map is applied, the cost target is met, E is alive, gradients are finite, every layer's statistics
-are seen. Whoever finds out otherwise says so here; warnings come once for each reason while
-training runs, and the table at its end tells target, result and reasons.
+are seen. Whoever finds out otherwise reports it here; warnings come once for each reason while
+training runs, and the table at its end has target, result and reasons.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 PATIENCE: Final = 3
-"""Due analyses in a row that change no map before anybody is told."""
+"""Due analyses in a row that change no map before a warning."""
 DEAD_SHARE: Final = 0.98
 """Of a layer's blocks of E that its widths made zero: more than that, and hardly anything below
 learns.
@@ -133,7 +133,7 @@ class Promises:
             )
 
     def gradients_not_finite(self, layers: Iterable[str]) -> None:
-        """Operands of a step were not finite, so that it told nothing and cost no less than 8
+        """Operands of a step were not finite, so that it showed nothing and cost no less than 8
         bits.
         """
         self._misses["operands were not finite (NaN or Inf)"] += 1

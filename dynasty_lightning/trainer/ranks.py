@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a run tell each other: tables of facts and sums, whose shapes no rank's data
+"""What the ranks of a run exchange: tables of facts and sums, whose shapes no rank's data
 decide.
 """
 
@@ -133,8 +133,8 @@ class Ranks:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Around calls in which ranks wait for each other: raises RuntimeError, which says so, if
-        one did not come.
+        """Around calls in which ranks wait for each other: raises RuntimeError, which names the
+        call, if one did not come.
         """
         if self.size == 1:
             yield
@@ -150,7 +150,7 @@ class Ranks:
             ) from error
 
     def note_failure(self, exception: BaseException, *, step: int) -> None:
-        """Say in an error, where there are others, on which rank it was and after which step."""
+        """Add to an error, where there are others, on which rank it was and after which step."""
         if self.size > 1:
             exception.add_note(
                 f"on rank {self.rank} of {self.size} after step "
@@ -161,8 +161,8 @@ class Ranks:
 
 
 def refuse_join(trainer: "pl.Trainer") -> None:
-    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not ours, and
-    not Lightning's at each batch. Raises RuntimeError there.
+    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not the
+    callback's, and not Lightning's at each batch. Raises RuntimeError there.
     """
     config = getattr(trainer.strategy.model, "_join_config", None)
     if getattr(config, "enable", False):

@@ -91,7 +91,7 @@ class TrainingRun:
     def before_step(
         self, plugin: DynastyPrecision, optimizers: Optimizers, *, sums_gradient: bool
     ) -> None:
-        """Say to the layers what to record of the step that begins.
+        """Have the layers record what is wanted of the step that begins.
 
         Args:
             plugin: that holds the layers.

@@ -63,7 +63,7 @@ class RunSteps:
         return self.done > done
 
     def last(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
-        """The step after which training ends, infinite where nothing says so: a stream, or epochs
+        """The step after which training ends, infinite where nothing ends it: a stream, or epochs
         without number.
 
         Early stopping and limits of time are not foreseen. Called within an epoch, after
@@ -92,7 +92,7 @@ class RunSteps:
         return float(ranks.table(steps, what=what).max())
 
     def _optimizer_steps_each(self, trainer: "pl.Trainer") -> float:
-        """Of `global_step`, for each of ours; 1 before there is one to tell from."""
+        """Of `global_step`, for each step of the run; 1 before there was one."""
         steps = self.done - self._first_done
         counted = trainer.global_step - self._first_global_step
         return counted / steps if steps and counted else 1.0
@@ -104,7 +104,7 @@ class RunSteps:
         progress: Any = trainer.fit_loop.epoch_progress.current
         seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # Where training goes on from the end of an epoch, batches are still those of that epoch
-        # until the next one has its first. Later the Trainer's epochs say nothing: it does not
+        # until the next one has its first. Later the Trainer's epochs do not count: it does not
         # count the start of one that follows a checkpoint of the last batch's hook.
         if not self._has_seen_batches and progress.started == progress.processed:
             seen = 0

@@ -68,7 +68,7 @@ def effective_step_sizes(
 
 
 class LearningRates:
-    """The learning rates of a run, as far as they tell how long its maps hold.
+    """The learning rates of a run, as far as they decide how long its maps hold.
 
     Attributes:
         largest: of each group so far, as `effective_step_sizes` keeps them.
