@@ -6,12 +6,13 @@ error. Derivation: docs/thresholds.md.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics.geometry import LayerGeometry
+from ..numerics.observation import ProbeRecord
 from ..numerics.roles import READS, SHARED, Gemm, Role
 
 FORWARD_SHARE: Final = 0.25
@@ -33,21 +34,6 @@ learning rate of 0."""
 MIN_PARTNER_BITS: Final = 0.5
 """A partner that is almost all zero still gets a price, or its operand's widths would be unbounded.
 """
-
-
-class Probe(Protocol):
-    """What `nn.probe.ProbeRecord` holds: tensors [3 roles, 2 shifts]."""
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def wgrad(self) -> Tensor: ...
-    @property
-    def forward(self) -> Tensor: ...
-    @property
-    def bits(self) -> Tensor: ...
-    @property
-    def zeros(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +75,7 @@ class LayerStatistics:
     x_unsigned: float = 0.0
     backward_bits: Mapping[Role, float] = field(default_factory=dict)
     unlimited: Mapping[Role, float] = field(default_factory=dict)
-    probe: Probe | None = None
+    probe: ProbeRecord | None = None
     ranks: int = 1
     positions: tuple[float, float] | None = None
 

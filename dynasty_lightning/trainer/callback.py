@@ -176,12 +176,7 @@ class DynastyCallback(RunResults, Callback):
 
     @override
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Gradients that accumulate end several batches at one step: what they show belongs to the
         # step they lead to.

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from ..numerics.geometry import LayerGeometry
 from ..numerics.observation import ProbeRecord
@@ -18,7 +18,7 @@ def to_state(s: LayerStatistics) -> dict[str, Any]:
     state = {f.name: getattr(s, f.name) for f in fields(s)}
     by_gemm = {"macs": {int(g): m for g, m in s.macs.items()}}
     by_role = {name: {int(r): v for r, v in state[name].items()} for name in _BY_ROLE}
-    probe = None if s.probe is None else ProbeRecord.flat(cast(ProbeRecord, s.probe), present=True)
+    probe = None if s.probe is None else ProbeRecord.flat(s.probe, present=True)
     return {**state, **by_gemm, **by_role, "geometry": asdict(s.geometry), "probe": probe}
 
 
