@@ -62,6 +62,7 @@ MOVED: Final = {
     "models.transformer": "tasks.models.transformer",
     "models.vgg": "tasks.models.vgg",
     "models.vit": "tasks.models.vit",
+    "nn.records": "nn.observe",
     "policy.controls": "policy.baselines.magnitude",
     "policy.generator": "policy.threshold",
     "policy.precision_map": "maps.precision_map",

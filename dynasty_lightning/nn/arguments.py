@@ -13,7 +13,7 @@ from ..numerics.layout import BlockLayout
 from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from .gemms import Requests
-from .records import records
+from .observe import read_key
 
 __all__ = ["BackwardInputs", "ForwardInputs", "Forwarded", "Packed"]
 
@@ -105,7 +105,7 @@ class ForwardInputs(NamedTuple):
         """Whether FORWARD's headers are returned: for a record of the step, or to who looks at a
         prediction; not to be saved for nothing.
         """
-        return records(self.slot_key) or not (self.keep_x or self.keep_w)
+        return read_key(self.slot_key)[1].records or not (self.keep_x or self.keep_w)
 
 
 class Forwarded(NamedTuple):

@@ -30,6 +30,15 @@ class MultiheadAttention(nn.Module):
 
     Raises:
         ValueError: `embed_dim` does not divide into `num_heads`.
+
+    >>> from dynasty_lightning import convert
+    >>> attention = MultiheadAttention(8, 2, batch_first=True)
+    >>> print(convert(attention))
+    4 layers train in dynamic precision
+    >>> x = torch.ones(3, 5, 8)
+    >>> output, weights = attention(x, x, x)
+    >>> tuple(output.shape), tuple(weights.shape)
+    ((3, 5, 8), (3, 5, 5))
     """
 
     # What torch's encoder and its layers ask of their attention before their fused paths.
@@ -174,3 +183,6 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
     return mask.to(like.dtype)
+
+
+__all__ = ["MultiheadAttention"]

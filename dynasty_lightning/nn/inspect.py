@@ -17,6 +17,14 @@ from .ops import layer_forward
 def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
     """Widths of every converted layer's X blocks when `model`, in eval mode, predicts `batch`;
     uint8 grids [N, ...].
+
+    >>> from dynasty_lightning import OperandPrecision, convert
+    >>> model = nn.Sequential(nn.Linear(8, 4))
+    >>> _ = convert(model)
+    >>> model[0].set_precision(Role.ACTIVATION, OperandPrecision(bits=3))
+    >>> activation_widths(model, torch.ones(2, 8))
+    {'0': tensor([[3, 3],
+            [3, 3]], dtype=torch.uint8)}
     """
     found: dict[str, Tensor] = {}
     handles = []
@@ -59,3 +67,6 @@ def activation_widths(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
             handle.remove()
         model.train(was_training)
     return found
+
+
+__all__ = ["activation_widths"]

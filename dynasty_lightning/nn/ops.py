@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..numerics.memory import empty_channels_innermost, empty_grid
+from ..numerics.observation import ProbeRecord
 from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import SHARED, Gemm, Role
 from .arguments import BackwardInputs, Forwarded, ForwardInputs, Packed
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
+from .observe import BackwardPass, Observe, read_key
 from .plan import LayerPlan
-from .probe import ProbeRecord, probe_layer
-from .records import HEADERS_ONLY, PROBING, record_of, records, slot_of
+from .probe import probe_layer
 
 
 def _layer_forward(given: ForwardInputs) -> Forwarded:
@@ -82,8 +83,8 @@ def _layer_backward(given: BackwardInputs) -> tuple[Tensor, Tensor]:
     e_headers = e_blocks.headers
     nothing = e.new_empty(0, dtype=torch.float32)
     dx, dw = nothing, nothing.clone()
-    recorded = records(given.slot_key)
-    moments = recorded and not given.slot_key.endswith(HEADERS_ONLY)
+    slot, observe = read_key(given.slot_key)
+    recorded, moments = observe.records, observe.has_moments
     if given.need_dx or recorded:
         w_blocks = w_packed.blocks(plan.layout(Role.WEIGHT, plan.weight_shape(), Gemm.DGRAD))
     if given.need_dx or moments:
@@ -104,26 +105,33 @@ def _layer_backward(given: BackwardInputs) -> tuple[Tensor, Tensor]:
                 e, plan, Role.ERROR, Gemm.WGRAD, given.requests, position=stream
             )
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
-    slot = slot_of(given.slot_key)
     if slot is not None:
         slot.count(has_dgrad=given.need_dx, has_wgrad=given.need_dw)
     if slot is not None and recorded:
-        record = record_of(
-            plan,
-            shape,
-            (*given.forward_headers, e_headers, x_packed.headers, w_packed.headers),
-            x_blocks,
-            w_blocks,
-            e,
-            dx,
-            dw,
+        sums_gradient = moments and slot.needs_gradient(stream.call_index)
+        passed = BackwardPass(
+            plan=plan,
+            settings=given.settings,
+            input_shape=shape,
+            headers=(*given.forward_headers, e_headers, x_packed.headers, w_packed.headers),
+            x_blocks=x_blocks,
+            w_blocks=w_blocks,
+            e=e,
+            dx=dx,
+            dw=dw,
             has_dgrad=given.need_dx,
             has_wgrad=given.need_dw,
-            probe=_probed(given, plan, stream),
-            moments=moments,
-            keep_gradient=slot.needs_gradient(stream.call_index),
         )
-        slot.record(record)
+        slot.record(
+            passed.observation(
+                moments=moments,
+                sums_gradient=sums_gradient,
+                probe=_probed(given, plan, stream),
+            ),
+            # A copy: autograd takes dW itself for the parameter's gradient, to which it adds the
+            # next micro-batch's.
+            dw.detach().clone() if sums_gradient else None,
+        )
     return dx if given.need_dx else nothing, dw if given.need_dw else nothing.clone()
 
 
@@ -183,7 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     given = ForwardInputs(*inputs)
     probed = (
         (given.x, given.weight, given.x_request, given.w_request)
-        if given.slot_key.endswith(PROBING)
+        if read_key(given.slot_key)[1] is Observe.HARM
         else ()
     )
     ctx.save_for_backward(given.e_request, given.position, *output[1:], *probed)

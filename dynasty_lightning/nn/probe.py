@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Harm measured inside an ordinary step: one role at a time quantized finer and coarser than asked,
-the other operands as they came.
+"""Harm (the predicted loss increase) measured inside an ordinary step: one role at a time quantized
+finer and coarser than asked, the other operands as they came.
 
 Nothing of the user's runs again and nothing that training uses changes: the layer repeats its own
 GEMMs on what its backward holds.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..numerics.gemm import fast_dtype
+from ..numerics.observation import SHIFTS, ProbeRecord
 from ..numerics.products import multiply
 from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
@@ -21,54 +22,6 @@ from .gemms import Requests, quantize_operand
 from .plan import LayerPlan
 
 PROBED_ROWS: Final = 32
-_FIGURES: Final = 5
-SHIFTS: Final = (-1, 1)
-"""Binades by which a role's thresholds are shifted; the difference is a slope."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeRecord:
-    """What one role's rounding did to a layer's own results, by role (X, W, E) and shift; float64
-    [3, 2].
-
-    Attributes:
-        loss: 1/2 mean over samples of <e_n, dY_n>**2, the loss's second-order change (Fisher), for
-            X and W.
-        forward: |change of Y|**2 / |Y|**2, for X and W.
-        wgrad: |change of dW|**2 / |dW|**2, for E.
-        bits: mean width of the role's blocks, zero blocks included.
-        zeros: share of the blocks that rounding or dropping made zero.
-    """
-
-    loss: Tensor
-    forward: Tensor
-    wgrad: Tensor
-    bits: Tensor
-    zeros: Tensor
-
-    @staticmethod
-    def flat(record: "ProbeRecord | None", *, present: bool) -> Tensor:
-        """All figures in a row, NaN for a missing record, so that ranks can be averaged; nothing if
-        the step was not `present`.
-        """
-        if not present:
-            return torch.empty(0, dtype=torch.float64)
-        if record is None:
-            return torch.full((_FIGURES * len(Role) * len(SHIFTS),), torch.nan, dtype=torch.float64)
-        return torch.cat(
-            [
-                t.flatten()
-                for t in (record.loss, record.forward, record.wgrad, record.bits, record.zeros)
-            ]
-        )
-
-    @classmethod
-    def from_flat(cls, values: Tensor) -> "ProbeRecord | None":
-        """The inverse of `flat`; None for nothing and for a missing record."""
-        if not values.numel() or bool(values.isnan().any()):
-            return None
-        loss, forward, wgrad, bits, zeros = values.view(_FIGURES, len(Role), len(SHIFTS))
-        return cls(loss=loss, forward=forward, wgrad=wgrad, bits=bits, zeros=zeros)
 
 
 def probe_layer(
@@ -84,6 +37,14 @@ def probe_layer(
     Args:
         x, weight, e: the operands, not quantized; the first `PROBED_ROWS` samples are measured.
         requests: thresholds of X, W and E, as `set_precision` keeps them.
+
+    >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(4, 8)))
+    >>> x, weight, e = torch.linspace(0, 1, 32).view(4, 8), torch.ones(4, 8) / 3, torch.ones(4, 4)
+    >>> requests = Requests(*[torch.tensor(-3, dtype=torch.int16)] * 3, [1, 0, 8, 8] * 3)
+    >>> record = probe_layer(plan, x, weight, e, requests, StreamPosition())
+    >>> record.bits[Role.ACTIVATION] > record.bits[Role.ACTIVATION, 1]  # finer, coarser
+    tensor([ True, False])
     """
     samples, rows = len(x), min(len(x), PROBED_ROWS)
     dtype = fast_dtype(x.device)
@@ -103,7 +64,7 @@ def probe_layer(
     y_energy = _energy(product(Gemm.FORWARD, Role.ACTIVATION, cast[Role.ACTIVATION]))
     figures = {
         name: torch.zeros(len(Role), len(SHIFTS), dtype=torch.float64)
-        for name in ProbeRecord.__dataclass_fields__
+        for name in (f.name for f in fields(ProbeRecord))
     }
     for role in Role:
         for column, shift in enumerate(SHIFTS):

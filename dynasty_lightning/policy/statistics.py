@@ -3,32 +3,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..numerics.geometry import LayerGeometry
+from ..numerics.observation import ProbeRecord
 from ..numerics.roles import Gemm, Role
 
 __all__ = ["LayerStatistics", "example_layer"]
-
-
-class Probe(Protocol):
-    """Loss increase of rounding, measured rather than predicted: tensors [3 roles, 2 shifts]
-    (`nn.probe.ProbeRecord`).
-    """
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def wgrad(self) -> Tensor: ...
-    @property
-    def forward(self) -> Tensor: ...
-    @property
-    def bits(self) -> Tensor: ...
-    @property
-    def zeros(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +59,7 @@ class LayerStatistics:
     x_unsigned: float = 0.0
     backward_bits: Mapping[Role, float] = field(default_factory=dict)
     unlimited: Mapping[Role, float] = field(default_factory=dict)
-    probe: Probe | None = None
+    probe: ProbeRecord | None = None
     ranks: int = 1
     positions: tuple[float, float] | None = None
 
@@ -108,7 +91,7 @@ def example_layer(
     step_size: float = 0.5,
     dw: float = 0.1,
     dx: float = 0.25,
-    probe: Probe | None = None,
+    probe: ProbeRecord | None = None,
     dgrad: bool = True,
 ) -> LayerStatistics:
     """A Linear layer that saw 8 samples, to try a policy on: mean squares of X 4, E 2, W 1, of its

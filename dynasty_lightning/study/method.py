@@ -21,6 +21,8 @@ from ..trainer.precision import DynastyPrecision
 FLOATS: Final[Mapping[str, str]] = {"float32": "32-true", "bf16": "bf16-mixed"}
 """Methods without blocks -> Lightning's `precision`."""
 _PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "scaling", "rest", "exclude", "unquantized")
+_OLD_NAMES: Final = {"other_layers": "rest"}
+"""Options that words have by the name of before 0.1.0: results are stored under it."""
 _SEVERAL: Final = ("exclude", "unquantized")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]*")
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]*")
@@ -50,9 +52,8 @@ class Method:
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "options", tuple(sorted(self.options, key=lambda option: option[0]))
-        )
+        options = ((_OLD_NAMES.get(name, name), value) for name, value in self.options)
+        object.__setattr__(self, "options", tuple(sorted(options, key=lambda option: option[0])))
         names = [name for name, _ in self.options]
         if len(set(names)) < len(names):
             raise ValueError(f"{self.name} names an option twice: {', '.join(names)}")
@@ -150,6 +151,7 @@ class Method:
             for name, value in own.items()
             if name in _SEVERAL and isinstance(value, str)
         }
+        own |= {new: own.pop(old) for new, old in _OLD_NAMES.items() if old in own}
         if self.name.startswith("mxint"):
             own = {"block_shape": MX_BLOCK, "scaling": "mx"} | own
         return DynastyPrecision(seed=seed, **{**settings, **own})

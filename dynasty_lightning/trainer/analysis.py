@@ -8,24 +8,21 @@ come. What a layer costs in the run is what it costs when it runs times how ofte
 Trainer.
 """
 
-import math
-import statistics
-import time
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping
 from enum import Enum
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from ..cost.analytics import AnalyticsCost
 from ..cost.counts import StepCost
 from ..nn.layers import DynamicLayer
-from ..nn.probe import ProbeRecord
-from ..numerics.geometry import LayerGeometry
-from ..numerics.roles import Gemm, Role
-from ..policy.statistics import LayerStatistics
-from .look import LayerWidths, Look, StepReader, Uses, add_uses
+from ..nn.observe import Observe
+from ..numerics.roles import Gemm
+from . import statistics_state
+from .finding import Finding, Placed, average_widths, in_order, rates_of
+from .layer_widths import LayerWidths, Uses, add_uses
+from .look import Look, StepFacts, StepReader
 from .ranks import Ranks
+from .uses import UseCounter
 
 _LEAST_PATIENCE: Final = 2  # enough for whatever goes by parity
 
@@ -44,66 +41,6 @@ def patience(phase: Phase, interval: int) -> int:
     return max(interval // (10 if phase is Phase.STATISTICS else 5), _LEAST_PATIENCE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Widths:
-    """What the blocks of the average step had and cost: mean bits by layer and role letter, over
-    all layers, and shares of zero blocks.
-
-    `costs` has the layers that ran, and `cost` is their sum. `dropped`: of each layer's blocks of
-    E, the share that its width made zero, of those that were not zero before.
-    """
-
-    costs: dict[str, StepCost]
-    layers: dict[str, dict[str, float]]
-    mean_bits: dict[str, float]
-    zero_share: dict[str, float]
-    dropped: dict[str, float]
-
-    @property
-    def cost(self) -> StepCost:
-        return sum(self.costs.values(), StepCost())
-
-    def of(self, name: str, statistics: LayerStatistics) -> dict[Role, float]:
-        """A layer's mean bits; the statistics' own for a layer whose widths were not seen."""
-        found = self.layers.get(name)
-        return dict(statistics.mean_bits) if found is None else {r: found[r.letter] for r in Role}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What an analysis found.
-
-    Attributes:
-        widths: of the average step since the last analysis, but for those that were exact; its cost
-            is that of the map in force, as far
-            as it was seen: layers that were not keep what they were seen to have before.
-        seen_cost: of this, the part of the layers that were.
-        mapped_cost: of this, the part of the layers that had a map; what a policy steers by. What
-            has none is at 8 bits: the others cannot make up for it, and would be squeezed to
-            nothing if they tried.
-        layers: statistics of the layers that were seen to learn, in the order in which their
-            forward ran.
-        exact_cost: of the average step with E at 8 bits.
-        exact_steps: how many there were.
-        news: layers whose statistics lead to a map, and that had none.
-        missing: layers that have run, and have no map.
-        owed: what the layers seen now cost in earlier steps, in which they ran unseen, with the map
-            of now; in all of them.
-        analytics: what the statistics would cost.
-    """
-
-    widths: Widths
-    seen_cost: StepCost
-    mapped_cost: StepCost
-    layers: dict[str, LayerStatistics]
-    exact_cost: StepCost
-    exact_steps: int
-    owed: StepCost
-    news: set[str]
-    missing: set[str]
-    analytics: AnalyticsCost
-
-
 class Analysis:
     """Puts the looks at steps together.
 
@@ -113,20 +50,33 @@ class Analysis:
         seen: layers that were in any step that was looked at.
         shown: of these, the ones whose statistics ever led to a map, or that were not finite when
             they should have.
+        uses: how often layers ran since the last analysis.
+
+    >>> import torch
+    >>> from dynasty_lightning import convert
+    >>> from dynasty_lightning.nn.layers import dynamic_layers
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    >>> _ = convert(model)
+    >>> layers, analysis = dynamic_layers(model), Analysis()
+    >>> layers["0"].observe(analysis.to_observe("0", Phase.STATISTICS))
+    >>> model(torch.ones(4, 8)).sum().backward()
+    >>> facts = StepFacts(number=1, step_sizes={"0": 0.1}, interval=50)
+    >>> _ = analysis.look(layers, Phase.STATISTICS, facts, exact=False)
+    >>> found = analysis.close(steps=1, mapped=(), leads_to_map=True)
+    >>> list(found.layers), found.widths.cost.speedup_charged  # all blocks have 8 bits so far
+    (['0'], 1.0)
     """
 
     def __init__(self) -> None:
         self.lead = 1
         self.seen: set[str] = set()
         self.shown: set[str] = set()
-        self._mapped: set[str] = set()  # whose map is still in force
+        self.uses = UseCounter()
+        self._mapped: set[str] = set()  # whose map is still active
         self._reader = StepReader()
         self._known: dict[str, LayerWidths] = {}  # of analyses before
         self._owed: dict[str, Uses] = {}  # what ran unseen since its map was made
         self._watched: set[str] = set()
-        self._pending: dict[
-            str, Uses
-        ] = {}  # of this rank, before the layers counted what they have counted now
         self._absent: set[str] = set()  # without a map, and in no step of the last analysis
         self._names: list[str] = []
         self._begin()
@@ -134,18 +84,19 @@ class Analysis:
     def _begin(self) -> None:
         self._widths: dict[str, LayerWidths] = {}
         self._exact: dict[str, LayerWidths] = {}
-        self._statistics: dict[str, _Placed] = {}
-        self._inexact: dict[str, _Placed] = {}  # of watched layers, whose E had few bits
-        self._uses: dict[str, Uses] = {}
-        self._exact_uses: dict[str, Uses] = {}
+        self._statistics: dict[str, Placed] = {}
+        self._inexact: dict[str, Placed] = {}  # of watched layers, whose E had few bits
         self._steps = dict.fromkeys(Phase, 0)
         self._exact_steps = 0
         self._looks = 0
         self._nonfinite: set[str] = set()
+        self.uses.begin()
+
+    # -- Looks
 
     @property
     def has_widths(self) -> bool:
-        """Whether any layer's cost under the map in force is known."""
+        """Whether any layer's cost under the active map is known."""
         return bool(self._widths)
 
     @property
@@ -161,19 +112,22 @@ class Analysis:
         """How many steps of this analysis have been looked at for that."""
         return self._steps[phase]
 
-    def wants(self, name: str, phase: Phase | None) -> bool:
-        """Whether a layer shall record the step that begins: outside of phases, one that is
-        watched, until it ran.
-        """
-        if phase is None:
-            return name in self._watched
-        return name not in (self._statistics if phase is Phase.STATISTICS else self._widths)
+    def to_observe(self, name: str, phase: Phase | None, *, harm: bool = False) -> Observe:
+        """What a layer shall record of the step that begins: of one that is looked at, what it has
+        not shown yet; outside of those, a layer that is watched, until it ran.
 
-    def wants_only_headers(self, name: str, phase: Phase | None) -> bool:
-        """Whether second moments are left out of that record: not of a rare layer, whoever knows
-        when it comes again.
+        Args:
+            name: of the layer.
+            phase: what the step is looked at for.
+            harm: whether it is measured, where moments are recorded.
         """
-        return phase is Phase.WIDTHS and name not in self._watched
+        seen = self._statistics if phase is Phase.STATISTICS else self._widths
+        if name in seen if phase else name not in self._watched:
+            return Observe.NOTHING
+        # Not of a rare layer, whoever knows when it comes again.
+        if phase is Phase.WIDTHS and name not in self._watched:
+            return Observe.WIDTHS
+        return Observe.HARM if harm else Observe.MOMENTS
 
     def is_to_look(self, layers: Mapping[str, DynamicLayer], ranks: Ranks) -> bool:
         """Whether a step of no phase is looked at: a watched layer ran in it, or may have on
@@ -198,13 +152,9 @@ class Analysis:
         self,
         layers: Mapping[str, DynamicLayer],
         phase: Phase | None,
+        facts: StepFacts,
         *,
         exact: bool,
-        step: int,
-        block_shape: tuple[int, int],
-        step_sizes: Mapping[str, float],
-        interval: int,
-        ranks: Ranks,
     ) -> Look:
         """Take in what the layers recorded in the step that ended, on all ranks; the layers forget
         it.
@@ -212,36 +162,27 @@ class Analysis:
         Args:
             layers: all converted layers by name.
             phase: what the step was looked at for; None for watched layers alone.
+            facts: of the step.
             exact: whether its E had 8 bits in all layers.
-            step: its number, for errors.
-            block_shape: rows x channels of an exponent block.
-            step_sizes: of the optimizer at each layer's weight; NaN where it is not known.
-            interval: steps from one analysis to the next.
-            ranks: all of them call this.
         """
-        mine = {
-            name: add_uses(tuple(map(float, layer.take_uses())), self._pending.get(name))
-            for name, layer in layers.items()
-        }
-        self._pending = {}
-        look = self._reader.look(
-            layers,
-            step=step,
-            block_shape=block_shape,
-            step_sizes=step_sizes,
-            interval=interval,
-            ranks=ranks,
-            uses=mine,
-            earlier=self._all_uses(),
-        )
-        uses = self._exact_uses if exact else self._uses
-        for name, counts in look.uses.items():
-            uses[name] = add_uses(counts, uses.get(name))
+        mine = self.uses.take(layers)
+        look = self._reader.look(layers, facts, uses=mine, earlier=self.uses.all())
+        self.uses.add(look.uses, exact=exact)
         self._looks += 1
         if phase is not None:
             self._steps[phase] += 1
         self._exact_steps += exact
         self._names = list(layers)
+        self._take_widths(look, exact=exact)
+        if look.finite:
+            self._take_statistics(look, phase)
+        else:
+            self.shown |= set(look.layers)
+        if phase is None:
+            self._watched -= set(look.widths)
+        return look
+
+    def _take_widths(self, look: Look, *, exact: bool) -> None:
         if not look.finite:
             self._nonfinite |= set(look.widths)
         found = self._exact if exact else self._widths
@@ -250,21 +191,15 @@ class Analysis:
             # bits.
             found[name] = widths if look.finite else self._known.get(name, widths).at_baseline()
         self.seen |= set(look.widths)
-        if not look.finite:
-            self.shown |= set(look.layers)
-        else:
-            all_uses, taken = (
-                self._all_uses(),
-                self._statistics if phase is Phase.STATISTICS else self._inexact,
-            )
-            for place, (name, s) in enumerate(look.layers.items()):
-                # A layer that learns in some steps only (a discriminator, not in its generator's)
-                # tells little in the others.
-                if s.learns or not all_uses[name][Gemm.WGRAD]:
-                    taken[name] = (self._looks, place, s)
-        if phase is None:
-            self._watched -= set(look.widths)
-        return look
+
+    def _take_statistics(self, look: Look, phase: Phase | None) -> None:
+        uses = self.uses.all()
+        taken = self._statistics if phase is Phase.STATISTICS else self._inexact
+        for place, (name, s) in enumerate(look.layers.items()):
+            # A layer that learns in some steps only (a discriminator, not in its generator's)
+            # shows little in the others.
+            if s.learns or not uses[name][Gemm.WGRAD]:
+                taken[name] = (self._looks, place, s)
 
     def is_waiting(self, phase: Phase, *, steps: int, interval: int) -> bool:
         """Whether the next step shall be looked at for the same: some layer that ran lately has not
@@ -290,9 +225,11 @@ class Analysis:
         return any(
             ((uses[needed] or uses[Gemm.FORWARD]) + 1) * limit
             >= steps  # one more: what comes every so often may be due just now
-            for name, uses in self._all_uses().items()
+            for name, uses in self.uses.all().items()
             if name not in seen and uses[Gemm.FORWARD]
         )
+
+    # -- Results
 
     def close(self, *, steps: int, mapped: Collection[str], leads_to_map: bool) -> Finding:
         """What was found; the next analysis begins.
@@ -302,25 +239,19 @@ class Analysis:
             mapped: layers that have a map.
             leads_to_map: whether those whose statistics were found get one now.
         """
-        known = self._known | self._widths
         # A layer that ran in exact steps alone: better its cost there than none.
-        costs = self._exact | known
+        costs = self._exact | self._known | self._widths
         rates = {
-            name: _rates(costs[name], uses, steps - self._exact_steps)
-            for name, uses in self._uses.items()
+            name: rates_of(costs[name], uses, steps - self._exact_steps)
+            for name, uses in self.uses.plain.items()
             if name in costs and uses[Gemm.FORWARD]
         }
-        exact = known | self._exact
-        exact_costs = [
-            exact[name].cost(_rates(exact[name], uses, self._exact_steps))
-            for name, uses in self._exact_uses.items()
-            if name in exact and uses[Gemm.FORWARD]
-        ]
-        widths = _widths(costs, rates)
+        widths = average_widths(costs, rates)
         seen = {name: widths.costs[name] for name in self._widths if name in widths.costs}
         owed = {name: self._owed.pop(name) for name in list(self._owed) if name in seen}
         found = self._inexact | self._statistics
-        used = {name for name, uses in self._all_uses().items() if uses[Gemm.FORWARD]}
+        used = {name for name, uses in self.uses.all().items() if uses[Gemm.FORWARD]}
+        learned = set(found) if leads_to_map else set()
         finding = Finding(
             widths=widths,
             seen_cost=sum(seen.values(), StepCost()),
@@ -332,45 +263,50 @@ class Analysis:
                 ),
                 StepCost(),
             ),
-            layers=_in_order(found, self._names),
-            exact_cost=sum(exact_costs, StepCost()),
+            layers=in_order(found, self._names),
+            exact_cost=self._exact_cost(),
             exact_steps=self._exact_steps,
-            owed=sum(
-                (costs[name].cost(_rates(costs[name], uses, 1)) for name, uses in owed.items()),
-                StepCost(),
-            ),
+            owed=_total(costs, owed),
             analytics=sum(
                 (costs[name].analytics.scaled(r[Gemm.FORWARD]) for name, r in rates.items()),
                 AnalyticsCost(),
             ),
-            news=set(found) - self._mapped if leads_to_map else set(),
-            missing=(used | self.seen) - self._mapped - (set(found) if leads_to_map else set()),
+            news=learned - self._mapped,
+            missing=(used | self.seen) - self._mapped - learned,
         )
-        for name, uses in self._uses.items():
-            if name not in seen and uses[Gemm.FORWARD]:
-                self._owed[name] = add_uses(uses, self._owed.get(name))
-        if leads_to_map:
-            self.shown |= set(found)
-            self._mapped |= set(found)
-        self._known |= {
-            name: widths for name, widths in self._widths.items() if name not in self._nonfinite
-        }
-        self._watched = (self._watched | used) - (set(found) & set(seen)) - self._nonfinite
-        self._absent = set(self._names) - used - self._mapped
-        self.lead = max(self._steps[Phase.WIDTHS], 1)
+        self._remember(learned, shown=set(found) & set(seen), used=used, seen=set(seen))
         self._begin()
         return finding
 
+    def _exact_cost(self) -> StepCost:
+        """Of the average step whose E had 8 bits."""
+        exact = self._known | self._widths | self._exact
+        costs = [
+            exact[name].cost(rates_of(exact[name], uses, self._exact_steps))
+            for name, uses in self.uses.exact.items()
+            if name in exact and uses[Gemm.FORWARD]
+        ]
+        return sum(costs, StepCost())
+
+    def _remember(
+        self, learned: set[str], *, shown: set[str], used: set[str], seen: set[str]
+    ) -> None:
+        """Of the analysis that closes, what the next ones need."""
+        for name, uses in self.uses.plain.items():
+            if name not in seen and uses[Gemm.FORWARD]:
+                self._owed[name] = add_uses(uses, self._owed.get(name))
+        self.shown |= learned
+        self._mapped |= learned
+        self._known |= {
+            name: widths for name, widths in self._widths.items() if name not in self._nonfinite
+        }
+        self._watched = (self._watched | used) - shown - self._nonfinite
+        self._absent = set(self._names) - used - self._mapped
+        self.lead = max(self._steps[Phase.WIDTHS], 1)
+
     def owed(self) -> StepCost:
         """What ran unseen, and is in no finding yet, as far as anything is known of it."""
-        return sum(
-            (
-                self._known[name].cost(_rates(self._known[name], uses, 1))
-                for name, uses in self._owed.items()
-                if name in self._known
-            ),
-            StepCost(),
-        )
+        return _total(self._known, self._owed)
 
     def rest(self, layers: Mapping[str, DynamicLayer], *, ranks: int) -> StepCost:
         """What ran since the last analysis, at what is known of it, in all its steps: a run ends,
@@ -379,50 +315,20 @@ class Analysis:
         Ranks need not end together, so none is asked: the others are taken to have run what this
         one did since the last look.
         """
-        mine = self.uses_since(layers)
-        self.forget_uses(layers)
+        before = self.uses.all()
         uses = {
-            name: add_uses(tuple(ranks * n for n in counts), self._all_uses().get(name))
-            for name, counts in mine.items()
+            name: add_uses(tuple(ranks * n for n in counts), before.get(name))
+            for name, counts in self.uses.take(layers).items()
         }
         known = self._exact | self._known | self._widths
         self._begin()
-        return sum(
-            (
-                known[name].cost(_rates(known[name], counts, 1))
-                for name, counts in uses.items()
-                if name in known
-            ),
-            StepCost(),
-        )
-
-    def forget_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """What ran so far is none of the run's."""
-        self._pending = {}
-        for layer in layers.values():
-            layer.take_uses()
-
-    def hold_uses(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """What runs until `forget_uses_held` is none of the run's."""
-        held = self.uses_since(layers)
-        self.forget_uses(layers)
-        self._pending = held
-
-    def forget_uses_held(self, layers: Mapping[str, DynamicLayer]) -> None:
-        """Go on counting where `hold_uses` stopped."""
-        for layer in layers.values():
-            layer.take_uses()
+        return _total(known, uses)
 
     def maps_are_gone(self) -> None:
         """All operands have 8 bits again: no layer has a map."""
         self._mapped.clear()
 
-    def uses_since(self, layers: Mapping[str, DynamicLayer]) -> dict[str, Uses]:
-        """Of each layer on this rank since the last look."""
-        return {
-            name: add_uses(tuple(map(float, layer.uses)), self._pending.get(name))
-            for name, layer in layers.items()
-        }
+    # -- State
 
     def state_dict(self) -> dict[str, Any]:
         """All but the uses since the last look, which the layers count."""
@@ -441,12 +347,12 @@ class Analysis:
             },
             **{
                 name: {
-                    k: (*at, _statistics_state(s))
+                    k: (*at, statistics_state.to_state(s))
                     for k, (*at, s) in getattr(self, f"_{name}").items()
                 }
                 for name in _STATISTICS
             },
-            "uses": [dict(self._uses), dict(self._exact_uses), dict(self._owed)],
+            "uses": [dict(self.uses.plain), dict(self.uses.exact), dict(self._owed)],
             "steps": [self._steps[phase] for phase in Phase],
             "exact_steps": self._exact_steps,
             "looks": self._looks,
@@ -454,155 +360,37 @@ class Analysis:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], uses: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; `uses` as `uses_since` said then."""
-        self.lead, self._exact_steps, self._nonfinite = (
-            int(state["lead"]),
-            int(state["exact_steps"]),
-            set(state["nonfinite"]),
+        """Go on where `state_dict` was taken; `uses` as `self.uses.since` gave them then."""
+        self.lead, self._exact_steps = int(state["lead"]), int(state["exact_steps"])
+        self.seen, self.shown, self._nonfinite, self._mapped, self._watched, self._absent = (
+            set(state[name])
+            for name in ("seen", "shown", "nonfinite", "mapped", "watched", "absent")
         )
-        self.seen, self.shown, self._mapped = (
-            set(state["seen"]),
-            set(state["shown"]),
-            set(state["mapped"]),
-        )
-        self._watched, self._absent = set(state["watched"]), set(state["absent"])
         self._names, self._looks = list(state["names"]), int(state["looks"])
         self._reader.load_state_dict(state["reader"])
         for name in _LAYER_WIDTHS:
-            setattr(
-                self, f"_{name}", {k: LayerWidths.from_state(w) for k, w in state[name].items()}
-            )
+            found = {k: LayerWidths.from_state(w) for k, w in state[name].items()}
+            setattr(self, f"_{name}", found)
         for name in _STATISTICS:
-            setattr(
-                self,
-                f"_{name}",
-                {
-                    k: (look, place, _statistics_from(s))
-                    for k, (look, place, s) in state[name].items()
-                },
-            )
-        self._uses, self._exact_uses, self._owed = (
-            {name: tuple(u) for name, u in part.items()} for part in state["uses"]
-        )
+            placed = {
+                k: (look, place, statistics_state.from_state(s))
+                for k, (look, place, s) in state[name].items()
+            }
+            setattr(self, f"_{name}", placed)
+        plain, exact, owed = state["uses"]
+        self._owed = {name: tuple(u) for name, u in owed.items()}
+        self.uses.load(plain, exact, uses)
         self._steps = dict(zip(Phase, state["steps"], strict=True))
-        self._pending = {name: tuple(u) for name, u in uses.items()}
-
-    def _all_uses(self) -> dict[str, Uses]:
-        """Since the last analysis."""
-        return self._uses | {
-            name: add_uses(uses, self._uses.get(name)) for name, uses in self._exact_uses.items()
-        }
 
 
-_Placed = tuple[int, int, LayerStatistics]
-"""The look that showed a layer, the layer's place in it, and its statistics."""
+def _total(widths: Mapping[str, LayerWidths], uses: Mapping[str, Uses]) -> StepCost:
+    """What layers cost in so many uses, of those whose widths are known."""
+    known = ((widths[name], counts) for name, counts in uses.items() if name in widths)
+    return sum((w.cost(rates_of(w, counts, 1)) for w, counts in known), StepCost())
+
+
 _LAYER_WIDTHS: Final = ("known", "widths", "exact")
 _STATISTICS: Final = ("statistics", "inexact")
 
 
-def _in_order(found: Mapping[str, "_Placed"], names: Sequence[str]) -> dict[str, LayerStatistics]:
-    """In the order in which forward ran: that of the look that showed most, others behind the layer
-    that was registered before them.
-    """
-    looks = Counter(look for look, _, _ in found.values())
-    main = max(looks, key=lambda look: (looks[look], -look), default=0)
-    order = sorted(
-        (name for name in found if found[name][0] == main), key=lambda name: found[name][1]
-    )
-    for i, name in enumerate(names):
-        if name in found and name not in order:
-            before = [n for n in names[:i] if n in order]
-            order.insert(order.index(before[-1]) + 1 if before else 0, name)
-    return {name: found[name][2] for name in order}
-
-
-def _rates(widths: LayerWidths, uses: Uses, steps: int) -> Uses:
-    """How often each GEMM runs in a step, over how often its cost was seen; 1 of a layer that every
-    step uses alike.
-    """
-    return tuple(
-        u / (n * steps) if n and steps > 0 else 0.0 for u, n in zip(uses, widths.calls, strict=True)
-    )
-
-
-def _widths(layers: Mapping[str, LayerWidths], rates: Mapping[str, Uses]) -> Widths:
-    """Of the average step, in which a layer's blocks are as many as it is used; one that has no
-    rate keeps its bits and costs nothing.
-    """
-    sums = {"blocks": [0.0] * len(Role), "bits": [0.0] * len(Role), "zeros": [0.0] * len(Role)}
-    for name, rate in rates.items():
-        for key, total in sums.items():
-            for i, value in enumerate(getattr(layers[name], key)):
-                total[i] += rate[Gemm.FORWARD] * value
-    mean_bits, zero_share = (
-        {
-            r.letter: value / blocks if blocks else math.nan
-            for r, value, blocks in zip(Role, sums[key], sums["blocks"], strict=True)
-        }
-        for key in ("bits", "zeros")
-    )
-    return Widths(
-        costs={name: layers[name].cost(rate) for name, rate in rates.items()},
-        layers={
-            name: {r.letter: b for r, b in layer.mean_bits.items()}
-            for name, layer in layers.items()
-        },
-        mean_bits=mean_bits,
-        zero_share=zero_share,
-        dropped={name: layer.dropped for name, layer in layers.items()},
-    )
-
-
-def _statistics_state(s: LayerStatistics) -> dict[str, Any]:
-    state = {f.name: getattr(s, f.name) for f in fields(s)}
-    by_gemm = {"macs": {int(g): m for g, m in s.macs.items()}}
-    by_role = {name: {int(r): v for r, v in state[name].items()} for name in _BY_ROLE}
-    probe = None if s.probe is None else ProbeRecord.flat(cast(ProbeRecord, s.probe), present=True)
-    return {**state, **by_gemm, **by_role, "geometry": asdict(s.geometry), "probe": probe}
-
-
-def _statistics_from(state: Mapping[str, Any]) -> LayerStatistics:
-    geometry: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in state["geometry"].items()
-    }
-    by_role = {name: {Role(r): v for r, v in state[name].items()} for name in _BY_ROLE}
-    return LayerStatistics(
-        **{
-            **state,
-            **by_role,
-            "macs": {Gemm(g): m for g, m in state["macs"].items()},
-            "geometry": LayerGeometry(**geometry),
-            "probe": None if state["probe"] is None else ProbeRecord.from_flat(state["probe"]),
-            "positions": None if state["positions"] is None else tuple(state["positions"]),
-        }
-    )
-
-
-_BY_ROLE: Final = ("mean_bits", "backward_bits", "unlimited")
-
-
-class StepClock:
-    """Wall time of steps with and without analysis; from their difference, the share that analysis
-    takes.
-    """
-
-    def __init__(self) -> None:
-        self._plain: list[float] = []
-        self._observed: list[float] = []
-        self._begin = 0.0
-        self._is_observed = False
-
-    def start(self, *, observed: bool) -> None:
-        self._begin, self._is_observed = time.perf_counter(), observed
-
-    def stop(self) -> None:
-        (self._observed if self._is_observed else self._plain).append(
-            time.perf_counter() - self._begin
-        )
-
-    def share(self) -> float:
-        """Extra seconds of observed steps over all seconds; NaN before both kinds have run."""
-        if not self._plain or not self._observed:
-            return math.nan
-        extra = sum(self._observed) - len(self._observed) * statistics.median(self._plain)
-        return max(extra, 0.0) / (sum(self._plain) + sum(self._observed))
+__all__ = ["Analysis"]

@@ -25,7 +25,12 @@ _DAMAGED: Final = "the file is damaged or was changed. Resume from another check
 
 
 def sealed_state(version: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What `reading` takes: the fields, the version of their form, and their digests."""
+    """What `reading` takes: the fields, the version of their form, and their digests.
+
+    >>> state = sealed_state(1, {"steps": 5})
+    >>> state["version"], state["steps"]
+    (1, 5)
+    """
     return {
         "version": version,
         **fields,
@@ -34,7 +39,14 @@ def sealed_state(version: int, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def replace_field(state: dict[str, Any], name: str, value: Any) -> None:
-    """Change a field of a sealed state."""
+    """Change a field of a sealed state.
+
+    >>> state = sealed_state(1, {"steps": 5})
+    >>> replace_field(state, "steps", 6)
+    >>> with reading(state, version=1, owner="Example", source="memory") as fields:
+    ...     fields["steps"]
+    6
+    """
     state[name] = value
     state[DIGEST_FIELD][name] = state_digest(value)
 
@@ -51,6 +63,14 @@ def reading(state: Any, *, version: int, owner: str, source: str) -> Iterator[Ma
     Raises:
         DamagedFile: a state that is not as it was written, or whose fields cannot be taken over.
         ValueError: of another version.
+
+    >>> state = sealed_state(1, {"steps": 5})
+    >>> state["steps"] = 6
+    >>> with reading(state, version=1, owner="Example", source="a.ckpt") as fields:
+    ...     pass
+    Traceback (most recent call last):
+        ...
+    fpga.files.DamagedFile: Example's state in a.ckpt: field 'steps' is not what was saved: ...
     """
     where = f"{owner}'s state in {source}"
     if not isinstance(state, Mapping):
@@ -109,6 +129,9 @@ class _Fields(dict[str, Any]):
 def state_digest(value: Any) -> str:
     """SHA-256 of tensors and plain values, whatever holds them; lists and tuples are alike. Of any
     other object, its type alone.
+
+    >>> state_digest([1, 2.0]) == state_digest((1, 2.0)), state_digest([1]) == state_digest([1.0])
+    (True, False)
     """
     digest = hashlib.sha256()
     for part in _parts(value):
@@ -117,7 +140,7 @@ def state_digest(value: Any) -> str:
 
 
 def _parts(value: Any) -> Iterator[bytes]:
-    """Bytes that tell values apart: each begins with its kind and its length."""
+    """Bytes by which values differ: each begins with its kind and its length."""
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous()
         yield f"tensor {content.dtype} {tuple(content.shape)}:".encode()

@@ -23,6 +23,11 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
     The digest is a line behind the content, so that `torch.load` and a Trainer without this plugin
     read the files as they read any other. For local files.
+
+    >>> plugin = SealedCheckpointIO()
+    >>> plugin.save_checkpoint({"epoch": 3}, "a.ckpt")
+    >>> plugin.load_checkpoint("a.ckpt"), torch.load("a.ckpt")
+    ({'epoch': 3}, {'epoch': 3})
     """
 
     @override
@@ -60,6 +65,15 @@ def read_checkpoint(
     Raises:
         FileNotFoundError: no such file.
         DamagedFile: cut off, damaged, or without a digest.
+
+    >>> SealedCheckpointIO().save_checkpoint({"epoch": 3}, "a.ckpt")
+    >>> read_checkpoint(Path("a.ckpt"))["epoch"]
+    3
+    >>> _ = Path("a.ckpt").write_bytes(Path("a.ckpt").read_bytes()[:-9])
+    >>> read_checkpoint(Path("a.ckpt"))
+    Traceback (most recent call last):
+        ...
+    fpga.files.DamagedFile: ...
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

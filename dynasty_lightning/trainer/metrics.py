@@ -61,6 +61,11 @@ class _BlockMetric(Metric):
 class BitWidth(_BlockMetric):
     """Mean width of a block in bits, zero blocks as 0; of one role or, with `role=None`, all. NaN
     before any block.
+
+    >>> metric = BitWidth(role=Role.ERROR)
+    >>> metric.update({Role.ERROR: torch.tensor([[2, 4], [0, 2]])})
+    >>> float(metric.compute())
+    2.0
     """
 
     @override
@@ -71,6 +76,11 @@ class BitWidth(_BlockMetric):
 class ZeroShare(_BlockMetric):
     """Share of blocks that are zero, 0 to 1; of one role, or with `role=None` of all blocks. NaN
     before any block.
+
+    >>> metric = ZeroShare()
+    >>> metric.update({Role.ERROR: torch.tensor([[2, 4], [0, 2]])})
+    >>> float(metric.compute())
+    0.25
     """
 
     higher_is_better = True
@@ -118,12 +128,17 @@ class Speedup(_CostMetric):
     """Bit products of the uniform 8-bit run over those of this one; NaN before anything is counted.
 
     Args:
-        kind: "charged" puts 4 bit products a MAC on zero blocks of this run, not of the baseline;
-            "ideal" on neither.
+        kind: "charged" counts zero blocks of this run, not of the baseline, with 4 bit products a
+            MAC; "ideal" of neither.
         kwargs: of `torchmetrics.Metric`.
 
     Raises:
         ValueError: another kind.
+
+    >>> metric = Speedup()
+    >>> metric.update(GemmCost(macs=2, baseline=128, products=24, products_charged=32))
+    >>> float(metric.compute())
+    4.0
     """
 
     def __init__(self, *, kind: Literal["charged", "ideal"] = "charged", **kwargs: Any) -> None:
@@ -150,6 +165,13 @@ class EnergyRatio(_CostMetric):
 
     Raises:
         ValueError: another kind.
+
+    >>> metric = EnergyRatio(kind="compute")
+    >>> metric.update(
+    ...     GemmCost(macs=2, block_macs=2, products=32, baseline=128, dot_products_baseline=0)
+    ... )
+    >>> float(metric.compute()) > 1
+    True
     """
 
     def __init__(
@@ -164,3 +186,6 @@ class EnergyRatio(_CostMetric):
     @override
     def compute(self) -> Tensor:
         return self._result(energy_ratios(self.cost, self.model)[f"energy_ratio_{self.kind}"])
+
+
+__all__ = ["BitWidth", "EnergyRatio", "Speedup", "ZeroShare"]

@@ -3,19 +3,15 @@
 random stream in its state.
 """
 
-import os
-import platform
 import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, Literal
 from weakref import WeakValueDictionary, ref
 
-import lightning
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -24,16 +20,20 @@ from typing_extensions import override
 from ..maps.precision_map import PrecisionMap
 from ..maps.structure import ModelStructure
 from ..nn.convert import ConversionReport, check_names, convert, grow
-from ..nn.layers import DynamicLayer, check_seed, dynamic_layers
+from ..nn.layers import DynamicLayer, dynamic_layers
 from ..nn.plan import Mode
+from ..nn.stream import check_seed
 from ..numerics.formats import BlockFormat, Scaling
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
 from .checked_state import reading, sealed_state
+from .environment import default_seed
+from .environment import environment as environment
 from .ranks import Ranks
+from .trainer_watch import TrainerWatch, checkpoint_of, refuse_strategy
 
 _STATE_VERSION: Final = 2
-_REFUSED: Final = ("FSDP", "DeepSpeed", "XLA")
+_REST_MOVED: Final = "rest is called other_layers now; the old name goes with the next release"
 
 
 class DynastyPrecision(Precision):
@@ -50,14 +50,23 @@ class DynastyPrecision(Precision):
         width_group: rows x channels that share one width; None gives each block its own.
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
-        rest: precision of everything that is not converted: "32", or "bf16" by autocast.
+        other_layers: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
             cost is counted as if they were.
         seed: of the random stream; None takes the one of `seed_everything`, else torch's.
+        rest: `other_layers` by its name of before 0.1.0; it goes with the next release.
 
     Raises:
         ValueError: a wrong option; at fit: nothing to convert, or a strategy that is not supported.
+
+    >>> plugin = DynastyPrecision(other_layers="bf16", exclude=["head"])
+    >>> plugin.format.block_shape, plugin.mode
+    ((4, 4), 'fast')
+    >>> model = plugin.convert_module(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    Traceback (most recent call last):
+        ...
+    ValueError: exclude pattern 'head' matches no layer; layers: 0, 1
     """
 
     precision: Any = "32-true"
@@ -69,27 +78,34 @@ class DynastyPrecision(Precision):
         block_shape: tuple[int, int] = (4, 4),
         width_group: tuple[int, int] | None = None,
         scaling: Scaling = "window",
-        rest: Literal["32", "bf16"] = "32",
+        other_layers: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
         seed: int | None = None,
+        rest: Literal["32", "bf16"] | None = None,
     ) -> None:
+        if rest is not None:
+            warnings.warn(_REST_MOVED, DeprecationWarning, stacklevel=2)
+            if other_layers not in ("32", rest):
+                raise ValueError(f"other_layers={other_layers!r} and rest={rest!r} are one option")
+            other_layers = rest
         if mode not in ("fast", "exact"):
             raise ValueError(f"mode must be 'fast' or 'exact', not {mode!r}")
-        if rest not in ("32", "bf16"):
-            raise ValueError(f"rest must be '32' or 'bf16', not {rest!r}")
+        if other_layers not in ("32", "bf16"):
+            raise ValueError(f"other_layers must be '32' or 'bf16', not {other_layers!r}")
         check_names("exclude", exclude)
         check_names("unquantized", unquantized)
         if seed is not None:
             check_seed(seed)
-        self.mode, self.rest, self.exclude, self.seed = mode, rest, tuple(exclude), seed
+        self.mode, self.other_layers, self.seed = mode, other_layers, seed
+        self.exclude = tuple(exclude)
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
         self.format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
         self._knows_widths: ref[Any] | None = (
-            # the Trainer that trained the module, loaded its widths, or was told that it has none
+            # the Trainer that trained the module, loaded its widths, or was found to have none
             None
         )
 
@@ -101,9 +117,15 @@ class DynastyPrecision(Precision):
             "_knows_widths": None,
         }  # the module travels on its own
 
+    @property
+    def rest(self) -> Literal["32", "bf16"]:
+        """`other_layers` by its old name."""
+        warnings.warn(_REST_MOVED, DeprecationWarning, stacklevel=2)
+        return self.other_layers
+
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        _refuse_strategy(module)
+        refuse_strategy(module)
         if self._module is not None and self._module() is module:
             self.take_in_new_layers()  # its stream goes on
         else:
@@ -116,7 +138,7 @@ class DynastyPrecision(Precision):
             scaling=self.format.scaling,
             exclude=self.exclude,
             unquantized=self.unquantized,
-            seed=_default_seed() if self.seed is None else self.seed,
+            seed=default_seed() if self.seed is None else self.seed,
             rank=torch.distributed.get_rank()
             if torch.distributed.is_available() and torch.distributed.is_initialized()
             else 0,
@@ -124,7 +146,7 @@ class DynastyPrecision(Precision):
         self._module = ref(module)
         self._layers = WeakValueDictionary(dynamic_layers(module))
         self._check_ranks(module)
-        self.report.stream.watch = _TrainerWatch(module)
+        self.report.stream.watch = TrainerWatch(module, type(self))
         self._look_for_widths(module)
         return module
 
@@ -165,13 +187,13 @@ class DynastyPrecision(Precision):
             return
         ranks = Ranks.of(trainer)
         ranks.check_same(
-            str((self.mode, self.format, self.rest, self.exclude, self.unquantized)),
+            str((self.mode, self.format, self.other_layers, self.exclude, self.unquantized)),
             what="DynastyPrecision's options",
         )
         ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
 
     def _look_for_widths(self, module: nn.Module) -> None:
-        """Say so where a checkpoint is about to be loaded that has weights but no widths."""
+        """Warn where a checkpoint is about to be loaded that has weights but no widths."""
         trainer = getattr(module, "_trainer", None)
         loaded = getattr(
             getattr(trainer, "_checkpoint_connector", None), "_loaded_checkpoint", None
@@ -179,17 +201,19 @@ class DynastyPrecision(Precision):
         if loaded or (trainer is not None and trainer.state.fn is TrainerFn.FITTING):
             self._knows_widths = ref(trainer)
         if loaded and not loaded.get(type(self).__qualname__):
-            widths = "the widths in force now" if self.precision_map().entries else "uniform 8 bits"
+            widths = (
+                "the widths of the active map" if self.precision_map().entries else "uniform 8 bits"
+            )
             rank_zero_warn(
-                f"{_checkpoint_of(module)} holds no widths (it was saved with weights only, or "
+                f"{checkpoint_of(module)} holds no widths (it was saved with weights only, or "
                 f"without "
                 f"DynastyPrecision): its weights run at {widths}, not at those that they were "
                 f"trained with"
             )
 
     def _look_for_map(self) -> None:
-        """Say so once where a Trainer evaluates what it has neither trained nor loaded widths for,
-        and no map is in force.
+        """Report once where a Trainer evaluates what it has neither trained nor loaded widths for,
+        and no map is active.
 
         Weights alone (`load_from_checkpoint`) look like those of a run at uniform 8 bits, so this
         is no warning.
@@ -200,11 +224,11 @@ class DynastyPrecision(Precision):
         self._knows_widths = ref(trainer)
         if not self.precision_map().entries:
             rank_zero_info(
-                f"no map is in force and this Trainer has not trained the model: its "
+                f"no map is active and this Trainer has not trained the model: its "
                 f"{len(self._layers)} converted layers run at uniform "
                 f"8 bits. If it was trained with a map, pass that run's checkpoint "
                 f"(trainer.{trainer.state.fn.value}(..., ckpt_path=...); "
-                "load_from_checkpoint reads the weights alone), or put a saved map in force "
+                "load_from_checkpoint reads the weights alone), or make a saved map active "
                 "with apply_map"
             )
 
@@ -221,7 +245,7 @@ class DynastyPrecision(Precision):
     def forward_context(self) -> AbstractContextManager[Any]:
         if self.report is not None and self._module is not None:
             self.take_in_new_layers()
-        if self.rest == "32":
+        if self.other_layers == "32":
             return nullcontext()
         device = next((p.device.type for p in self._layers_owner().parameters()), "cpu")
         return torch.autocast(device, dtype=torch.bfloat16)
@@ -271,7 +295,7 @@ class DynastyPrecision(Precision):
         )
 
     def precision_map(self) -> PrecisionMap:
-        """The map in force."""
+        """The active map."""
         entries: dict[str, dict[Role, OperandPrecision]] = {}
         for name, layer in self.layers.items():
             roles = {role: p for role in Role if (p := layer.get_precision(role)) is not None}
@@ -280,7 +304,11 @@ class DynastyPrecision(Precision):
         return PrecisionMap(structure=self.structure, entries=entries)
 
     def apply_map(self, precision_map: PrecisionMap) -> None:
-        """Put a map in force from the next step on. Raises ValueError if it is of another model."""
+        """Make a map the active one from the next step on.
+
+        Raises:
+            ValueError: it is of another model.
+        """
         self.structure.check_equal(precision_map.structure, "the map")
         for name, layer in self.layers.items():
             roles = precision_map.entries.get(name, {})
@@ -303,7 +331,7 @@ class DynastyPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
-        source = _checkpoint_of(self._layers_owner())
+        source = checkpoint_of(self._layers_owner())
         with reading(
             state_dict, version=_STATE_VERSION, owner=type(self).__name__, source=source
         ) as state:
@@ -335,70 +363,4 @@ class DynastyPrecision(Precision):
         return module
 
 
-def _checkpoint_of(module: nn.Module) -> str:
-    """The file that its Trainer is about to load, for messages."""
-    return str(getattr(getattr(module, "_trainer", None), "ckpt_path", None) or "the checkpoint")
-
-
-class _TrainerWatch:
-    """Says once for each Trainer without the plugin that the layers it runs are quantized all the
-    same.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
-        self._seen: ref[Any] | None = None
-
-    def __call__(self) -> None:
-        trainer = getattr(self._module(), "_trainer", None)
-        if trainer is None or (self._seen is not None and self._seen() is trainer):
-            return
-        self._seen = ref(trainer)
-        if not isinstance(trainer.precision_plugin, DynastyPrecision):
-            rank_zero_warn(
-                "this Trainer has no DynastyPrecision, but the model was converted by one and "
-                "stays so: its layers run quantized at the "
-                "widths that they had last. Add plugins=[DynastyPrecision()], or use a model "
-                "that was not converted "
-                "(load_from_checkpoint makes one)"
-            )
-
-
-def environment() -> dict[str, Any]:
-    """What a bit-exact resume depends on."""
-    return {
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "lightning": lightning.__version__,
-    }
-
-
-def _default_seed() -> int:
-    return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed())) & 0xFFFFFFFF
-
-
-def _refuse_strategy(module: nn.Module) -> None:
-    trainer = getattr(module, "_trainer", None)
-    strategy = getattr(trainer, "strategy", None)
-    kind = type(strategy).__name__
-    if any(name in kind for name in _REFUSED):
-        raise ValueError(
-            f"DynastyPrecision does not support {kind}: it brings its own precision handling; "
-            "use strategy='auto', 'ddp', a single device, or ModelParallelStrategy with "
-            "fully_shard (FSDP2)"
-        )
-    parts = (
-        strategy.device_mesh["tensor_parallel"].size()
-        if isinstance(strategy, ModelParallelStrategy)
-        else 1
-    )
-    if parts > 1:
-        raise ValueError(
-            f"DynastyPrecision does not support tensor parallelism ({kind} with "
-            f"tensor_parallel_size={parts}; by default it is all devices "
-            "of a node): blocks, statistics and maps are those of whole weights. Use "
-            "tensor_parallel_size=1, data_parallel_size=devices "
-            "and fully_shard in configure_model"
-        )
+__all__ = ["DynastyPrecision"]

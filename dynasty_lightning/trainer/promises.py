@@ -3,8 +3,8 @@
 of a run that misses its purpose.
 
 A map is applied, the cost target is met, E is alive, gradients are finite, every layer's statistics
-are seen. Whoever finds out otherwise says so here; warnings come once for each reason while
-training runs, and the table at its end tells target, result and reasons.
+are seen. Whoever finds out otherwise reports it here; warnings come once for each reason while
+training runs, and the table at its end has target, result and reasons.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 PATIENCE: Final = 3
-"""Due analyses in a row that change no map before anybody is told."""
+"""Due analyses in a row that change no map before a warning."""
 DEAD_SHARE: Final = 0.98
 """Of a layer's blocks of E that its widths made zero: more than that, and hardly anything below
 learns.
@@ -27,7 +27,12 @@ _MUCH: Final = 0.1  # of bit operations: by so much a target is missed
 
 
 class PromiseWarning(UserWarning):
-    """A run is about to miss what it was asked for."""
+    """A run is about to miss what it was asked for.
+
+    >>> warnings.simplefilter("error", PromiseWarning)  # let it end there
+    >>> issubclass(PromiseWarning, UserWarning)
+    True
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,11 @@ class Outcome:
         speedup: of the whole run, in the target's currency; NaN where nothing was counted.
         settled: of the last step, likewise.
         slack: how far short of the target still counts as reached, as a share.
+
+    >>> outcome = Outcome(steps=500, warmup_steps=6, exact_steps=9, unmapped_share=0.0,
+    ...                   target=4.0, speedup=3.8, settled=4.0, slack=0.08)
+    >>> outcome.reached
+    True
     """
 
     steps: int
@@ -61,7 +71,15 @@ class Outcome:
 
 
 class Promises:
-    """Facts of one run."""
+    """Facts of one run.
+
+    >>> promises = Promises()
+    >>> promises.map_applied()
+    >>> outcome = Outcome(steps=20, warmup_steps=6, exact_steps=1, unmapped_share=0.0,
+    ...                   target=4.0, speedup=2.0, settled=2.5, slack=0.08)
+    >>> print(promises.lines(outcome)[0])
+      target            4.00x NOT reached: widths were still on their way, or at their least, ...
+    """
 
     def __init__(self) -> None:
         self.maps = 0
@@ -115,7 +133,7 @@ class Promises:
             )
 
     def gradients_not_finite(self, layers: Iterable[str]) -> None:
-        """Operands of a step were not finite, so that it told nothing and cost no less than 8
+        """Operands of a step were not finite, so that it showed nothing and cost no less than 8
         bits.
         """
         self._misses["operands were not finite (NaN or Inf)"] += 1
@@ -269,3 +287,6 @@ def _speedup(value: float) -> str:
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
+
+
+__all__ = ["Outcome", "PromiseWarning", "Promises"]

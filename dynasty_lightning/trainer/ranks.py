@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of a run tell each other: tables of facts and sums, whose shapes no rank's data
+"""What the ranks of a run exchange: tables of facts and sums, whose shapes no rank's data
 decide.
 """
 
@@ -8,13 +8,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-_HASH_BITS = 48  # what float64 holds, and some to spare
+_HASH_BITS: Final = 48  # what float64 holds, and some to spare
+_LOST: Final = (
+    "the processes that ddp_spawn, ddp_fork and ddp_notebook train in end with fit, and the "
+    "precision map and the figures with them: "
+    "summary() and precision_map() know nothing of this run then, and the model that comes back "
+    "validates and tests at uniform 8 bits. "
+    "Take the table, the loggers and a checkpoint (test(ckpt_path=...)), or strategy='ddp'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,12 @@ class Ranks:
         size: how many there are.
         rank: this one's number.
         device: on which the process group's backend takes tensors.
+
+    >>> alone = Ranks()
+    >>> alone.table(torch.tensor([1.0, 2.0]), what="an example")
+    tensor([[1., 2.]], dtype=torch.float64)
+    >>> alone.total(torch.tensor([1.0, 2.0]), what="an example")
+    tensor([1., 2.])
     """
 
     size: int = 1
@@ -117,8 +133,8 @@ class Ranks:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Around calls in which ranks wait for each other: raises RuntimeError, which says so, if
-        one did not come.
+        """Around calls in which ranks wait for each other: raises RuntimeError, which names the
+        call, if one did not come.
         """
         if self.size == 1:
             yield
@@ -132,6 +148,37 @@ class Ranks:
                 f"or were slower than the process group's timeout, DDPStrategy(timeout=...) "
                 f"({error})"
             ) from error
+
+    def note_failure(self, exception: BaseException, *, step: int) -> None:
+        """Add to an error, where there are others, on which rank it was and after which step."""
+        if self.size > 1:
+            exception.add_note(
+                f"on rank {self.rank} of {self.size} after step "
+                f"{step}. A rank whose training ends or fails "
+                "leaves the others waiting for its gradients: what its own process reports is the "
+                "cause"
+            )
+
+
+def refuse_join(trainer: "pl.Trainer") -> None:
+    """Inside `join()`, a rank that ends early answers DDP's calls and nobody else's: not the
+    callback's, and not Lightning's at each batch. Raises RuntimeError there.
+    """
+    config = getattr(trainer.strategy.model, "_join_config", None)
+    if getattr(config, "enable", False):
+        raise RuntimeError(
+            "join() is not supported: Lightning sends a signal to all ranks at each batch, "
+            "which a rank that joined does not take. Give "
+            "all ranks as many steps (max_steps instead of max_epochs, or limit_train_batches)"
+        )
+
+
+def warn_of_processes_that_end(trainer: "pl.Trainer") -> None:
+    """Of a launcher that trains in processes which end with fit, and take with them what was
+    learned beside the weights.
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        rank_zero_warn(_LOST)
 
 
 def _number(text: str) -> float:
@@ -154,3 +201,6 @@ def _minority(values: list[object]) -> list[int]:
 
 def _named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+__all__ = ["Ranks"]

@@ -7,7 +7,10 @@ import math
 from typing import Any, Final
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from .ranks import Ranks
 
 _MOST_EPOCHS: Final = 100_000  # a scheduler's plan is added up epoch by epoch no further than this
 
@@ -23,6 +26,12 @@ class RunSteps:
         done: steps of this run.
         before: what the Trainer had counted when it began: steps of another module, or of a
             checkpoint that knows nothing of it.
+
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> steps, trainer = RunSteps(), pl.Trainer(max_steps=50, logger=False, barebones=True)
+    >>> steps.start(trainer, BoringModel())
+    >>> steps.done, steps.last(trainer, BoringModel())
+    (0, 50)
     """
 
     def __init__(self) -> None:
@@ -54,7 +63,7 @@ class RunSteps:
         return self.done > done
 
     def last(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> float:
-        """The step after which training ends, infinite where nothing says so: a stream, or epochs
+        """The step after which training ends, infinite where nothing ends it: a stream, or epochs
         without number.
 
         Early stopping and limits of time are not foreseen. Called within an epoch, after
@@ -72,8 +81,18 @@ class RunSteps:
         end = min(ends)
         return max(math.ceil(end), self.done) if math.isfinite(end) else end
 
+    def agreed_last(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", ranks: Ranks
+    ) -> float:
+        """`last` of the rank that plans most, since loaders of different lengths give different
+        ends.
+        """
+        steps = torch.tensor([float(self.last(trainer, pl_module))])
+        what = f"the number of steps planned at step {self.done}"
+        return float(ranks.table(steps, what=what).max())
+
     def _optimizer_steps_each(self, trainer: "pl.Trainer") -> float:
-        """Of `global_step`, for each of ours; 1 before there is one to tell from."""
+        """Of `global_step`, for each step of the run; 1 before there was one."""
         steps = self.done - self._first_done
         counted = trainer.global_step - self._first_global_step
         return counted / steps if steps and counted else 1.0
@@ -85,7 +104,7 @@ class RunSteps:
         progress: Any = trainer.fit_loop.epoch_progress.current
         seen = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # Where training goes on from the end of an epoch, batches are still those of that epoch
-        # until the next one has its first. Later the Trainer's epochs say nothing: it does not
+        # until the next one has its first. Later the Trainer's epochs do not count: it does not
         # count the start of one that follows a checkpoint of the last batch's hook.
         if not self._has_seen_batches and progress.started == progress.processed:
             seen = 0
@@ -109,3 +128,6 @@ def _accumulation(trainer: "pl.Trainer", epoch: int, epochs: int) -> list[int]:
         if isinstance(callback, GradientAccumulationScheduler):
             return [callback.get_accumulate_grad_batches(epoch + i) for i in range(epochs)]
     return [now] * epochs
+
+
+__all__ = ["RunSteps"]

@@ -17,6 +17,8 @@ _NAMED_RATES: Final = (
     "initial_lr",
     "max_lr",
 )  # what schedulers leave in a group: a warm-up that begins at 0 names its aim there
+_RATE_JUMP: Final = 8.0
+"""A learning rate that grew so much since the last analysis makes the next one due."""
 
 
 def effective_step_sizes(
@@ -40,6 +42,11 @@ def effective_step_sizes(
         known.
 
     Of sharded parameters (FSDP2) all ranks must call this, since each holds a part of the moments.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> sizes = effective_step_sizes([torch.optim.SGD([weight], lr=0.1, momentum=0.9)])
+    >>> f"{sizes[id(weight)]:.1f}"
+    '1.0'
     """
     sizes: dict[int, float] = {}
     largest = {} if largest_rates is None else largest_rates
@@ -60,6 +67,51 @@ def effective_step_sizes(
     return sizes
 
 
+class LearningRates:
+    """The learning rates of a run, as far as they decide how long its maps hold.
+
+    Attributes:
+        largest: of each group so far, as `effective_step_sizes` keeps them.
+        seen: the largest when widths were looked at last; infinite before.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+    >>> rates = LearningRates()
+    >>> rates.note([optimizer])
+    >>> optimizer.param_groups[0]["lr"] = 1.0
+    >>> rates.jumped([optimizer])
+    True
+    """
+
+    def __init__(self) -> None:
+        self.largest: dict[str, float] = {}
+        self.seen = math.inf
+
+    def note(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Widths are looked at now."""
+        self.seen = _largest_rate(optimizers)
+
+    def jumped(self, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+        """Whether the learning rate has left the one that was seen last far behind, as at a restart
+        of its schedule: E was narrow for a small one.
+        """
+        return _largest_rate(optimizers) > _RATE_JUMP * self.seen
+
+    def step_sizes(
+        self, layers: Mapping[str, nn.Module], optimizers: Iterable[torch.optim.Optimizer]
+    ) -> dict[str, float]:
+        """Of each layer's weight, in the next step; NaN for one that no optimizer holds."""
+        sizes = effective_step_sizes(optimizers, self.largest)
+        return {name: layer_step_size(layer, sizes) for name, layer in layers.items()}
+
+
+def _largest_rate(optimizers: Iterable[torch.optim.Optimizer]) -> float:
+    rates = (
+        float(group.get("lr", 0.0)) for optimizer in optimizers for group in optimizer.param_groups
+    )
+    return max(rates, default=0.0)
+
+
 def layer_step_size(layer: nn.Module, sizes: Mapping[int, float]) -> float:
     """Of a layer's weight, from `effective_step_sizes`: the largest of the parameters that it is,
     or is computed from.
@@ -69,6 +121,12 @@ def layer_step_size(layer: nn.Module, sizes: Mapping[int, float]) -> float:
 
     Returns:
         NaN where no known optimizer holds any of them.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer_step_size(layer, effective_step_sizes([torch.optim.SGD(layer.parameters(), lr=0.1)]))
+    0.1
+    >>> layer_step_size(layer, {})
+    nan
     """
     found = [sizes[id(p)] for p in _parameters_behind(layer) if id(p) in sizes]
     known = [size for size in found if not math.isnan(size)]
@@ -123,4 +181,4 @@ def _mean(moment: Tensor) -> float:
     return math.nan
 
 
-__all__ = ["RATE_FLOOR", "effective_step_sizes", "layer_step_size"]
+__all__ = ["RATE_FLOOR", "LearningRates", "effective_step_sizes", "layer_step_size"]

@@ -251,7 +251,7 @@ def test_checkpoints_at_an_epochs_last_step(tmp_path, every):
         )
         planned = []
         watch = LambdaCallback(
-            on_train_batch_start=lambda *_: planned.append(callback._planned_steps)
+            on_train_batch_start=lambda *_: planned.append(callback.run.planned_steps)
         )
         t = trainer(
             callbacks=[saver, callback, watch],

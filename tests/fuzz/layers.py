@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import EXECUTORS
 from dynasty_lightning.nn.layers import DynamicLayer
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics import gemm as matmul
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.backends.toolchain import build
@@ -134,7 +135,8 @@ def _step(
     point of the random stream.
     """
     layer.train(training)
-    layer.observing, layer.weight.grad = observing, None
+    layer.observe(Observe.MOMENTS if observing else Observe.NOTHING)
+    layer.weight.grad = None
     layer.clear_observation()
     layer.stream.calls.zero_()
     x, e = (

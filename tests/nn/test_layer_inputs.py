@@ -20,6 +20,7 @@ import dynasty_lightning.nn as dnn
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
 from dynasty_lightning.cost.bit_products import layer_cost
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
 
@@ -226,7 +227,7 @@ def test_an_empty_batch_has_torchs_empty_result_and_gradients(mode, training, la
     plain, model = copy.deepcopy(layer), nn.Sequential(copy.deepcopy(layer))
     convert(model, mode=mode)
     model.train(training)
-    model[0].observing = True
+    model[0].observe(Observe.MOMENTS)
     results = []
     for network in (plain, model):
         x = torch.zeros(shape, requires_grad=True)
@@ -267,7 +268,7 @@ def test_the_cost_of_a_layer_in_eval_mode_is_that_of_its_blocks():
     convert(model)
     model.eval()
     layer = model[0]
-    layer.observing = True
+    layer.observe(Observe.MOMENTS)
     x = torch.randn(8, 8, requires_grad=True)
     model(x).sum().backward()
     o = layer.observation()
@@ -652,7 +653,7 @@ def test_networks_that_were_converted_apart_share_a_stream_and_no_name():
 def test_a_copy_from_within_an_analysed_step_records_nothing():
     model = nn.Sequential(nn.Linear(4, 4))
     convert(model)
-    model[0].observing = True
+    model[0].observe(Observe.MOMENTS)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         twin(torch.randn(2, 4)).sum().backward()
         assert twin[0].observation() is None

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from dynasty_lightning import DynastyCallback, DynastyPrecision, OperandPrecision, Role, convert
 from dynasty_lightning.nn import MultiheadAttention
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.tasks.data import TensorDataModule, load_data
 from dynasty_lightning.tasks.models import CifarResNet, Classifier
 
@@ -164,7 +165,7 @@ def test_maps_of_another_input_size_fall_back_to_channel_blocks():
 def test_a_layer_called_twice_and_a_frozen_layer():
     layer = nn.Sequential(nn.Linear(8, 8))
     convert(layer)
-    layer[0].observing = True
+    layer[0].observe(Observe.MOMENTS)
     layer(layer(torch.randn(4, 8))).sum().backward()
     assert layer[0].observation() is not None
     frozen = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
@@ -176,7 +177,7 @@ def test_a_layer_called_twice_and_a_frozen_layer():
 
 
 def test_bf16_around_converted_layers():
-    plugin = DynastyPrecision(rest="bf16")
+    plugin = DynastyPrecision(other_layers="bf16")
     model = Classifier(CifarResNet(8, in_channels=1, width=8), classes=10, learning_rate=0.05)
     t = L.Trainer(
         accelerator="cpu",

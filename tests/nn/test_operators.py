@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import SHARED, Role
@@ -165,7 +166,7 @@ def test_kernels_change_no_training(monkeypatch):
             )
             report = convert(model, seed=3)
             for layer in dynamic_layers(model).values():
-                layer.observing = True
+                layer.observe(Observe.MOMENTS)
                 layer.set_precision(Role.ACTIVATION, OperandPrecision(lsb_exponent=-3))
                 layer.set_precision(Role.ERROR, OperandPrecision(lsb_exponent=-7))
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -222,7 +223,7 @@ def test_a_network_compiles_to_one_graph(observing, backward_bits):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for network in (model, eager):
         for layer in dynamic_layers(network).values():
-            layer.observing = observing
+            layer.observe(Observe.MOMENTS if observing else Observe.NOTHING)
             for role in SHARED:
                 layer.set_precision(role, OperandPrecision(bits=5, backward_bits=backward_bits))
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -251,10 +252,9 @@ def test_a_step_may_be_recorded_without_moments(value):
     layer = nn.Sequential(nn.Linear(8, 8))
     convert(layer)
     layer[0].set_precision(Role.ACTIVATION, OperandPrecision(bits=3))
-    layer[0].observing = True
     x, seen = torch.randn(4, 8), []
-    for headers_only in (True, False):
-        layer[0].headers_only = headers_only
+    for observe in (Observe.WIDTHS, Observe.MOMENTS):
+        layer[0].observe(observe)
         (value * layer(x)).sum().backward()
         seen.append(layer[0].observation())
         layer[0].clear_observation()
@@ -270,7 +270,7 @@ def test_a_step_may_be_recorded_without_moments(value):
 def test_a_copy_of_a_layer_records_for_itself():
     layer = nn.Sequential(nn.Linear(8, 8))
     convert(layer)
-    layer[0].observing = True
+    layer[0].observe(Observe.MOMENTS)
     other = copy.deepcopy(layer)
     layer(torch.randn(4, 8)).sum().backward()
     assert layer[0].observation() is not None

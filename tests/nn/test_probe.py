@@ -12,10 +12,12 @@ from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
 from dynasty_lightning.cost.run_cost import RunCost
 from dynasty_lightning.nn import ops
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.nn.probe import PROBED_ROWS, SHIFTS, ProbeRecord
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.calibration import Calibration
+from dynasty_lightning.trainer.analysis import Analysis
 from tests.trainer.test_lightning import digits, small_classifier, trainer
 
 X, W, E = Role
@@ -53,7 +55,7 @@ def test_a_probe_of_a_linear_layer_against_float64():
     (dynamic,) = dynamic_layers(model).values()
     for role in Role:
         dynamic.set_precision(role, OperandPrecision(lsb_exponent=LSB[role]))
-    dynamic.observing = dynamic.probing = True
+    dynamic.observe(Observe.HARM)
     x = torch.randn(16, 8, requires_grad=True)
     e = torch.randn(16, 12) * 0.01
     model(x).backward(e)
@@ -106,7 +108,7 @@ def test_a_convolution_is_probed_on_its_first_samples(groups):
     for layer in dynamic_layers(model).values():
         for role in Role:
             layer.set_precision(role, OperandPrecision(lsb_exponent=LSB[role]))
-        layer.observing = layer.probing = True
+        layer.observe(Observe.HARM)
     for layer in dynamic_layers(model).values():
         layer.clear_observation()
     images = torch.randn(PROBED_ROWS + 12, 8, 9, 9)
@@ -122,7 +124,7 @@ def test_without_thresholds_there_is_no_probe():
     model = nn.Sequential(nn.Linear(8, 8))
     convert(model)
     (layer,) = dynamic_layers(model).values()
-    layer.observing = layer.probing = True
+    layer.observe(Observe.HARM)
     model(torch.randn(8, 8)).sum().backward()
     assert layer.observation().probe is None
 
@@ -194,7 +196,7 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch, batches
     layer.set_precision(E, OperandPrecision(bits=2))
     x, seen = torch.randn(8, 8), []
     for exact in (False, True):
-        layer.observing, layer.exact_errors = True, exact
+        layer.observe(Observe.MOMENTS, exact_errors=exact)
         model(x).square().mean().backward()
         seen.append(set(layer.observation().bits[E].flatten().tolist()))
     assert seen == [{2}, {8}]
@@ -211,14 +213,14 @@ def test_an_analysed_step_has_exact_errors_and_its_own_cost(monkeypatch, batches
         )[1],
     )
     kinds = set()
-    look = DynastyCallback._look
+    look = Analysis.look
 
-    def spy(self, t, phase):
-        found = look(self, t, phase)
+    def spy(self, *args, **options):
+        found = look(self, *args, **options)
         kinds.add(bool(found.layers))
         return found
 
-    monkeypatch.setattr(DynastyCallback, "_look", spy)
+    monkeypatch.setattr(Analysis, "look", spy)
     callback = DynastyCallback(target_speedup=4.0, interval=20, warmup_steps=4, table=False)
     epochs = 4 * batches
     trainer(

@@ -19,6 +19,9 @@ from dynasty_lightning.study.method import Method, parse_methods
         ("uniform:bits=E:3/X:4/W:5", "uniform:bits=X:4/W:5/E:3"),
         ("uniform4:block_shape=1x32", "uniform4:block_shape=1x32"),
         ("uniform8:unquantized=X+W", "uniform8:unquantized=X+W"),
+        # Results are stored under the old name, so that the new one finds them.
+        ("uniform8:rest=bf16", "uniform8:rest=bf16"),
+        ("uniform8:other_layers=bf16", "uniform8:rest=bf16"),
     ],
 )
 def test_one_spelling(text, canonical):
@@ -71,6 +74,12 @@ def test_what_is_no_method(text, message):
 def test_options_are_checked_before_anything_runs(text, message):
     with pytest.raises(ValueError, match=message):
         Method.parse(text).check()
+
+
+@pytest.mark.parametrize("name", ["rest", "other_layers"])
+def test_either_name_of_an_option_reaches_the_plugin(name):
+    plugin = Method.parse(f"uniform8:{name}=bf16").make_plugin(seed=1)
+    assert plugin.other_layers == "bf16"
 
 
 def test_commas_separate_methods_and_their_options():

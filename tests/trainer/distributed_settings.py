@@ -679,7 +679,7 @@ def own_loaders(ranks, rank, folder):
 
 
 def rest_in_bfloat16(ranks, rank, folder):
-    return even(ranks, rank, folder, plugin=DynastyPrecision(seed=3, rest="bf16"))
+    return even(ranks, rank, folder, plugin=DynastyPrecision(seed=3, other_layers="bf16"))
 
 
 class Hook(Callback):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, PrecisionMap, Role, convert
 from dynasty_lightning.nn.layers import DynamicLayer, dynamic_layers
+from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.policy.threshold import DynastyPolicy
 from dynasty_lightning.tasks.data import TensorDataModule, load_data
@@ -86,7 +87,7 @@ def test_what_backward_reads_has_widths_and_a_price_of_its_own():
         64 * (2 * first + 3 * second) / ours
     )
     layer = next(iter(dynamic_layers(model).values()))
-    layer.observing = True
+    layer.observe(Observe.MOMENTS)
     model(torch.randn(8, 32)).sum().backward()
     seen = layer.observation()
     assert [int(seen.bits[r].max()) for r in Role] == [5, 4, 6]
@@ -449,7 +450,7 @@ def test_bad_callback_options(options, message):
     ("options", "message"),
     [
         ({"mode": "quick"}, "mode must be"),
-        ({"rest": "16"}, "rest must be"),
+        ({"other_layers": "16"}, "other_layers must be"),
         ({"block_shape": (3, 4)}, "block_shape must be one of"),
         ({"width_group": (6, 4)}, "multiple of block_shape"),
         ({"exclude": "head"}, r"exclude=\('head',\)"),
@@ -466,7 +467,7 @@ def test_bad_callback_options(options, message):
 def test_bad_plugin_options(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         DynastyPrecision(**options)
-    if "rest" not in options:  # the same options, the same words
+    if "other_layers" not in options:  # the same options, the same words
         with pytest.raises((ValueError, TypeError), match=message):
             convert(nn.Sequential(nn.Linear(4, 4)), **options)
 

@@ -122,7 +122,7 @@ def test_a_parametrized_weight_has_the_step_size_of_what_it_is_computed_from():
             parametrize.register_parametrization(pl_module.net[2], "weight", Doubled())
 
         def on_train_end(self, trainer, pl_module):
-            sizes.update(callback._step_sizes(trainer))
+            sizes.update(callback.run.rates.step_sizes(callback._layers, trainer.optimizers))
 
     fit(task, callback, callbacks=[Parametrize()])
     assert sizes == pytest.approx(dict.fromkeys(sizes, 0.1 / (1 - 0.9)))
