@@ -22,7 +22,7 @@ Predictors, all of the error that was made, sum err**2 over the entry:
     calibrated        the same times the factors that the policy's probes have found by then
     exact statistics  the same from this batch's own, unquantized
     AMPA              rms gradient * rms error of the entry (first order; of E its own rms), our
-                      reading of the rule (docs/policies.md)
+                      reading of the rule (docs/reference/policies.md)
     noise             sum err**2 over the tensor's sum of squares
     amax^2            the entry's largest square alone
     amax^2 err^2      the same times sum err**2

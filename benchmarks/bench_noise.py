@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures rounding noise and the thresholds that follow from it; source of policy/noise.py and
-docs/thresholds.md.
+docs/concepts/widths.md.
 
     python benchmarks/bench_noise.py
     python benchmarks/bench_noise.py --smoke    # a few seconds; writes and draws nothing
@@ -80,7 +80,7 @@ def block_exponents(x: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def intended_lsb(x: Tensor, kind: str, block: tuple[int, int], bits: int) -> Tensor:
-    """LSB of each block by docs/numerics.md, float64; also of blocks that rounded to zero, whose
+    """LSB of each block by docs/reference/numerics.md, float64; also of blocks that rounded to zero, whose
     stored exponent is 0.
     """
     blocks = x.view(-1, *block)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a core needs for a job: cycles and words as its registers count them, and a model of the
-time with memory (docs/core.md).
+time with memory (docs/reference/core.md).
 """
 
 from collections.abc import Iterator

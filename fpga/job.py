@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs: one GEMM of a layer over two operands (docs/core.md)."""
+"""Jobs: one GEMM of a layer over two operands (docs/reference/core.md)."""
 
 import math
 from dataclasses import dataclass, field

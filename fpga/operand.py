@@ -167,7 +167,7 @@ class Operand:
         if shifts.size and shifts.max() > 31:
             raise OperandError(
                 f"scale exponents of an operand may span 31 binades, not {shifts.max()}: see "
-                f"the window in docs/numerics.md"
+                f"the window in docs/reference/numerics.md"
             )
         return shifts.astype(np.int32)
 

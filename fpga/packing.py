@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operands as they lie in the core's memory (docs/core.md, "Packed form")."""
+"""Operands as they lie in the core's memory (docs/reference/core.md, "Packed form")."""
 
 import itertools
 import math

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The activations' quantizer in NumPy, as evaluation uses it: blocks of one row, rounding to
-nearest (docs/numerics.md).
+nearest (docs/reference/numerics.md).
 """
 
 from dataclasses import dataclass

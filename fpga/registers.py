@@ -67,7 +67,7 @@ ARGUMENTS: Final = (
     ("c", 32, "write", "address of the result"),
     ("version", 32, "read", "LAYOUT_VERSION"),
     ("capability", 32, "read", "first 32 bits of the configuration's SHA-256"),
-    ("cycles", 64, "read", "as docs/core.md counts them"),
+    ("cycles", 64, "read", "as docs/reference/core.md counts them"),
     ("words_a", 32, "read", "64-bit words read of A"),
     ("words_b", 32, "read", "64-bit words read of B"),
     ("words_c", 32, "read", "32-bit words written"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a core cuts a job into output tiles, steps and parts, and the words that start it
-(docs/core.md).
+(docs/reference/core.md).
 """
 
 from dataclasses import dataclass, fields
@@ -93,7 +93,7 @@ class Walk:
             raise JobError(
                 f"a step of {terms} products may reach {step_bound:.3g} LSBs, 2**{SUM_BITS} or "
                 f"more: "
-                "the operands' exponents span more than the window of docs/numerics.md"
+                "the operands' exponents span more than the window of docs/reference/numerics.md"
             )
         return [Part(s, min(count, self.steps - s)) for s in range(0, self.steps, count)]
 

@@ -1,4 +1,4 @@
-"""docs/numerics.md in nested Python loops over Fraction and int. Calls no package function and no
+"""docs/reference/numerics.md in nested Python loops over Fraction and int. Calls no package function and no
 torch arithmetic.
 """
 

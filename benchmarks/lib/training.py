@@ -92,7 +92,9 @@ class DynamicTraining(Training):
         seed: int = 0,
         block_shape: tuple[int, int] = (4, 4),
     ) -> None:
-        self.plugin = DynastyPrecision(mode=mode, other_layers=rest, seed=seed, block_shape=block_shape)
+        self.plugin = DynastyPrecision(
+            mode=mode, other_layers=rest, seed=seed, block_shape=block_shape
+        )
         super().__init__(self.plugin.convert_module(network), batches, compiled=compiled)
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
         # A Trainer that runs no loop: the hooks find in it what they find in any.

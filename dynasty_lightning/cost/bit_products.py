@@ -2,7 +2,7 @@
 """Exact sums over all block pairs of the three GEMMs, from grids of widths.
 
 A convolution is a sum over taps of block GEMMs, so every sum over pairs factorises into a sum of
-products of small sums: no pair is ever formed. docs/cost.md gives the formulas and says what is
+products of small sums: no pair is ever formed. docs/concepts/cost.md gives the formulas and says what is
 counted.
 """
 
@@ -42,7 +42,7 @@ def layer_cost(
         input_shape: X after explicit padding, [N, C, *image] of a Conv or [N, *tokens, F] of a
             Linear.
         output_shape: Y and E, likewise.
-        bits: integer widths of X, W and E on their grids (docs/numerics.md), any device.
+        bits: integer widths of X, W and E on their grids (docs/reference/numerics.md), any device.
         occupied: bool, the same grids: the input block was not all zero.
         block_shape: rows x channels of a block; channels a multiple of rows.
         has_dgrad: whether DGRAD runs: not in a first layer whose input needs no gradient.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Additive counts of a GEMM, a layer, a step or a network, and the reductions in bit operations
-that follow from them. docs/cost.md: what is counted.
+that follow from them. docs/concepts/cost.md: what is counted.
 """
 
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Energy of a step from its counts, with named constants. docs/cost.md gives the formulas and their
+"""Energy of a step from its counts, with named constants. docs/concepts/cost.md gives the formulas and their
 limits.
 """
 

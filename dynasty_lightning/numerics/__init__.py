@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Formats, rounding, quantization and block GEMMs: functions and frozen dataclasses on torch.
-`docs/numerics.md` is the specification.
+`docs/reference/numerics.md` is the specification.
 """

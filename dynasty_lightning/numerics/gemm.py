@@ -131,7 +131,7 @@ def fast_gemm(
     input_shape: tuple[int, ...],
 ) -> Float[Tensor, "..."]:
     """The same operands on the fastest units that hold them without error; within the bound of
-    docs/numerics.md.
+    docs/reference/numerics.md.
 
     Returns:
         float32, or bfloat16 as bf16 units leave it, in whatever memory order they do; `finish`

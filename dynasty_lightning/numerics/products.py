@@ -89,7 +89,7 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
 
     Some kernels leave results unwritten (whatever the memory held before) or end the process. It
     was found in random geometries beside float64, with freed memory poisoned
-    (docs/upstream/onednn-conv-unwritten-memory.md, `python -m tests.fuzz.geometries`). Wrong are
+    (docs/lab-notes/onednn.md, `python -m tests.fuzz.geometries`). Wrong are
 
     - in 1-D, 2-D and 3-D: on some axis a kernel larger than the input without its padding, or
       more padding than keeps the size (a tap, or an output position with all its taps, may then
@@ -182,7 +182,7 @@ def sum_bound(
     """Upper bound of |sum| over every partial sum: min(K max|a| max|b|, |row|_2 |col|_2), for
     integer operands in float64.
 
-    Source: docs/numerics.md, "Sums"; the second is Cauchy-Schwarz, which also holds for every
+    Source: docs/reference/numerics.md, "Sums"; the second is Cauchy-Schwarz, which also holds for every
     subset of the terms.
 
     >>> linear = LayerGeometry(kind="linear", weight_shape=(3, 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block quantization of one operand: width, scale, window, rounding, zero. `docs/numerics.md` is
+"""Block quantization of one operand: width, scale, window, rounding, zero. `docs/reference/numerics.md` is
 the specification.
 """
 

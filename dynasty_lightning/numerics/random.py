@@ -3,7 +3,7 @@
 drawn before.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11; layout in
-docs/numerics.md.
+docs/reference/numerics.md.
 """
 
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ def measured_slopes(
     layers: Mapping[str, LayerStatistics], *, loss: float
 ) -> dict[str, dict[Role, Slope]]:
     """Harm as `layer_sensitivities` defines it, but of rounding errors that were made, not
-    predicted (docs/thresholds.md, equation 7).
+    predicted (docs/concepts/widths.md, equation 7).
 
     Returns:
         By layer and role; nothing if no layer was probed or one has a measurement that is not

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured rounding noise, and the constants that turn a price and a sensitivity into a threshold.
 
-Derivation: docs/thresholds.md. Source of every number: benchmarks/bench_noise.py, whose
+Derivation: docs/concepts/widths.md. Source of every number: benchmarks/bench_noise.py, whose
 results/noise.json a test holds equal to this.
 """
 
@@ -131,7 +131,7 @@ def noise_to_signal(
 
 def ideal_lsb_exponent(multiplier: float, price: float, harm: Tensor, role: Role) -> Tensor:
     """The real-valued LSB exponent at which one more bit stops paying; the best integer is its
-    ceiling (docs/thresholds.md, equation 6).
+    ceiling (docs/concepts/widths.md, equation 6).
 
     Raising the LSB from 2**T to 2**(T + 1) adds 3 kappa s 4**T harm and saves lambda p, so T = 1/2
     log2(lambda p / (3 kappa s)).

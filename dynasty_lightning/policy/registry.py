@@ -58,7 +58,7 @@ POLICIES: Final = MappingProxyType(
         "dynasty": PolicyKind(
             make=DynastyPolicy,
             text="thresholds from predicted loss increase and cost, block by block",
-            source="this project, after DYNASTY (arXiv 2210.17047); docs/thresholds.md",
+            source="this project, after DYNASTY (arXiv 2210.17047); docs/concepts/widths.md",
             takes_noise=True,
         ),
         "per_layer": PolicyKind(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From observed second moments to sensitivities: the predicted loss increase (harm) of a unit of
-squared rounding error. Derivation: docs/thresholds.md.
+squared rounding error. Derivation: docs/concepts/widths.md.
 """
 
 import math
@@ -18,7 +18,7 @@ __all__ = ["Sensitivity", "layer_sensitivities", "progress_and_share"]
 
 FORWARD_SHARE: Final = 0.25
 """How much an error of X or W disturbs the gradients over how much it moves Y: of whole operands,
-.14 to .25 (docs/thresholds.md).
+.14 to .25 (docs/concepts/widths.md).
 """
 NATURAL_LOSS: Final = 16.0
 """In nats a term: a mean loss above it is a log-likelihood times some factor (a sum over the batch,
@@ -71,7 +71,7 @@ def layer_sensitivities(
     Harm is loss increase over the loss L, one currency for all roles: what the loss is higher for
     an error of X or W, and what a step gains less for noise in its gradient. With M terms of the
     loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l
-    over the n layers that learn, the gain of a step to first order (docs/thresholds.md, equations 1
+    over the n layers that learn, the gain of a step to first order (docs/concepts/widths.md, equations 1
     to 4):
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2

@@ -3,7 +3,7 @@
 noise budget.
 
 Harm is short for predicted loss increase: how much higher the loss gets by rounding, as a share of
-the loss (docs/thresholds.md).
+the loss (docs/concepts/widths.md).
 """
 
 import math
@@ -48,19 +48,19 @@ class ThresholdPolicy(Policy, ABC):
     it; lambda is steered.
 
     Args:
-        noise_budget: predicted harm (docs/thresholds.md, equation 1) to steer to; None steers to
+        noise_budget: predicted harm (docs/concepts/widths.md, equation 1) to steer to; None steers to
             the measurement's target_speedup.
         smoothing: weight of the past in the moving averages of second moments.
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before
             an integer one moves.
         least_bits: least width of X, W and E blocks; 0 allows zero blocks: of E an unbiased drop,
             but of X and W a bias that harm in second moments does not see and training does
-            (docs/thresholds.md, Measured harm).
+            (docs/concepts/widths.md, Measured harm).
         backward_bits: most bits of X in WGRAD and of W in DGRAD, MAX_BITS where not given
-            (docs/thresholds.md, Backward).
+            (docs/concepts/widths.md, Backward).
         calibrate: what measured slopes of harm per cost are balanced over: "layers" (roles, and
             each role's layers), "roles", or "none", which was best where we measured
-            (docs/thresholds.md, Calibration).
+            (docs/concepts/widths.md, Calibration).
         role_weights: what predicted harm of X, W and E counts times, 1 where not given: for
             ablations, and for a split measured elsewhere.
 
@@ -295,7 +295,7 @@ class ThresholdPolicy(Policy, ABC):
 
 @dataclass(kw_only=True)
 class DynastyPolicy(ThresholdPolicy):
-    """Harm as loss, from second moments and the optimizer's step size (docs/thresholds.md,
+    """Harm as loss, from second moments and the optimizer's step size (docs/concepts/widths.md,
     equations 1 to 4).
 
     E of this layer is the most sensitive operand, so its least significant bit is the finest:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all ranks agree on of a step before they add anything up: who recorded what, in a table of
-fixed size (docs/distributed.md).
+fixed size (docs/reference/distributed.md).
 """
 
 import math

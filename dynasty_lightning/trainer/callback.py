@@ -41,7 +41,7 @@ class DynastyCallback(RunResults, Callback):
         target_speedup: reduction in bit operations of the whole run over uniform 8-bit blocks, zero
             blocks counted (`speedup_charged`), warm-up included.
         noise_budget: instead of a cost target: predicted loss increase (`harm`) to steer to
-            (docs/thresholds.md).
+            (docs/concepts/widths.md).
         policy: a name in `POLICIES` ("dynasty", "uniform", baselines), or a `Policy` object.
         bits: for "uniform" only: one width, or one for each of "X", "W", "E"; 8 where not given.
         interval: steps between analyses once the cost has settled.

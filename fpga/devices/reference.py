@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `reference` device: the sums of docs/core.md in NumPy, the registers from the cost law.
+"""The `reference` device: the sums of docs/reference/core.md in NumPy, the registers from the cost law.
 Shares no code with the core.
 """
 

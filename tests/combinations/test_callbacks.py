@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, Lightning's own callbacks beside ours."""
+"""docs/reference/combinations.md, Lightning's own callbacks beside ours."""
 
 import lightning as L
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, how a run is made: Trainers, limits, data of any shape."""
+"""docs/reference/combinations.md, how a run is made: Trainers, limits, data of any shape."""
 
 import itertools
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, what is trained: frozen, shared, computed and copied weights, graphs,
+"""docs/reference/combinations.md, what is trained: frozen, shared, computed and copied weights, graphs,
 several networks.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of loss and
+"""docs/reference/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of loss and
 gradient.
 """
 

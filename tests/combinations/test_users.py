@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/combinations.md, training steps of other people: inner loops, recurrence, skipped batches,
+"""docs/reference/combinations.md, training steps of other people: inner loops, recurrence, skipped batches,
 hooks, boxes, caches.
 """
 

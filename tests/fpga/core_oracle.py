@@ -1,4 +1,4 @@
-"""The core in Python integers, written from docs/core.md alone: sums, rounding, packed words,
+"""The core in Python integers, written from docs/reference/core.md alone: sums, rounding, packed words,
 cycles and traffic by walking them.
 
 Slow and literal on purpose. It shares with `fpga` only the containers it is given.

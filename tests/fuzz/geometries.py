@@ -5,7 +5,7 @@ tests.fuzz.geometries --seconds 600`.
 `--layers`: converted layers instead of bare GEMMs, in every mode and on every path
 (tests/fuzz/layers.py).
 
-The library's fault (docs/upstream/onednn-conv-unwritten-memory.md) is memory that is never written,
+The library's fault (docs/lab-notes/onednn.md) is memory that is never written,
 so a single look may pass by luck, and some shapes end the process. So each part runs in a child
 with glibc's MALLOC_PERTURB_ set, and freed blocks of like sizes hold NaN.
 """
@@ -69,7 +69,7 @@ def random_case(seed: int, axes: int | None = None) -> tuple[LayerGeometry, tupl
 
 
 def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list[str]:
-    """Which GEMMs, types and memory orders leave the bound of docs/numerics.md."""
+    """Which GEMMs, types and memory orders leave the bound of docs/reference/numerics.md."""
     generator = torch.Generator().manual_seed(seed)
 
     def operand(shape):

@@ -244,7 +244,7 @@ def test_three_gemms_equal_the_oracle(seed):
         want = oracle.rounded(want)
         for path, values in zip(PATHS, got, strict=True):
             np.testing.assert_array_equal(values.numpy(), want, err_msg=f"{name} of {path}")
-    # docs/numerics.md, "Sums": K <= 10**4 here.
+    # docs/reference/numerics.md, "Sums": K <= 10**4 here.
     magnitude = gemms(np.abs)
     relative = 2.0**-8 if fast_dtype(torch.device("cpu")) == torch.bfloat16 else 0.0
     for name, want, size, *got in zip(

@@ -482,7 +482,7 @@ void FuzzMeanSquares() {
   }
 }
 
-// One number as docs/numerics.md has it, in the plainest words.
+// One number as docs/reference/numerics.md has it, in the plainest words.
 uint16_t NumberOf(const int64_t* words, uint64_t index) {
   const uint64_t g = index / 8;
   uint32_t c[4] = {uint32_t(g), uint32_t(words[2]), uint32_t(words[3]),

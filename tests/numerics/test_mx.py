@@ -168,7 +168,7 @@ def test_three_gemms_read_the_specifications_operands(name, spread):
         for result, exact, size in zip(
             (y.detach(), inputs.grad, model[0].weight.grad), want, sizes, strict=True
         ):
-            # exact: float64 sums, rounded once; fast: docs/numerics.md.
+            # exact: float64 sums, rounded once; fast: docs/reference/numerics.md.
             bound = 2.0**-24 * exact.abs() + 2.0**-52 * terms * size + 2.0**-149
             if mode == "fast":
                 bound += terms * 2.0**-23 * size * (1 + 2.0**-8) + 2.0**-8 * exact.abs()

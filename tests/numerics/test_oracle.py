@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle itself: cases worked by hand from docs/numerics.md, and torch on integers, where every
+"""The oracle itself: cases worked by hand from docs/reference/numerics.md, and torch on integers, where every
 sum is exact.
 """
 

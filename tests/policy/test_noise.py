@@ -39,7 +39,7 @@ def threshold(multiplier, price, harm, role):
 def numpy_noise(
     x: np.ndarray, role: Role, signed: bool, bits: int, random: np.random.Generator
 ) -> tuple[float, float]:
-    """NSR and kappa of blocks [count, elements], by docs/numerics.md."""
+    """NSR and kappa of blocks [count, elements], by docs/reference/numerics.md."""
     peak = np.abs(x).max(1, keepdims=True)
     exponent = np.frexp(peak)[1] - 1
     p = bits - signed

@@ -202,7 +202,7 @@ STRUCTS: Final = (QUANTIZE, DEQUANTIZE, WIDEN, MEAN_SQUARES)
 
 MAX_BLOCK_CHANNELS: Final = 32
 _CONSTANTS: Final = (
-    ("int32_t", "kWindow", formats.WINDOW, "R of docs/numerics.md"),
+    ("int32_t", "kWindow", formats.WINDOW, "R of docs/reference/numerics.md"),
     ("int32_t", "kMinBits", formats.MIN_BITS, ""),
     ("int32_t", "kMaxBits", formats.MAX_BITS, ""),
     ("int32_t", "kMaxDropDepth", formats.MAX_DROP_DEPTH, ""),

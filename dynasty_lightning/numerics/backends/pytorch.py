@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantizer in vectorised PyTorch, on any device: what the kernels are compared with, and what
-runs without them. Width, scale, window, mantissa, as docs/numerics.md has them.
+runs without them. Width, scale, window, mantissa, as docs/reference/numerics.md has them.
 """
 
 import math

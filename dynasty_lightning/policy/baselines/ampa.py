@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AMPA: bits taken from the least sensitive operands first. See docs/policies.md."""
+"""AMPA: bits taken from the least sensitive operands first. See docs/reference/policies.md."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class AmpaPolicy(Policy):
     """Bits taken from the least sensitive operands first, after AMPA (Ding et al., ICML 2024).
 
     Only the abstract and the inputs of its Algorithm 1 could be read, so this is a construction
-    from them (docs/policies.md): sensitivity of an operand = quantization loss * mean gradient
+    from them (docs/reference/policies.md): sensitivity of an operand = quantization loss * mean gradient
     magnitude, a first-order bound of the change of the loss, here elements * rms gradient * rms
     error; for E, whose gradient the paper does not name there, its own magnitude. In units of the
     role's mean over layers, so that roles count alike. From 8 bits everywhere, the operand that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cyclic precision training: X and W rise in cosine cycles. See docs/policies.md."""
+"""Cyclic precision training: X and W rise in cosine cycles. See docs/reference/policies.md."""
 
 import math
 import warnings

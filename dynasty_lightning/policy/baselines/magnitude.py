@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A control that shows what gradients are worth: thresholds from magnitude alone. See
-docs/policies.md.
+docs/reference/policies.md.
 """
 
 from collections.abc import Mapping

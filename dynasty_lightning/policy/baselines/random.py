@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A control that shows what places are worth: DYNASTY's map in random ones. See
-docs/policies.md.
+docs/reference/policies.md.
 """
 
 import zlib

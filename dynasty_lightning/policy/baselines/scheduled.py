@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Baselines whose widths follow a published schedule over the run (`pfq`, `cpt`). Sources:
-docs/policies.md.
+docs/reference/policies.md.
 """
 
 import math

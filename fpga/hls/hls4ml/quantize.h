@@ -225,7 +225,7 @@ struct RowQuantizer {
     return planes ? header_words + (planes * kPlaneWords + kPlanesPerWord - 1) / kPlanesPerWord : 0;
   }
 
-  // The packed form (docs/core.md) of a row block whose other rows are zero.
+  // The packed form (docs/reference/core.md) of a row block whose other rows are zero.
   static uint32_t Write(const Group* groups, const int16_t* mantissas, int base, Word_t* words) {
     uint32_t end = C::positions * kSegments;
   LINES:

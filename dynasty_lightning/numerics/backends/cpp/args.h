@@ -8,7 +8,7 @@
 
 namespace dynasty {
 
-constexpr int32_t kWindow = 8;  // R of docs/numerics.md
+constexpr int32_t kWindow = 8;  // R of docs/reference/numerics.md
 constexpr int32_t kMinBits = 2;
 constexpr int32_t kMaxBits = 8;
 constexpr int32_t kMaxDropDepth = 3;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block quantization of one operand in three passes: peaks of blocks, a plan for each block,
-// elements. docs/numerics.md is the specification.
+// elements. docs/reference/numerics.md is the specification.
 //
 // Two memory orders are read natively: positions innermost (a Conv's N, C, H, W), where a lane is a
 // position, and channels innermost (Linear, channels_last), where sixteen consecutive blocks are

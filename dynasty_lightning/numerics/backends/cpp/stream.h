@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The counter-based random stream: Philox4x32-10 (Salmon et al., SC'11); counter layout in
-// docs/numerics.md, "Random stream".
+// docs/reference/numerics.md, "Random stream".
 #pragma once
 
 #include "lanes.h"

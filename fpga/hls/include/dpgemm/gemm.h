@@ -35,7 +35,7 @@ void Execute(const uint32_t* job_words, const Word_t* a, const Word_t* b, uint32
 
 }  // namespace dp
 
-// The core. Registers and job words: docs/core.md and registers.h.
+// The core. Registers and job words: docs/reference/core.md and registers.h.
 void dpgemm(const uint32_t* job, const dp::Word_t* a, const dp::Word_t* b, uint32_t* c,
             uint32_t* version, uint32_t* capability, uint64_t* cycles, uint32_t* words_a,
             uint32_t* words_b, uint32_t* words_c, uint32_t* error);
