@@ -14,8 +14,8 @@ from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from fpga import CompileError, DeviceError, ToolMissing
-from fpga.libraries import CacheError
 from fpga.devices.reference import ReferenceDevice
+from fpga.libraries import CacheError
 
 
 @pytest.fixture

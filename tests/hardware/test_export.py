@@ -26,12 +26,12 @@ from dynasty_lightning.tasks.data import load_data
 from dynasty_lightning.tasks.models import build_model
 from fpga import Operand, open_device
 from fpga.boards import load_board
-from fpga.network.deploy import DeployError, deploy
-from fpga.images import load_images, save_images
 from fpga.devices.overlay import bit_bytes, write_overlay
-from fpga.quantizer import ActivationRequest, quantize_activations
+from fpga.images import load_images, save_images
+from fpga.network.deploy import DeployError, deploy
 from fpga.network.program import Program, ProgramError
 from fpga.network.runner import Runner
+from fpga.quantizer import ActivationRequest, quantize_activations
 
 
 def same(a: Operand, b: Operand) -> bool:

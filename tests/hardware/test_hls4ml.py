@@ -29,9 +29,9 @@ from dynasty_lightning.hardware.hls4ml.project import (
 from dynasty_lightning.hardware.program import export_program
 from dynasty_lightning.nn.convert import convert
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
-from fpga.quantizer import ActivationRequest
 from fpga.network.program import GemmLayer, Program
 from fpga.network.runner import Runner
+from fpga.quantizer import ActivationRequest
 from tests.waiting import HANG_S
 
 # hls4ml leaves its list of boards open.
