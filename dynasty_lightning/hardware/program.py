@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a trained network into a program for `fpga.network.runner`: recorded from a run, weights packed,
+"""Turns a trained network into a program for `fpga.network`: recorded from a run, weights packed,
 BatchNorm as scale and shift.
 """
 
