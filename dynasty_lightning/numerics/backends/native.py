@@ -74,7 +74,7 @@ def _library() -> Any:
     warnings.warn(
         f"the compiled quantizer is not available, so training runs on the pure-torch one, "
         f"several times slower: {reason}\n"
-        "DYNASTY_NATIVE=0 does without it and says nothing.",
+        "DYNASTY_NATIVE=0 does without it, in silence.",
         stacklevel=4,
     )
     return None
