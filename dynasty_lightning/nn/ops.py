@@ -33,7 +33,7 @@ def _layer_forward(given: ForwardInputs) -> Forwarded:
     x_blocks = quantize_operand(
         x, plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=given.training
     )
-    # Anew at every call: what changed a weight since the last one need not have told (fused
+    # Anew at every call: what changed a weight since the last one need not have reported it (fused
     # optimizers, `.data`).
     banded = given.weight if plan.band is None else plan.band.embed(given.weight.detach())
     w_blocks = quantize_operand(banded, plan, Role.WEIGHT, Gemm.FORWARD, requests)

@@ -3,7 +3,9 @@
 (bf16 units).
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Final
 
 import torch
@@ -79,9 +81,25 @@ def exact_gemm(
         return (
             multiply(gemm, a, b, geometry, input_shape) * power_of_two(exponent, torch.float64)
         ).float() + 0.0  # no negative zero
-    total: Tensor | None = None
-    axis, length = _split_axis(gemm, a, geometry)
-    largest = float(a.abs().max()) * float(b.abs().max())
+    sums = (
+        multiply(gemm, part, b, geometry, input_shape).to(torch.int64)
+        for part in _parts_of(gemm, a, b, geometry, terms, bound, limit_bits)
+    )
+    return round_once(reduce(torch.add, sums), exponent)
+
+
+def _parts_of(
+    gemm: Gemm,
+    left: Tensor,
+    right: Tensor,
+    geometry: LayerGeometry,
+    terms: int,
+    bound: float,
+    limit_bits: int,
+) -> Iterator[Tensor]:
+    """The left operand cut along K, so that sums of each part stay below the limit."""
+    axis, length = _split_axis(gemm, left, geometry)
+    largest = float(left.abs().max()) * float(right.abs().max())
     slice_terms = terms / (length / geometry.groups if gemm is not Gemm.WGRAD else length)
     per_part = int(2.0**limit_bits / (slice_terms * largest * 1.000001))
     if per_part < 1 or bound >= 2.0**62:
@@ -93,13 +111,10 @@ def exact_gemm(
     for start in range(0, length, per_part):
         # A masked operand keeps every shape and group as it is: parts are rare, so their speed does
         # not matter.
-        part = torch.zeros_like(a)
+        part = torch.zeros_like(left)
         window = (slice(None),) * axis + (slice(start, start + per_part),)
-        part[window] = a[window]
-        piece = multiply(gemm, part, b, geometry, input_shape).to(torch.int64)
-        total = piece if total is None else total + piece
-    assert total is not None
-    return round_once(total, exponent)
+        part[window] = left[window]
+        yield part
 
 
 def round_once(
@@ -179,6 +194,18 @@ def fast_gemm(
             geometry,
             input_shape,
         )
+    return _normalised_gemm(gemm, left, right, geometry, input_shape)
+
+
+def _normalised_gemm(
+    gemm: Gemm,
+    left: QuantizedBlocks,
+    right: QuantizedBlocks,
+    geometry: LayerGeometry,
+    input_shape: tuple[int, ...],
+) -> Tensor:
+    """Of operands brought near 1 before the product, which is brought back after it."""
+    dtype = fast_dtype(left.codes.device)
     shifts = [_normalising_shift(operand) for operand in (left, right)]
     result = multiply(
         gemm,

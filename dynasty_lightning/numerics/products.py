@@ -56,7 +56,7 @@ def multiply(
         and not is_trusted(geometry, tuple(input_shape))
     ):
         return multiply(gemm, left.double(), right.double(), geometry, input_shape).float()
-    # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are told of
+    # A single tap has no dilation; oneDNN's bf16 kernels crash on some shapes if they are given
     # one.
     dilation = tuple(
         1 if taps == 1 else d for taps, d in zip(geometry.taps, geometry.dilation, strict=True)

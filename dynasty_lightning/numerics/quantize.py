@@ -56,7 +56,7 @@ def quantize(
 
     >>> x = torch.tensor([[1.0, 0.3, -0.6, 0.0, 0.01, 0.02, 0.0, 0.0]])
     >>> quantize(x, 4, role=Role.WEIGHT).mantissas.tolist()
-    [[4, 1, -2, 0, 2, 5, 0, 0]]
+    [[4, 1, -2, 0, 3, 5, 0, 0]]
     """
     if x.dtype not in FLOATS:
         raise TypeError(

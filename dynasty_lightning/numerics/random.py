@@ -65,7 +65,7 @@ def philox4x32(
         key: two 32-bit words.
 
     >>> philox4x32(torch.zeros(1, 4, dtype=torch.int64), (0, 0)).tolist()
-    [[1713855720, 3833390716, 2566974689, 2613571773]]
+    [[1713891541, 3781805453, 3159862348, 2600524760]]
     """
     words = [counter[:, i] for i in range(4)]
     return torch.stack(_rounds(words[0], words[1], words[2], words[3], key), dim=1)
@@ -100,7 +100,7 @@ def stream_numbers(
     bits.
 
     >>> stream_numbers(StreamPosition(), 0, 3).tolist()
-    [25832, 26151, 61992]
+    [59605, 26151, 50573]
     """
     if not 0 <= code < 16:
         raise ValueError(f"a stream code must fit 4 bits, not {code}")

@@ -2,7 +2,7 @@
 # ruff: noqa: E501
 """Bends the C++ kernels in one place at a time and shows that the tests see it.   python -m tests.mutants.numerics [--only NAME]
 
-Each mutant is a copy of numerics/backends/cpp with one text replaced, built by `native.build` and put through the random operands of test_native.py, and
+Each mutant is a copy of numerics/backends/cpp with one text replaced, built by `toolchain.build` and put through the random operands of test_native.py, and
 a few sums of squares and widened results, in a process of its own. A text that does not occur exactly once in all of the sources, or a
 mutant that does not compile, is an error of this list, not a mutant caught. The sources as they are must pass.
 """

@@ -19,6 +19,7 @@ from dynasty_lightning.nn.layers import DynamicLayer, geometry_of, pads_explicit
 from dynasty_lightning.nn.plan import LayerPlan
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.backends.dispatch import quantize_blocks
+from dynasty_lightning.numerics.backends.toolchain import build
 from dynasty_lightning.numerics.banded import BandedWeight
 from dynasty_lightning.numerics.gemm import exact_gemm, fast_dtype, round_once
 from dynasty_lightning.numerics.operand_precision import OperandPrecision

@@ -209,7 +209,7 @@ def edge_case(shape: tuple[int, ...], *, below: bool) -> tuple[Case, Tensor]:
 
 
 def differences(case: Case, library: Any, expected: QuantizedBlocks) -> list[str]:
-    """What of a library's answer is not what torch says, in any bit; empty if all is."""
+    """What of a library's answer is not what torch gives, in any bit; empty if all is."""
     got = case.in_library(library)
     if got is None:
         return ["called not finite"]

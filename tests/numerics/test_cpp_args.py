@@ -63,9 +63,8 @@ def test_constants_of_three_languages_are_one_table():
     constants = dict(re.findall(r"constexpr int\w* (k\w+) = (-?\d+);", header()))
     assert int(constants["kBitsMask"]) == formats.BITS_MASK
     assert int(constants["kNoExponent"]) == formats.NO_EXPONENT
-    assert (int(constants["kLeastThreshold"]), int(constants["kMostThreshold"])) == (
-        formats.FAR_THRESHOLDS
-    )
+    reach = int(constants["kLeastThreshold"]), int(constants["kMostThreshold"])
+    assert reach == formats.FAR_THRESHOLDS
     assert f"enum Role : int64_t {{ kActivation = {Role.ACTIVATION:d}" in header()
     assert f"kBadArguments = {Status.BAD_ARGUMENTS:d} }}" in header()
     assert max(b[1] for b in formats.LINE_BLOCKS) == cpp_args.MAX_BLOCK_CHANNELS

@@ -57,7 +57,7 @@ def library(request, libraries):
 
 
 def check(libraries, wanted, threads=(1, 2)):
-    """Every form on every number of threads says what torch says."""
+    """Every form on every number of threads gives what torch gives."""
     expected = wanted.in_torch()
     for (name, library), count in itertools.product(libraries.items(), threads):
         with native_cases.threads(count):
@@ -375,7 +375,7 @@ def test_streams_of_any_length(library, count):
     ],
 )
 def test_an_element_draws_the_number_of_its_index(library, shape, axis, order):
-    # Half an LSB rounds up exactly where the number's top bit is set; the oracle says which those
+    # Half an LSB rounds up exactly where the number's top bit is set; the oracle knows which those
     # are.
     x = torch.full(shape, 0.5)
     x.movedim(axis, 0)[::4] = 2.0  # 4 would be the first that needs a coarser LSB
@@ -729,22 +729,27 @@ torch.set_num_threads(1)
 digest = hashlib.sha256()
 def note(*tensors):
     for t in tensors:
-        digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() and t.ndim else repr(t.tolist()).encode())
+        if t.numel() and t.ndim:
+            digest.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(t.tolist()).encode())
 x = torch.randn(6, 8, 7, 7)
 for role in Role:
     blocks = quantize(x, lsb_exponent=-2, role=role, stream=StreamPosition(seed=4))
     note(blocks.mantissas, blocks.scale_exponents, blocks.bits, blocks.signed)
 note(mean_squares(x, BlockLayout(shape=tuple(x.shape), block_shape=(6, 4), channel_axis=1)))
-geometry = LayerGeometry(kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+geometry = LayerGeometry(
+    kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 plan = LayerPlan(geometry=geometry, mode="exact")
+settings = [1, 0, 8, 8] * 3
 request, position = torch.tensor(-3, dtype=torch.int16), torch.tensor([3, 0, 5, 1])
 y, *kept = torch.ops.dynasty.layer_forward(
-    x, torch.randn(12, 8, 3, 3), torch.randn(12), request, request, request, position, [1, 0, 8, 8] * 3, plan.key, "",
-    True, True, True, torch.float32)
+    x, torch.randn(12, 8, 3, 3), torch.randn(12), request, request, request, position, settings,
+    plan.key, "", True, True, True, torch.float32)
 note(y)
 dx, dw = torch.ops.dynasty.layer_backward(
-    torch.randn_like(y), kept[:5], kept[5:10], request, position, [1, 0, 8, 8] * 3, plan.key, list(x.shape), torch.float32,
-    False, True, True, "", [kept[2], kept[7]], [])
+    torch.randn_like(y), kept[:5], kept[5:10], request, position, settings, plan.key,
+    list(x.shape), torch.float32, False, True, True, "", [kept[2], kept[7]], [])
 note(dx, dw)
 print(native.available(), digest.hexdigest())
 """
@@ -866,7 +871,7 @@ def test_a_compiler_that_cannot_run(stub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "compiling", "told"),
+    ("version", "compiling", "reported"),
     [
         ("sleep 1000", "", "not done after 1 s"),
         ("echo 9", "sleep 1000", "not done after 1 s"),
@@ -874,7 +879,7 @@ def test_a_compiler_that_cannot_run(stub, tmp_path, monkeypatch):
     ],
     ids=["hangs at once", "hangs", "prints other bytes than UTF-8"],
 )
-def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compiling, told):
+def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compiling, reported):
     compiler = tmp_path / "compiler"
     compiler.write_text(
         f'#!/bin/bash\nif [ "$1" = --version ]; then {version}; else {compiling or "exit 1"}; fi\n'
@@ -885,13 +890,13 @@ def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compil
     monkeypatch.setattr(toolchain, "COMPILE_SECONDS", 1)
     if version.startswith("sleep"):
         monkeypatch.setattr("fpga.libraries.VERSION_SECONDS", 1)
-    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{told}") as caught:
+    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{reported}") as caught:
         assert native._library.__wrapped__() is None
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
-    ("compiling", "told"),
+    ("compiling", "reported"),
     [
         (
             "true",
@@ -910,7 +915,7 @@ def test_a_compiler_that_misbehaves(stub, tmp_path, monkeypatch, version, compil
     ids=["nothing", "text", "another library"],
 )
 def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(
-    tmp_path, monkeypatch, compiling, told
+    tmp_path, monkeypatch, compiling, reported
 ):
     compiler = tmp_path / "compiler"
     compiler.write_text(
@@ -920,7 +925,7 @@ def test_a_compiler_that_writes_no_library_is_named_and_nothing_else(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNASTY_CACHE", str(tmp_path / "cache"))
-    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{told}") as caught:
+    with pytest.warns(UserWarning, match=rf"(?s)several times slower.*{reported}") as caught:
         assert native._library.__wrapped__() is None
     assert not re.search(r"cannot write|nstall g\+\+", str(caught[0].message))
 

@@ -504,7 +504,10 @@ def test_kernels_compile_and_keep_their_arithmetic(
         {"share_kernel"} if group else set()
     )
     assert "mul.f32" in texts["apply_kernel"]
-    allowed = r"(selp|mov|mul|fma\.rn)\.f32|cvt\.rn\.f32\.[su]\d+|cvt\.f32\.f16|cvt\.rmi(\.ftz)?\.f32\.f32|cvt\.r[zm]i\.s32\.f32"
+    allowed = (
+        r"(selp|mov|mul|fma\.rn)\.f32|cvt\.rn\.f32\.[su]\d+|cvt\.f32\.f16|"
+        r"cvt\.rmi(\.ftz)?\.f32\.f32|cvt\.r[zm]i\.s32\.f32"
+    )
     for name, text in texts.items():
         operations = set(
             re.findall(

@@ -107,7 +107,7 @@ def compiled(x, layout, recipe, capability: int) -> dict[str, str]:
     texts: dict[str, str] = {}
 
     def kind_of(value, varies, path, constants, attributes):
-        """Type of an argument, or types of a tuple; integers of 1 become constants, as at a call."""
+        """Type of an argument, or types of a tuple; a 1 becomes a constant, as at a call."""
         if isinstance(value, tuple):
             inner = enumerate(value)
             return tuple(kind_of(v, varies, (*path, i), constants, attributes) for i, v in inner)

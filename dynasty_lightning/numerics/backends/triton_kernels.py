@@ -284,8 +284,8 @@ def apply_kernel(
     fraction, exponent = normalise(tl.load(peaks + own, mask=exists, other=0))
     exponent, lsb = exponent + depth, exponent * 0
     if STOCHASTIC and DROPS:
-        at = request + offset_of(r, p, c, q_at, levels, LEVELS)
-        lsb = tl.load(at, mask=exists, other=0).to(tl.int32)
+        at = offset_of(r, p, c, q_at, levels, LEVELS)
+        lsb = tl.load(request + at, mask=exists, other=0).to(tl.int32)
     scale = _scale(fraction, exponent, sign, width, lsb, depth, STOCHASTIC)
     here = (r < sizes[3]) & (p < sizes[1])
     ceiling = tl.load(state + scope_of(r, p, sizes, SCOPE), mask=here, other=0)
@@ -306,15 +306,14 @@ def apply_kernel(
     if VALUES:
         store_values(values, offset, mantissa, scale, inside, True)
     place = logical(r, p, c, sizes, sizes[4], ORDER)
-    relative = tl.where(active, scale - ceiling, 0)
-    _store_blocks(scales + place, relative, headers + place, plan, active, exists)
+    _store_blocks(scales + place, scale - ceiling, headers + place, plan, active, exists)
 
 
 @triton.jit
 def _store_blocks(scales, relative, headers, plan, active, exists):
     """What is written of blocks: the plan without its depth is the header."""
     header = tl.where(active, plan & (_BITS_MASK | _SIGNED_FLAG), 0) | (plan & _OCCUPIED_FLAG)
-    tl.store(scales, relative.to(tl.int8), mask=exists)
+    tl.store(scales, tl.where(active, relative, 0).to(tl.int8), mask=exists)
     tl.store(headers, header.to(tl.uint8), mask=exists)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels are told of an operand: where its elements lie, and which of them one
-program takes.
+"""What the Triton kernels get of an operand: where its elements lie, and which of them one program
+takes.
 """
 
 import math
