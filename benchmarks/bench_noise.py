@@ -80,8 +80,8 @@ def block_exponents(x: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def intended_lsb(x: Tensor, kind: str, block: tuple[int, int], bits: int) -> Tensor:
-    """LSB of each block by docs/reference/numerics.md, float64; also of blocks that rounded to zero, whose
-    stored exponent is 0.
+    """LSB of each block by docs/reference/numerics.md, float64; also of blocks that rounded to
+    zero, whose stored exponent is 0.
     """
     blocks = x.view(-1, *block)
     peak = blocks.abs().amax((1, 2)).double()

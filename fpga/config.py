@@ -30,7 +30,9 @@ MAX_BITS: Final = 8
 MIN_BITS: Final = 2
 ACCUMULATOR_BITS: Final = 48
 WINDOW: Final = 8
-"""Binades between an operand's largest block and the smallest that counts (docs/reference/numerics.md)."""
+"""Binades between an operand's largest block and the smallest that counts
+(docs/reference/numerics.md).
+"""
 MAX_TILE: Final = 64
 MAX_GROUP: Final = 1 << 30
 """`config.h` keeps a group's sides in an int."""

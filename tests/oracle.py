@@ -1,5 +1,5 @@
-"""docs/reference/numerics.md in nested Python loops over Fraction and int. Calls no package function and no
-torch arithmetic.
+"""docs/reference/numerics.md in nested Python loops over Fraction and int. Calls no package
+function and no torch arithmetic.
 """
 
 import itertools

@@ -2,8 +2,8 @@
 """Exact sums over all block pairs of the three GEMMs, from grids of widths.
 
 A convolution is a sum over taps of block GEMMs, so every sum over pairs factorises into a sum of
-products of small sums: no pair is ever formed. docs/concepts/cost.md gives the formulas and says what is
-counted.
+products of small sums: no pair is ever formed. docs/concepts/cost.md gives the formulas and says
+what is counted.
 """
 
 import math

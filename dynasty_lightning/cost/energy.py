@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Energy of a step from its counts, with named constants. docs/concepts/cost.md gives the formulas and their
-limits.
+"""Energy of a step from its counts, with named constants. docs/concepts/cost.md gives the formulas
+and their limits.
 """
 
 import math

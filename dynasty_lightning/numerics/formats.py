@@ -34,8 +34,8 @@ MIN_BITS: Final = 2
 MAX_BITS: Final = 8
 LEGAL_BITS: Final = (ZERO_BITS, *range(MIN_BITS, MAX_BITS + 1))
 WINDOW: Final = 8
-"""R of docs/reference/numerics.md: binades that a block may lie below the tensor's largest before its LSB
-stops following it.
+"""R of docs/reference/numerics.md: binades that a block may lie below the tensor's largest before
+its LSB stops following it.
 """
 REACH: Final = WINDOW + 7
 """Binades from the largest exponent down to the finest LSB of a block without a sign."""
@@ -118,8 +118,8 @@ class BlockFormat:
             (MX-like, emulation only).
         width_group: rows x channels that share one width, multiples of `block_shape`; None gives
             every block its own.
-        scaling: "window", docs/reference/numerics.md's, or "mx", the OCP MX specification's, for the baseline
-            in 1x32 blocks (`numerics.mx`).
+        scaling: "window", docs/reference/numerics.md's, or "mx", the OCP MX specification's, for
+            the baseline in 1x32 blocks (`numerics.mx`).
 
     >>> BlockFormat(block_shape=(8, 8), width_group=(16, 16)).requantizes
     False

@@ -182,8 +182,8 @@ def sum_bound(
     """Upper bound of |sum| over every partial sum: min(K max|a| max|b|, |row|_2 |col|_2), for
     integer operands in float64.
 
-    Source: docs/reference/numerics.md, "Sums"; the second is Cauchy-Schwarz, which also holds for every
-    subset of the terms.
+    Source: docs/reference/numerics.md, "Sums"; the second is Cauchy-Schwarz, which also holds for
+    every subset of the terms.
 
     >>> linear = LayerGeometry(kind="linear", weight_shape=(3, 2))
     >>> a, b = torch.ones(1, 2).double(), torch.full((3, 2), 7.0).double()

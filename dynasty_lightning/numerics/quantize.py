@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block quantization of one operand: width, scale, window, rounding, zero. `docs/reference/numerics.md` is
-the specification.
+"""Block quantization of one operand: width, scale, window, rounding, zero.
+`docs/reference/numerics.md` is the specification.
 """
 
 import torch

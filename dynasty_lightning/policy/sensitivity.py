@@ -71,8 +71,8 @@ def layer_sensitivities(
     Harm is loss increase over the loss L, one currency for all roles: what the loss is higher for
     an error of X or W, and what a step gains less for noise in its gradient. With M terms of the
     loss (`loss_terms`), eta_l a layer's effective step size, G_l = sum dW**2, P = sum of eta_l G_l
-    over the n layers that learn, the gain of a step to first order (docs/concepts/widths.md, equations 1
-    to 4):
+    over the n layers that learn, the gain of a step to first order (docs/concepts/widths.md,
+    equations 1 to 4):
 
         s_X = M <dX**2> / (2 L) + P / (4 L) * <dX**2> / sum of dX**2 X**2
         s_W = M <dW**2> / (2 L) + P / (4 L) / sum W**2

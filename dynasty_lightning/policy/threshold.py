@@ -48,8 +48,8 @@ class ThresholdPolicy(Policy, ABC):
     it; lambda is steered.
 
     Args:
-        noise_budget: predicted harm (docs/concepts/widths.md, equation 1) to steer to; None steers to
-            the measurement's target_speedup.
+        noise_budget: predicted harm (docs/concepts/widths.md, equation 1) to steer to; None steers
+            to the measurement's target_speedup.
         smoothing: weight of the past in the moving averages of second moments.
         hysteresis: how far, in binades, the ideal threshold must leave its rounding interval before
             an integer one moves.

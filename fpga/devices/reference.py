@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `reference` device: the sums of docs/reference/core.md in NumPy, the registers from the cost law.
-Shares no code with the core.
+"""The `reference` device: the sums of docs/reference/core.md in NumPy, the registers from the cost
+law. Shares no code with the core.
 """
 
 import time

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every row of docs/reference/combinations.md is tried with: one small task, one way to run it, one list
-of what must hold afterwards.
+"""What every row of docs/reference/combinations.md is tried with: one small task, one way to run
+it, one list of what must hold afterwards.
 """
 
 import math

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/reference/combinations.md, what is trained: frozen, shared, computed and copied weights, graphs,
-several networks.
+"""docs/reference/combinations.md, what is trained: frozen, shared, computed and copied weights,
+graphs, several networks.
 """
 
 import copy

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/reference/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of loss and
-gradient.
+"""docs/reference/combinations.md, how a step is made: clipping, accumulation, optimizers, scales of
+loss and gradient.
 """
 
 import math

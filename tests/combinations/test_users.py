@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/reference/combinations.md, training steps of other people: inner loops, recurrence, skipped batches,
-hooks, boxes, caches.
+"""docs/reference/combinations.md, training steps of other people: inner loops, recurrence, skipped
+batches, hooks, boxes, caches.
 """
 
 import pytest

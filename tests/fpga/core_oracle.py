@@ -1,5 +1,5 @@
-"""The core in Python integers, written from docs/reference/core.md alone: sums, rounding, packed words,
-cycles and traffic by walking them.
+"""The core in Python integers, written from docs/reference/core.md alone: sums, rounding, packed
+words, cycles and traffic by walking them.
 
 Slow and literal on purpose. It shares with `fpga` only the containers it is given.
 """

@@ -54,8 +54,8 @@ def paths() -> dict[str, Any]:
 
 
 def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list[str]:
-    """Which results of which mode, path, types and memory order are not what docs/reference/numerics.md
-    promises.
+    """Which results of which mode, path, types and memory order are not what
+    docs/reference/numerics.md promises.
     """
     rng = random.Random(seed)
     torch.manual_seed(seed)

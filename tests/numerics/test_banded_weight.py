@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the band of a grouped W lies, by the two formulas of docs/reference/numerics.md in plain integers."""
+"""Where the band of a grouped W lies, by the two formulas of docs/reference/numerics.md in plain
+integers.
+"""
 
 import itertools
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle itself: cases worked by hand from docs/reference/numerics.md, and torch on integers, where every
-sum is exact.
+"""The oracle itself: cases worked by hand from docs/reference/numerics.md, and torch on integers,
+where every sum is exact.
 """
 
 import math

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training, offload, fit and teardown in a loop, flat in memory, descriptors and threads.   python -m tests.soak --minutes 60
+"""Training, offload, fit and teardown in a loop, flat in memory, descriptors and threads.
+
+    python -m tests.soak --minutes 60
 
 Each cycle makes networks, data, Trainers and a device of its own: a fit in dynamic precision (fast,
 exact or in channels_last, in turn) that is checkpointed, evaluated and resumed; one on the C

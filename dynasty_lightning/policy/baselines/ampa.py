@@ -21,9 +21,10 @@ class AmpaPolicy(Policy):
     """Bits taken from the least sensitive operands first, after AMPA (Ding et al., ICML 2024).
 
     Only the abstract and the inputs of its Algorithm 1 could be read, so this is a construction
-    from them (docs/reference/policies.md): sensitivity of an operand = quantization loss * mean gradient
-    magnitude, a first-order bound of the change of the loss, here elements * rms gradient * rms
-    error; for E, whose gradient the paper does not name there, its own magnitude. In units of the
+    from them (docs/reference/policies.md): sensitivity of an operand = quantization loss * mean
+    gradient magnitude, a first-order bound of the change of the loss, here elements * rms gradient
+    * rms error; for E, whose gradient the paper does not name there, its own magnitude. In units of
+      the
     role's mean over layers, so that roles count alike. From 8 bits everywhere, the operand that
     would have the least sensitivity loses a bit, again and again, until the cost is the target's.
     Every analysis allocates anew (the paper's Itv).

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One width for each operand of a layer, from DYNASTY's own harm. See docs/reference/policies.md."""
+"""One width for each operand of a layer, from DYNASTY's own harm. See
+docs/reference/policies.md.
+"""
 
 import math
 from collections.abc import Mapping

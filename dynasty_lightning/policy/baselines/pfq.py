@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PFQ of FracTrain: wider in stages, each time the loss stands still. See docs/reference/policies.md."""
+"""PFQ of FracTrain: wider in stages, each time the loss stands still. See
+docs/reference/policies.md.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
