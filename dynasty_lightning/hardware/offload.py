@@ -185,17 +185,9 @@ class DeviceOffload(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(pl_module)
 
-    @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(pl_module)
-
-    @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(pl_module)
+    on_validation_start = on_fit_start
+    on_test_start = on_fit_start
+    on_predict_start = on_fit_start
 
     @override
     def on_exception(

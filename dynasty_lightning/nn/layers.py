@@ -22,8 +22,9 @@ from .gemms import SETTINGS, settings_of
 from .layer_precision import LayerPrecision, default_request
 from .observe import ObservationSlot, Observe
 from .observed import ObservedLayer
-from .ops import apply_layer, refuse_torchscript, refuse_transforms
+from .ops import apply_layer
 from .plan import LayerPlan, Mode
+from .refusals import refuse_torchscript, refuse_transforms
 from .stream import StreamState as StreamState
 from .stream import check_seed as check_seed
 

@@ -9,7 +9,7 @@ exponent and a header byte.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .observe import BackwardPass, Observe, read_key
 from .plan import LayerPlan
 from .probe import probe_layer
+from .refusals import refuse_transforms
 
 
 def _layer_forward(given: ForwardInputs) -> Forwarded:
@@ -250,40 +251,6 @@ def _gradients(
         e.sum([a for a in range(e.ndim) if a != axis], dtype=torch.float32) if need_db else None,
         *[None] * 11,
     )
-
-
-_NO_TORCHSCRIPT: Final = (
-    "{}: torch.jit.trace and script, and what is built on them (to_torchscript, log_graph, ONNX "
-    "with dynamo=False), are not supported; "
-    "use torch.export or torch.compile, or a model that is not converted"
-)
-
-
-def refuse_torchscript(name: str) -> Never:
-    """Raises RuntimeError: TorchScript knows neither plans nor blocks."""
-    raise RuntimeError(_NO_TORCHSCRIPT.format(name))
-
-
-def refuse_transforms(name: str, *tensors: Tensor) -> None:
-    """Raises RuntimeError inside a transform of torch.func, or for tensors that stand for many:
-    such have no memory of their own.
-
-    So it does where torch.jit traces: there sizes are tensors, and blocks of theirs would be those
-    of no batch.
-    """
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._get_tracing_state() is not None:
-        refuse_torchscript(name)
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None or any(
-        functorch.is_legacy_batchedtensor(t) for t in tensors
-    ):
-        raise RuntimeError(
-            f"{name}: torch.func transforms, vmap, vectorized jacobians and is_grads_batched "
-            f"are not supported; exclude the layer, "
-            "or take one gradient after another (vectorize=False)"
-        )
 
 
 class LayerFunction(torch.autograd.Function):

@@ -257,19 +257,8 @@ class DynastyPrecision(Precision):
         with self.forward_context():
             yield
 
-    @override
-    @contextmanager
-    def test_step_context(self) -> Generator[None, None, None]:
-        self._look_for_map()
-        with self.forward_context():
-            yield
-
-    @override
-    @contextmanager
-    def predict_step_context(self) -> Generator[None, None, None]:
-        self._look_for_map()
-        with self.forward_context():
-            yield
+    test_step_context = val_step_context
+    predict_step_context = val_step_context
 
     @override
     def post_backward(self, tensor: Tensor, module: "pl.LightningModule") -> Tensor:  # type: ignore[override]
