@@ -96,7 +96,7 @@ def headline() -> str:
             for row in setting.rows:
                 if row.label != "dynasty@5.1":
                     continue
-                baseline = setting.baseline_of(row)
+                baseline = setting.reference_of(row)
                 rows.append(
                     [
                         title,
@@ -180,7 +180,7 @@ def baselines(file: str, epochs: int) -> str:
     for setting in _settings(file):
         if setting.values["epochs"] != epochs:
             continue
-        for ours, other, difference in setting.against_rivals():
+        for ours, other, difference in setting.against_baselines():
             if ours.label == "dynasty@5.1":
                 told = setting.costs_apart(ours, other) or ""
                 rows.append(
