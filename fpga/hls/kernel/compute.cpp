@@ -82,15 +82,14 @@ FILL:
   return cycles;
 }
 
-// The block product that a lane computes.
+// Where in a step a lane is: its block product, and how far that one is. Planes and sums are no
+// members: alone, these numbers are held in registers by a C++ compiler too.
 struct Product {
   uint32_t i, j, k;  // row of blocks, column of blocks, and place along the contraction
-  uint32_t a_plane;  // planes of A and B, counted from the highest
-  uint32_t b_plane;
-  uint32_t age;     // cycles so far
-  bool has_pairs;   // plane pairs are left
-  Fields a_fields;  // of A's plane
-  Dot dot;
+  int a_plane;       // planes of A and B, counted from the highest
+  int b_plane;
+  int age;         // cycles so far
+  bool has_pairs;  // plane pairs are left
 };
 
 // A finished product on its way through the shifters into the accumulators.
@@ -120,9 +119,9 @@ COLUMNS:
 }
 
 // Hands a finished product to the shifters.
-void Hold(const Block& a, const Block& b, const Product& product, Held& held) {
+void Hold(const Block& a, const Block& b, const Product& product, const Dot& dot, Held& held) {
 #pragma HLS INLINE
-  held.dot = product.dot;
+  held.dot = dot;
 SHIFTS:
   for (int row = 0; row < kEdge; ++row) {
 #pragma HLS UNROLL
@@ -135,33 +134,33 @@ SHIFTS:
 }
 
 // Adds one plane pair to the product, or nothing if none is left.
-void AdvancePlanes(const Block& a, const Block& b, Product& product) {
+void AdvancePlanes(const Block& a, const Block& b, Product& product, Fields& a_fields, Dot& dot) {
 #pragma HLS INLINE
   if (!product.has_pairs) return;
-  const uint32_t p = product.a_plane;
-  const uint32_t q = product.b_plane;
-  const bool is_last_a = p + 1 == uint32_t(a.bits);
-  const bool is_last_b = q + 1 == uint32_t(b.bits);
-  if (q == 0) product.a_fields = FieldsOf<Operand::kA>(a.planes[uint32_t(a.bits) - 1 - p]);
-  const Fields b_fields = FieldsOf<Operand::kB>(b.planes[uint32_t(b.bits) - 1 - q]);
+  const int p = product.a_plane;
+  const int q = product.b_plane;
+  const bool is_last_a = p + 1 == int(a.bits);
+  const bool is_last_b = q + 1 == int(b.bits);
+  if (q == 0) a_fields = FieldsOf<Operand::kA>(a.planes[int(a.bits) - 1 - p]);
+  const Fields b_fields = FieldsOf<Operand::kB>(b.planes[int(b.bits) - 1 - q]);
   const Rows_t negative_a = p == 0 ? a.is_signed : Rows_t(0);
   const bool negative_b = q == 0 && b.is_signed[0];
-  AddPlanePair(product.a_fields, b_fields, p == 0, q == 0, is_last_b, negative_a, negative_b,
-               product.dot);
+  AddPlanePair(a_fields, b_fields, p == 0, q == 0, is_last_b, negative_a, negative_b, dot);
   product.b_plane = is_last_b ? 0 : q + 1;
   product.a_plane = is_last_b ? p + 1 : p;
   product.has_pairs = !(is_last_a && is_last_b);
 }
 
 // One cycle of a product: a skipped zero block, a plane pair, or a wait for the shifters.
-Ends AdvanceProduct(const Block& a, const Block& b, Product& product, Held& held) {
+Ends AdvanceProduct(const Block& a, const Block& b, Product& product, Fields& a_fields, Dot& dot,
+                    Held& held) {
 #pragma HLS INLINE
   if (a.bits == 0) return Ends::kBlockOfA;
   if (b.bits == 0) return Ends::kBlockOfB;
-  AdvancePlanes(a, b, product);
+  AdvancePlanes(a, b, product, a_fields, dot);
   ++product.age;
   if (product.has_pairs || product.age < kDrainCycles) return Ends::kNone;
-  Hold(a, b, product, held);
+  Hold(a, b, product, dot, held);
   return Ends::kBlockOfB;
 }
 
@@ -187,11 +186,13 @@ uint32_t RunLane(const Lane& lane, uint32_t rows, uint32_t columns, uint32_t dep
   product.i = product.j = product.k = 0;
   product.a_plane = product.b_plane = product.age = 0;
   product.has_pairs = true;
+  Fields a_fields;
+  Dot dot;
   Held held;
   held.row = kEdge;
   bool has_products = rows > 0 && columns > 0;
   uint32_t cycles = 0;
-  uint32_t tail = 0;
+  int tail = 0;
 CYCLES:
   while (tail < kDrainCycles) {
 #pragma HLS PIPELINE II = 1
@@ -202,7 +203,7 @@ CYCLES:
     if (has_products) {
       const Block& a = lane.a[product.i][product.k];
       const Block& b = lane.b[product.j][product.k];
-      const Ends ends = AdvanceProduct(a, b, product, held);
+      const Ends ends = AdvanceProduct(a, b, product, a_fields, dot, held);
       has_products = NextBlock(ends, rows, columns, depth, product);
     } else {
       ++tail;

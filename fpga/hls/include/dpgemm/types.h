@@ -24,8 +24,8 @@ constexpr int kMaxHeaders = kTile * kEdge;  // of one segment, with row exponent
 constexpr int kMaxSegmentWords =
     (kMaxHeaders + kHeadersPerWord - 1) / kHeadersPerWord +
     (kTile * kMaxBits * kPlaneWords + kPlanesPerWord - 1) / kPlanesPerWord;
-constexpr int kCosimWords = 1 << 16;      // words of each port that the vendor tool co-simulates
-constexpr uint32_t kDrainCycles = kEdge;  // kEdge outputs share a shifter
+constexpr int kCosimWords = 1 << 16;  // words of each port that the vendor tool co-simulates
+constexpr int kDrainCycles = kEdge;   // kEdge outputs share a shifter
 
 // Rows and columns of blocks that one lane computes.
 constexpr int kLaneRows = kTile / kLanesM;
