@@ -86,7 +86,8 @@ def small_library(tmp_path, monkeypatch):
         "alpha.py": '"""Alpha.\n\nSame words.\n"""\nraise SystemExit("imported")\n',
         "beta/__init__.py": (
             "class B:\n    'Bee.'\n\n"
-            "    async def f(self):\n        '''Eff.\n\n        Same words.\n        '''\n\n    x = 'no docstring'\n\n"
+            "    async def f(self):\n        '''Eff.\n\n        Same words.\n        '''\n\n"
+            "    x = 'no docstring'\n\n"
             "try:\n    pass\nexcept OSError:\n    def g(): 'Gee.'\n"
         ),
         "beta/tests/test_b.py": '"""A test."""\n',
