@@ -139,7 +139,7 @@ def run_demo(
         data_dir: folder of the data files; None looks where `load_data` does.
         threads: of the processor, for all runs together.
         checkpoints: save a Lightning checkpoint at the end of each run.
-        csim: at the end, run the first dynamic network through the C simulation of the core.
+        csim: run the first dynamic network through the C simulation of the core.
         stream: for progress and results; standard output if None.
 
     Returns:
@@ -152,37 +152,22 @@ def run_demo(
         WorkerDied: a worker process ended by itself; the summary holds what was finished.
     """
     stream = stream or sys.stdout
-    options = {"threads": threads, "checkpoints": checkpoints, "csim": csim, "out": str(out)}
     if threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     counts = _count_images(grid, data_dir)
     out.mkdir(parents=True, exist_ok=True)
-    for path in (p for pattern in (*_RUN_FILES, SUMMARY_FILE) for p in out.glob(pattern)):
-        path.unlink()  # of an earlier demo: its figures must not stand beside these
+    _empty(out)
     workers = min(threads, len(grid))
     summary = _Summary(out, grid, ProgressBoard(len(grid), stream))
-    summary.values |= {
-        "args": _arguments(grid, data_dir) | options,
-        **counts,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": machine() | {"runs_at_once": workers, "threads_per_run": threads // workers},
-        "runs": [],
-        "errors": [],
-    }
+    options = {"threads": threads, "checkpoints": checkpoints, "csim": csim, "out": str(out)}
+    summary.values |= {"args": _arguments(grid, data_dir) | options, **counts}
+    summary.values |= _provenance(workers, threads // workers) | {"runs": [], "errors": []}
     summary.write()
     print(_first_line(summary.values, len(grid)), file=stream, flush=True)
-    jobs = [
-        Job(
-            run=run,
-            train=train_run,
-            data_dir=data_dir,
-            threads=threads // workers,
-            options={"out": out, "checkpoint": checkpoints, "check_core": csim and run == first},
-        )
-        for first in [_first_dynamic(grid)]
-        for run in grid
-    ]
+    first = _first_dynamic(grid) if csim else None
+    make = partial(Job, train=train_run, data_dir=data_dir, threads=threads // workers)
+    each = {"out": out, "checkpoint": checkpoints}
+    jobs = [make(run=run, options=each | {"check_core": run == first}) for run in grid]
     do = run_here if workers == 1 else partial(run_in_workers, count=workers)
     with summary:
         do(do_job, jobs, summary.take)
@@ -284,6 +269,20 @@ def _arguments(grid: Sequence[RunConfig], data_dir: str | None) -> dict[str, Any
         "seed": seeds[0],
         "seeds": len(seeds),
         "mode": first.mode,
+    }
+
+
+def _empty(out: Path) -> None:
+    """Of an earlier demo's files: its figures must not stand beside these."""
+    for path in (p for pattern in (*_RUN_FILES, SUMMARY_FILE) for p in out.glob(pattern)):
+        path.unlink()
+
+
+def _provenance(workers: int, threads: int) -> dict[str, Any]:
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine() | {"runs_at_once": workers, "threads_per_run": threads},
     }
 
 

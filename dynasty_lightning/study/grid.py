@@ -138,19 +138,14 @@ def run_grid(
     train: Train = train_one,
     in_process: bool = False,
 ) -> Outcome:
-    """Train what the file has no result for yet, and append a line for each run. A run that fails
-    does not stop the others.
+    """Train what the file has no result for yet; append a line a run, also of one that fails.
 
     >>> grid = make_grid(
-    ...     data=["digits"], models=["mlp"], methods=["float32"], seeds=[0], epochs=1,
-    ...     batch_size=32, train_samples=64,
+    ...     data=["digits"], models=["mlp"], methods=["bf16"], seeds=[0], epochs=1, batch_size=999
     ... )
     >>> run_grid(grid, Path("results.jsonl"), in_process=True).complete
     1 runs, 0 of them in results.jsonl already; 1 to do, 1 at a time
-    [1/1] digits mlp float32 seed 0  accuracy ...
-    1
-    >>> run_grid(grid, Path("results.jsonl"), in_process=True).stood
-    1 runs, 1 of them in results.jsonl already; 0 to do, 1 at a time
+    [1/1] digits mlp bf16 seed 0  accuracy ...
     1
 
     Args:
@@ -161,8 +156,7 @@ def run_grid(
             which it goes on after a kill; None keeps none.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
-        in_process: train here, one run after the other, and not in workers that may be killed
-            without harm.
+        in_process: train here, and not in workers, which may be killed without harm.
 
     Raises:
         FileInUse: another process appends to the file.
@@ -173,15 +167,11 @@ def run_grid(
     checkpoints = _Checkpoints(out, checkpoint_every)
     with ResultsFile(out) as file:
         left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]
-        for run in grid:
-            if run not in left:  # a kill came when its record was written, and it still there
-                checkpoints.remove(run)
-        print(
-            f"{len(grid)} runs, {len(grid) - len(left)} of them in {out} already; {len(left)} to "
-            f"do, {workers} at a time",
-            file=stream,
-            flush=True,
-        )
+        checkpoints.tidy(run for run in grid if run not in left)
+        stood = len(grid) - len(left)
+        to_do = f"{len(left)} to do, {workers} at a time"
+        print(f"{len(grid)} runs, {stood} of them in {out} already; {to_do}", file=stream)
+        stream.flush()
         ledger = _Ledger(file, left, checkpoints, ProgressBoard(len(left), stream), workers)
         jobs = [
             Job(run=run, train=train, data_dir=data_dir, options=checkpoints.options(run))
@@ -195,7 +185,7 @@ def run_grid(
             checkpoints.close()
             if file.unsaved:
                 _save_or_show(file, stream)
-        return Outcome(**ledger.count, stood=len(grid) - len(left), unsaved=len(file.unsaved))
+        return Outcome(**ledger.count, stood=stood, unsaved=len(file.unsaved))
 
 
 class _Ledger:
@@ -243,6 +233,11 @@ class _Checkpoints:
         if self._every is None:
             return {}
         return {"checkpoint": self._path(run), "every": self._every}
+
+    def tidy(self, runs: Iterable[RunConfig]) -> None:
+        """Of runs whose records were written when a kill came, their checkpoints still there."""
+        for run in runs:
+            self.remove(run)
 
     def remove(self, run: RunConfig) -> None:
         remove_checkpoint(self._path(run))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -97,17 +97,7 @@ def train(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.manual_seed(config.seed)
-    task = build_task(
-        data=config.data,
-        model=config.model,
-        data_dir=data_dir,
-        batch_size=config.batch_size,
-        train_samples=config.train_samples,
-        validation_samples=config.validation_samples,
-        learning_rate=config.learning_rate,
-        decay=config.decay,
-        seed=config.seed,
-    )
+    task = _task_of(config, data_dir)
     method = Method.parse(config.method)
     callback = method.make_callback(interval=config.interval)
     kept = (
@@ -125,10 +115,7 @@ def train(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figures = _fit_and_test(config, trainer, task, parts)
-    # Our own (the loss guard's, say); Lightning's remarks on small data are not worth a reader's
-    # time.
-    ours = {str(w.message) for w in caught if PACKAGE in Path(w.filename).parents}
-    figures["warnings"] = sorted(ours)
+    figures["warnings"] = _ours(caught)
     figures |= {"parts": kept.parts} if kept and kept.parts > 1 else {}
     return Trained(
         figures=figures,
@@ -186,6 +173,27 @@ def train_one(
     record["wall_seconds"] = time.monotonic() - began + earlier
     clean: dict[str, Any] = finite(record)
     return clean
+
+
+def _ours(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    """This package's own warnings (the loss guard's, say); Lightning's remarks on small data are
+    not worth a reader's time.
+    """
+    return sorted({str(w.message) for w in caught if PACKAGE in Path(w.filename).parents})
+
+
+def _task_of(config: RunConfig, data_dir: str | None) -> Task:
+    return build_task(
+        data=config.data,
+        model=config.model,
+        data_dir=data_dir,
+        batch_size=config.batch_size,
+        train_samples=config.train_samples,
+        validation_samples=config.validation_samples,
+        learning_rate=config.learning_rate,
+        decay=config.decay,
+        seed=config.seed,
+    )
 
 
 def _make_trainer(config: RunConfig, method: Method, parts: _Parts) -> L.Trainer:

@@ -39,6 +39,7 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 ACCURACY_PICTURE: Final = "accuracy-speedup.png"
 TIME_PICTURE: Final = "widths-over-time.png"
@@ -184,13 +185,7 @@ def draw_widths_over_time(
 
     layers = list(history[-1]["bits"])
     steps = [h["step"] for h in history]
-    edges = [
-        0.0,
-        *((a + b) / 2 for a, b in itertools.pairwise(steps)),
-        float(max(run.get("steps", 0), steps[-1])),
-    ]
-    if edges[-1] <= edges[-2]:
-        edges[-1] = edges[-2] + 1
+    edges = _edges(steps, run.get("steps", 0))
     figure, panels = pyplot.subplots(
         1, 3, sharey=True, figsize=(12, 1.9 + 0.27 * len(layers)), layout="constrained"
     )
@@ -235,6 +230,15 @@ def draw_widths_over_time(
     return figure
 
 
+def _edges(steps: Sequence[int], last: int) -> list[float]:
+    """Of the columns of measurements taken at these steps, the last of them up to the run's end."""
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
+    edges = [0.0, *middles, float(max(last, steps[-1]))]
+    if edges[-1] <= edges[-2]:
+        edges[-1] = edges[-2] + 1
+    return edges
+
+
 def draw_widths_over_image(
     widths: Mapping[str, np.ndarray], run: Mapping[str, Any], summary: Mapping[str, Any]
 ) -> "Figure":
@@ -265,30 +269,9 @@ def draw_widths_over_image(
     )
     shown, most = None, max(math.ceil(grids.max()), 1)
     for column in range(count):
-        pixels = np.moveaxis(images[column], 0, -1)
         top, bottom = panels[0, column], panels[1, column]
-        top.imshow(
-            pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255
-        )
         top.set_title(str(names[column]), loc="center", fontsize=10.5)
-        height, width = pixels.shape[:2]
-        grid = grids[column]
-        shown = bottom.imshow(
-            grid, cmap="viridis", vmin=0, vmax=most, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
-        )
-        bottom.set_title(
-            f"{grid.min():.1f} to {grid.max():.1f} bits, mean {grid.mean():.1f}",
-            loc="center",
-            fontsize=9.5,
-        )
-        if pixels.shape[-1] == 1:
-            bottom.contour(
-                pixels[..., 0], levels=[_outline(pixels)], colors="white", linewidths=1.3
-            )
-        for axes in (top, bottom):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
+        shown = _draw_column(top, bottom, images[column], grids[column], most)
     panels[0, 0].set_ylabel("Test image")
     panels[1, 0].set_ylabel(f"Widths of the input of {_short(layer)}")
     assert shown is not None
@@ -304,6 +287,27 @@ def draw_widths_over_image(
         f"{blocks}.",
     )
     return figure
+
+
+def _draw_column(
+    top: "Axes", bottom: "Axes", image: np.ndarray, grid: np.ndarray, most: int
+) -> "AxesImage":
+    """An image and the widths of its blocks; a grey one's outline over them."""
+    pixels = np.moveaxis(image, 0, -1)
+    grey = pixels.shape[-1] == 1
+    top.imshow(pixels.squeeze(-1) if grey else pixels, cmap="gray", vmin=0, vmax=255)
+    height, width = pixels.shape[:2]
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    shown = bottom.imshow(grid, cmap="viridis", vmin=0, vmax=most, extent=extent)
+    text = f"{grid.min():.1f} to {grid.max():.1f} bits, mean {grid.mean():.1f}"
+    bottom.set_title(text, loc="center", fontsize=9.5)
+    if grey:
+        bottom.contour(pixels[..., 0], levels=[_outline(pixels)], colors="white", linewidths=1.3)
+    for axes in (top, bottom):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    return shown
 
 
 def picture_layer(widths: Mapping[str, np.ndarray]) -> str:

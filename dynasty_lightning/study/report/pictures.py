@@ -81,31 +81,7 @@ def draw_differences(setting: Setting) -> "Figure":
     right = min(max([d.high for d in near], default=0.0), 2 * FAR_BELOW)
     left, right = min(left * 1.1, -0.25) - 0.1, max(right * 1.1, 0.25) + 0.1
     for place, (row, difference) in enumerate(rows):
-        colour, marker = style[row.label]
-        mean = difference.spread.mean
-        if mean < left:
-            axes.plot(left, place, "<", color=colour, markersize=8, clip_on=False)
-        else:
-            axes.errorbar(
-                mean,
-                place,
-                xerr=mean - difference.low,
-                fmt=marker or "o",
-                color=colour,
-                markersize=7.5,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-                elinewidth=1.8,
-                capsize=3,
-            )
-        axes.text(
-            1.01,
-            place,
-            f"{difference.text()}  n = {difference.spread.n}",
-            va="center",
-            fontsize=8.5,
-            transform=axes.get_yaxis_transform(),
-        )
+        _draw_difference(axes, place, difference, style[row.label], left)
     axes.set_yticks(range(len(rows)), [row.label for row, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left, right)
@@ -115,6 +91,37 @@ def draw_differences(setting: Setting) -> "Figure":
     )
     headline(figure, f"{setting.name}: differences to uniform 8 bits", width=72)
     return figure
+
+
+def _draw_difference(
+    axes: "Axes", place: int, difference: Difference, style: tuple[str, str], left: float
+) -> None:
+    """One line; a mean beyond the left edge stands at it."""
+    colour, marker = style
+    mean = difference.spread.mean
+    if mean < left:
+        axes.plot(left, place, "<", color=colour, markersize=8, clip_on=False)
+    else:
+        axes.errorbar(
+            mean,
+            place,
+            xerr=mean - difference.low,
+            fmt=marker or "o",
+            color=colour,
+            markersize=7.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            elinewidth=1.8,
+            capsize=3,
+        )
+    axes.text(
+        1.01,
+        place,
+        f"{difference.text()}  n = {difference.spread.n}",
+        va="center",
+        fontsize=8.5,
+        transform=axes.get_yaxis_transform(),
+    )
 
 
 def course_pairs(course: Sequence[Setting]) -> dict[str, dict[int, list[float]]]:
