@@ -359,7 +359,7 @@ def other_past_on_one_rank(ranks, rank, folder):
         rank,
         folder,
         callback=callback,
-        callbacks=[Before(lambda net: setattr(callback, "_last_event_step", 3))],
+        callbacks=[Before(lambda net: setattr(callback.run.tally, "last_step", 3))],
     )
 
 
