@@ -97,7 +97,9 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
       kernel, with padding (found in 1-D, on several threads);
     - in 3-D: groups, dilation, a stride above the kernel, an input position that no tap reads;
     - in bfloat16: below 32 input channels of a group, where taps of the last axis times these are
-      a multiple of 32 above 32: Y is another sum.
+      a multiple of 32 above 32: Y is another sum;
+    - on processors without AVX-512, in 2-D: one tap and a stride, below 8 input channels of a
+      group: WGRAD of operands with channels innermost writes beyond its memory.
 
     A stride above the kernel without padding is right in 1-D and 2-D, and so is one output position
     at stride 1. Related: pytorch issue 169688 and pull request 188426, which are of 3-D alone.
@@ -128,6 +130,8 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
         and channels * geometry.taps[-1] % 32 == 0
     ):
         return False
+    if channels < 8 and _is_strided_point(geometry) and not _has_avx512():
+        return False
     if len(axes) > 2 and (
         geometry.groups > 1
         or any(stride > taps or dilation > 1 for _, taps, stride, _, dilation in axes)
@@ -136,6 +140,14 @@ def is_trusted(geometry: LayerGeometry, input_shape: tuple[int, ...]) -> bool:
     return not any(
         _has_odd_edge(*axis) or (len(axes) > 2 and _leaves_input(*axis)) for axis in axes
     )
+
+
+def _is_strided_point(geometry: LayerGeometry) -> bool:
+    return set(geometry.taps) == {1} and max(geometry.stride) > 1
+
+
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def _leaves_input(size: int, taps: int, stride: int, padding: int, dilation: int) -> bool:

@@ -77,6 +77,32 @@ def test_what_the_library_gets_wrong_goes_another_way(geometry, shape):
             assert torch.equal(multiply(gemm, left, right, geometry, shape), expected.float())
 
 
+@pytest.mark.parametrize(("capability", "trusted"), [("AVX512", True), ("AVX2", False)])
+def test_a_strided_point_of_few_channels_needs_avx512(capability, trusted, monkeypatch):
+    """Without it, WGRAD of channels innermost corrupts the heap in float32: seen as an abort."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    shape = (4, 4, 32, 32)
+    is_trusted.cache_clear()
+    try:
+        assert is_trusted(conv((8, 4, 1, 1), stride=(2, 2)), shape) is trusted
+        assert is_trusted(conv((8, 8, 1, 1), stride=(2, 2)), (4, 8, 32, 32))
+        assert is_trusted(conv((8, 4, 1, 1)), shape)
+    finally:
+        is_trusted.cache_clear()
+
+
+def test_a_network_with_such_a_point_trains_on():
+    geometry, shape = conv((8, 4, 1, 1), stride=(2, 2)), (4, 4, 32, 32)
+    x, e = (
+        torch.randn(size).to(memory_format=torch.channels_last) for size in (shape, (4, 8, 16, 16))
+    )
+    expected = multiply(Gemm.WGRAD, e.double(), x.double(), geometry, shape)
+    for _ in range(50):
+        torch.testing.assert_close(
+            multiply(Gemm.WGRAD, e, x, geometry, shape).double(), expected, rtol=1e-4, atol=1e-2
+        )
+
+
 @pytest.mark.parametrize(("geometry", "shape"), RIGHT)
 def test_ordinary_convolutions_keep_their_speed(geometry, shape):
     assert is_trusted(geometry, shape)
