@@ -53,7 +53,11 @@ _ELEMENTS_PER_THREAD: Final = 1 << 15  # below, starting a thread costs more tha
 
 
 def available() -> bool:
-    """Whether the kernels can be used; the first call compiles them, and warns if that fails."""
+    """Whether the kernels can be used; the first call compiles them, and warns if that fails.
+
+    >>> available() in (True, False)
+    True
+    """
     return _library() is not None
 
 
