@@ -42,7 +42,7 @@ def config(method="dynasty@4:interval=3", **more):
 def code(monkeypatch):
     """A commit without changes, and progress after every step."""
     monkeypatch.setattr(runs, "commit", lambda: "c" * 40)
-    monkeypatch.setattr(runs, "_REPORT_SECONDS", -1.0)
+    monkeypatch.setattr(run_watch, "_REPORT_SECONDS", -1.0)
 
 
 def interrupt(progress):

@@ -516,7 +516,7 @@ def test_odd_states_of_a_loader_are_refused_by_the_name_of_the_number(name, odd)
         return  # as good as any
     with pytest.raises(
         ValueError,
-        match=f"lacks {name}, or has|with {name}=4, and this|says batch 4 of an epoch of 4",
+        match=f"lacks {name}, or has|with {name}=4, and this|is at batch 4 of an epoch of 4",
     ):
         loader().load_state_dict(state)
 
