@@ -16,8 +16,8 @@ RECORDS = ROOT / "benchmarks" / "results" / "compare"
 TITLE = re.compile(r"# Results of (.*)")
 PAGES = {
     page: [RECORDS / name for name in title[1].split(", ")]
-    for folder in ("studies", "results")
-    for page in sorted((ROOT / "docs" / folder).glob("*.md"))
+    for folder in ("studies",)
+    for page in sorted((ROOT / "docs" / "results" / folder).glob("*.md"))
     if (title := TITLE.match(page.read_text().split("\n")[0]))
 }
 
