@@ -82,7 +82,7 @@ def wrong(geometry: LayerGeometry, shape: tuple[int, ...], *, seed: int) -> list
     for gemm, (left, right) in operands.items():
         expected = multiply(gemm, left, right, geometry, shape)
         sizes = multiply(gemm, left.abs(), right.abs(), geometry, shape)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in layer_checks.FAST_TYPES:
             bound = (
                 2.0**-12 * sizes
                 + (2.0**-8 * expected.abs() if dtype is torch.bfloat16 else 0.0)
