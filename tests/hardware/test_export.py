@@ -17,7 +17,7 @@ from dynasty_lightning.cli import main
 from dynasty_lightning.hardware.operands import operand_of
 from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
-from dynasty_lightning.nn.gemms import quantize_operand
+from dynasty_lightning.nn.gemms import Requests, quantize_operand
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
@@ -77,14 +77,11 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
                 True,
                 2 if "least" in request_kind else 0,
             )
-        settings = [int(thresholds), least, 8] * 3
-        expected = operand_of(
-            quantize_operand(
-                x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, values, settings, training=False
-            ),
-            Role.ACTIVATION,
-            converted.plan,
+        requests = Requests(values, values, values, [int(thresholds), least, 8, 8] * 3)
+        quantized = quantize_operand(
+            x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=False
         )
+        expected = operand_of(quantized, Role.ACTIVATION, converted.plan)
         flat = x.movedim(1, -1).reshape(5, -1, 21).numpy() if kind == "conv" else x.numpy()[:, None]
         asked = (
             values.view(1, 1, 1)
