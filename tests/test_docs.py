@@ -2,14 +2,20 @@
 """What the pages show can be typed in, and what they say is tested has a test."""
 
 import ast
+import importlib
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
+from fpga import __main__ as fpga_cli
+
+cli = importlib.import_module("dynasty_lightning.cli.main")  # the package has a function so named
 
 ROOT = Path(__file__).parents[1]
 OURS = {"DynastyCallback": DynastyCallback, "DynastyPrecision": DynastyPrecision}
@@ -19,6 +25,23 @@ PAGES = [
     *(p.name for p in sorted(ROOT.glob("*.md"))),
     *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
 ]
+
+_PROGRAM = r"(?:dynasty-lightning|dynasty-fpga|python -m fpga)"
+
+
+def commands(page: str) -> set[str]:
+    """Those with options that a page has as a line of code or between backquotes; what --help
+    prints is no command.
+    """
+    text = re.sub(
+        r"<!-- generated: command-line.*?<!-- end -->",
+        "",
+        (ROOT / page).read_text(),
+        flags=re.DOTALL,
+    )
+    lines = re.findall(rf"^ *({_PROGRAM} .*)$", text, flags=re.MULTILINE)
+    spans = re.findall(rf"`({_PROGRAM} [^`]*)`", text)
+    return {c.partition(" # ")[0].strip() for c in (*lines, *spans) if " --" in c}
 
 
 def anchors(page: Path) -> set[str]:
@@ -89,3 +112,33 @@ def test_every_row_of_combinations_names_its_test():
     named = {name for row in rows for name in re.findall(r"`(test_\w+)`", row)}
     assert all(re.search(r"`test_\w+`", row) for row in rows)
     assert named == defined
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, command) for page in PAGES for command in sorted(commands(page))]
+)
+def test_commands_can_be_typed_in(page, command, monkeypatch):
+    """Each is parsed whole, and ends up with its function; none is run."""
+    words = shlex.split(command)
+    called = []
+    if words[0] == "dynasty-lightning":
+        wired = [replace(c, run=lambda a: called.append(a) or 0) for c in cli.COMMANDS]
+        monkeypatch.setattr(cli, "COMMANDS", wired)
+        assert cli.main(words[1:]) == 0
+    else:
+        for name in (
+            "_run_csim",
+            "_run_selftest",
+            "run_emit",
+            "run_build",
+            "run_deploy",
+            "_run_registers",
+        ):
+            monkeypatch.setattr(fpga_cli, name, lambda *arguments: called.append(arguments) or 0)
+        assert fpga_cli.main(words[1:] if words[0] == "dynasty-fpga" else words[3:]) == 0
+    assert len(called) == 1
+
+
+def test_commands_are_found():
+    assert len(commands("README.md")) >= 3
+    assert sum(len(commands(page)) for page in PAGES) > 20

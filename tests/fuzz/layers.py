@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynasty_lightning.nn.convert import convert
-from dynasty_lightning.nn.gemms import EXECUTORS
+from dynasty_lightning.nn.gemms import using_executor
 from dynasty_lightning.nn.layers import DynamicLayer
 from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics import gemm as matmul
@@ -30,7 +30,6 @@ from dynasty_lightning.numerics.roles import Gemm, Role
 FAST_TYPES = tuple(dict.fromkeys((matmul.fast_dtype(torch.device("cpu")), torch.float32)))
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_EXECUTOR = "float64"
 _BLOCKS: tuple[dict[str, Any], ...] = (
     *[{"block_shape": (4, 4)}] * 3,
     {"block_shape": (8, 8)},
@@ -173,13 +172,8 @@ def _reference(
         sizes[name] = multiply(gemm, a.abs(), b.abs(), plan.geometry, shape)
         return want[name].float()
 
-    plan = layer.plan
-    with mock.patch.dict(EXECUTORS, {_EXECUTOR: execute}), _on("vectors"):
-        layer.plan = replace(plan, executor=_EXECUTOR)
-        try:
-            squares = _step(layer, x, e, training=training, observing=observing, innermost=False)
-        finally:
-            layer.plan = plan
+    with using_executor(layer, execute), _on("vectors"):
+        squares = _step(layer, x, e, training=training, observing=observing, innermost=False)
     return want | {name: value for name, value in squares.items() if name.endswith("square")}, sizes
 
 
