@@ -19,7 +19,7 @@ import lightning as L
 import torch
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.study.environment import machine, versions
 from dynasty_lightning.tasks.models import CifarResNet, Classifier
 
@@ -127,7 +127,7 @@ def main() -> None:
         f"to {100 * extra[2]:.2f}); expected below 2 %"
     )
     if a.results:
-        write_whole(a.results, json.dumps(result, indent=1) + "\n")
+        write_atomically(a.results, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

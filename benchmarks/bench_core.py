@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.study.environment import machine, versions
 from fpga import GemmConfig, GemmJob, open_device
 from fpga.build.toolchain import compiler_version
@@ -130,7 +130,7 @@ def main() -> int:
         f"({size**3 / result.cycles:.0f} MAC a cycle)"
     )
     if a.results:
-        write_whole(a.results, json.dumps(figures, indent=1) + "\n")
+        write_atomically(a.results, json.dumps(figures, indent=1) + "\n")
     return 0 if equal == size * size and figures["cycles_equal_cost_law"] else 1
 
 

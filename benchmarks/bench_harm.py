@@ -62,7 +62,7 @@ from lib.harm import (
 from scipy.stats import spearmanr
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.sensitivity import Sensitivity, layer_sensitivities
@@ -605,7 +605,7 @@ def draw(
     handles.append(Line2D([], [], color="black", lw=0.8, label="measured = predicted"))
     figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
     plt.close(figure)
     print(f"wrote {path}")
 

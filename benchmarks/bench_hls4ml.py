@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.hardware.hls4ml.project import export_hls4ml
 from dynasty_lightning.study.demo import demo_grid, run_demo
 from dynasty_lightning.study.environment import machine, versions
@@ -109,7 +109,7 @@ def main() -> int:
             "versions": versions(),
             "machine": machine(),
         }
-        write_whole(a.results, json.dumps(figures, indent=1) + "\n")
+        write_atomically(a.results, json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.numerics.quantize import quantize
 from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.roles import Role
@@ -403,7 +403,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     )
     right.legend(fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
 
 
 def main() -> None:
@@ -436,7 +436,7 @@ def main() -> None:
     }
     path = ROOT / "benchmarks" / "results" / "noise.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(header | result, indent=1) + "\n")
+    write_atomically(path, json.dumps(header | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from lib.common import (
 from lib.training import DynamicTraining, Training
 from torch import nn
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.tasks.models import CifarResNet, multilayer_perceptron
 
 CLASSES = 10
@@ -194,7 +194,7 @@ def draw(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
         row[0].legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:]))
+    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:]))
     print(f"wrote {path}")
 
 

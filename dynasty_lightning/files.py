@@ -12,7 +12,7 @@ from fpga.files import read_bounded as read_bounded
 from fpga.files import read_sealed as read_sealed
 from fpga.files import remove_leftovers as remove_leftovers
 from fpga.files import unsealed as unsealed
-from fpga.files import write_whole as write_whole
+from fpga.files import write_atomically as write_atomically
 from fpga.records import DIGEST_FIELD as DIGEST_FIELD
 from fpga.records import MOST_JSON_BYTES as MOST_JSON_BYTES
 from fpga.records import check_record as check_record

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there, and read only if they are what was written.
 
-`write_whole` writes one, `sealed=True` with its SHA-256 behind the content, which `read_sealed` and
-`check_seal` compare before anything is made of it. The seal is a line of text at the end: dlopen,
-torch.load, np.load and unzip read past it. JSON carries its digest as a field instead
-(`fpga.records`).
+`write_atomically` writes one, `sealed=True` with its SHA-256 behind the content, which
+`read_sealed` and `check_seal` compare before anything is made of it. The seal is a line of text at
+the end: dlopen, torch.load, np.load and unzip read past it. JSON carries its digest as a field
+instead (`fpga.records`).
 """
 
 import errno
@@ -29,7 +29,7 @@ __all__ = [
     "read_sealed",
     "remove_leftovers",
     "unsealed",
-    "write_whole",
+    "write_atomically",
 ]
 
 Content = bytes | bytearray | memoryview | str | Callable[[BinaryIO], object]
@@ -51,7 +51,7 @@ _NO_FOLDER_SYNC: Final = (
 # -- writing
 
 
-def write_whole(
+def write_atomically(
     path: PathLike,
     content: Content,
     *,
@@ -73,7 +73,7 @@ def write_whole(
         OSError: it cannot be written, or something that is no regular file stands there; names
             `path`, which stays as it was.
 
-    >>> write_whole("map.bin", b"content", sealed=True)
+    >>> write_atomically("map.bin", b"content", sealed=True)
     >>> read_sealed("map.bin")
     b'content'
     """
@@ -151,7 +151,7 @@ def read_bounded(path: PathLike, most_bytes: int) -> bytes:
         FileNotFoundError, OSError: it cannot be read.
         DamagedFile: it is larger than `most_bytes`, or no regular file.
 
-    >>> write_whole("small.txt", "four")
+    >>> write_atomically("small.txt", "four")
     >>> read_bounded("small.txt", 4)
     b'four'
     >>> read_bounded("small.txt", 3)
@@ -177,13 +177,13 @@ def read_bounded(path: PathLike, most_bytes: int) -> bytes:
 
 
 def read_sealed(path: PathLike, most_bytes: int = MOST_ARRAY_BYTES) -> bytes:
-    """What `write_whole(sealed=True)` wrote, without its seal.
+    """What `write_atomically(sealed=True)` wrote, without its seal.
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
         DamagedFile: cut off, damaged, without a seal, or larger than `most_bytes`.
 
-    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> write_atomically("sealed.bin", b"content", sealed=True)
     >>> read_sealed("sealed.bin")
     b'content'
     """
@@ -193,7 +193,7 @@ def read_sealed(path: PathLike, most_bytes: int = MOST_ARRAY_BYTES) -> bytes:
 def unsealed(data: bytes, source: str) -> bytes:
     """The content of a sealed file's bytes. Raises DamagedFile that names `source`.
 
-    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> write_atomically("sealed.bin", b"content", sealed=True)
     >>> unsealed(Path("sealed.bin").read_bytes(), "sealed.bin")
     b'content'
     """
@@ -205,7 +205,7 @@ def unsealed(data: bytes, source: str) -> bytes:
 def check_seal(path: PathLike) -> None:
     """Raise as `read_sealed` does if the file is not as it was written; keeps nothing in memory.
 
-    >>> write_whole("sealed.bin", b"content", sealed=True)
+    >>> write_atomically("sealed.bin", b"content", sealed=True)
     >>> check_seal("sealed.bin")
     >>> _ = Path("sealed.bin").write_bytes(Path("sealed.bin").read_bytes().replace(b"c", b"C", 1))
     >>> check_seal("sealed.bin")

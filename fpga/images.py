@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .archives import parse_arrays
-from .files import DamagedFile, read_sealed, write_whole
+from .files import DamagedFile, read_sealed, write_atomically
 
 IMAGES_FILE: Final = "images.npz"
 
@@ -23,7 +23,7 @@ def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
     >>> load_images(Path("."))[1].tolist()
     [3, 7]
     """
-    write_whole(
+    write_atomically(
         folder / IMAGES_FILE,
         lambda file: np.savez_compressed(file, images=images, labels=labels),
         sealed=True,

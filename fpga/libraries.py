@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Final, TypeVar
 
 from .errors import CompileError, ToolMissing
-from .files import DamagedFile, cache_folder, check_seal, write_whole
+from .files import DamagedFile, cache_folder, check_seal, write_atomically
 
 COMPILE_SECONDS: Final = 300.0
 VERSION_SECONDS: Final = 60.0
@@ -218,7 +218,7 @@ def cached_library(
             f"be written"
         ) from error
     try:
-        write_whole(path, content, sealed=True, follow=False, mode=_LIBRARY_MODE)
+        write_atomically(path, content, sealed=True, follow=False, mode=_LIBRARY_MODE)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     return path

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.study.environment import machine, versions
 from dynasty_lightning.study.workers import MALLOC
 
@@ -93,7 +93,7 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
     print(f"wrote {path}")
 
 

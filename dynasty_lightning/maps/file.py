@@ -17,7 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ..fields import is_whole, shown
-from ..files import DamagedFile, parse_json, read_bounded, write_whole
+from ..files import DamagedFile, parse_json, read_bounded, write_atomically
 from ..numerics.roles import Role
 from .structure import ModelStructure, mapping
 
@@ -54,7 +54,7 @@ def render_header(format_name: str, structure: ModelStructure, **more: Any) -> s
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: str) -> None:
     # safetensors refuses tensors that share memory, as two operands with one OperandPrecision do.
     copies = {key: value.clone() for key, value in tensors.items()}
-    write_whole(
+    write_atomically(
         path,
         save_safetensors(copies, metadata={_HEADER: header, _DIGEST: digest([header], tensors)}),
     )

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 
-from ..files import write_whole
+from ..files import write_atomically
 from ..hardware.check import check_on_core
 from ..nn.inspect import activation_widths
 from ..tasks.data import TensorDataModule
@@ -99,7 +99,7 @@ def write_run_files(out: Path, callback: DynastyCallback, method: str, seed: int
     callback.bit_width_map().save(out / names["bit_widths_file"])
     lines = [json.dumps(finite(h), allow_nan=False) + "\n" for h in callback.history]
     history = "".join(lines).encode()
-    write_whole(out / names["history_file"], history)
+    write_atomically(out / names["history_file"], history)
     return names | {"history_sha256": hashlib.sha256(history).hexdigest()}
 
 
@@ -126,7 +126,7 @@ def _write_image_widths(
         "labels": np.array([data.data.class_names[labels[i]] for i in chosen]),
         **widths,
     }
-    write_whole(
+    write_atomically(
         out / name, lambda file: np.savez_compressed(file, **cast(Any, arrays)), sealed=True
     )
     return {"image_widths_file": name}

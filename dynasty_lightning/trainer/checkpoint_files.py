@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from typing_extensions import override
 
-from ..files import DamagedFile, check_seal, write_whole
+from ..files import DamagedFile, check_seal, write_atomically
 
 PathLike = str | os.PathLike[str]
 
@@ -44,7 +44,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
             )
         target = _local(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, lambda file: torch.save(checkpoint, file), sealed=True)
+        write_atomically(target, lambda file: torch.save(checkpoint, file), sealed=True)
 
     @override
     def load_checkpoint(

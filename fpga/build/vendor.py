@@ -22,7 +22,7 @@ from ..boards import load_board
 from ..devices.base import MAX_TIMEOUT_S
 from ..errors import CompileError, DeviceTimeout, ToolMissing
 from ..fields import read_xml, shown
-from ..files import write_whole
+from ..files import write_atomically
 from ..libraries import run
 from .emit import check_folder
 
@@ -165,7 +165,7 @@ def build(
     if "csynth" not in steps:
         return None
     report = read_report(folder / REPORT, f"{tool.name} {tool.version}")
-    write_whole(folder / REPORT_JSON, json.dumps(asdict(report), indent=1) + "\n")
+    write_atomically(folder / REPORT_JSON, json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 

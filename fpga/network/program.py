@@ -22,7 +22,7 @@ from .._moved import names_moved
 from ..archives import parse_arrays
 from ..arrays import Array
 from ..config import GemmConfig
-from ..files import DamagedFile, read_bounded, write_whole
+from ..files import DamagedFile, read_bounded, write_atomically
 from ..records import check_record, read_json, seal_record
 from .checks import short
 from .graph import ProgramError as ProgramError
@@ -138,8 +138,8 @@ class Program:
             "steps": self.steps,
             "arrays_sha256": hashlib.sha256(content).hexdigest(),
         }
-        write_whole(folder / ARRAYS_FILE, content)
-        write_whole(folder / GRAPH_FILE, graph_text(graph))
+        write_atomically(folder / ARRAYS_FILE, content)
+        write_atomically(folder / GRAPH_FILE, graph_text(graph))
 
     @staticmethod
     def load(folder: Path) -> "Program":

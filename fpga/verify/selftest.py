@@ -14,7 +14,7 @@ import numpy as np
 
 from ..devices.base import Device
 from ..devices.reference import ReferenceDevice
-from ..files import write_whole
+from ..files import write_atomically
 from ..job import GemmJob
 from ..quoting import xml_text
 from .vectors import SEED, random_jobs
@@ -188,4 +188,4 @@ def write_junit(path: Path, suite: str, results: list[CaseResult]) -> None:
             f"values compared: {result.values}, core cycles: {result.cycles}, bytes moved: "
             f"{result.bytes_moved}"
         )
-    write_whole(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))
+    write_atomically(path, ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))

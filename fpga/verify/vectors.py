@@ -20,7 +20,7 @@ from ..config import WINDOW, GemmConfig
 from ..cost import core_cost
 from ..devices.reference import exact_sums
 from ..engines import BITS
-from ..files import write_whole
+from ..files import write_atomically
 from ..geometry import Geometry
 from ..job import GemmJob
 from ..operand import Operand
@@ -252,9 +252,9 @@ def write_vectors(config: GemmConfig, folder: Path) -> list[Path]:
     written, lines = [], []
     for number, (name, job) in enumerate(random_jobs(config)):
         path = folder / f"case{number:02d}.bin"
-        write_whole(path, vector(job, config).astype("<u4").tobytes())
+        write_atomically(path, vector(job, config).astype("<u4").tobytes())
         written.append(path)
         lines.append(f"{path.name} {name}\n")
     index = folder / "index.txt"
-    write_whole(index, "".join(lines))
+    write_atomically(index, "".join(lines))
     return [*written, index]

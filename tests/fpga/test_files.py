@@ -20,7 +20,7 @@ from fpga.files import (
     read_bounded,
     read_sealed,
     remove_leftovers,
-    write_whole,
+    write_atomically,
 )
 from fpga.records import check_record, parse_json, read_json, seal_record
 
@@ -39,7 +39,7 @@ def test_a_file_gets_its_content_and_the_mode_that_the_user_gives_new_files(
 ) -> None:
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "file", content)
+        write_atomically(tmp_path / "file", content)
     finally:
         os.umask(before)
     assert (tmp_path / "file").read_bytes() == b"new"
@@ -63,7 +63,7 @@ def test_content_is_on_disk_before_the_name_and_the_name_before_the_end(
     monkeypatch.setattr(
         os, "replace", lambda a, b: (seen.append(f"over {path.read_bytes()!r}"), replace(a, b))
     )
-    write_whole(path, b"newer", sealed=True)
+    write_atomically(path, b"newer", sealed=True)
     assert seen == ["content of 78 bytes", "over b'old'", "folder"]
 
 
@@ -80,22 +80,22 @@ def test_a_failure_leaves_the_old_file_alone_and_names_the_new_one(
     if stage != "write":
         monkeypatch.setattr(os, stage, full)
     with pytest.raises(OSError, match=r"No space left.*/file'"):
-        write_whole(path, full if stage == "write" else b"new")
+        write_atomically(path, full if stage == "write" else b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_folder_that_is_not_there_is_named_by_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere/file'"):
-        write_whole(tmp_path / "nowhere" / "file", b"")
+        write_atomically(tmp_path / "nowhere" / "file", b"")
 
 
 def test_what_is_no_file_is_not_replaced_and_a_link_stays_one(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match=r"no regular file.*/pipe'"):
-        write_whole(tmp_path / "pipe", b"")
+        write_atomically(tmp_path / "pipe", b"")
     (tmp_path / "link").symlink_to("file")
-    write_whole(tmp_path / "link", b"x")
+    write_atomically(tmp_path / "link", b"x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"x"
 
@@ -110,7 +110,7 @@ def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path: Path) -> None
 
 def test_a_flipped_bit_and_every_cut_of_a_sealed_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, b"content", sealed=True)
+    write_atomically(path, b"content", sealed=True)
     whole = path.read_bytes()
     assert read_sealed(path) == b"content"
     check_seal(path)

@@ -210,7 +210,7 @@ def test_a_full_disk_or_a_read_only_folder_is_told_with_the_way_out(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(libraries, "write_whole", full)
+    monkeypatch.setattr(libraries, "write_atomically", full)
     with pytest.raises(
         CacheError,
         match=r"No space left on device.*: set DYNASTY_CACHE to a folder that can be written",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from dynasty_lightning.files import write_whole
+from dynasty_lightning.files import write_atomically
 from dynasty_lightning.study.report import demo, demo_pictures, run_folder
 from dynasty_lightning.study.report.statistics import Spread
 
@@ -115,7 +115,7 @@ def folder(tmp_path):
             (tmp_path / entry["history_file"]).write_text(
                 "".join(json.dumps(h) + "\n" for h in make_history())
             )
-            write_whole(
+            write_atomically(
                 tmp_path / entry["image_widths_file"],
                 lambda file: np.savez(file, **make_widths()),
                 sealed=True,

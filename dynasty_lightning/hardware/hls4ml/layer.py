@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fpga import GemmConfig, GemmJob, Geometry, Operand, open_device
 from fpga.build.single_header import LAYER_HEADER, single_header
-from fpga.files import write_whole
+from fpga.files import write_atomically
 from fpga.job import SUM_BITS
 from fpga.libraries import library_folder, make_folder
 from fpga.network.program import GemmLayer
@@ -297,7 +297,7 @@ def _write_source(config: GemmConfig) -> Path:
     folder = library_folder(f"hls4ml-{config.digest[:16]}")
     make_folder(folder)  # a compiler will be given what is in it
     target = folder.resolve() / "nnet_dpgemm.h"
-    write_whole(target, single_header(config), follow=False, mode=0o644)
+    write_atomically(target, single_header(config), follow=False, mode=0o644)
     return target
 
 

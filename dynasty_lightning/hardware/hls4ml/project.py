@@ -19,7 +19,7 @@ import numpy as np
 from torch import fx
 
 from fpga import open_device
-from fpga.files import write_whole
+from fpga.files import write_atomically
 from fpga.network.program import Program
 from fpga.network.runner import Runner
 
@@ -119,7 +119,7 @@ def export_hls4ml(
         print(f"{backend}: writing and compiling {out / backend} ...", file=stream, flush=True)
         report["backends"][backend] = _run(hls4ml, conversion, images, labels, out / backend)
         _print(report, backend, stream)
-    write_whole(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
+    write_atomically(out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return report
 
 

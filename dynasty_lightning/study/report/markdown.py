@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...files import write_whole
+from ...files import write_atomically
 from ..record_fields import COMPLETE, DIVERGED, check_reported, last_line, options_of
 from ..results import sift_records
 from .demo import DIGITS_NOTE
@@ -91,7 +91,7 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
     page = compose_report(files, out.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = save_pictures(page.pictures, out.parent)
-    write_whole(out, page.text)
+    write_atomically(out, page.text)
     return [out, *pictures]
 
 

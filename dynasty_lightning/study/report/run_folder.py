@@ -21,7 +21,7 @@ from ...files import (
     read_sealed,
     seal_record,
     without_digest,
-    write_whole,
+    write_atomically,
 )
 from ...numerics.formats import MAX_BITS
 from ..environment import finite
@@ -73,7 +73,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     []
     """
     text = json.dumps(seal_record(finite(dict(summary))), indent=1, allow_nan=False)
-    write_whole(folder / SUMMARY_FILE, text + "\n")
+    write_atomically(folder / SUMMARY_FILE, text + "\n")
 
 
 def _sifted(values: Sequence[Any], check: Callable[[Any], object], where: str) -> list[Any]:
@@ -134,7 +134,7 @@ def read_widths(path: Path) -> dict[str, np.ndarray]:
     ...     "labels": np.array(["zero"]),
     ...     "X/stem": np.full((1, 1, 8, 8), 3, np.uint8),
     ... }
-    >>> write_whole(Path("w.npz"), lambda file: np.savez(file, **arrays), sealed=True)
+    >>> write_atomically(Path("w.npz"), lambda file: np.savez(file, **arrays), sealed=True)
     >>> sorted(read_widths(Path("w.npz")))
     ['X/stem', 'images', 'labels']
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...files import write_whole
+from ...files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,7 +87,7 @@ def save_picture(figure: "Figure", path: Path) -> Path:
     'empty.png'
     """
     with missing_glyphs():
-        write_whole(path, lambda file: figure.savefig(file, format="png"))
+        write_atomically(path, lambda file: figure.savefig(file, format="png"))
     return path
 
 

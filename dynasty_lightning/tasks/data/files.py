@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Final, cast
 
 import numpy as np
 
-from ...files import DamagedFile, cache_folder, read_bounded, write_whole
+from ...files import DamagedFile, cache_folder, read_bounded, write_atomically
 
 DATA_VARIABLE: Final = "DYNASTY_DATA"
 _DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -338,7 +338,7 @@ def _unpack(archive: Path) -> Path:
             assert stream is not None  # a file member has a stream
             content = stream.read()
             _check_md5(archive / name, content, _CIFAR100_MD5[name])
-            write_whole(
+            write_atomically(
                 folder / name, content
             )  # without a seal: the md5 is compared whenever it is read
     if not _is_unpacked(folder):
