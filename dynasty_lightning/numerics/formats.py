@@ -47,6 +47,10 @@ MAX_LSB_EXPONENT: Final = 4096
 """Thresholds that may be asked for: far beyond float32's exponents, and small enough to be added to
 in int16.
 """
+LSB_LIMIT: Final = 512
+"""Thresholds that policies choose lie in [-512, 512]: beyond every float32 exponent, and far from
+the ends of int16.
+"""
 FAR_THRESHOLDS: Final = (-300, 200)
 """Beyond these a threshold asks the same of every float32, and exponents stay within reach of the
 arithmetic: each back end clamps to them.

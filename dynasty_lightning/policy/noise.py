@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..numerics.formats import MAX_BITS, MIN_BITS
+from ..numerics.formats import LSB_LIMIT, MAX_BITS, MIN_BITS
 from ..numerics.roles import Role
 
 __all__ = ["ideal_lsb_exponent", "noise_to_signal"]
@@ -25,9 +25,6 @@ f(1-f) averaged, 1/6.
 Measured from 3 bits on within 9 % of these (4x4 blocks; at 2 bits .099 and .156); after ReLU half,
 since zeros cost nothing.
 """
-
-LSB_LIMIT: Final = 512
-"""Thresholds lie in [-512, 512]: beyond every float32 exponent, and far from the ends of int16."""
 
 Noise = Mapping[tuple[int, int], Mapping[tuple[Role, bool], tuple[float, ...]]]
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .._moved import names_left
-from ..numerics.formats import MAX_BITS, check_bits
+from ..numerics.formats import LSB_LIMIT, MAX_BITS, check_bits
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
 from .base import Entries, Measurement, Policy
 from .calibration import Calibration, measured_slopes
-from .noise import LSB_LIMIT, NOISE_PER_LSB, ideal_lsb_exponent
+from .noise import NOISE_PER_LSB, ideal_lsb_exponent
 from .sensitivity import Sensitivity, layer_sensitivities
 from .statistics import LayerStatistics
 from .uniform import by_letter, check_backward_bits

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks import bench_noise
+from dynasty_lightning.numerics.formats import LSB_LIMIT
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.policy.noise import (
-    LSB_LIMIT,
     NOISE_PER_LSB,
     NOISE_TO_SIGNAL,
     THRESHOLD_OFFSET,
