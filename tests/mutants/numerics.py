@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,6 +206,15 @@ def try_mutation(mutation: Mutation, checks: Checks) -> tuple[str, str]:
         return ("caught", seen) if seen else ("SURVIVED", "")
 
 
+_WORKED_OUT: list[Checks] = []
+"""Of a worker: what it was forked with."""
+
+
+def _timed(mutation: Mutation) -> tuple[str, str, float]:
+    begin = time.monotonic()
+    return *try_mutation(mutation, _WORKED_OUT[0]), time.monotonic() - begin
+
+
 def in_any_layout(text: str) -> re.Pattern[str]:
     """What finds a text of C++ however the formatter has broken its lines."""
     return re.compile(r"\s*".join(re.escape(token) for token in re.findall(r"\w+|\S", text)))
@@ -222,6 +232,9 @@ def _build(sources: Path, cache: Path, *, plain: bool) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", metavar="NAME", help="mutations whose name contains NAME")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)"
+    )
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if not options.only or options.only in m.name]
     if not chosen:
@@ -232,14 +245,13 @@ def main() -> int:
             print(f"the sources as they are do not pass: {seen}")
             return 1
     bad = 0
-    for mutation in chosen:
-        begin = time.monotonic()
-        verdict, text = try_mutation(mutation, checks)
-        bad += verdict != "caught"
-        print(
-            f"{verdict:8s} {mutation.name:42s} {time.monotonic() - begin:5.0f} s  {text}",
-            flush=True,
-        )
+    with ProcessPoolExecutor(
+        options.jobs, multiprocessing.get_context("fork"), _WORKED_OUT.append, (checks,)
+    ) as pool:
+        tries = pool.map(_timed, chosen)
+        for mutation, (verdict, text, seconds) in zip(chosen, tries, strict=True):
+            bad += verdict != "caught"
+            print(f"{verdict:8s} {mutation.name:42s} {seconds:5.0f} s  {text}", flush=True)
     print(f"{len(chosen) - bad} of {len(chosen)} mutants caught")
     return int(bad > 0)
 
