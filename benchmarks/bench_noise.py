@@ -43,14 +43,14 @@ OPERANDS = {
 }
 DECIDING = {Role.ACTIVATION: ("X relu", "X signed"), Role.WEIGHT: ("W",), Role.ERROR: ("E",)}
 """Operands that THRESHOLD_OFFSET is the best compromise of."""
-EVIDENCE = {
+PROTOTYPE = {
     "X relu": (0.039, 0.0023),
     "X half-normal": (0.039, 0.0023),
     "X signed": (0.172, 0.0096),
     "W": (0.220, 0.013),
     "E": (1.13, 0.027),
 }
-"""NSR at 2 and 4 bits, 4x4 blocks, in the prototype (EVIDENCE section 1)."""
+"""NSR at 2 and 4 bits, 4x4 blocks, in the prototype that came before this package."""
 THRESHOLDS = range(-10, 8)
 LOG_RATIOS = np.arange(-16.0, 4.01, 0.125)
 """log2(lambda * price / sensitivity), for blocks around unit variance."""
@@ -305,11 +305,11 @@ def report(result: dict[str, Any]) -> None:
                 f"  {kind:14s}"
                 + "  ".join(f"{v['nsr']:.3g}/{v['kappa']:.4f}" for v in widths.values())
             )
-    print("\nunit variance, 4x4, NSR at 2 / 4 bits, and the prototype's (EVIDENCE section 1)")
+    print("\nunit variance, 4x4, NSR at 2 / 4 bits, and the prototype's")
     for kind, widths in result["noise_unit"]["4x4"].items():
         print(
             f"  {kind:14s}{widths[2]['nsr']:.4g} / {widths[4]['nsr']:.4g}    "
-            f"{EVIDENCE[kind][0]} / {EVIDENCE[kind][1]}"
+            f"{PROTOTYPE[kind][0]} / {PROTOTYPE[kind][1]}"
         )
     print("\nE below its threshold: u, NSR, mean bits")
     print(
@@ -318,7 +318,7 @@ def report(result: dict[str, Any]) -> None:
     )
     for setting, table in result["thresholds"].items():
         print(
-            f"\n{setting}: offset, mean and largest regret, offset with zero blocks charged, "
+            f"\n{setting}: offset, mean and largest regret, offset with zero blocks counted, "
             f"gap to free choice mean and largest"
         )
         for kind, v in table.items():
@@ -361,13 +361,13 @@ def draw(result: dict[str, Any], path: Path) -> None:
             )
             left.plot(s["best"][row], 1.0, "x", color=colour)
     left.set(
-        ylim=(0.95, 2.5),
+        ylim=(0.95, 3.1),
         xlim=(-8.5, 6),
         xlabel="threshold T",
         ylabel="harm + cost, relative to the least",
-        title="x exhaustive search, o rule",
+        title="x: exhaustive search; rule: circle (W), square (E)",
     )
-    left.legend(fontsize=8, loc="upper right")
+    left.legend(fontsize=8, loc="upper center", ncols=2)
     for i, kind in enumerate(k for kinds in DECIDING.values() for k in kinds):
         s = sweeps[kind]
         role = OPERANDS[kind][0].letter
@@ -397,11 +397,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     right.set(
         xlabel="offset o",
         ylabel="mean regret, %",
-        ylim=(0, 8),
+        ylim=(0, 11),
         xlim=(-0.5, 2.75),
         title="T = round(log2(r) / 2 + o)",
     )
-    right.legend(fontsize=8, loc="upper left")
+    right.legend(fontsize=8, loc="upper center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: figure.savefig(file, dpi=110, format=path.suffix[1:]))
 

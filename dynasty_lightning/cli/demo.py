@@ -21,9 +21,9 @@ from .options import Command, add_fields, given, usual_threads, words
 
 _TEXT: Final = """
 Train one network in float32, in uniform 8-bit block floating point and in dynamic precision, for
-some seeds, and compare accuracy, speedup in bit products and modelled energy. Digits come with the
-installed packages and take a minute or two; Fashion-MNIST and CIFAR-100 are read from disk and give
-evidence.
+some seeds, and compare accuracy, reduction in bit operations and modelled energy. Digits come with
+the installed packages and take a minute or two; Fashion-MNIST and CIFAR-100 are read from disk and
+give evidence.
 """
 _FILES: Final = """
 The run folder gets summary.json (rewritten after each run, so also valid if the demo is killed),

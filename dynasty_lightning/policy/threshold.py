@@ -216,8 +216,7 @@ class ThresholdPolicy(Policy, ABC):
             step = _COST_GAIN * math.log(
                 measurement.target_speedup / max(measurement.speedup, 1e-6)
             )
-        # Bounded, and once for each new measurement: stepping more often winds up (EVIDENCE section
-        # 1).
+        # Bounded, and once for each new measurement: stepping more often winds up.
         self.multiplier *= math.exp(min(max(step, -_MAX_LOG_STEP), _MAX_LOG_STEP))
 
     def _precision(self, name: str, role: Role, s: Sensitivity) -> OperandPrecision:

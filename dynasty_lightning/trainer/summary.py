@@ -34,7 +34,7 @@ class Summary:
     >>> summary.figures()["speedup_charged"], summary.figures()["speedup_ideal"]
     (2.0, 4.0)
     >>> print(summary.table([]).splitlines()[1])
-      speedup           4.00x ideal     2.00x with zero blocks charged
+      bit operations    4.00x fewer     2.00x zero blocks counted
     """
 
     steps: int
@@ -81,8 +81,8 @@ class Summary:
         lines = [
             f"Dynamic precision over {s['steps']} steps{where} (whole run, warm-up "
             f"included; 1.0 = uniform 8-bit blocks)",
-            f"  speedup         {s['speedup_ideal']:6.2f}x ideal   {s['speedup_charged']:6.2f}x "
-            f"with zero blocks charged",
+            f"  bit operations  {s['speedup_ideal']:6.2f}x fewer   {s['speedup_charged']:6.2f}x "
+            f"zero blocks counted",
             *promises,
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",

@@ -401,7 +401,7 @@ def test_demo_in_one_process(tmp_path, capsys):
         "uniform",
         "8",
         "bits",
-        "dynamic",
+        "dynasty",
     ]
 
 

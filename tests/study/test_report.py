@@ -159,10 +159,10 @@ def test_table():
         label: values
         for label, *values in (re.split(r" {2,}", line.strip()) for line in table.splitlines())
     }
-    assert table.splitlines()[0].split() == ["float32", "uniform", "8", "bits", "dynamic"]
+    assert table.splitlines()[0].split() == ["float32", "uniform", "8", "bits", "dynasty"]
     assert rows["test accuracy (%)"] == ["91.00 ± 1.00", "90.00 ± 1.00", "90.00 ± 2.00"]
     assert rows["minus uniform 8 bits, by seed"] == ["+1.00 ± 0.00", "+0.00 ± 1.00"]
-    assert rows["with zero blocks charged"] == ["-", "1.00 ± 0.00", "5.10 ± 0.10"]
+    assert rows["zero blocks counted"] == ["-", "1.00 ± 0.00", "5.10 ± 0.10"]
     assert "10000 test images" in table
     assert "no evidence" not in table
     assert max(map(len, table.splitlines())) <= 110
@@ -266,7 +266,7 @@ def test_a_folder_without_dynamic_runs_gets_the_picture_it_can(folder):
 def test_accuracy_picture_says_what_it_shows():
     shown = texts(demo_pictures.draw_accuracy(make_summary())).replace("\n", " ")
     assert (
-        "Dynamic precision needs 5.1x fewer bit products than uniform 8-bit blocks; accuracy "
+        "Dynamic precision needs 5.1x fewer bit operations than uniform 8-bit blocks; accuracy "
         "changes by +0.00 ± 1.00 points" in shown
     )
     assert "n = 3" in shown

@@ -49,8 +49,8 @@ def test_the_table_has_promises_and_layers():
     summary = Summary(steps=40, first_step=8, cost=COST, step_cost=COST, last=ENTRY)
     lines = summary.table(["  a promise"]).splitlines()
     assert "over 40 steps from step 8 on" in lines[0]
-    assert "6.40x ideal" in lines[1]
-    assert "4.00x with zero blocks charged" in lines[1]
+    assert "6.40x fewer" in lines[1]
+    assert "4.00x zero blocks counted" in lines[1]
     assert lines[2] == "  a promise"
     assert lines[-1].split() == ["stem", "3.00", "4.00", "2.00"]
     assert "from step" not in Summary(steps=1, cost=COST, step_cost=COST).table([])

@@ -13,8 +13,8 @@ DIGITS_NOTE: Final = (
 
 ROLES: Final = {"X": "Activations X", "W": "Weights W", "E": "Errors E"}
 _TABLE_RATIOS: Final = {
-    "speedup in bit products": "speedup_ideal",
-    "  with zero blocks charged": "speedup_charged",
+    "reduction in bit operations": "speedup_ideal",
+    "  zero blocks counted": "speedup_charged",
     "energy (model): arithmetic": "energy_ratio_compute",
     "  + on-chip memory": "energy_ratio_sram",
     "  + off-chip memory": "energy_ratio_total",
@@ -22,14 +22,14 @@ _TABLE_RATIOS: Final = {
 
 
 def method_name(method: str) -> str:
-    """A method as a reader knows it: "float32", "uniform 8 bits", "dynamic".
+    """A method as a reader knows it: "float32", "uniform 8 bits", "dynasty".
 
     >>> method_name("uniform8")
     'uniform 8 bits'
     """
     if method.startswith("uniform"):
         return f"uniform {method.removeprefix('uniform')} bits"
-    return {"dynasty": "dynamic"}.get(method, method)
+    return method
 
 
 def spread(summary: Mapping[str, Any], method: str, figure: str) -> Spread:

@@ -122,7 +122,7 @@ def draw_accuracy(summary: Mapping[str, Any]) -> "Figure":
     low, high = min(accuracies), max(accuracies)
     middle, half = (high + low) / 2, max((high - low) * 0.7, 1.0)
     axes.set_ylim(middle - half, middle + half)
-    axes.set_xlabel("Speedup in bit products over uniform 8-bit blocks (log scale)")
+    axes.set_xlabel("Reduction in bit operations over uniform 8-bit blocks (log scale)")
     axes.set_ylabel("Test accuracy (%)")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower left", frameon=False)
@@ -337,7 +337,7 @@ def _accuracy_sentence(summary: Mapping[str, Any]) -> str:
         return f"Accuracy and speedup of {' and '.join(method_name(m) for m in methods)}"
     speed = spread(summary, "dynasty", "speedup_charged").mean
     difference = paired_difference(summary, "dynasty")
-    saving = f"Dynamic precision needs {speed:.1f}x fewer bit products than uniform 8-bit blocks"
+    saving = f"Dynamic precision needs {speed:.1f}x fewer bit operations than uniform 8-bit blocks"
     return saving + (f"; accuracy changes by {signed(difference)} points" if difference.n else "")
 
 
