@@ -7,6 +7,7 @@ processor features.
 
 import hashlib
 import platform
+import sys
 from pathlib import Path
 from typing import Final, Literal
 
@@ -44,6 +45,10 @@ FLAGS: Final = (
 SANITIZER_FLAGS: Final = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 
 _QUOTED_LINES: Final = 15
+_FIRST_USE: Final = (
+    "dynasty_lightning: compiling the quantizer for this processor, once (a few seconds with "
+    "AVX-512, about a minute without) ..."
+)
 
 
 class BuildError(RuntimeError):
@@ -85,6 +90,7 @@ def build(
     files = sorted(SOURCES.glob("*.cpp"))
 
     def compile_in(folder: Path) -> Path:
+        print(_FIRST_USE, file=sys.stderr, flush=True)
         output = folder / "kernels.so"
         run(
             [*compiler, *flags, "-o", str(output), *map(str, files)],
