@@ -169,6 +169,7 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
             **os.environ,
             "PYTHONPATH": str(folder),
             "DYNASTY_CACHE": str(folder / "cache"),
+            "DYNASTY_NATIVE": "0",  # its kernels would be compiled for each mutant of the core
         }
         # Before tests that would take a mutant that does not compile for one that they see.
         if mutation.tests is not LOCK_TESTS and (problem := _compile(folder, environment)):
