@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules by their paths of before 0.1.0: for one release they are found, with a DeprecationWarning
-that says where they lie now.
+"""Modules and names of before 0.1.0: for one release they are found, with a DeprecationWarning that
+names where they lie now.
 """
 
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
-from fpga import _moved
+from fpga._moved import install
+from fpga._moved import renamed_keywords as renamed_keywords
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
 MOVED: Final = {
@@ -63,6 +63,8 @@ MOVED: Final = {
     "models.vgg": "tasks.models.vgg",
     "models.vit": "tasks.models.vit",
     "nn.records": "nn.observe",
+    "policy.baselines.controls": "policy.baselines.magnitude",
+    "policy.baselines.rivals": "policy.baselines.per_layer",
     "policy.controls": "policy.baselines.magnitude",
     "policy.generator": "policy.threshold",
     "policy.precision_map": "maps.precision_map",
@@ -84,9 +86,19 @@ MOVED: Final = {
 }
 """Old paths and new ones, both below the package."""
 DEFINITIONS: Final = {
+    "cli": {"DEFAULT_SPEEDUP": "study.demo"},
+    "cli.main": {"DEFAULT_SPEEDUP": "study.demo"},
     "cost.bit_products": {
         "NetworkCost": "cost.counts",
         "StepCost": "cost.counts",
+    },
+    "files": {"write_whole": "files:write_atomically"},
+    "hardware.hls4ml.project": dict.fromkeys(
+        ("GUARD_BITS", "OUTPUT_BITS", "SCALE_BITS", "WIDEST"), "hardware.hls4ml.types"
+    ),
+    "hardware.recording": {
+        "Array": "hardware.recording.node",
+        **dict.fromkeys(("Call", "Handler", "Key"), "hardware.recording.recorder"),
     },
     "maps.precision_map": {
         "BitWidthMap": "maps.bit_width_map",
@@ -94,9 +106,21 @@ DEFINITIONS: Final = {
         "MOST_BYTES": "maps.file",
         "model_structure": "maps.structure",
         "structure_hash": "maps.structure",
+        "write_atomically": "files",
     },
+    "nn.ops": {"refuse_torchscript": "nn.refusals"},
+    "numerics.backends.native": {
+        "CHANNEL_EDGES": "numerics.backends.native_operands",
+        **dict.fromkeys(
+            ("FLAGS", "SANITIZER_FLAGS", "SOURCES", "Sanitizer"), "numerics.backends.toolchain"
+        ),
+        "Scope": "numerics.formats",
+        "workspace_values": "numerics.memory",
+    },
+    "numerics.backends.triton_kernels": {"philox": "numerics.backends.triton_parts"},
     "numerics.formats": {"BlockTensor": "numerics.quantized"},
     "numerics.gemm": {
+        "ACCUMULATOR_BITS": "numerics.products",
         "is_trusted": "numerics.products",
     },
     "numerics.layout": {
@@ -104,13 +128,16 @@ DEFINITIONS: Final = {
         "band_width": "numerics.banded",
     },
     "numerics.quantize": {
+        "NO_EXPONENT": "numerics.formats",
         "QuantizedBlocks": "numerics.quantized",
         "dequantize": "numerics.quantized",
         "header_bits": "numerics.quantized",
         "header_occupied": "numerics.quantized",
         "header_signed": "numerics.quantized",
         "make_headers": "numerics.quantized",
+        "over_scope": "numerics.backends.pytorch",
         "quantize_in_torch": "numerics.backends.pytorch",
+        "scale_blocks": "numerics.quantized",
     },
     "policy.baselines.magnitude": {"RandomPolicy": "policy.baselines.random"},
     "policy.baselines.per_layer": {"AmpaPolicy": "policy.baselines.ampa"},
@@ -128,15 +155,32 @@ DEFINITIONS: Final = {
         "check_policy": "policy.base",
         "check_target": "policy.base",
     },
+    "study.report.demo": {
+        **dict.fromkeys(
+            ("ACCURACY_PICTURE", "IMAGE_PICTURE", "TIME_PICTURE", "draw_accuracy", "draw_report"),
+            "study.report.demo_pictures",
+        ),
+        **dict.fromkeys(
+            ("draw_widths_over_image", "draw_widths_over_time", "picture_layer"),
+            "study.report.demo_pictures",
+        ),
+        **dict.fromkeys(
+            ("SUMMARY_FILE", "read_history", "read_summary", "read_widths"),
+            "study.report.run_folder",
+        ),
+        **dict.fromkeys(
+            ("COLOURS", "NOTE_COLOUR", "OTHER_COLOURS", "STYLE", "footnote", "headline"),
+            "study.report.style",
+        ),
+        **dict.fromkeys(("missing_glyphs", "save_picture"), "study.report.style"),
+    },
+    "study.report.pictures": dict.fromkeys(("Box", "Mark"), "study.report.labels"),
+    "study.report.settings": {"CONFIDENCE": "study.report.statistics"},
+    "study.run": {"threads": "study.environment"},
+    "trainer.analysis": {"StepClock": "trainer.clock", "Widths": "trainer.finding"},
 }
-"""Names that left a module which stays, and where they lie now."""
+"""Names that left a module which stays, and where they lie now: a module, and the new name behind a
+colon where it has one.
+"""
 
-
-def install() -> None:
-    """Once for the process."""
-    _moved.install(_PACKAGE, MOVED)
-
-
-def names_left(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that stays where names of it have left."""
-    return _moved.names_moved(module, DEFINITIONS[module.removeprefix(f"{_PACKAGE}.")])
+install(_PACKAGE, MOVED, DEFINITIONS)

@@ -5,7 +5,7 @@ library only.
 
 from . import requires as requires  # isort: split
 
-from . import _moved
+from . import _moved as _moved  # finds old paths, also of what follows
 from .config import GemmConfig as GemmConfig
 from .devices import open_device as open_device
 from .devices.base import Device as Device
@@ -19,5 +19,3 @@ from .geometry import JobError as JobError
 from .job import GemmJob as GemmJob
 from .operand import Operand as Operand
 from .operand import OperandError as OperandError
-
-_moved.install(__name__, _moved.MOVED)

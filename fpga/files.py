@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ._moved import names_moved
 from .errors import DamagedFile as DamagedFile
 
 __all__ = [
@@ -266,14 +265,3 @@ def cache_folder() -> Path:
             Path(tempfile.gettempdir())
             / f"dynasty-lightning-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
         )
-
-
-__getattr__ = names_moved(
-    __name__,
-    {
-        **dict.fromkeys(("parse_array", "parse_arrays"), "archives"),
-        **dict.fromkeys(("DIGEST_FIELD", "MOST_JSON_BYTES", "parse_json", "read_json"), "records"),
-        **dict.fromkeys(("check_record", "record_digest", "seal_record"), "records"),
-        "without_digest": "records",
-    },
-)

@@ -8,7 +8,6 @@ from typing import Final, Literal
 
 import numpy as np
 
-from ._moved import names_moved
 from .arrays import Array, Axes
 from .config import ACCUMULATOR_BITS
 from .geometry import Geometry, JobError
@@ -157,6 +156,3 @@ class GemmJob:
         return round_once(
             sums, self.exponents[:, None, None] if self.a.row_exponents else self.exponents
         )
-
-
-__getattr__ = names_moved(__name__, {"Part": "walk", "Walk": "walk", "job_words": "walk"})

@@ -6,7 +6,6 @@ from typing import Final
 
 import numpy as np
 
-from ._moved import names_moved
 from .arrays import Array, padded
 from .config import EDGES, MAX_BITS, MIN_BITS, GemmConfig, edge_of_shape
 from .fields import is_whole, shown
@@ -247,8 +246,3 @@ def _spread(grid: Array, operand: Operand) -> Array:
         grid = np.repeat(grid, operand.block_edge, axis=0)[:rows]
     result: Array = np.repeat(grid, operand.block_edge, axis=2)[:, :, :channels]
     return result
-
-
-__getattr__ = names_moved(
-    __name__, dict.fromkeys(("PackedOperand", "pack", "segment_words", "unpack"), "packing")
-)

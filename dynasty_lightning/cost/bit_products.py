@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._moved import names_left
 from ..numerics.formats import MAX_BITS
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import READS, SHARED, Gemm, Role
@@ -344,6 +343,3 @@ def _band(
             f"first_columns takes {w_shape[0]} multiples of {block_channels}, not {first.tolist()}"
         )
     return (first.unsqueeze(1) // block_channels + torch.arange(w_shape[1])).clamp(max=x_blocks)
-
-
-__getattr__ = names_left(__name__)

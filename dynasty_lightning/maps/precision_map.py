@@ -10,7 +10,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .._moved import names_left
 from ..fields import Field, check_fields, shown
 from ..numerics.formats import MAX_BITS
 from ..numerics.operand_precision import OperandPrecision
@@ -174,6 +173,3 @@ def _precision(kind: str, value: Tensor, limits: Any, where: str) -> OperandPrec
         return OperandPrecision(**asked)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-__getattr__ = names_left(__name__)

@@ -9,8 +9,6 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from .._moved import names_left
-
 __all__ = [
     "FLOATS",
     "MAX_BITS",
@@ -182,6 +180,3 @@ class BlockFormat:
         blocks).
         """
         return self.block_shape in LINE_BLOCKS
-
-
-__getattr__ = names_left(__name__)

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-from .._moved import names_left
 from .backends import native
 from .backends.dispatch import fast_values
 from .formats import NO_EXPONENT
@@ -304,6 +303,3 @@ def _split_axis(gemm: Gemm, left: Tensor, geometry: LayerGeometry) -> tuple[int,
     """Axis of the left operand that runs along K, and its length."""
     axis = 0 if gemm is Gemm.WGRAD else geometry.channel_axis % left.ndim
     return axis, left.shape[axis]
-
-
-__getattr__ = names_left(__name__)

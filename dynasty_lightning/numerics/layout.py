@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._moved import names_left
 from .formats import Scope
 
 __all__ = ["BlockLayout"]
@@ -161,6 +160,3 @@ def _channels_innermost(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
             step *= shape[a]
     strides[axis] = 1
     return tuple(strides)
-
-
-__getattr__ = names_left(__name__)

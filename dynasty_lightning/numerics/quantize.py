@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .._moved import names_left
 from .backends.dispatch import quantize_blocks
 from .formats import FLOATS, MAX_BITS, SCOPES, Rounding, Scope, check_bits, check_widths
 from .layout import BlockLayout
@@ -163,6 +162,3 @@ def _to_grid(
             f"{layout.grid_shape} of an operand {layout.shape}"
         )
     return tensor
-
-
-__getattr__ = names_left(__name__)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
-from .._moved import names_left
-
 __all__ = ["SETTLED", "AnalysisSchedule", "LossGuard"]
 
 SETTLED: Final = 0.08
@@ -198,6 +196,3 @@ class LossGuard:
             state["steps"],
         )
         self._above = state["above"]
-
-
-__getattr__ = names_left(__name__)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from .._moved import names_left
 from ..numerics.formats import LSB_LIMIT, MAX_BITS, check_bits
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
@@ -346,6 +345,3 @@ def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
     noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
     per_element = s.harm * torch.minimum(noise, s.mean_square)
     return float(per_element.mean()) * s.elements
-
-
-__getattr__ = names_left(__name__)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TextIO
 
+from .._moved import renamed_keywords
 from ..tasks.tasks import check_pair
 from .checkpoint import remove_checkpoint
 from .config import RunConfig
@@ -126,6 +127,7 @@ def _fits(data: str, model: str) -> bool:
     return True
 
 
+@renamed_keywords(at_once="workers", silence="timeout", keep="checkpoint_every")
 def run_grid(
     grid: Sequence[RunConfig],
     out: Path,

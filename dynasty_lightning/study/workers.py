@@ -13,6 +13,8 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
+from .._moved import renamed_keywords
+
 MALLOC: Final = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -44,6 +46,7 @@ def run_here(function: Function, jobs: Sequence[Any], take: Take) -> None:
         take("done", job, function(job, partial(take, "progress", job)))
 
 
+@renamed_keywords(silence="timeout")
 def run_in_workers(
     function: Function,
     jobs: Sequence[Any],

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from .._moved import names_moved
 from ..arrays import Array
 from ..boards import checked_clock, load_board
 from ..config import GemmConfig
@@ -298,6 +297,3 @@ class PynqDevice(CoreDevice):
         self._mmio.write(self._offsets[name], value & 0xFFFFFFFF)
         if f"{name}_high" in self._offsets:
             self._mmio.write(self._offsets[f"{name}_high"], value >> 32)
-
-
-__getattr__ = names_moved(__name__, {"SimulatedPynqDevice": "devices.pynq_sim"})

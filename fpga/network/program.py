@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from .._moved import names_moved
 from ..archives import parse_arrays
 from ..arrays import Array
 from ..config import GemmConfig
@@ -241,6 +240,3 @@ def _check_words(labels: Any, source: Any, result: Shape) -> None:
         raise ProgramError(f"there are {len(labels)} labels for {result[0]} classes")
     if not isinstance(source, Mapping):
         raise ProgramError(f"source must be an object, not {short(source)}")
-
-
-__getattr__ = names_moved(__name__, dict.fromkeys(("mean_axes", "pool_dilation"), "network.shapes"))

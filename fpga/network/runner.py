@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from .._moved import names_moved
 from ..arrays import Array
 from ..devices.base import Device
 from ..geometry import Geometry
@@ -335,8 +334,3 @@ OPERATIONS: Final[dict[str, Callable[..., Array]]] = {
     "slice": _slice,
     "softmax": _softmax,
 }
-
-
-__getattr__ = names_moved(
-    __name__, dict.fromkeys(("ARRAYS_FILE", "GRAPH_FILE", "GemmLayer"), "network.program")
-)

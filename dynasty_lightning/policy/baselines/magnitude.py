@@ -9,7 +9,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..._moved import names_left
 from ...numerics.roles import Role
 from ..sensitivity import Sensitivity, bit_price, operand_elements
 from ..statistics import LayerStatistics
@@ -60,6 +59,3 @@ class MagnitudePolicy(ThresholdPolicy):
                     elements=elements[role],
                 )
         return result
-
-
-__getattr__ = names_left(__name__)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from ..._moved import names_left
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.roles import READS, SHARED, Gemm, Role
 from ..base import Entries, Measurement
@@ -166,6 +165,3 @@ def _cheapest(harm: Tensor, cost: Tensor, multiplier: float) -> Tensor:
     """int64 [layers, roles]: the same as indices into `LEGAL_WIDTHS`."""
     flat = _cheapest_flat(harm, cost, multiplier).squeeze(1)
     return torch.stack(torch.unravel_index(flat, harm.shape[1:]), dim=1)
-
-
-__getattr__ = names_left(__name__)

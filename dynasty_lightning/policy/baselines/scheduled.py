@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..._moved import names_left
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.roles import Gemm, Role
 from ..base import Entries, Measurement, Policy, check_target
@@ -180,6 +179,3 @@ def _by_role(bits: tuple[int, int]) -> dict[Role, int]:
 def check_count(value: Any, name: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
-
-
-__getattr__ = names_left(__name__)
