@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -112,7 +112,10 @@ class Moved(MetaPathFinder, Loader):
             return ModuleSpec(fullname, self)
         if name not in self._left:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        # By whoever finds it, import hooks of others too.
+        others = (f for f in sys.meta_path if f is not self and hasattr(f, "find_spec"))
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((found for found in specs if found is not None), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

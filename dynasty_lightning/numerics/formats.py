@@ -100,7 +100,8 @@ def check_widths(bits: Tensor, *, name: str = "bits") -> None:
         check_bits(int(wrong[0]), name=name)
 
 
-def _pair(name: str, given: Any) -> tuple[int, int]:
+def whole_pair(name: str, given: Any) -> tuple[int, int]:
+    """The pair. Raises ValueError unless it is two whole numbers, (rows, channels)."""
     if (
         not isinstance(given, tuple | list)
         or len(given) != 2
@@ -135,7 +136,7 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         object.__setattr__(
-            self, "block_shape", _pair("block_shape", self.block_shape)
+            self, "block_shape", whole_pair("block_shape", self.block_shape)
         )  # a config file gives lists
         if self.block_shape not in SQUARE_BLOCKS + LINE_BLOCKS:
             raise ValueError(
@@ -149,7 +150,7 @@ class BlockFormat:
                 f"scaling 'mx' is that of MX's own {MX_BLOCK} blocks, not of {self.block_shape}"
             )
         if self.width_group is not None:
-            object.__setattr__(self, "width_group", _pair("width_group", self.width_group))
+            object.__setattr__(self, "width_group", whole_pair("width_group", self.width_group))
             rows, channels = self.width_group
             if self.block_shape in LINE_BLOCKS:
                 raise ValueError(

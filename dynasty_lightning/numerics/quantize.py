@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .backends.dispatch import quantize_blocks
-from .formats import FLOATS, MAX_BITS, SCOPES, Rounding, Scope, check_bits, check_widths
+from .formats import FLOATS, MAX_BITS, SCOPES, Rounding, Scope, check_bits, check_widths, whole_pair
 from .layout import BlockLayout
 from .quantized import BlockTensor
 from .random import StreamPosition
@@ -51,18 +51,22 @@ def quantize(
 
     Raises:
         ValueError: empty tensors, widths or requests that do not fit, blocks that span scopes.
-        TypeError: a tensor that is not float32, bfloat16 or float16.
+        TypeError: an operand that is no dense float32, bfloat16 or float16 tensor, or an argument
+            of another kind than said above.
 
     >>> x = torch.tensor([[1.0, 0.3, -0.6, 0.0, 0.01, 0.02, 0.0, 0.0]])
     >>> quantize(x, 4, role=Role.WEIGHT).mantissas.tolist()
     [[4, 1, -2, 0, 3, 5, 0, 0]]
     """
-    if x.dtype not in FLOATS:
-        raise TypeError(
-            f"an operand must be float32, bfloat16 or float16, not {x.dtype}: convert it with "
-            f".float()"
-        )
+    _check_operand(x)
     _check_choices(least_bits, most_bits, rounding, scope)
+    if not isinstance(role, Role):
+        raise TypeError(
+            f"role is a Role, not {role!r}: Role.ACTIVATION, .WEIGHT or .ERROR, or "
+            f"Role.from_letter('W')"
+        )
+    if not isinstance(stream, StreamPosition | None):
+        raise TypeError(f"stream is a StreamPosition or None, not {stream!r}")
     layout = _layout_of(x, block_shape, channel_axis, width_group, scope)
     recipe = Recipe(
         role=role,
@@ -78,6 +82,22 @@ def quantize(
     )
     x = x.detach() if x.dtype is torch.bfloat16 else x.detach().float()
     return quantize_blocks(x, layout, recipe).block_tensor()
+
+
+def _check_operand(x: Tensor) -> None:
+    """Raises TypeError for what is not memory of numbers."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"an operand is a tensor, not {type(x).__name__}: make one with torch.as_tensor"
+        )
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"an operand must be float32, bfloat16 or float16, not {x.dtype}: convert it with "
+            f".float()"
+        )
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
+        kind = "meta" if x.is_meta else "nested" if x.is_nested else str(x.layout)
+        raise TypeError(f"an operand is a dense tensor with values, not a {kind} one")
 
 
 def _check_choices(least_bits: int, most_bits: int, rounding: str | None, scope: str) -> None:
@@ -102,6 +122,13 @@ def _layout_of(
     width_group: tuple[int, int] | None,
     scope: Scope,
 ) -> BlockLayout:
+    block_shape = whole_pair("block_shape", block_shape)
+    if width_group is not None:
+        width_group = whole_pair("width_group", width_group)
+    if not isinstance(channel_axis, int) or not -x.ndim <= channel_axis < max(x.ndim, 1):
+        raise ValueError(
+            f"channel_axis must be an axis of an operand of {x.ndim} axes, not {channel_axis!r}"
+        )
     if scope != "tensor" and block_shape[0] != 1:
         raise ValueError(
             f"scope {scope!r} needs blocks of one row, not {block_shape}: a block must not span "
@@ -134,6 +161,9 @@ def _request(
             f"give exactly one of bits and lsb_exponent, not "
             f"{'both' if bits is not None else 'none'}"
         )
+    for name, given in (("bits", bits), ("lsb_exponent", lsb_exponent)):
+        if isinstance(given, bool) or not isinstance(given, int | Tensor | None):
+            raise TypeError(f"{name} is a whole number or a tensor of them, not {given!r}")
     if isinstance(bits, int):
         check_bits(bits)
     elif bits is not None:

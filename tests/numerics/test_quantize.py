@@ -316,11 +316,36 @@ def test_nonfinite_scopes_pass_unquantized():
         ({"bits": 4, "scope": "row"}, "one row"),
         ({"bits": 4, "width_group": (6, 4)}, "multiple"),
         ({"bits": 4, "rounding": "up"}, "rounding must be"),
+        ({"bits": 4, "channel_axis": 2}, "an axis of an operand of 2 axes, not 2"),
+        ({"bits": 4, "channel_axis": "last"}, "an axis of an operand"),
+        ({"bits": 4, "block_shape": 4}, "block_shape is two whole numbers"),
+        ({"bits": 4, "block_shape": (4, 4, 4)}, "block_shape is two whole numbers"),
+        ({"bits": 4, "width_group": (4.0, 4)}, "width_group is two whole numbers"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize(torch.randn(8, 8), role=Role.WEIGHT, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": 4.0}, "bits is a whole number or a tensor of them, not 4.0"),
+        ({"bits": "4"}, "bits is a whole number"),
+        ({"bits": True}, "bits is a whole number"),
+        ({"lsb_exponent": [1]}, "lsb_exponent is a whole number"),
+        ({"bits": 4, "role": "W"}, r"role is a Role, not 'W': .* Role.from_letter"),
+        ({"bits": 4, "role": 1}, "role is a Role"),
+        ({"bits": 4, "stream": 3}, "stream is a StreamPosition or None"),
+        ({"bits": 4, "x": [[1.0, 2.0]]}, "an operand is a tensor, not list"),
+        ({"bits": 4, "x": torch.ones(4, 4, device="meta")}, "not a meta one"),
+        ({"bits": 4, "x": torch.eye(4).to_sparse()}, "not a torch.sparse_coo one"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        quantize(**{"x": torch.randn(8, 8), "role": Role.WEIGHT, **arguments})
 
 
 def test_bad_tensors():
