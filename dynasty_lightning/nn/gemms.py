@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,7 @@ def run_gemm(
                 "finish backward passes, and copy or save the model, outside of it"
             )
         result = execute(gemm, left, right, plan, input_shape)
+        _check_result(result, gemm, plan, input_shape)
     else:
         # A grouped W comes out of its band; an executor takes it as it is cut.
         if plan.band is not None and gemm is not Gemm.WGRAD:
@@ -208,6 +209,27 @@ def run_gemm(
     return finish(result, axis, dtype=dtype, channels_last=channels_last, bias=bias)
 
 
+def _check_result(result: Any, gemm: Gemm, plan: LayerPlan, input_shape: tuple[int, ...]) -> None:
+    """Raises ValueError for what is not a GEMM's result: bias and gradients would broadcast over
+    it in silence.
+    """
+    wanted = (plan.output_shape(input_shape), input_shape, plan.geometry.weight_shape)[gemm]
+    if (
+        not isinstance(result, Tensor)
+        or result.shape != wanted
+        or result.dtype is not torch.float32
+    ):
+        met = (
+            f"{result.dtype} {tuple(result.shape)}"
+            if isinstance(result, Tensor)
+            else type(result).__name__
+        )
+        raise ValueError(
+            f"the executor {plan.executor!r} must return {gemm.name} of layer {plan.layer_index} "
+            f"as torch.float32 {tuple(wanted)}, not {met}"
+        )
+
+
 @contextmanager
 def using_executor(
     network: nn.Module, execute: Executor, *, name: str = "executor"
@@ -219,10 +241,14 @@ def using_executor(
     the block open; outside of it RuntimeError is raised.
 
     Args:
-        network: with converted layers, or one of them. Layers that are converted, added or copied
-            in the block are not looked for.
+        network: with converted layers, or one of them; without any it runs as it is. Layers that
+            are converted, added or copied in the block are not looked for.
         execute: as `EXECUTORS` has it.
         name: for messages; need not be unique.
+
+    Raises:
+        TypeError: a network that is no module, or an executor that cannot be called.
+        ValueError: in a GEMM: a result of another shape or type than the GEMM's in float32.
 
     >>> import torch, dynasty_lightning
     >>> from dynasty_lightning.nn.gemms import using_executor
@@ -234,6 +260,10 @@ def using_executor(
     ...     network(torch.ones(2, 8)).unique()
     tensor([7.])
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network is a module with converted layers, not {network!r}")
+    if not callable(execute):
+        raise TypeError(f"execute is called for each GEMM, and {execute!r} cannot be")
     key = f"{name}/{next(_numbers)}"
     # Converted layers are known by their plan: their class lies above this file.
     fields = [vars(m) for m in network.modules() if isinstance(vars(m).get("plan"), LayerPlan)]

@@ -111,3 +111,28 @@ def test_a_network_without_converted_layers_runs_as_it_is() -> None:
     with using_executor(plain, giving(1.0)):
         assert not torch.equal(plain(torch.randn(3, 8)), torch.ones(3, 4))
     assert plain.plan == "no plan of a layer"
+
+
+def test_only_a_module_and_a_function_are_taken(network: nn.Module) -> None:
+    with pytest.raises(TypeError, match="not None"), using_executor(None, print):
+        pass
+    with pytest.raises(TypeError, match="5 cannot be"), using_executor(network, 5):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("result", "met"),
+    [
+        (torch.zeros(1), r"torch.float32 \(1,\)"),
+        (torch.zeros(2, 4).double(), r"torch.float64 \(2, 4\)"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_result_of_a_gemm_is_refused(result, met):
+    network = nn.Sequential(nn.Linear(8, 4))
+    convert(network)
+    with (
+        using_executor(network, lambda *call: result, name="mine"),
+        pytest.raises(ValueError, match=rf"'mine/\d+' must return FORWARD of .*, not {met}"),
+    ):
+        network(torch.ones(2, 8))
