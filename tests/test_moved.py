@@ -26,8 +26,8 @@ the modules moved, defines or hands on.
 """
 REMOVED = set(
     re.findall(
-        r"`(\w+)`",
-        re.search(r"^- Removed: .*?(?=^- )", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S)[0],
+        r"`(?:[\w.]+\.)?(\w+)`",
+        (ROOT / "CHANGELOG.md").read_text().partition("\n### Removed\n")[2].partition("\n## ")[0],
     )
 )
 OPTIONAL = re.compile(r"triton|hls4ml")

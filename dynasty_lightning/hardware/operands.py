@@ -106,9 +106,9 @@ class GemmCall(NamedTuple):
         return shaped.to(left.codes.device)
 
 
-def job_of(*call: Any, output: Any = "float32") -> GemmJob:
+def job_of(*call: Any, output: Any = "float32", **rest: Any) -> GemmJob:
     """The integer job that a GEMM of a layer is, of what an executor is called with: GEMM, left and
-    right operand, the layer's plan, X's shape.
+    right operand, the layer's plan, X's shape; by the names of `GemmCall`, too.
 
     >>> import torch, dynasty_lightning
     >>> from dynasty_lightning.nn.gemms import using_executor
@@ -123,7 +123,7 @@ def job_of(*call: Any, output: Any = "float32") -> GemmJob:
     >>> jobs[0].gemm, jobs[0].a.shape, jobs[0].b.shape
     ('forward', (2, 1, 8), (4, 1, 8))
     """
-    return GemmCall(*call).job(output=output)
+    return GemmCall(*call, **rest).job(output=output)
 
 
 def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from ..._moved import renamed_keywords
 from .statistics import REFERENCE, Spread
 
 DIGITS_NOTE: Final = (
@@ -43,6 +44,7 @@ def spread(summary: Mapping[str, Any], method: str, figure: str) -> Spread:
     )
 
 
+@renamed_keywords(baseline="reference")
 def paired_difference(
     summary: Mapping[str, Any], method: str, reference: str = REFERENCE
 ) -> Spread:

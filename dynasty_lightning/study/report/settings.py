@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from ..._moved import renamed_keywords
 from ..config import COMPARED_AT, COMPARED_AT_LATER, OF_BLOCKS, shape_text
 from ..environment import finite
 from ..method import FLOATS
@@ -136,6 +137,7 @@ class Setting:
         pairs = self.pairs(row)
         return None if pairs is None else Difference.of(pairs)
 
+    @renamed_keywords(rival="other")
     def costs_apart(self, row: Row, other: Row) -> str | None:
         """What two rows with one target cost, where that is not the same: one of them is not within
         2 % of the target, or has none.
