@@ -86,7 +86,7 @@ MUTATIONS = (
     Mutation("between strides is inside", "include/dpgemm/address.h", "strided % job.stride.size[axis] == 0 &&", ""),
     Mutation("row block forgotten in X's line", "kernel/memory.cpp", "line = place.row_block * job.input_size + Flat", "line = Flat"),
     Mutation("WGRAD counts E's segments as X's", "kernel/memory.cpp", "k, m, job.out_blocks, true", "k, m, job.in_blocks, true"),
-    Mutation("tap offset forgotten", "kernel/memory.cpp", "* job.tap_count + tap_index;", "* job.tap_count;"),
+    Mutation("tap offset forgotten", "kernel/memory.cpp", "* job.tap_count + tap_index;", "* job.tap_count + 0 * tap_index;"),
     Mutation("planes begin a word late", "kernel/memory.cpp", "segment[first + index / kPlanesPerWord]", "segment[first + (index + 1) / kPlanesPerWord]"),
     Mutation("no transposed read", "kernel/memory.cpp", "segment.contracts_rows ? Transposed(stored) : stored", "segment.contracts_rows ? Transposed(Transposed(stored)) : stored"),
     Mutation("headers of rows read from the first", "kernel/memory.cpp", "(has_row_exponents ? row : 0);", "0;"),
