@@ -7,6 +7,7 @@ test_board.py with that handling gone.
 """
 
 import argparse
+import atexit
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,6 +148,14 @@ MUTATIONS = (
 )  # fmt: skip
 
 
+@cache
+def _shared() -> Path:
+    """Libraries of mutants that leave the C++ as it is: one for all."""
+    folder = Path(tempfile.mkdtemp(prefix="dpgemm-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
     """(caught | SURVIVED | error, what the tests said, seconds)."""
     begin = time.monotonic()
@@ -168,7 +178,7 @@ def try_mutation(mutation: Mutation) -> tuple[str, str, float]:
         environment = {
             **os.environ,
             "PYTHONPATH": str(folder),
-            "DYNASTY_CACHE": str(folder / "cache"),
+            "DYNASTY_CACHE": str(_shared() if mutation.file.endswith(".py") else folder / "cache"),
             "DYNASTY_NATIVE": "0",  # its kernels would be compiled for each mutant of the core
         }
         # Before tests that would take a mutant that does not compile for one that they see.
