@@ -12,6 +12,7 @@ from ..study.config import OPTIONS
 from ..study.grid import describe_grid, make_grid, run_grid
 from ..study.method import method_names, parse_methods
 from ..study.report.markdown import write_report
+from ..study.watch import WATCHERS
 from ..tasks.data.files import DATA_VARIABLE
 from ..tasks.tasks import TASK_DATA, TASK_MODELS
 from .options import Command, add_alias, add_fields, given, usual_threads, words
@@ -109,6 +110,14 @@ def _add_running(group: Any) -> None:
         f"kill; inf: none (default: {_CHECKPOINT_EVERY:g})",
     )
     add_alias(group, "--keep", "--checkpoint-every", type=float)
+    group.add_argument(
+        "--watch",
+        choices=sorted(WATCHERS),
+        action="append",
+        default=[],
+        help="measure more of each run while it trains, after which its numbers are the same: "
+        "noise, what rounding does to its gradients, at eight of its steps",
+    )
 
 
 def _add_report(group: Any) -> None:
@@ -164,6 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         timeout=_seconds(arguments.timeout),
         checkpoint_every=_seconds(arguments.checkpoint_every),
+        watch=arguments.watch,
     )
     if arguments.report is not None:
         _write([arguments.out], arguments.report)

@@ -62,6 +62,8 @@ class ThresholdPolicy(Policy, ABC):
             (docs/concepts/widths.md, Calibration).
         role_weights: what predicted harm of X, W and E counts times, 1 where not given: for
             ablations, and for a split measured elsewhere.
+        frozen_from: share of the run after which thresholds stay as they are, for ablations; 1 is
+            never. Where the loss guard asks for 8 bits after it, those stay.
 
     A policy of this kind only has to predict:
 
@@ -85,6 +87,7 @@ class ThresholdPolicy(Policy, ABC):
     backward_bits: Mapping[str, int] = field(default_factory=dict)
     calibrate: Literal["layers", "roles", "none"] = "none"
     role_weights: Mapping[str, float] = field(default_factory=dict)
+    frozen_from: float = 1.0
     name: str
     needs_statistics: bool = True
 
@@ -92,7 +95,7 @@ class ThresholdPolicy(Policy, ABC):
     """What `calibrate` may be; a policy for which one makes no sense leaves it out."""
 
     def __post_init__(self) -> None:
-        for name in ("noise_budget", "smoothing", "hysteresis"):
+        for name in ("noise_budget", "smoothing", "hysteresis", "frozen_from"):
             value = getattr(self, name)
             if (value is not None or name != "noise_budget") and (
                 isinstance(value, bool) or not isinstance(value, numbers.Real)
@@ -100,6 +103,8 @@ class ThresholdPolicy(Policy, ABC):
                 raise TypeError(f"{name} must be a number, not {value!r}")
         if self.noise_budget is not None and not 0 < self.noise_budget < math.inf:
             raise ValueError(f"noise_budget must be positive and finite, not {self.noise_budget}")
+        if not 0 < self.frozen_from <= 1:
+            raise ValueError(f"frozen_from is a share of the run in (0, 1], not {self.frozen_from}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
         if not 0 <= self.hysteresis < 0.5:
@@ -161,6 +166,8 @@ class ThresholdPolicy(Policy, ABC):
         return {}
 
     def update(self, measurement: Measurement) -> Entries:
+        if self._thresholds and measurement.step >= self.frozen_from * measurement.steps:
+            return {}  # every operand keeps what it has
         if self.wants_probes:
             self.calibration.update(measured_slopes(measurement.layers, loss=measurement.loss))
         smooth = {name: self._smooth(name, s) for name, s in measurement.layers.items()}

@@ -136,6 +136,7 @@ def run_grid(
     workers: int = 1,
     timeout: float | None = None,
     checkpoint_every: float | None = None,
+    watch: Sequence[str] = (),
     stream: TextIO | None = None,
     train: Train = train_one,
     in_process: bool = False,
@@ -156,6 +157,7 @@ def run_grid(
             counts as failed. None waits for ever.
         checkpoint_every: seconds between checkpoints of each run, in a folder beside the file, from
             which it goes on after a kill; None keeps none.
+        watch: what looks at the runs beside what their methods name, of `watch.WATCHERS`.
         stream: for progress; standard output if None.
         train: what makes a run's record; importable by name.
         in_process: train here, and not in workers, which may be killed without harm.
@@ -176,7 +178,12 @@ def run_grid(
         stream.flush()
         ledger = _Ledger(file, left, checkpoints, ProgressBoard(len(left), stream), workers)
         jobs = [
-            Job(run=run, train=train, data_dir=data_dir, options=checkpoints.options(run))
+            Job(
+                run=run,
+                train=train,
+                data_dir=data_dir,
+                options=checkpoints.options(run) | ({"watch": tuple(watch)} if watch else {}),
+            )
             for run in left
         ]
         do = run_here if in_process else partial(run_in_workers, count=workers, timeout=timeout)

@@ -76,7 +76,7 @@ def thinned(
         {
             "step": h["step"],
             "bits": _rounded(h["mean_bits"]),
-            **{n: _rounded(h.get(n)) for n in ("speedup_charged", "loss", "lambda")},
+            **{n: _rounded(h.get(n)) for n in ("speedup_charged", "loss", "lambda", "noise_ratio")},
         }
         for h in chosen
     ]

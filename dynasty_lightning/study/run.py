@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -73,6 +73,7 @@ def train(
     *,
     checkpoint: Path | None = None,
     every: float = 600.0,
+    watch: Sequence[str] = (),
 ) -> Trained:
     """Train a network and test it with the numbers it was trained in.
 
@@ -88,6 +89,8 @@ def train(
         checkpoint: file that the state of the run is kept in meanwhile, and gone on from where it
             is there already; None keeps none.
         every: seconds between two states.
+        watch: what watches the run beside what its method names, of `watch.WATCHERS`; of a run
+            without blocks there is nothing to watch.
 
     Raises:
         FileNotFoundError, ValueError: data that is missing or damaged, or fewer images than asked
@@ -105,7 +108,7 @@ def train(
     )
     parts = _Parts(
         callback=callback,
-        watchers=tuple(make_watcher(name, callback) for name in method.watchers)
+        watchers=tuple(make_watcher(name, callback) for name in (*method.watchers, *watch))
         if callback
         else (),
         watch=RunWatch(config, callback, progress),
@@ -134,6 +137,7 @@ def train_one(
     *,
     checkpoint: Path | None = None,
     every: float = 600.0,
+    watch: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and test, and return what came of it, ready for JSON. What a run raises is its result:
     "failed", or "diverged" after NaN losses.
@@ -153,7 +157,7 @@ def train_one(
     record = record_of(config)
     earlier = 0.0
     try:
-        done = train(config, data_dir, progress, checkpoint=checkpoint, every=every)
+        done = train(config, data_dir, progress, checkpoint=checkpoint, every=every, watch=watch)
         earlier = done.earlier_seconds
         record |= {
             "status": DIVERGED if _has_diverged(done, config) else COMPLETE,
@@ -242,6 +246,7 @@ def _fit_and_test(
         **figures,
         **tested,
         "train_loss": watch.mean_loss,
+        "loss_curve": watch.loss_curve(),
         "nonfinite_losses": watch.nonfinite_losses,
         "steps": trainer.global_step,
         "seconds": seconds,

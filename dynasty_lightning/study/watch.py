@@ -18,11 +18,15 @@ Send = Callable[[dict[str, Any]], None]
 """Takes a progress message: label, name, seed, epoch, epochs, step, steps, loss, speedup, seconds.
 """
 
-WATCHERS: Final[Mapping[str, str]] = {"core": "dynasty_lightning.hardware.core_watch:CoreWatch"}
+WATCHERS: Final[Mapping[str, str]] = {
+    "core": "dynasty_lightning.hardware.core_watch:CoreWatch",
+    "noise": "dynasty_lightning.study.noise_watch:NoiseWatch",
+}
 """What a method may have watch its run, by name. Loaded where one asks for it, so that a run
 without blocks loads nothing of the FPGA."""
 
 _REPORT_SECONDS: Final = 0.5
+_CURVE_PARTS: Final = 100
 
 
 class Watcher(Protocol):
@@ -49,6 +53,7 @@ class RunWatch(Callback):
         self._config, self._dynasty, self._send = config, dynasty, send
         self._begin = self._last = time.monotonic()
         self._losses: list[float] = []
+        self._curve: list[float] = []
         self.nonfinite_losses = 0
         self.earlier_seconds = 0.0
 
@@ -70,13 +75,14 @@ class RunWatch(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "losses": list(self._losses),
+            "curve": list(self._curve),
             "nonfinite_losses": self.nonfinite_losses,
             "seconds": self.seconds,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._losses = list(state_dict["losses"])
+        self._losses, self._curve = list(state_dict["losses"]), list(state_dict["curve"])
         self.nonfinite_losses = state_dict["nonfinite_losses"]
         self.earlier_seconds = state_dict["seconds"]
 
@@ -84,6 +90,12 @@ class RunWatch(Callback):
     def mean_loss(self) -> float:
         """Mean training loss of the last epoch."""
         return sum(self._losses) / max(len(self._losses), 1)
+
+    def loss_curve(self) -> dict[str, Any]:
+        """Mean training losses of equal parts of the run: `steps` in each, 100 parts at most."""
+        steps = _round_up(len(self._curve) / _CURVE_PARTS)
+        parts = [self._curve[i : i + steps] for i in range(0, len(self._curve), steps)]
+        return {"steps": steps, "means": [sum(part) / len(part) for part in parts]}
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,6 +112,7 @@ class RunWatch(Callback):
     ) -> None:
         loss = float(outputs["loss"])
         self._losses.append(loss)
+        self._curve.append(loss)
         self.nonfinite_losses += not math.isfinite(loss)
         if time.monotonic() - self._last > _REPORT_SECONDS:
             self._announce(trainer)
@@ -125,3 +138,13 @@ class RunWatch(Callback):
                 "seconds": self.seconds,
             }
         )
+
+
+def _round_up(number: float) -> int:
+    """To 1, 2 or 5 times a power of ten, 1 at least."""
+    scale = 1
+    while True:
+        for step in (1, 2, 5):
+            if step * scale >= number:
+                return step * scale
+        scale *= 10
