@@ -21,9 +21,11 @@ Doses of an arm, means over the run:
                 the analyses; of policies that predict it
     power       |rounding noise of dW|**2 / |dW|**2, mean of the layers, measured (`--watch noise`)
     amplitude   its root, mean of the layers
-    bias        the part of power that two draws of the rounding have in common, and so comes back
-                in each step; noise of X and W, which are rounded to nearest, and of what follows
-    shrinkage   -<noise, dW> / |dW|**2, mean of the layers: by what share a step is too short
+    repeated    the part of power that two draws of the random rounding have in common: noise of X
+                and W, which are rounded to nearest, and of what follows from it
+    common      the part of it that other samples share, over what their gradients share; it comes
+                back in each step
+    shrinkage   by what share the step is too short along what gradients of all samples share
 """
 
 import argparse
@@ -78,7 +80,7 @@ SETTINGS: Mapping[str, Any] = {
     "validation_samples": 10_000,
     "evaluate_on": "validation",
 }
-DOSES = ("harm", "power", "amplitude", "bias", "shrinkage")
+DOSES = ("harm", "power", "amplitude", "repeated", "common", "shrinkage")
 WINDOWS = {"first 100": (0, 100), "first 400": (0, 400), "last 100": (-100, None)}
 """Steps whose training loss is compared."""
 DRAWS = 2000
@@ -152,14 +154,18 @@ def doses_of(record: Mapping[str, Any]) -> dict[str, float]:
     measured = record.get("gradient_noise") or []
     if measured:
         steps = [entry["step"] for entry in measured]
-        ratios = [np.array(list(entry["layers"].values())) for entry in measured]
-        power = [values[:, 1] / values[:, 0] for values in ratios]
-        found["power"] = _over_time(steps, [float(p.mean()) for p in power])
-        found["amplitude"] = _over_time(steps, [float(np.sqrt(p).mean()) for p in power])
-        bias = [float((values[:, 2] / values[:, 0]).mean()) for values in ratios]
-        found["bias"] = _over_time(steps, bias)
-        along = [float((values[:, 3] / values[:, 0]).mean()) for values in ratios]
-        found["shrinkage"] = -_over_time(steps, along)
+        layers = [np.array(list(entry["layers"].values())).T for entry in measured]
+        for dose, values in (
+            ("power", [v[1] / v[0] for v in layers]),
+            ("amplitude", [np.sqrt(v[1] / v[0]) for v in layers]),
+            ("repeated", [v[2] / v[0] for v in layers]),
+        ):
+            found[dose] = _over_time(steps, [float(v.mean()) for v in values])
+        # Over the halves' common part, which is near zero in some: ratios of sums over the steps,
+        # each layer and step in units of its own signal.
+        shared = np.array([[v[5] / v[0], v[6] / v[0], v[7] / v[0]] for v in layers]).mean((0, 2))
+        found["common"] = float(shared[2] / shared[0])
+        found["shrinkage"] = float(-shared[1] / shared[0])
     return found
 
 
@@ -293,7 +299,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     with drawing():
         from matplotlib import pyplot
 
-        figure, panels = pyplot.subplots(1, 4, figsize=(15, 4), layout="constrained", sharey=True)
+        figure, panels = pyplot.subplots(1, 5, figsize=(18, 4), layout="constrained", sharey=True)
         colours = dict(
             zip(
                 ("dynasty", "uniform", "other"),

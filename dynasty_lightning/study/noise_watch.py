@@ -24,27 +24,37 @@ _ALL: Final = tuple(role.letter for role in Role)
 
 @dataclass(frozen=True, kw_only=True)
 class GradientNoise:
-    """Of one layer's dW in one step, as squared norms.
+    """Of one layer's dW in one step, as squared norms and inner products; noise is what rounding
+    adds to the gradient of the same samples.
 
     Attributes:
         signal: of the gradient without rounding.
-        power: of what rounding adds to it.
-        bias: the part of `power` that two draws have in common: it does not average out over
-            steps as random rounding does.
-        along: of it along the gradient, `<noise, gradient>`, signed: what rounding takes off a step
-            where it is negative.
+        power: of its noise.
+        repeated: the part of `power` that two draws of the random rounding have in common.
+        along: <noise, gradient>: where it is negative, rounding makes the step too short.
         sampling: of what another batch of this size would change, from the two halves of this one.
+        true_signal: <gradient, gradient> of the two halves: of what all batches have in common.
+        true_along: <noise, gradient> of one half and the other: along what all batches have in
+            common, where `along` also takes this batch's own samples back.
+        common: <noise, noise> of the two halves: noise that comes back with other samples, and so
+            does not average out over steps.
 
-    >>> noise = GradientNoise(signal=4.0, power=1.0, bias=0.25, along=-0.4, sampling=2.0)
+    >>> noise = GradientNoise(
+    ...     signal=4.0, power=1.0, repeated=0.25, along=-0.4, sampling=2.0, true_signal=2.0,
+    ...     true_along=-0.1, common=0.05,
+    ... )
     >>> noise.power / noise.signal
     0.25
     """
 
     signal: float
     power: float
-    bias: float
+    repeated: float
     along: float
     sampling: float
+    true_signal: float
+    true_along: float
+    common: float
 
 
 def gradient_noise(
@@ -53,7 +63,8 @@ def gradient_noise(
     """What rounding does to the gradient of a batch's cross entropy, for each converted layer that
     learns, and to the loss: `plain` without rounding, `rounded` with it.
 
-    The network and its random stream stay as they are. Rounding is drawn twice.
+    The network and its random stream stay as they are. Rounding is drawn twice for the batch, and
+    once more for its two halves.
 
     Args:
         network: with converted layers, in the widths that they are asked for.
@@ -72,27 +83,28 @@ def gradient_noise(
     for layer in dynamic_layers(plain).values():
         layer.plan = replace(layer.plan, unquantized=_ALL)
     loss, exact = _gradients(plain, inputs, targets)
+    draws = [_gradients(rounded, inputs, targets) for _ in range(2)]
     half = len(targets) // 2
-    halves = [
-        _gradients(copy.deepcopy(plain), inputs[part], targets[part])[1]
-        for part in (slice(None, half), slice(half, 2 * half))
-    ]
-    draws = []
-    for _ in range(2):
-        draws.append(_gradients(rounded, inputs, targets))
-        for layer in dynamic_layers(rounded).values():
-            layer.stream.advance()
-            break  # all share one
+    parts = [slice(None, half), slice(half, 2 * half)]
+    halves = [_gradients(plain, inputs[part], targets[part])[1] for part in parts]
+    noisy = [_gradients(rounded, inputs[part], targets[part])[1] for part in parts]
     found = {}
     for name, gradient in exact.items():
-        one, other = (drawn[1][name] - gradient for drawn in draws)
-        difference = 0.5 * (halves[0][name] - halves[1][name])
+        one, other = (drawn[name] - gradient for _, drawn in draws)
+        left, right = (part[name] for part in halves)
+        left_noise, right_noise = (
+            n[name] - part[name] for n, part in zip(noisy, halves, strict=True)
+        )
+        difference = 0.5 * (left - right)
         found[name] = GradientNoise(
             signal=_dot(gradient, gradient),
             power=0.5 * (_dot(one, one) + _dot(other, other)),
-            bias=_dot(one, other),
+            repeated=_dot(one, other),
             along=0.5 * (_dot(one, gradient) + _dot(other, gradient)),
             sampling=_dot(difference, difference),
+            true_signal=_dot(left, right),
+            true_along=0.5 * (_dot(left_noise, right) + _dot(right_noise, left)),
+            common=_dot(left_noise, right_noise),
         )
     return found, {"plain": loss, "rounded": 0.5 * (draws[0][0] + draws[1][0])}
 
@@ -166,12 +178,13 @@ class NoiseWatch(Callback):
 def _gradients(
     network: nn.Module, inputs: Tensor, targets: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
-    """The loss, and dW of each converted layer that learns."""
+    """The loss, and dW of each converted layer that learns; the next call draws other numbers."""
     layers = {n: m for n, m in dynamic_layers(network).items() if m.weight.requires_grad}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)  # the same elements drop out each time
         loss = F.cross_entropy(network(inputs), targets)
         found = torch.autograd.grad(loss, [m.weight for m in layers.values()])
+    next(iter(layers.values())).stream.advance()
     return float(loss.detach()), dict(zip(layers, found, strict=True))
 
 

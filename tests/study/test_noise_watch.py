@@ -56,10 +56,24 @@ def test_it_is_the_distance_to_the_gradient_of_the_unconverted_network():
         assert noise.signal == pytest.approx(float(weight.grad.double().square().sum()), rel=1e-4)
         power = 0.5 * float(one.square().sum() + other.square().sum())
         assert noise.power == pytest.approx(power, rel=1e-3)
-        assert noise.bias == pytest.approx(float((one * other).sum()), rel=1e-2)
+        assert noise.repeated == pytest.approx(float((one * other).sum()), rel=1e-2)
         along = 0.5 * float(((one + other) * weight.grad.double()).sum())
         assert noise.along == pytest.approx(along, rel=1e-2, abs=1e-5 * noise.signal)
-        assert 0 < noise.bias < noise.power
+        assert 0 < noise.repeated < noise.power
+
+
+def test_what_batches_have_in_common_is_found_in_their_halves():
+    """Of two equal halves all signal is true signal, and all noise of X and W comes back."""
+    net, (x, y) = network(), batch()
+    for layer in dynamic_layers(net).values():
+        for role in (Role.ACTIVATION, Role.WEIGHT):
+            layer.set_precision(role, OperandPrecision(bits=3))
+    found, _ = gradient_noise(net, torch.cat([x, x]), torch.cat([y, y]))
+    for noise in found.values():
+        assert noise.sampling == pytest.approx(0.0, abs=1e-9 * noise.signal)
+        assert noise.true_signal == pytest.approx(noise.signal, rel=1e-4)
+        assert noise.common == pytest.approx(noise.power, rel=0.02)  # E has 8 bits
+        assert noise.true_along == pytest.approx(noise.along, rel=0.02, abs=1e-3 * noise.signal)
 
 
 def test_without_rounding_there_is_no_noise():
