@@ -370,8 +370,9 @@ def smoke() -> None:
             models=["mlp"],
             methods=[CONTROL, "uniform3", "uniform4", "uniform8", "dynasty@5.1"],
             seeds=range(2),
-            epochs=2,
-            batch_size=128,
+            epochs=1,
+            batch_size=64,
+            train_samples=640,
             validation_samples=300,
             evaluate_on="validation",
         )
