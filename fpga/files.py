@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "read_bounded",
     "read_sealed",
     "remove_leftovers",
+    "replace_folder",
     "unsealed",
     "write_atomically",
 ]
@@ -265,3 +267,43 @@ def cache_folder() -> Path:
             Path(tempfile.gettempdir())
             / f"dynasty-lightning-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
         )
+
+
+def replace_folder(out: Path, fill: Callable[[Path], object]) -> None:
+    """Make a folder, and only when it is whole put it in the place of `out`, be that a folder, a
+    file or nothing.
+
+    What was there is moved aside first and removed last: a kill between leaves it beside `out`, as
+    `.NAME-old-*`. An error of `fill` leaves it where it was.
+
+    Raises:
+        OSError: the place cannot be written.
+
+    >>> out = Path("build")
+    >>> replace_folder(out, lambda folder: (folder / "a.txt").write_text("one"))
+    >>> replace_folder(out, lambda folder: (folder / "b.txt").write_text("two"))
+    >>> [path.name for path in out.iterdir()]
+    ['b.txt']
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        fill(work)
+        work.chmod(0o755)
+        old = None
+        try:
+            if out.exists():
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
+                os.replace(out, old / out.name)
+            os.replace(work, out)
+        except BaseException:
+            if old is not None:
+                if (old / out.name).exists():
+                    os.replace(old / out.name, out)
+                old.rmdir()
+            raise
+        if old is not None:
+            shutil.rmtree(old)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -6,12 +6,10 @@ input, same bytes.
 import argparse
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any, Final
@@ -19,6 +17,7 @@ from typing import Any, Final
 from ..boards import CLOCK_MHZ, Board, board_names, checked_clock, load_board
 from ..config import GemmConfig
 from ..fields import Field, check_fields, matching, one_of, read_object, whole
+from ..files import replace_folder
 from ..quoting import markdown_code, markdown_text, tcl_list, tcl_word
 from ..registers import LAYOUT_VERSION, REGISTERS
 from ..verify.vectors import write_vectors
@@ -134,25 +133,11 @@ def emit(
     if out.exists() and any(out.iterdir()) and not force:
         check_folder(out, allow_more=False)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        replace_folder(out, partial(_write_files, config, board, clock_mhz))
     except OSError as error:
         raise OSError(
             f"cannot write to {out.parent}: {error.strerror or error}; choose another --out"
-        ) from None
-    try:
-        _write_files(config, board, clock_mhz, work)
-        work.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-old-"))
-            os.replace(out, old / out.name)
-            os.replace(work, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        ) from error
     return out
 
 

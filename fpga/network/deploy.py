@@ -5,10 +5,8 @@ script and a notebook.
 
 import argparse
 import json
-import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from string import Template
 from typing import Any, Final
@@ -16,6 +14,7 @@ from typing import Any, Final
 from ..boards import Board, board_names, load_board
 from ..build.emit import emit
 from ..devices.overlay import bit_part
+from ..files import replace_folder
 from ..images import IMAGES_FILE, load_images
 from ..quoting import markdown_code, markdown_text, python_literal, shell_word
 from .program import ARRAYS_FILE, GRAPH_FILE, Program
@@ -90,17 +89,11 @@ def deploy(
             f"{out} is not empty and was not written by `deploy`: choose another folder, or use "
             f"--force"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        _fill(work, program, loaded, board, overlay, out.name, images=len(images))
-        work.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out) if out.is_dir() else out.unlink()
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+
+    def fill(folder: Path) -> None:
+        _fill(folder, program, loaded, board, overlay, out.name, images=len(images))
+
+    replace_folder(out, fill)
     return out
 
 

@@ -20,6 +20,7 @@ from fpga.files import (
     read_bounded,
     read_sealed,
     remove_leftovers,
+    replace_folder,
     write_atomically,
 )
 from fpga.records import check_record, parse_json, read_json, seal_record
@@ -239,3 +240,46 @@ def test_the_cache_is_where_the_environment_says(
     assert cache_folder().name == f"dynasty-lightning-{os.getuid()}"
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
     assert cache_folder() == Path("/var/cache/me/dynasty-lightning")
+
+
+@pytest.mark.parametrize("before", ["folder", "file", "nothing"])
+@pytest.mark.parametrize("fails", ["fill", "move aside", "put in place", "nothing"])
+def test_a_folder_is_replaced_whole_or_stays(
+    before: str, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "build"
+    if before == "folder":
+        out.mkdir()
+        (out / "old.txt").write_text("old")
+    elif before == "file":
+        out.write_text("old")
+
+    def fill(folder: Path) -> None:
+        (folder / "new.txt").write_text("new")
+        if fails == "fill":
+            raise KeyboardInterrupt
+
+    replace = os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        aside = "-old-" in str(target)
+        if (fails == "move aside" and aside) or (fails == "put in place" and target == out):
+            monkeypatch.setattr(os, "replace", replace)
+            raise OSError("no more space")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    succeeds = fails == "nothing" or (fails == "move aside" and before == "nothing")
+    if succeeds:
+        replace_folder(out, fill)
+        assert [path.name for path in out.iterdir()] == ["new.txt"]
+    else:
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            replace_folder(out, fill)
+        if before == "folder":
+            assert [path.name for path in out.iterdir()] == ["old.txt"]
+        elif before == "file":
+            assert out.read_text() == "old"
+        else:
+            assert not out.exists()
+    assert [path for path in tmp_path.iterdir() if path != out] == []
