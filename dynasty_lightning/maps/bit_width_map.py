@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ..numerics.formats import MAX_BITS
+from ..numerics.formats import MAX_BITS, are_no_widths
 from ..numerics.roles import Role
 from . import file
 from .structure import ModelStructure, check_model, check_shape
@@ -44,7 +44,7 @@ class BitWidthMap:
     def __post_init__(self) -> None:
         for name, roles in self.bits.items():
             for role, grid in roles.items():
-                if grid.dtype != torch.uint8 or bool(((grid == 1) | (grid > MAX_BITS)).any()):
+                if grid.dtype != torch.uint8 or bool(are_no_widths(grid).any()):
                     raise ValueError(
                         f"{name!r} {role.letter} must hold uint8 widths 0 or 2..{MAX_BITS}, not "
                         f"{grid.dtype} {_widths(grid)}"

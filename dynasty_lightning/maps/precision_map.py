@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..fields import Field, check_fields, shown
 from ..numerics.formats import MAX_BITS
 from ..numerics.operand_precision import OperandPrecision
-from ..numerics.roles import SHARED, Role
+from ..numerics.roles import Role
 from . import file
 from .structure import OBJECT, ModelStructure, check_model, check_shape, mapping
 
@@ -54,11 +54,7 @@ class PrecisionMap:
         for name, roles in self.entries.items():
             for role, precision in roles.items():
                 check_shape(self.structure, name, role, tuple(precision.values.shape), kind="map")
-                if role not in SHARED and precision.backward_bits < MAX_BITS:
-                    raise ValueError(
-                        f"{name!r} {role.letter} has backward_bits {precision.backward_bits}: "
-                        f"only X and W take fewer than {MAX_BITS}"
-                    )
+                precision.check_role(role, name=repr(name))
 
     def hash(self) -> str:
         """sha256 over structure, names and contents, whatever their order: equal on all ranks that

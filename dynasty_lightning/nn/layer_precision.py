@@ -8,10 +8,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ..numerics.formats import MAX_BITS
 from ..numerics.geometry import LayerGeometry
 from ..numerics.operand_precision import OperandPrecision
-from ..numerics.roles import SHARED, Gemm, Role
+from ..numerics.roles import Gemm, Role
 from .gemms import SETTINGS, role_settings, settings_of
 from .plan import LayerPlan
 
@@ -100,11 +99,7 @@ class LayerPrecision(nn.Module):
                 f"{self._channel_blocks(role)} channel blocks on axis "
                 f"{self.geometry.channel_axis}"
             )
-        if role not in SHARED and precision.backward_bits < MAX_BITS:
-            raise ValueError(
-                f"backward_bits limits what backward reads of X and W: {role.letter} takes "
-                f"none, not {precision.backward_bits}"
-            )
+        precision.check_role(role, name=self.layer_name)
 
     def activation_request(self, shape: tuple[int, ...]) -> tuple[Tensor, bool, int, int]:
         """What X of `shape` is asked to have: the map, whether it holds thresholds, least and most

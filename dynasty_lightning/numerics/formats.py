@@ -88,6 +88,15 @@ def check_bits(bits: int, *, name: str = "bits") -> int:
     return bits
 
 
+def are_no_widths(bits: Tensor) -> Tensor:
+    """Where an integer tensor holds what is no width of a block; bool, its shape.
+
+    >>> are_no_widths(torch.tensor([0, 1, 2, 8, 9]))
+    tensor([False,  True, False, False,  True])
+    """
+    return ((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)
+
+
 def check_widths(bits: Tensor, *, name: str = "bits") -> None:
     """The same of every element of an integer tensor.
 
@@ -95,7 +104,7 @@ def check_widths(bits: Tensor, *, name: str = "bits") -> None:
     Traceback (most recent call last):
     ValueError: bits must be 0 (block not computed) or in [2, 8], not 9
     """
-    wrong = bits[((bits < MIN_BITS) & (bits != ZERO_BITS)) | (bits > MAX_BITS)]
+    wrong = bits[are_no_widths(bits)]
     if wrong.numel():
         check_bits(int(wrong[0]), name=name)
 

@@ -14,6 +14,7 @@ from .formats import (
     check_bits,
     check_widths,
 )
+from .roles import SHARED, Role
 
 __all__ = ["OperandPrecision"]
 
@@ -95,6 +96,14 @@ class OperandPrecision:
     def limits(self) -> tuple[int, int, int]:
         """least_bits, most_bits and backward_bits."""
         return self.least_bits, self.most_bits, self.backward_bits
+
+    def check_role(self, role: Role, *, name: str) -> None:
+        """Raise ValueError, with the layer's name, if a role can have nothing of the kind."""
+        if role not in SHARED and self.backward_bits < MAX_BITS:
+            raise ValueError(
+                f"{name}: backward_bits limits what backward reads of X and W: {role.letter} takes "
+                f"none, not {self.backward_bits}"
+            )
 
     def to(self, device: torch.device | str) -> "OperandPrecision":
         """The same on another device."""

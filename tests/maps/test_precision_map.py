@@ -232,7 +232,8 @@ def test_maps_that_do_not_fit(layer, role, shape):
 
 def test_an_error_has_no_backward_of_its_own():
     with pytest.raises(
-        ValueError, match="'head' E has backward_bits 3: only X and W take fewer than 8"
+        ValueError, match="'head': backward_bits limits what backward reads of X and W: E takes none"
+        match="'head': backward_bits limits what backward reads of X and W: E takes none, not 3",
     ):
         PrecisionMap(
             structure=STRUCTURE, entries={"head": {E: OperandPrecision(bits=4, backward_bits=3)}}
