@@ -232,7 +232,7 @@ def test_maps_that_do_not_fit(layer, role, shape):
 
 def test_an_error_has_no_backward_of_its_own():
     with pytest.raises(
-        ValueError, match="'head': backward_bits limits what backward reads of X and W: E takes none"
+        ValueError,
         match="'head': backward_bits limits what backward reads of X and W: E takes none, not 3",
     ):
         PrecisionMap(
