@@ -151,7 +151,7 @@ class NoiseWatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not self._due or trainer.global_step < self._due[-1]:
+        if not self._due or trainer.global_step < self._due[-1] or len(batch[1]) < 2:
             return
         self._due.pop()
         begin = time.monotonic()
