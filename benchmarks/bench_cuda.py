@@ -13,7 +13,8 @@ Training: forward, loss, backward and SGD with momentum on random data. ResNet-1
 `convert(model)` in fast mode, 8 bits. Competitors take turns, one step each.
 
 Expected, not measured so far: the quantizer at most twice the time of its bytes at the copy's
-bandwidth; ours at most float32's time. Without a CUDA device nothing is measured, and it says so.
+bandwidth; dynasty at most float32's time. Without a CUDA device nothing is measured, and it says
+so.
 """
 
 import argparse
@@ -280,14 +281,14 @@ def training(a: argparse.Namespace) -> list[dict[str, Any]]:
     for name in a.models:
         network, images, classes = make(name, a)
         labels = torch.randint(classes, (len(images),), device="cuda")
-        ours = Training(copy.deepcopy(network), images, labels)
-        report = convert(ours.network, mode="fast", block_shape=BLOCK, seed=a.seed)
-        ours.after = report.stream.advance
+        dynasty = Training(copy.deepcopy(network), images, labels)
+        report = convert(dynasty.network, mode="fast", block_shape=BLOCK, seed=a.seed)
+        dynasty.after = report.stream.advance
         trainings = {
             "float32": Training(copy.deepcopy(network), images, labels),
             "tf32": Training(copy.deepcopy(network), images, labels, tf32=True),
             "bf16 autocast": Training(copy.deepcopy(network), images, labels, autocast=True),
-            "ours fast": ours,
+            "dynasty fast": dynasty,
         }
         competitors = [Competitor(name=n, step=t.step) for n, t in trainings.items()]
         for competitor in competitors:
@@ -311,7 +312,7 @@ def training(a: argparse.Namespace) -> list[dict[str, Any]]:
                     "to": {n: r.to_json() for n, r in ratios.items() if r is not None},
                 }
             )
-            goal = f"expected <= {MOST_TO_FLOAT32:.1f}" if competitor.name == "ours fast" else ""
+            goal = f"expected <= {MOST_TO_FLOAT32:.1f}" if competitor.name == "dynasty fast" else ""
             print(
                 f"  {competitor.name:14s} {seconds.scaled(1e3)} ms  to float32 "
                 f"{text(ratios['float32'])} {goal}  "

@@ -17,7 +17,7 @@ of several, and how well one batch orders the entries as another does is printed
 
 Predictors, all of the error that was made, sum err**2 over the entry:
 
-    ours              harm per unit of squared error, from the policy's smoothed statistics of
+    dynasty           harm per unit of squared error, from the policy's smoothed statistics of
                       other batches
     calibrated        the same times the factors that the policy's probes have found by then
     exact statistics  the same from this batch's own, unquantized
@@ -78,7 +78,7 @@ GOALS = {Role.ACTIVATION: 0.8, Role.WEIGHT: 0.9, Role.ERROR: 0.9}
 WIDTHS: tuple[int | str, ...] = (2, 4, "map")
 UNSEEN_EPOCH = 1 << 20
 """Of the training loader: its batches are ones that no run meets."""
-OWN = ("ours", "calibrated", "exact statistics")
+OWN = ("dynasty", "calibrated", "exact statistics")
 WHOLE = "all layers"
 SETTINGS = (
     "data",
@@ -104,7 +104,7 @@ class WatchedPolicy(DynastyPolicy):
         calibrated = super().sensitivities(layers, loss=loss)
         self.last = (
             dict(layers),
-            {"ours": self.predict(layers, loss=loss), "calibrated": calibrated},
+            {"dynasty": self.predict(layers, loss=loss), "calibrated": calibrated},
         )
         return calibrated
 
@@ -424,7 +424,7 @@ def summarise(entries: Iterable[Entry], names: Sequence[str], seed: int) -> dict
         "loss_share": float(
             np.median([e.measured.loss / e.measured.total for e in entries if e.measured.total > 0])
         ),
-        "interval": bootstrap(predictors["ours"], measured, seed),
+        "interval": bootstrap(predictors["dynasty"], measured, seed),
         "repeat": repeatability(np.array([e.batches for e in entries])),
         "predictors": {key: agreement(p, measured, layers, names) for key, p in predictors.items()},
         "calibration": {key: calibration(predictors[key], measured) for key in OWN},
@@ -467,16 +467,16 @@ def report(stage: dict[str, Any], names: Sequence[str]) -> None:
     )
     print(
         "Spearman, pooled / median within layers; slope and ratio (measured over predicted) are "
-        "those of ours; one batch against another"
+        "those of dynasty; one batch against another"
     )
     predictors = list(next(iter(stage["entries"]["X"].values()))["predictors"])
     print(
-        "  role bits    n  loss term  95 % of ours  slope ratio  batches  "
+        "  role bits    n  loss term  95 % of dynasty  slope ratio  batches  "
         + "".join(f"{p:>18s}" for p in predictors)
     )
     for letter, widths in stage["entries"].items():
         for width, v in widths.items():
-            c, (low, high) = v["calibration"]["ours"], v["interval"]
+            c, (low, high) = v["calibration"]["dynasty"], v["interval"]
             cells = "".join(
                 f"{_figure(p['spearman']):>11s} / {_figure(p['median_within'])}"
                 for p in v["predictors"].values()
@@ -487,22 +487,22 @@ def report(stage: dict[str, Any], names: Sequence[str]) -> None:
                 f"  {c['slope']:5.2f} {c['ratio']:5.2f}  {_figure(v['repeat'])}     {cells}"
             )
     print(
-        "within each layer, ours at "
+        "within each layer, dynasty at "
         + ", ".join(f"{w} bits" if isinstance(w, int) else w for w in WIDTHS)
     )
     for name in names:
         cells = [
             f"{letter} "
             + " ".join(
-                f"{_figure(v['predictors']['ours']['within'].get(name, math.nan)):>5s}"
+                f"{_figure(v['predictors']['dynasty']['within'].get(name, math.nan)):>5s}"
                 for v in widths.values()
             )
             for letter, widths in stage["entries"].items()
         ]
         print(f"  {name:30s} " + "    ".join(cells))
     print(
-        "whole operands: Spearman over all of all roles, ours and calibrated; whole network: "
-        "harm, over what ours predicts, over what "
+        "whole operands: Spearman over all of all roles, dynasty and calibrated; whole network: "
+        "harm, over what dynasty predicts, over what "
         "calibrated predicts, over the sum of its operands' harm"
     )
     for width, v in stage["levels"].items():
@@ -513,7 +513,7 @@ def report(stage: dict[str, Any], names: Sequence[str]) -> None:
             for r, n in v["network"].items()
         )
         print(
-            f"  {width!s:4s} {v['spearman']['ours']:5.2f} {v['spearman']['calibrated']:5.2f}   "
+            f"  {width!s:4s} {v['spearman']['dynasty']:5.2f} {v['spearman']['calibrated']:5.2f}   "
             f"{roles}"
         )
 
@@ -523,11 +523,11 @@ def _figure(value: float) -> str:
 
 
 def check_goals(stages: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether ours reaches the goal at every stage and width."""
+    """Whether dynasty reaches the goal at every stage and width."""
     met = {}
     for role, goal in GOALS.items():
         least = min(
-            v["predictors"]["ours"]["spearman"]
+            v["predictors"]["dynasty"]["spearman"]
             for stage in stages
             for v in stage["entries"][role.letter].values()
         )
@@ -558,12 +558,12 @@ def draw(
             shown = [
                 e
                 for e in entries
-                if e.role is role and e.measured.total > 0 and e.predicted["ours"] > 0
+                if e.role is role and e.measured.total > 0 and e.predicted["dynasty"] > 0
             ]
             for width, marker in markers.items():
                 of = [e for e in shown if e.width == width]
                 axis.scatter(
-                    [e.predicted["ours"] for e in of],
+                    [e.predicted["dynasty"] for e in of],
                     [e.measured.total for e in of],
                     s=9,
                     marker=marker,
@@ -571,11 +571,11 @@ def draw(
                     linewidths=0,
                     c=[colours[e.layer] for e in of],
                 )
-            values = np.array([[e.predicted["ours"], e.measured.total] for e in shown])
+            values = np.array([[e.predicted["dynasty"], e.measured.total] for e in shown])
             low, high = values.min(), values.max()
             axis.plot([low, high], [low, high], color="black", lw=0.8)
             spearman = ", ".join(
-                f"{v['predictors']['ours']['spearman']:.2f}"
+                f"{v['predictors']['dynasty']['spearman']:.2f}"
                 for v in stage["entries"][role.letter].values()
             )
             axis.set(
@@ -686,7 +686,7 @@ def main() -> None:
     result: dict[str, Any] = provenance(a)
     print(describe(result))
     print(
-        "expected: pooled Spearman of ours at least "
+        "expected: pooled Spearman of dynasty at least "
         + ", ".join(f"{r.letter} {g}" for r, g in GOALS.items())
         + "; slope and ratio near 1"
     )

@@ -4,8 +4,8 @@ percentiles, and the core inside hls4ml.
 
 ResNet-8 on scikit-learn's digits at 5x, as `make demo` trains it, once for each seed; every test
 image through each project's C simulation (backend Vitis, whose types and values the
-VivadoAccelerator project shares). Expected: with the core inside, classes as ours but for rounding
-between layers; with hls4ml's layers a little less, and less again at a lower percentile.
+VivadoAccelerator project shares). Expected: with the core inside, classes as the program but for
+rounding between layers; with hls4ml's layers a little less, and less again at a lower percentile.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def of_seed(program: Program, folder: Path, images: int) -> dict[str, Any]:
             for layer in result["layers"]
             if layer["signal_to_difference_db"] is not None
         ]
-        row |= {"images": report["images"], "ours": report["accuracy"]}
+        row |= {"images": report["images"], "program": report["accuracy"]}
         row[name] = {
             "accuracy": result["accuracy"],
             "agreement": result["agreement"],
@@ -88,13 +88,13 @@ def main() -> int:
             rows.append({"seed": seed, **of_seed(Program.load(folder), folder, images)})
             print(f"seed {seed} of {seeds}: done", flush=True)
     print(f"expected: {' '.join(str(__doc__).split('Expected: ')[1].split())}")
-    print(f"{'':<16} {'accuracy':<20} {'same class as ours':<22} layers' signal to difference")
-    for name in ("ours", *VARIANTS):
+    print(f"{'':<16} {'accuracy':<20} {'same class as program':<22} layers' signal to difference")
+    for name in ("program", *VARIANTS):
         accuracies = [
-            100 * (row[name] if name == "ours" else row[name]["accuracy"]) for row in rows
+            100 * (row[name] if name == "program" else row[name]["accuracy"]) for row in rows
         ]
         text = f"{name:<16} {spread(accuracies):<20}"
-        if name != "ours":
+        if name != "program":
             distances = (
                 f"{min(row[name]['least_db'] for row in rows):.0f} to "
                 f"{max(row[name]['greatest_db'] for row in rows):.0f} dB"

@@ -2,7 +2,7 @@
 """Memory of a training step: bytes saved for backward, by converted layers and by the whole
 network, and peak resident memory.
 
-Float32, bf16 autocast, and ours fast (4x4 blocks) with the rest in float32 and in bf16, on
+Float32, bf16 autocast, and dynasty fast (4x4 blocks) with the rest in float32 and in bf16, on
 ResNet-20 (batch 128), MLP 3x1024 (256), ViT d192 depth 6 (64) and ResNet-18 (64). Saved bytes are
 those of every storage that autograd holds between forward and backward, each
 counted once: with parameters, where a layer's own weight counts as one of its two saved operands,
@@ -40,10 +40,12 @@ BATCHES = {"resnet20": (128, 8), "mlp1024": (256, 16), "vit": (64, 4), "resnet18
 COMPETITORS: dict[str, Callable[[nn.Module, Batches], Training]] = {
     "float32": lambda network, batches: Training(network, batches),
     "bf16 autocast": lambda network, batches: Training(network, batches, autocast=True),
-    "ours fast": lambda network, batches: DynamicTraining(network, batches),
-    "ours fast, rest bf16": lambda network, batches: DynamicTraining(network, batches, rest="bf16"),
+    "dynasty fast": lambda network, batches: DynamicTraining(network, batches),
+    "dynasty fast, other layers bf16": lambda network, batches: DynamicTraining(
+        network, batches, other_layers="bf16"
+    ),
 }
-ANALYSED = "ours fast, analysed step"
+ANALYSED = "dynasty fast, analysed step"
 SMALL = 64 << 10
 """malloc gives anything from here up a mapping of its own and returns it when it is freed."""
 
@@ -112,7 +114,7 @@ def peak_bytes(name: str, competitor: str, batch: int, seed: int) -> int:
     """Peak resident memory of two steps, less what was resident before them. Runs in a process of
     its own.
     """
-    training = make(name, "ours fast" if competitor == ANALYSED else competitor, batch, seed)
+    training = make(name, "dynasty fast" if competitor == ANALYSED else competitor, batch, seed)
     step = (
         training.analysed_step
         if competitor == ANALYSED and isinstance(training, DynamicTraining)
@@ -192,7 +194,9 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     print(f"  {'':26s}" + "".join(f"{c.replace('_with_', ' + '):>22s}" for c in columns))
     for name, row in rows.items():
         print(f"  {name:26s}" + "".join(f"{mib(row, c):>22s}" for c in columns))
-    share = rows["ours fast"]["layers_with_parameters"] / rows["float32"]["layers_with_parameters"]
+    share = (
+        rows["dynasty fast"]["layers_with_parameters"] / rows["float32"]["layers_with_parameters"]
+    )
     print(
         f"  converted layers, both saved operands: {share:.3f} of float32, expected <= "
         f"{MOST_OF_LAYERS}"

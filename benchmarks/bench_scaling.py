@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the cost of dynamic precision depends on the shape of a training: step time of ours (fast)
+"""How the cost of dynamic precision depends on the shape of a training: step time of dynasty (fast)
 over float32 of the same network.
 
 A multilayer perceptron and a CIFAR residual network, one property changed at a time: width, depth,
@@ -116,20 +116,20 @@ def shapes(family: Family) -> Iterator[tuple[str, Shape]]:
 
 
 def measure(family: Family, shape: Shape, rounds: int, settle: int, seed: int) -> dict[str, Any]:
-    """Times of float32, bf16 autocast and ours for one shape."""
+    """Times of float32, bf16 autocast and dynasty for one shape."""
     use_threads(shape.threads)
     torch.manual_seed(seed)
     base, batches = family.build(shape), random_images(2, shape.batch)
-    ours = DynamicTraining(
+    dynasty = DynamicTraining(
         copy.deepcopy(base), batches, seed=seed, block_shape=(shape.block, shape.block)
     )
-    ours.settle(settle)
+    dynasty.settle(settle)
     float32, autocast, dynamic = competitors = [
         Competitor(name="float32", step=Training(copy.deepcopy(base), batches).step),
         Competitor(
             name="bf16 autocast", step=Training(copy.deepcopy(base), batches, autocast=True).step
         ),
-        Competitor(name="ours fast", step=ours.plain_step),
+        Competitor(name="dynasty fast", step=dynasty.plain_step),
     ]
     for competitor in competitors:
         warm_up(competitor, 2)
@@ -141,8 +141,8 @@ def measure(family: Family, shape: Shape, rounds: int, settle: int, seed: int) -
 
     return {
         **asdict(shape),
-        "blocks": ours.blocks(),
-        "speedup_charged": ours.speedup,
+        "blocks": dynasty.blocks(),
+        "speedup_charged": dynasty.speedup,
         "float32_s": numbers(float32.seconds),
         "ours_s": numbers(dynamic.seconds),
         "to_float32": numbers(dynamic.ratio(float32)),
@@ -190,7 +190,7 @@ def draw(path: Path, results: dict[str, dict[str, list[dict[str, Any]]]]) -> Non
             panel.minorticks_off()
             panel.set_xlabel("block edge" if axis == "block" else axis)
             panel.set_ylim(bottom=0)
-        row[0].set_ylabel(f"{FAMILIES[name].title}: ours / other")
+        row[0].set_ylabel(f"{FAMILIES[name].title}: dynasty / other")
         row[0].legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def main() -> None:
             f"{', '.join(f'{k} {v}' for k, v in asdict(family.base).items())}"
         )
         print(
-            f"  {'':14s}{'blocks':>10s}{'float32 ms':>12s}{'ours ms':>10s}   "
+            f"  {'':14s}{'blocks':>10s}{'float32 ms':>12s}{'dynasty ms':>10s}   "
             f"{'to float32':24s}to bf16 autocast"
         )
         for axis, shape in shapes(family):

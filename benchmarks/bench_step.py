@@ -8,11 +8,11 @@ on: 4x4 blocks, unsigned X, window, stochastic E with drop, one-byte saving, non
 callback's hooks, and the map that the dynasty policy makes at target 5.0 (it settles before the
 timing; the figures that it reached are printed). An analysis every 50 steps is too rare to be met
 by a median: its two steps are timed beside steps without in the same rounds, and (both - 2 plain) /
-50 is added to ours, stated in a line of its own. Competitors take turns, one step each; ratios are
-within rounds. Slow ones (over 2.5 times float32) take part in every fifth round.
+50 is added to dynasty, stated in a line of its own. Competitors take turns, one step each; ratios
+are within rounds. Slow ones (over 2.5 times float32) take part in every fifth round.
 
-Expected, one thread: ours fast at most 0.85 (ResNet-20), 0.60 (MLP), 0.80 (ViT) of float32 in the
-same memory format, at most 1.4 times bf16 autocast, and analysis at most 1 % of a step.
+Expected, one thread: dynasty fast at most 0.85 (ResNet-20), 0.60 (MLP), 0.80 (ViT) of float32 in
+the same memory format, at most 1.4 times bf16 autocast, and analysis at most 1 % of a step.
 """
 
 import argparse
@@ -68,16 +68,16 @@ CASES = {
     "vit": Case("ViT d192 depth 6", 64, 4, 0.80, False),
     "resnet18": Case("ResNet-18", 64, 4, None, True),
 }
-OURS = "ours fast"
+DYNASTY = "dynasty fast"
 NAMES = (
     "float32",
     "bf16 autocast",
-    OURS,
-    "ours fast, rest bf16",
-    "ours exact",
+    DYNASTY,
+    "dynasty fast, other layers bf16",
+    "dynasty exact",
     "float32 compiled",
     "bf16 autocast compiled",
-    "ours fast compiled",
+    "dynasty fast compiled",
     *PEERS,
     "microxcaling MXINT8",
 )
@@ -108,7 +108,7 @@ class Group:
     threads: int
     channels_last: bool
     rows: list[Row] = field(default_factory=list)
-    ours: DynamicTraining | None = None
+    dynasty: DynamicTraining | None = None
 
     @property
     def label(self) -> str:
@@ -141,28 +141,28 @@ def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bo
 
     def dynamic(settle: bool = False, **options: Any) -> DynamicTraining:
         training = DynamicTraining(copy.deepcopy(base), batches, seed=a.seed, **options)
-        if group.ours is not None:
-            training.follow(group.ours)
+        if group.dynasty is not None:
+            training.follow(group.dynasty)
         else:
             training.settle(9 if a.smoke else 40)
         return training
 
-    def ours() -> Training:
-        group.ours = dynamic()
-        return group.ours
+    def dynasty() -> Training:
+        group.dynasty = dynamic()
+        return group.dynasty
 
     makers: dict[str, tuple[str, Callable[[], Training]]] = {
         "float32": ("-", lambda: Training(copy.deepcopy(base), batches)),
         "bf16 autocast": ("-", lambda: Training(copy.deepcopy(base), batches, autocast=True)),
-        OURS: ("XWE", ours),
-        "ours fast, rest bf16": ("XWE", lambda: dynamic(rest="bf16")),
-        "ours exact": ("XWE", lambda: dynamic(mode="exact")),
+        DYNASTY: ("XWE", dynasty),
+        "dynasty fast, other layers bf16": ("XWE", lambda: dynamic(other_layers="bf16")),
+        "dynasty exact": ("XWE", lambda: dynamic(mode="exact")),
         "float32 compiled": ("-", lambda: Training(copy.deepcopy(base), batches, compiled=True)),
         "bf16 autocast compiled": (
             "-",
             lambda: Training(copy.deepcopy(base), batches, autocast=True, compiled=True),
         ),
-        "ours fast compiled": ("XWE", lambda: dynamic(compiled=True)),
+        "dynasty fast compiled": ("XWE", lambda: dynamic(compiled=True)),
     }
     for peer_name, peer in peers(a).items():
         makers[peer_name] = (
@@ -207,35 +207,35 @@ def make_group(a: argparse.Namespace, name: str, threads: int, channels_last: bo
             progress(f"{competitor_name}: {row.error}")
             continue
         reference_s = reference_s or last
-        if last > SLOW * reference_s and competitor_name not in ("float32", OURS):
+        if last > SLOW * reference_s and competitor_name not in ("float32", DYNASTY):
             competitor.every = 1 if a.smoke else SLOW_EVERY
         row.competitor = competitor
     return group
 
 
 def measure(a: argparse.Namespace, group: Group) -> None:
-    """Time the rounds; then what analysis adds to each step of ours."""
+    """Time the rounds; then what analysis adds to each step of dynasty."""
     competitors = [r.competitor for r in group.rows if r.competitor is not None]
     analysed: Competitor | None = None
-    if group.ours is not None:
+    if group.dynasty is not None:
         analysed = Competitor(
-            name="analysed", step=group.ours.analysis, every=1 if a.smoke else ANALYSED_EVERY
+            name="analysed", step=group.dynasty.analysis, every=1 if a.smoke else ANALYSED_EVERY
         )
         competitors.append(analysed)
     interleave(competitors, 2 if a.smoke else a.rounds, group.label)
-    ours = group.row(OURS)
-    if ours is None or ours.competitor is None or analysed is None or group.ours is None:
+    dynasty = group.row(DYNASTY)
+    if dynasty is None or dynasty.competitor is None or analysed is None or group.dynasty is None:
         return
-    plain, interval = ours.competitor.times, group.ours.callback.schedule.interval
+    plain, interval = dynasty.competitor.times, group.dynasty.callback.schedule.interval
     extra = Quartiles.of([(t - 2 * plain[r]) / interval for r, t in analysed.times.items()])
-    # The same callback runs around all of ours; it was timed on the first.
+    # The same callback runs around all of dynasty; it was timed on the first.
     for row in group.rows:
-        if row.name.startswith("ours fast"):
+        if row.name.startswith("dynasty fast"):
             row.extra_s = extra
 
 
 def rows_of(group: Group) -> list[dict[str, Any]]:
-    """Figures of each competitor, analysis added to ours."""
+    """Figures of each competitor, analysis added to dynasty."""
     float32, autocast = group.row("float32"), group.row("bf16 autocast")
     result = []
     for row in group.rows:
@@ -281,46 +281,48 @@ def show(group: Group, rows: list[dict[str, Any]]) -> None:
         if r["error"]:
             print(f"  {r['competitor']:26s} {r['quantizes']:5s}  {r['error'][:100]}")
             continue
-        ours = r["competitor"] == OURS
+        dynasty = r["competitor"] == DYNASTY
         goal = (
-            f"<= {group.case.goal:.2f}" if ours and group.case.goal and group.threads == 1 else ""
+            f"<= {group.case.goal:.2f}"
+            if dynasty and group.case.goal and group.threads == 1
+            else ""
         )
-        limit = f"<= {MOST_TO_AUTOCAST:.2f}" if ours and group.threads == 1 else ""
+        limit = f"<= {MOST_TO_AUTOCAST:.2f}" if dynasty and group.threads == 1 else ""
         print(
             f"  {r['competitor']:26s} {r['quantizes']:5s}  {r['ms']['median']:9.2f}   "
             f"{text(r.get('to_float32')):24s}{goal:8s}  "
             f"{text(r.get('to_bf16_autocast')):24s}{limit:8s} {r['ms']['n']:3d}"
         )
-    for name in ("ours fast compiled", "bf16 autocast compiled"):
+    for name in ("dynasty fast compiled", "bf16 autocast compiled"):
         one, compiled = group.row(name), group.row("float32 compiled")
         if one and compiled and one.competitor and compiled.competitor:
             print(f"  {name} to float32 compiled: {one.competitor.ratio(compiled.competitor)}")
-    ours_row = group.row(OURS)
+    dynasty_row = group.row(DYNASTY)
     if (
-        group.ours is None
-        or ours_row is None
-        or ours_row.extra_s is None
-        or ours_row.competitor is None
+        group.dynasty is None
+        or dynasty_row is None
+        or dynasty_row.extra_s is None
+        or dynasty_row.competitor is None
     ):
         return
-    figures, bits = group.ours.figures(), group.ours.figures()["mean_bits"]
-    share = share_of_analysis(ours_row)
+    figures, bits = group.dynasty.figures(), group.dynasty.figures()["mean_bits"]
+    share = share_of_analysis(dynasty_row)
     assert share is not None
     print(
-        f"  {OURS}: map at {figures['speedup_charged']:.2f}x charged (target {TARGET:.1f}), "
+        f"  {DYNASTY}: map at {figures['speedup_charged']:.2f}x charged (target {TARGET:.1f}), "
         f"bits X/W/E "
         f"{bits['X']:.1f}/{bits['W']:.1f}/{bits['E']:.1f}; analysis every "
-        f"{group.ours.callback.schedule.interval} steps adds "
+        f"{group.dynasty.callback.schedule.interval} steps adds "
         f"{100 * share.median:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of a plain "
         f"step, "
         f"expected <= {100 * MOST_ANALYSIS:.0f} %"
     )
 
 
-def share_of_analysis(ours: Row) -> Quartiles | None:
-    if ours.extra_s is None or ours.competitor is None or ours.competitor.seconds is None:
+def share_of_analysis(dynasty: Row) -> Quartiles | None:
+    if dynasty.extra_s is None or dynasty.competitor is None or dynasty.competitor.seconds is None:
         return None
-    return ours.extra_s.scaled(1 / ours.competitor.seconds.median)
+    return dynasty.extra_s.scaled(1 / dynasty.competitor.seconds.median)
 
 
 def text(ratio: dict[str, float] | None) -> str:
@@ -414,7 +416,9 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     record = provenance(a)
     print(describe(record))
-    print("the ratios of ours fast include its share of an analysis every 50 steps, its ms do not")
+    print(
+        "the ratios of dynasty fast include its share of an analysis every 50 steps, its ms do not"
+    )
     groups = []
     for threads in a.threads:
         use_threads(threads)
@@ -427,8 +431,8 @@ def main() -> int:
                 measure(a, group)
                 rows = rows_of(group)
                 show(group, rows)
-                ours = group.row(OURS)
-                share = share_of_analysis(ours) if ours else None
+                dynasty = group.row(DYNASTY)
+                share = share_of_analysis(dynasty) if dynasty else None
                 groups.append(
                     {
                         "model": name,
@@ -441,7 +445,7 @@ def main() -> int:
                             "analysis_share": MOST_ANALYSIS,
                         },
                         "analysis_share": share.to_json() if share else None,
-                        "ours": group.ours.figures() if group.ours else None,
+                        "dynasty": group.dynasty.figures() if group.dynasty else None,
                         "rows": rows,
                     }
                 )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a training step of ours goes: ms in each kind of kernel, in the bf16 GEMMs, and in the rest
-(network, optimizer, Python).
+"""Where a training step of dynasty goes: ms in each kind of kernel, in the bf16 GEMMs, and in the
+rest (network, optimizer, Python).
 
 Networks and batches of bench_step.py with an active map at 5x, plain steps only, one thread,
 medians over steps. Each kernel's ns an element stand beside memcpy's of a tensor as large as the
@@ -80,15 +80,15 @@ def profile(name: str, a: argparse.Namespace, clock: Clock) -> dict[str, Any]:
     if a.channels_last:
         network = network.to(memory_format=torch.channels_last)
         batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
-    ours = DynamicTraining(network, batches)
-    ours.settle(8 if a.smoke else 40)
+    dynasty = DynamicTraining(network, batches)
+    dynasty.settle(8 if a.smoke else 40)
     rows: dict[str, list[float]] = defaultdict(list)
     counts: dict[str, int] = {}
     for step in range(2 if a.smoke else a.steps):
         clock.seconds.clear()
         clock.elements.clear()
         begin = time.perf_counter()
-        ours.plain_step()
+        dynasty.plain_step()
         total = time.perf_counter() - begin
         for label, seconds in clock.seconds.items():
             rows[label].append(seconds)

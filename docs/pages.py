@@ -187,11 +187,11 @@ def baselines(file: str, epochs: int) -> str:
     for setting in _settings(file):
         if setting.values["epochs"] != epochs:
             continue
-        for ours, other, difference in setting.against_baselines():
-            if ours.label == "dynasty@5.1":
-                told = setting.costs_apart(ours, other) or ""
+        for dynasty, other, difference in setting.against_baselines():
+            if dynasty.label == "dynasty@5.1":
+                apart = setting.costs_apart(dynasty, other) or ""
                 rows.append(
-                    [f"`{other.label}`", str(difference.spread.n), _points(difference), told]
+                    [f"`{other.label}`", str(difference.spread.n), _points(difference), apart]
                 )
     return table(["baseline", "n", "`dynasty` minus it, points", ""], rows)
 
@@ -228,7 +228,6 @@ _NETWORKS: Final = {
     "vit": "ViT d192 depth 6",
     "resnet18": "ResNet-18",
 }
-_COMPETITORS: Final = {"ours": "dynasty"}
 
 
 def _json(name: str) -> Any:
@@ -236,9 +235,7 @@ def _json(name: str) -> Any:
 
 
 def _name(competitor: str) -> str:
-    for old, new in _COMPETITORS.items():
-        competitor = re.sub(rf"^{old}\b", f"`{new}`", competitor)
-    return competitor.replace("rest bf16", "other layers bf16")
+    return re.sub(r"^dynasty\b", "`dynasty`", competitor)
 
 
 def steps(file: str) -> str:

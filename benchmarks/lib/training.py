@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps that the benchmarks time: float32, bf16 autocast, and ours with the plugin's and
-the callback's real code.
+"""Training steps that the benchmarks time: float32, bf16 autocast, and dynasty with the plugin's
+and the callback's real code.
 
 All run the same bare loop (forward, loss, backward, SGD with momentum), so that steps of different
 trainings can take turns in one thread, which a Trainer's loop does not allow. `DynamicTraining`
@@ -87,13 +87,13 @@ class DynamicTraining(Training):
         batches: Batches,
         *,
         mode: Literal["fast", "exact"] = "fast",
-        rest: Literal["32", "bf16"] = "32",
+        other_layers: Literal["32", "bf16"] = "32",
         compiled: bool = False,
         seed: int = 0,
         block_shape: tuple[int, int] = (4, 4),
     ) -> None:
         self.plugin = DynastyPrecision(
-            mode=mode, other_layers=rest, seed=seed, block_shape=block_shape
+            mode=mode, other_layers=other_layers, seed=seed, block_shape=block_shape
         )
         super().__init__(self.plugin.convert_module(network), batches, compiled=compiled)
         self.callback = DynastyCallback(target_speedup=TARGET, table=False)
