@@ -15,7 +15,7 @@ IMAGES_FILE: Final = "images.npz"
 Images = npt.NDArray[np.float32]
 
 
-def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
+def save_images(folder: str | Path, images: Images, labels: npt.NDArray[Any]) -> None:
     """Write images, float32 [N, ...], and integer labels [N], whole or not at all.
 
     >>> images = np.zeros((2, 1, 8, 8), np.float32)
@@ -24,13 +24,13 @@ def save_images(folder: Path, images: Images, labels: npt.NDArray[Any]) -> None:
     [3, 7]
     """
     write_atomically(
-        folder / IMAGES_FILE,
+        Path(folder) / IMAGES_FILE,
         lambda file: np.savez_compressed(file, images=images, labels=labels),
         sealed=True,
     )
 
 
-def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
+def load_images(folder: str | Path) -> tuple[Images, npt.NDArray[Any]]:
     """What `save_images` wrote.
 
     Raises:
@@ -41,7 +41,7 @@ def load_images(folder: Path) -> tuple[Images, npt.NDArray[Any]]:
     Traceback (most recent call last):
     FileNotFoundError: nowhere has no images.npz: `dynasty-lightning export` writes one
     """
-    path = folder / IMAGES_FILE
+    path = Path(folder) / IMAGES_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder} has no {IMAGES_FILE}: `dynasty-lightning export` writes one"

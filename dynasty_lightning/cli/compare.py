@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from ..policy.base import check_target
 from ..study.config import OPTIONS
 from ..study.grid import describe_grid, make_grid, run_grid
 from ..study.method import method_names, parse_methods
@@ -152,9 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     grid = make_grid(
         data=words(arguments.data),
         models=words(arguments.model),
-        methods=map(
-            str, parse_methods(arguments.methods, [float(t) for t in words(arguments.targets)])
-        ),
+        methods=map(str, parse_methods(arguments.methods, _targets(arguments.targets))),
         seeds=range(first, first + arguments.seeds),
         **(_DEFAULTS | given(arguments, _SETTINGS)),
     )
@@ -178,6 +177,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.report is not None:
         _write([arguments.out], arguments.report)
     return outcome.exit_code
+
+
+def _targets(text: str) -> list[float]:
+    try:
+        return [check_target(float(target)) for target in words(text)]
+    except ValueError as error:
+        raise ValueError(f"--targets takes speedups, e.g. 4,5.1, not {text!r}: {error}") from None
 
 
 def _check(arguments: argparse.Namespace) -> None:

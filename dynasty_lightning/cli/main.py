@@ -57,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, command = known[arguments.command]
     try:
         return command.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        parser.error(f"{error.filename}: {error.strerror}" if named else _in_one_line(error))
+    except (ValueError, ImportError) as error:
+        parser.error(_in_one_line(error))
     except WorkerDied as error:
         print(f"{parser.prog}: {error}; what was finished is in the run folder", file=sys.stderr)
         return 1
@@ -66,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest = f"; what was finished is in {command.leaves}" if command.leaves else ""
         print(f"\n{parser.prog}: interrupted{rest}", file=sys.stderr)
         return 130
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 __all__ = ["main"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files import DamagedFile
 from ..maps.precision_map import PrecisionMap
-from ..nn.layers import CONVERTED_TYPES
+from ..nn.layers import CONVERTED_TYPES, check_module
 from ..nn.plan import Mode
 from ..numerics.formats import Scaling
 from ..trainer.checkpoint_files import read_checkpoint
@@ -41,7 +41,8 @@ def load_converted(
         What the checkpoint holds: its epoch, its step.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a folder.
+        TypeError: `module` is no module, or `checkpoint` neither a path nor a mapping.
         DamagedFile, ValueError: cut off or damaged; not trained with DynastyPrecision; weights or a
             map of another model.
 
@@ -59,6 +60,7 @@ def load_converted(
     ... ))
     (4, True)
     """
+    check_module(module)
     source, state = _read(checkpoint)
     precision_map = _map_in(state, source)
     try:
@@ -83,6 +85,10 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str,
     """What messages call a checkpoint, and what it holds."""
     if isinstance(checkpoint, Mapping):
         return "the checkpoint", checkpoint
+    if not isinstance(checkpoint, str | Path):
+        raise TypeError(
+            f"checkpoint must be a file's path, or what torch.load gave, not {checkpoint!r}"
+        )
     try:
         return str(checkpoint), read_checkpoint(Path(checkpoint))
     except (DamagedFile, FileNotFoundError):

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from fpga import Device, open_device
 from fpga.config import edge_of_shape
+from fpga.devices import check_device
 
 from ..nn.gemms import using_executor
 from ..nn.layers import dynamic_layers
@@ -123,8 +124,9 @@ def offload(
         A context manager with `report()`; `close()` ends it.
 
     Raises:
-        ValueError: nothing is converted, the model is offloaded already, or blocks that the core
-            does not compute.
+        ValueError: nothing is converted, the model is offloaded already, an unknown name of a
+            device, or blocks that the core does not compute.
+        TypeError: no module, or neither a name nor a device.
         ToolMissing, CompileError: the device cannot be made here.
 
     >>> import torch, dynasty_lightning
@@ -136,6 +138,7 @@ def offload(
     (8, 0)
     """
     layers = dynamic_layers(model)
+    check_device(device)
     if not layers:
         raise ValueError(
             "the model has no converted layer: train it with DynastyPrecision, or call "
@@ -161,12 +164,17 @@ class DeviceOffload(Callback):
         device, options: as `offload` takes them. A device named here is opened at the start and
             closed at the end.
 
+    Raises:
+        ValueError: an unknown name of a device.
+        TypeError: neither a name nor a device.
+
     >>> callback = DeviceOffload("csim", verify=True)  # Trainer(callbacks=[callback], ...)
     >>> callback.report is None
     True
     """
 
     def __init__(self, device: str | Device = "csim", **options: Any) -> None:
+        check_device(device)
         self.device, self.options = device, options
         self.report: OffloadReport | None = None
         self._offload: Offload | None = None

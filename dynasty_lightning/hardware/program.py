@@ -15,6 +15,7 @@ from torch import nn
 from fpga import GemmConfig
 from fpga.network.program import Program, ProgramError
 
+from ..nn.convert import check_names
 from ..nn.layers import dynamic_layers
 from .operands import config_for
 from .recording import ExportError, recorded_steps
@@ -52,6 +53,8 @@ def export_program(
         ExportError: an operation that the runtime does not have, named with its place; a layer that
             was not converted; no converted layer at all; a result that depends on the batch as a
             whole; a network that cannot be run on such samples.
+        TypeError, ValueError: what is no module, no shape of whole numbers above 0, no
+            configuration, or one string in place of names.
 
     >>> import torch, dynasty_lightning
     >>> network = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU())
@@ -68,7 +71,10 @@ def export_program(
             "dynasty_lightning.convert(network)"
         )
     config = config or config_for(next(iter(layers.values())).format)
-    shape = tuple(input_shape)
+    if not isinstance(config, GemmConfig):
+        raise TypeError(f"config must be an fpga.GemmConfig, not {config!r}")
+    check_names("labels", labels)
+    shape = _checked_shape(input_shape)
     with _evaluating(network):
         (steps, arrays), again = (_recorded(network, shape, n, config) for n in _BATCHES)
     _check_same(steps, arrays, *again)
@@ -83,6 +89,20 @@ def export_program(
         )
     except ProgramError as error:
         raise ExportError(f"the network cannot be a program: {error}") from error
+
+
+def _checked_shape(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, str):
+        raise TypeError(
+            f"input_shape is one sample's, without the batch, e.g. (3, 32, 32), not {shape!r}"
+        )
+    if not all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in shape
+    ):
+        raise ValueError(
+            f"input_shape must hold whole numbers above 0, e.g. (3, 32, 32), not {tuple(shape)}"
+        )
+    return tuple(map(int, shape))
 
 
 @contextmanager

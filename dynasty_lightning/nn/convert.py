@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..numerics.backends import native
 from ..numerics.formats import BlockFormat, Scaling
-from .layers import CONVERTED_TYPES, DynamicLayer, dynamic_layers, geometry_of
+from .layers import CONVERTED_TYPES, DynamicLayer, check_module, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
 from .skipped import own_type, reason_to_skip
 from .stream import StreamState, check_seed
@@ -69,6 +69,7 @@ def convert(
         seed, rank: key of the random stream.
 
     Raises:
+        TypeError: no module.
         ValueError: no layer could be converted, an `exclude` pattern matches nothing, or the model
             is converted in another format.
 
@@ -80,8 +81,7 @@ def convert(
     >>> model(torch.ones(4, 8)).sum().backward()
     >>> report.stream.advance()
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert takes a torch.nn.Module, not {model!r}")
+    check_module(model)
     check_names("exclude", exclude)
     check_names("unquantized", unquantized)
     check_seed(seed)

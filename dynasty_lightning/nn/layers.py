@@ -330,9 +330,23 @@ def geometry_of(module: nn.Module) -> LayerGeometry:
     )
 
 
+def check_module(model: Any) -> None:
+    """Raises TypeError for what is no module, a class too.
+
+    >>> check_module(nn.Linear)
+    Traceback (most recent call last):
+    TypeError: needs a torch.nn.Module, not <class 'torch.nn.modules.linear.Linear'>
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"needs a torch.nn.Module, not {model!r}")
+
+
 def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
     """Converted layers by name, in the order of conversion; a layer used under two names stands
     once.
+
+    Raises:
+        TypeError: no module.
 
     >>> from dynasty_lightning import convert
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -340,6 +354,7 @@ def dynamic_layers(model: nn.Module) -> dict[str, DynamicLayer]:
     >>> list(dynamic_layers(model))
     ['0', '2']
     """
+    check_module(model)
     found = {m.layer_name: m for m in model.modules() if isinstance(m, DynamicLayer)}
     return dict(sorted(found.items(), key=lambda item: item[1].layer_index))
 

@@ -164,6 +164,10 @@ def check_policy(policy: Any) -> Policy:
         raise TypeError(
             f"policy takes an object: {policy.__name__}(...), not the class {policy.__name__}"
         )
+    if policy is None or isinstance(policy, str | Mapping):
+        raise TypeError(
+            f"policy takes an object, for example DynastyPolicy(target_speedup=5.0), not {policy!r}"
+        )
     for name, default in _LATER_ATTRIBUTES.items():
         if not hasattr(policy, name):
             with suppress(AttributeError):  # of an object with slots, which lacks it then

@@ -130,7 +130,7 @@ def _fits(data: str, model: str) -> bool:
 @renamed_keywords(at_once="workers", silence="timeout", keep="checkpoint_every")
 def run_grid(
     grid: Sequence[RunConfig],
-    out: Path,
+    out: str | Path,
     *,
     data_dir: str | None = None,
     workers: int = 1,
@@ -167,7 +167,7 @@ def run_grid(
         OSError: a file that cannot be made.
         KeyboardInterrupt: what ran is in the file.
     """
-    stream = stream or sys.stdout
+    out, stream = Path(out), stream or sys.stdout
     checkpoints = _Checkpoints(out, checkpoint_every)
     with ResultsFile(out) as file:
         left = [run for run in grid if file.records.get(run.key, {}).get("status") not in STANDING]

@@ -76,7 +76,8 @@ def read_checkpoint(
     fpga.errors.DamagedFile: ...
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        kind = "it is a folder: name a file in it" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"no checkpoint at {path} ({kind})")
     try:
         check_seal(path)
     except DamagedFile as error:

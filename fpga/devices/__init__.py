@@ -4,4 +4,5 @@ bits.
 """
 
 from .open import DEVICES as DEVICES
+from .open import check_device as check_device
 from .open import open_device as open_device

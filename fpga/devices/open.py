@@ -11,7 +11,7 @@ from .pynq import PynqDevice
 from .pynq_sim import SimulatedPynqDevice
 from .reference import ReferenceDevice
 
-__all__ = ["DEVICES", "open_device"]
+__all__ = ["DEVICES", "check_device", "open_device"]
 
 
 DEVICES: Final[dict[str, Callable[..., Device]]] = {
@@ -40,6 +40,20 @@ def open_device(name: str, config: GemmConfig | None = None, **options: Any) -> 
     Traceback (most recent call last):
     ValueError: unknown device 'fpga': known are reference, csim, pynq-sim, pynq
     """
-    if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}: known are {', '.join(DEVICES)}")
+    check_device(name)
     return DEVICES[name](config, **options)
+
+
+def check_device(device: str | Device) -> None:
+    """Raises ValueError for a name that `open_device` does not know, TypeError for what is neither
+    a name nor a device.
+
+    >>> check_device("csim")
+    """
+    if isinstance(device, str):
+        if device not in DEVICES:
+            raise ValueError(f"unknown device {device!r}: known are {', '.join(DEVICES)}")
+    elif not isinstance(device, Device):
+        raise TypeError(
+            f"a device is a name, of {', '.join(DEVICES)}, or what open_device gave, not {device!r}"
+        )

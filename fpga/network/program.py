@@ -122,8 +122,9 @@ class Program:
             if step["op"] in ("conv", "linear")
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write both files, the graph last, each whole or not at all."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **dict(self.arrays))
@@ -141,7 +142,7 @@ class Program:
         write_atomically(folder / GRAPH_FILE, graph_text(graph))
 
     @staticmethod
-    def load(folder: Path) -> "Program":
+    def load(folder: str | Path) -> "Program":
         """Read a program. Raises ProgramError naming what is wrong, FileNotFoundError if it is not
         there.
         """

@@ -43,7 +43,16 @@ def out(tmp_path):
             ["--methods", "float32", "--out", "f", "--block-shape", "44"],
             "invalid shape value: '44'",
         ),
-        (["--report-only", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
+        (["--report-only", "/nowhere.jsonl"], "/nowhere.jsonl: No such file or directory"),
+        (["--report-only", "/"], "/ is no regular file"),
+        (
+            ["--methods", "dynasty", "--out", "f", "--targets", "4,a"],
+            "--targets takes speedups, e.g. 4,5.1, not '4,a': could not convert",
+        ),
+        (
+            ["--methods", "dynasty", "--out", "f", "--targets", "0.5"],
+            "--targets takes speedups, e.g. 4,5.1, not '0.5': target_speedup must be in [1, 16]",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, message):

@@ -144,3 +144,9 @@ def test_what_is_no_checkpoint_of_the_module_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedFile, match=r"cut\.ckpt"):
         load_converted(Module(), path)
+    with pytest.raises(FileNotFoundError, match="it is a folder: name a file in it"):
+        load_converted(Module(), tmp_path)
+    with pytest.raises(TypeError, match=r"a file's path, or what torch\.load gave, not 5"):
+        load_converted(Module(), 5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, not <class"):
+        load_converted(Module, state)  # type: ignore[arg-type]

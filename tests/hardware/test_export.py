@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -231,6 +232,37 @@ def program_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = np.random.default_rng(0).standard_normal((20, 1, 4, 4)).astype(np.float32)
     save_images(folder, images, np.zeros(20, np.int64))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        (8, {}, "input_shape is one sample's, without the batch"),
+        ("8", {}, "input_shape is one sample's, without the batch"),
+        ((-8,), {}, r"whole numbers above 0, e\.g\. \(3, 32, 32\), not \(-8,\)"),
+        ((8.5,), {}, "whole numbers above 0"),
+        ((True,), {}, "whole numbers above 0"),
+        ((8,), {"labels": "abcd"}, "labels is a collection of names, not the string 'abcd'"),
+        ((8,), {"config": "small"}, r"config must be an fpga\.GemmConfig, not 'small'"),
+    ],
+)
+def test_wrong_arguments_are_named(shape: Any, options: dict[str, Any], message: str) -> None:
+    network = nn.Sequential(nn.Linear(8, 4))
+    convert(network, mode="exact")
+    with pytest.raises((TypeError, ValueError), match=message):
+        export_program(network, shape, **options)
+
+
+def test_a_network_is_a_module_and_a_folder_may_be_text(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, not 'x'"):
+        export_program("x", (8,))
+    network = nn.Sequential(nn.Linear(8, 4))
+    convert(network, mode="exact")
+    export_program(network, np.array([8])).save(str(tmp_path))
+    images = np.zeros((2, 8), np.float32)
+    save_images(str(tmp_path), images, np.array([1, 0]))
+    assert Program.load(str(tmp_path)).input_shape == (8,)
+    assert load_images(str(tmp_path))[1].tolist() == [1, 0]
 
 
 def test_images_and_devices_that_do_not_fit_are_refused(program_folder: Path) -> None:

@@ -314,6 +314,13 @@ def test_bad_requests_are_refused() -> None:
         ValueError, match=r"unknown device 'fpga': known are reference, csim, pynq-sim, pynq"
     ):
         offload(model, "fpga")
+    with pytest.raises(ValueError, match="unknown device 'fpga': known are reference"):
+        DeviceOffload("fpga")
+    for wrong in (None, nn.Linear):
+        with pytest.raises(TypeError, match=r"a device is a name, of reference, .*, not"):
+            DeviceOffload(wrong)
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, not 'x'"):
+        offload("x", "reference")
     with pytest.raises(ValueError, match="takes no options"):
         offload(model, open_device("reference"), sanitizer="undefined")
     with offload(model, "csim", timeout_s=1e-9), pytest.raises(DeviceTimeout):

@@ -64,6 +64,9 @@ def test_what_lacks_something_is_named():
         check_policy(SimpleNamespace(name="some"))
     with pytest.raises(TypeError, match=r"not the class Eight"):
         check_policy(Eight)
+    for word in (None, "dynasty", {"bits": 4}):
+        with pytest.raises(TypeError, match="policy takes an object, for example DynastyPolicy"):
+            check_policy(word)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -65,7 +65,7 @@ def export_hls4ml(
     program: Program,
     images: Array,
     labels: Array,
-    out: Path,
+    out: str | Path,
     *,
     percentile: float = 100.0,
     backends: Sequence[str] = tuple(BACKENDS),
@@ -98,7 +98,7 @@ def export_hls4ml(
     >>> list(BACKENDS)
     ['vitis', 'vivado-accelerator']
     """
-    hls4ml = _tools(backends)
+    out, hls4ml = Path(out), _tools(backends)
     chosen = _chosen(program, core)
     if chosen:
         from .layer import register

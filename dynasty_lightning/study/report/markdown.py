@@ -74,7 +74,7 @@ def compose_report(files: Sequence[Path], stem: str) -> Page:
     return Page(text=text, pictures=pictures)
 
 
-def write_report(files: Sequence[Path], out: Path) -> list[Path]:
+def write_report(files: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Write a Markdown report of files of results, and its pictures beside it.
 
     >>> write_report([Path("none.jsonl")], Path("page.md"))
@@ -88,14 +88,15 @@ def write_report(files: Sequence[Path], out: Path) -> list[Path]:
     Raises:
         FileNotFoundError, ValueError: as `compose_report`; nothing is written.
     """
-    page = compose_report(files, out.stem)
+    paths, out = [Path(f) for f in files], Path(out)
+    page = compose_report(paths, out.stem)
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures = save_pictures(page.pictures, out.parent)
     write_atomically(out, page.text)
     return [out, *pictures]
 
 
-def check_report(files: Sequence[Path], out: Path) -> list[str]:
+def check_report(files: Sequence[str | Path], out: str | Path) -> list[str]:
     """What `write_report` would change: lines of text, none where the page is up to date. Pictures
     have to be there; what is in them is not compared, for Matplotlib's versions draw differently.
 
@@ -104,7 +105,8 @@ def check_report(files: Sequence[Path], out: Path) -> list[str]:
         ...
     FileNotFoundError: [Errno 2] No such file or directory: 'none.jsonl'
     """
-    page = compose_report(files, out.stem)
+    paths, out = [Path(f) for f in files], Path(out)
+    page = compose_report(paths, out.stem)
     there = out.read_text() if out.is_file() else ""
     lines = difflib.unified_diff(
         there.splitlines(), page.text.splitlines(), str(out), "what the records give", lineterm=""
