@@ -12,7 +12,7 @@ from ..policy.base import check_target
 from ..study.config import OPTIONS
 from ..study.grid import describe_grid, make_grid, run_grid
 from ..study.method import method_names, parse_methods
-from ..study.report.markdown import write_report
+from ..study.report.markdown import page_beside, write_report
 from ..study.watch import WATCHERS
 from ..tasks.data.files import DATA_VARIABLE
 from ..tasks.tasks import TASK_DATA, TASK_MODELS
@@ -145,7 +145,7 @@ def _add_report(group: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.report_only:
-        out = arguments.report or arguments.report_only[0].with_suffix(".md")
+        out = arguments.report or page_beside(arguments.report_only[0])
         _write(arguments.report_only, out)
         return 0
     _check(arguments)

@@ -8,7 +8,7 @@ from typing import Final
 
 from ..study.report.demo import format_table
 from ..study.report.demo_pictures import draw_report
-from ..study.report.markdown import check_report, write_report
+from ..study.report.markdown import check_report, page_beside, write_report
 from ..study.report.run_folder import read_summary
 from .options import Command
 
@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.out is not None or arguments.check:
             raise ValueError("--out and --check are for files of results, not for a run folder")
         return _report_demo(paths[0])
-    out = arguments.out or paths[0].with_suffix(".md")
+    out = arguments.out or page_beside(paths[0])
     if arguments.check:
         lines = check_report(paths, out)
         print("\n".join(lines) or f"{out} is up to date", file=sys.stderr if lines else sys.stdout)

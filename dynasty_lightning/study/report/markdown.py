@@ -74,6 +74,15 @@ def compose_report(files: Sequence[Path], stem: str) -> Page:
     return Page(text=text, pictures=pictures)
 
 
+def page_beside(file: Path) -> Path:
+    """Where a report of a file of results goes that no option names.
+
+    >>> page_beside(Path("runs/study.jsonl"))
+    PosixPath('runs/study.md')
+    """
+    return file.parent / f"{file.stem}.md"  # not with_suffix, which refuses a folder's "." and "/"
+
+
 def write_report(files: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Write a Markdown report of files of results, and its pictures beside it.
 
@@ -369,4 +378,4 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-__all__ = ["Page", "check_report", "compose_report", "write_report"]
+__all__ = ["Page", "check_report", "compose_report", "page_beside", "write_report"]
