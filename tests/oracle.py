@@ -60,8 +60,8 @@ def to_float32(v):
 
 
 class Quantized:
-    """values: object array of Fraction; bits, scale_exponents, signed, occupied: grids; mantissas:
-    int array.
+    """values: object array of Fraction; bits, signed, negated, occupied: grids; scale_exponents:
+    grid of parts; mantissas: int array.
     """
 
 
@@ -85,10 +85,15 @@ def quantize(
     scope="tensor",
     stream=None,
     nearest=None,
+    split=False,
+    micro=0,
+    signed_x=False,
 ):
     """One finite operand. role in "XWE"; bits and lsb: int, or an array that broadcasts to the
     grid.
     """
+    fine = split or micro > 0
+    part = tuple(min(n, 2) for n in block) if micro else block
     stream = stream or {}
     shape = x.shape
     axis %= len(shape)
@@ -98,22 +103,41 @@ def quantize(
     full = lambda v: np.broadcast_to(np.asarray(v), gshape)  # noqa: E731
     out = Quantized()
     out.bits = np.zeros(gshape, int)
-    out.scale_exponents = np.zeros(gshape, int)
+    out.scale_exponents = np.zeros(grid_shape_of(shape, part, axis), int)
     out.signed = np.zeros(gshape, bool)
+    out.negated = np.zeros(gshape, bool)
     out.occupied = np.zeros(gshape, bool)
     out.mantissas = np.zeros(shape, int)
     e, d, kept, amax, p_of = {}, {}, {}, {}, {}
-    members = {}
+    members, parts = {}, {}
     for index in itertools.product(*map(range, shape)):
-        g = list(index)
+        g, q = list(index), list(index)
         g[0], g[axis] = index[0] // block[0], index[axis] // block[1]
+        q[0], q[axis] = index[0] // part[0], index[axis] // part[1]
         members.setdefault(tuple(g), []).append(index)
-    signed = {}
+        parts.setdefault(tuple(g), {}).setdefault(tuple(q), []).append(index)
+
+    def limits(g, p):
+        whole = 2 ** max(p, 0) - 1
+        if not split:
+            return whole, whole
+        return whole + negated[g], whole + (signed[g] and not negated[g])
+
+    def fits(g, indices, p, s):
+        slack = 0 if stochastic else 1 if signed[g] else Fraction(3, 4)
+        above, below = limits(g, p)
+        return all(
+            -(below + slack) * power(s) <= Fraction(float(x[i])) <= (above + slack) * power(s)
+            for i in indices
+        )
+
+    signed, negated = {}, {}
     width = {}
     for order, g in enumerate(itertools.product(*map(range, gshape))):
         elements = [Fraction(float(x[i])) for i in members[g]]
         amax[g] = max(abs(v) for v in elements)
-        signed[g] = role != "X" or any(v < 0 for v in elements)
+        signed[g] = role != "X" or signed_x or any(v < 0 for v in elements)
+        negated[g] = split and signed[g] and max(elements) > max(-v for v in elements)
         d[g], kept[g] = 0, False
         out.occupied[g] = amax[g] > 0
         if amax[g] == 0:
@@ -123,11 +147,17 @@ def quantize(
         if bits is not None:
             width[g] = int(full(bits)[g])
             continue
-        u = e[g] - int(full(lsb)[g])
+        threshold = int(full(lsb)[g])
+        u = e[g] - threshold
+        over = amax[g] > (1 - power(-(u + 1))) * power(e[g] + 1)
+        needed = u + 2 + over if role == "E" and stochastic else u + 1 + signed[g]
+        if fine:
+            needed = u + 1 + signed[g] - fits(g, members[g], u, threshold)
+            if stochastic:
+                needed += not fits(g, members[g], u + 1, threshold)
         if role == "E" and stochastic:
-            over = amax[g] > (1 - power(-(u + 1))) * power(e[g] + 1)
             if u >= -1:
-                width[g] = min(max(u + 2 + over, max(least, 2)), most)
+                width[g] = min(max(needed, max(least, 2)), most)
             elif least >= 2:
                 width[g] = least
             else:
@@ -138,7 +168,7 @@ def quantize(
                     d[g] = depth
                     e[g] += depth
         elif u >= 0:
-            width[g] = min(max(u + 1 + signed[g], max(least, 2)), most)
+            width[g] = min(max(needed, max(least, 2)), most)
         else:
             width[g] = least
     if group is not None:
@@ -160,7 +190,14 @@ def quantize(
             continue
         p_of[g] = p = b - signed[g]
         s = e[g] + 1 - p
-        if stochastic:
+        if fine:
+            natural = s - d[g]
+            s -= fits(g, members[g], p, natural - 1)
+            if stochastic:
+                s += not fits(g, members[g], p, natural)
+            if kept[g]:
+                s = max(s, int(full(lsb)[g]))
+        elif stochastic:
             if amax[g] * power(d[g]) > (2**p - 1) * power(s):
                 s += 1
             if kept[g]:
@@ -176,25 +213,32 @@ def quantize(
     for g in scale:
         ceiling[scope_of(g)] = max(ceiling.get(scope_of(g), -(10**9)), e[g])
     for g in scale:
-        s = max(scale[g], ceiling[scope_of(g)] - R - (6 if signed[g] else 7))
-        limit = 2 ** p_of[g] - 1
-        any_nonzero = False
-        for i in members[g]:
-            y = Fraction(float(x[i])) * power(d[g] - s)
-            if stochastic:
-                r = stream_number(int(np.ravel_multi_index(i, shape)), code, **stream)
-                q = math.floor(y + Fraction(2 * r + 1, 2**17))
-            else:
-                q = min(max(round_even(y), -limit if signed[g] else 0), limit)
-            assert -limit <= q <= limit
-            out.mantissas[i] = q
-            any_nonzero |= q != 0
-        if any_nonzero:
-            out.bits[g], out.scale_exponents[g], out.signed[g] = width[g], s, signed[g]
+        floor = ceiling[scope_of(g)] - R - (6 if signed[g] else 7)
+        if micro and kept[g]:
+            floor = max(floor, int(full(lsb)[g]))
+        above, below = limits(g, p_of[g])
+        found = {}
+        for q, indices in parts[g].items():
+            deeper = sum(fits(g, indices, p_of[g], scale[g] - d[g] - j) for j in range(1, 2**micro))
+            found[q] = s = max(scale[g] - deeper, floor)
+            for i in indices:
+                y = Fraction(float(x[i])) * power(d[g] - s)
+                if stochastic:
+                    r = stream_number(int(np.ravel_multi_index(i, shape)), code, **stream)
+                    m = math.floor(y + Fraction(2 * r + 1, 2**17))
+                else:
+                    m = min(max(round_even(y), -below if signed[g] else 0), above)
+                assert -below <= m <= above
+                out.mantissas[i] = m
+        if any(out.mantissas[i] for i in members[g]):
+            out.bits[g], out.signed[g], out.negated[g] = width[g], signed[g], negated[g]
+            for q, s in found.items():
+                out.scale_exponents[q] = s
     out.values = np.empty(shape, object)
-    for g, indices in members.items():
-        for i in indices:
-            out.values[i] = int(out.mantissas[i]) * power(int(out.scale_exponents[g]))
+    for of_block in parts.values():
+        for q, indices in of_block.items():
+            for i in indices:
+                out.values[i] = int(out.mantissas[i]) * power(int(out.scale_exponents[q]))
     return out
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "MIN_BITS",
     "ZERO_BITS",
     "BlockFormat",
+    "Code",
     "Rounding",
     "Scaling",
     "Scope",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 Scaling = Literal["window", "mx"]
+Code = Literal["symmetric", "split"]
 Rounding = Literal["nearest", "stochastic"]
 Scope = Literal["tensor", "sample", "row"]
 
@@ -54,13 +56,27 @@ FAR_THRESHOLDS: Final = (-300, 200)
 arithmetic: each back end clamps to them.
 """
 
+CODES: Final = ("symmetric", "split")
+MICRO_BITS: Final = (0, 1, 2)
+PART_EDGE: Final = 2
+"""Rows and channels of the parts of a block that have a micro exponent."""
+SIGNED_SLACK: Final = 1.0
+UNSIGNED_SLACK: Final = 0.75
+"""By how many LSBs an element may exceed the largest that its block or part can hold, and be
+clipped, where that makes the LSB a binade finer; of rounding to nearest
+(benchmarks/bench_formats.py).
+"""
+
 # A block's header byte, and a kernel's plan of a block, which begins as its header does.
 BITS_MASK: Final = 0x0F
 SIGNED_SHIFT: Final = 4
 OCCUPIED_SHIFT: Final = 5
 DEPTH_SHIFT: Final = 6
+NEGATED_SHIFT: Final = 6
+"""Of a header; of a plan, which has no code yet, the drop depth begins there."""
 SIGNED_FLAG: Final = 1 << SIGNED_SHIFT
 OCCUPIED_FLAG: Final = 1 << OCCUPIED_SHIFT
+NEGATED_FLAG: Final = 1 << NEGATED_SHIFT
 
 SCOPES: Final[dict[Scope, int]] = {"tensor": 0, "sample": 1, "row": 2}
 """What shares a window and a check for NaN and Inf; the numbers are the kernels'."""
@@ -132,6 +148,10 @@ class BlockFormat:
             every block its own.
         scaling: "window", docs/reference/numerics.md's, or "mx", the OCP MX specification's, for
             the baseline in 1x32 blocks (`numerics.mx`).
+        code: "symmetric", -(2**p - 1) to 2**p - 1, or "split": -2**p to 2**p - 1, and a flag of the
+            block that negates them all.
+        micro_bits: 0, or 1 or 2 for each 2x2 part of a block, whose LSB may lie as many binades
+            below the block's as these bits count.
 
     >>> BlockFormat(block_shape=(8, 8), width_group=(16, 16)).requantizes
     False
@@ -142,6 +162,8 @@ class BlockFormat:
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
     scaling: Scaling = "window"
+    code: Code = "symmetric"
+    micro_bits: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -158,6 +180,7 @@ class BlockFormat:
             raise ValueError(
                 f"scaling 'mx' is that of MX's own {MX_BLOCK} blocks, not of {self.block_shape}"
             )
+        self._check_code()
         if self.width_group is not None:
             object.__setattr__(self, "width_group", whole_pair("width_group", self.width_group))
             rows, channels = self.width_group
@@ -176,6 +199,35 @@ class BlockFormat:
                     f"width_group must be a multiple of block_shape {self.block_shape}, not "
                     f"{self.width_group}"
                 )
+
+    def _check_code(self) -> None:
+        if self.code not in CODES:
+            raise ValueError(f"code must be one of {', '.join(CODES)}, not {self.code!r}")
+        if isinstance(self.micro_bits, bool) or self.micro_bits not in MICRO_BITS:
+            raise ValueError(f"micro_bits must be one of {MICRO_BITS}, not {self.micro_bits!r}")
+        if self.is_fine and self.block_shape not in SQUARE_BLOCKS:
+            raise ValueError(
+                f"code {self.code!r} with {self.micro_bits} micro_bits needs blocks of "
+                f"{SQUARE_BLOCKS}, not {self.block_shape}"
+            )
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether it has more than one exponent and symmetric codes."""
+        return self.code == "split" or self.micro_bits > 0
+
+    def part_shape(self, block_shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Rows x channels that share an LSB in blocks of a shape; None where the format has neither
+        parts nor a split code.
+
+        >>> BlockFormat(micro_bits=1).part_shape((1, 4)), BlockFormat().part_shape((4, 4))
+        ((1, 2), None)
+        """
+        if not self.is_fine:
+            return None
+        if not self.micro_bits:
+            return block_shape
+        return min(block_shape[0], PART_EDGE), min(block_shape[1], PART_EDGE)
 
     @property
     def band_unit(self) -> tuple[int, int]:

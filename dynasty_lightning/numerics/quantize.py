@@ -3,12 +3,25 @@
 `docs/reference/numerics.md` is the specification.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .backends.dispatch import quantize_blocks
-from .formats import FLOATS, MAX_BITS, SCOPES, Rounding, Scope, check_bits, check_widths, whole_pair
+from .formats import (
+    FLOATS,
+    MAX_BITS,
+    SCOPES,
+    BlockFormat,
+    Code,
+    Rounding,
+    Scope,
+    check_bits,
+    check_widths,
+    whole_pair,
+)
 from .layout import BlockLayout
 from .quantized import BlockTensor
 from .random import StreamPosition
@@ -33,6 +46,8 @@ def quantize(
     force_signed: bool = False,
     stream: StreamPosition | None = None,
     scope: Scope = "tensor",
+    code: Code = "symmetric",
+    micro_bits: int = 0,
 ) -> BlockTensor:
     """Quantize an operand [N, .., C, ..] block by block, to given widths or down to given LSBs.
 
@@ -48,6 +63,8 @@ def quantize(
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
         scope: what shares a window and a non-finite check: a "row" is a sample at a position.
+        code, micro_bits: as `BlockFormat` has them; they need blocks of 1, 4, 8 or 16 rows and 4, 8
+            or 16 channels.
 
     Raises:
         ValueError: empty tensors, widths or requests that do not fit, blocks that span scopes.
@@ -68,6 +85,10 @@ def quantize(
     if not isinstance(stream, StreamPosition | None):
         raise TypeError(f"stream is a StreamPosition or None, not {stream!r}")
     layout = _layout_of(x, block_shape, channel_axis, width_group, scope)
+    if code != "symmetric" or micro_bits:
+        edge = layout.block_shape[1]
+        own = BlockFormat(block_shape=(edge, edge), code=code, micro_bits=micro_bits)
+        layout = replace(layout, part_shape=own.part_shape(layout.block_shape))
     recipe = Recipe(
         role=role,
         request=_request(bits, lsb_exponent, layout, x.device),
@@ -79,6 +100,8 @@ def quantize(
         force_signed=force_signed,
         stream=stream or StreamPosition(),
         scope=scope,
+        code=code,
+        micro_bits=micro_bits,
     )
     x = x.detach() if x.dtype is torch.bfloat16 else x.detach().float()
     return quantize_blocks(x, layout, recipe).block_tensor()

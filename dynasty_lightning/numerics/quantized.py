@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Integer, UInt8
 from torch import Tensor
 
 from .banded import BandedWeight
-from .formats import BITS_MASK, NO_EXPONENT, OCCUPIED_FLAG, SIGNED_FLAG
+from .formats import BITS_MASK, NEGATED_FLAG, NO_EXPONENT, OCCUPIED_FLAG, SIGNED_FLAG
 from .layout import BlockLayout
 from .rounding import power_of_two
 
@@ -21,6 +21,7 @@ __all__ = [
     "QuantizedBlocks",
     "dequantize",
     "header_bits",
+    "header_negated",
     "header_occupied",
     "header_signed",
     "make_headers",
@@ -33,7 +34,7 @@ class BlockTensor:
 
     Attributes:
         mantissas: int16, the operand's shape.
-        scale_exponents: int16, grid; 0 where bits = 0.
+        scale_exponents: int16, the grid of `part_shape`; 0 where bits = 0.
         bits: uint8, grid, in {0, 2..8}; 0 exactly where all mantissas of the block are zero.
         signed: bool, grid; mantissa_bits = bits - signed.
         occupied: bool, grid; the input block was not all zero. What a uniform-width run would
@@ -41,7 +42,7 @@ class BlockTensor:
         passthrough: None, or the operand itself where some scope of it was not finite and so passes
             unquantized.
         finite: None, or bool, broadcastable to the operand: false where `passthrough` holds.
-        block_shape, channel_axis: the layout.
+        block_shape, channel_axis, part_shape: the layout.
 
     >>> from dynasty_lightning import Role, quantize
     >>> blocks = quantize(torch.tensor([[1.0, 0.3, -0.6, 0.0]]), 4, role=Role.WEIGHT)
@@ -58,6 +59,7 @@ class BlockTensor:
     occupied: Tensor
     block_shape: tuple[int, int]
     channel_axis: int
+    part_shape: tuple[int, int] | None = None
     passthrough: Tensor | None = None
     finite: Tensor | None = None
 
@@ -94,6 +96,7 @@ def dequantize(
         shape=tuple(blocks.mantissas.shape),
         block_shape=blocks.block_shape,
         channel_axis=blocks.channel_axis,
+        part_shape=blocks.part_shape,
     )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = _scale(
@@ -115,10 +118,11 @@ class QuantizedBlocks:
 
     Attributes:
         layout: how the operand is cut.
-        codes: uint8, the operand's shape, channels innermost in memory; a mantissa's low byte.
-        relative_exponents: int8, grid; scale_exponent less the scope's largest exponent, in [-15,
-            17] by the window and what drops leave; 0 where bits = 0.
-        headers: uint8, grid; bits, signed and occupied as `formats` lays them.
+        codes: uint8, the operand's shape, channels innermost in memory; a mantissa's low byte,
+            that of its negative in a negated block.
+        relative_exponents: int8, the grid of parts; scale_exponent less the scope's largest
+            exponent, in [-15, 17] by the window and what drops leave; 0 where bits = 0.
+        headers: uint8, grid; bits, signed, occupied and negated as `formats` lays them.
         largest_exponents: int32, an entry for each scope, and so broadcastable to grid and operand;
             far below any exponent if all is zero.
         passthrough, finite: see `BlockTensor`.
@@ -156,9 +160,11 @@ class QuantizedBlocks:
 
     @property
     def scale_exponents(self) -> Tensor:
-        """int16, grid; 0 where bits = 0."""
+        """int16, the grid of parts; 0 where bits = 0."""
         return torch.where(
-            self.bits > 0, self.relative_exponents + self.largest_exponents.to(torch.int16), 0
+            self.layout.to_parts(self.bits > 0),
+            self.relative_exponents + self.largest_exponents.to(torch.int16),
+            0,
         )
 
     @property
@@ -174,10 +180,12 @@ class QuantizedBlocks:
     @property
     def integers(self) -> Tensor:
         """Mantissas in float32."""
-        signed = self.layout.spread(self.signed)
+        sign = torch.where(header_negated(self.headers), -1, 1).to(torch.int16)
         split = self.layout.split(self.codes)
+        # As integers: the negative of a zero is a zero.
+        signed = split.view(torch.int8) * self.layout.spread(sign)
         return self.layout.join(
-            torch.where(signed, split.view(torch.int8).to(torch.float32), split.to(torch.float32))
+            torch.where(self.layout.spread(self.signed), signed, split).to(torch.float32)
         )
 
     def block_tensor(self) -> BlockTensor:
@@ -190,6 +198,7 @@ class QuantizedBlocks:
             occupied=self.occupied,
             block_shape=self.layout.block_shape,
             channel_axis=self.layout.channel_axis,
+            part_shape=self.layout.part_shape,
             passthrough=self.passthrough,
             finite=self.finite,
         )
@@ -202,7 +211,7 @@ class QuantizedBlocks:
         """The same for each scope, shaped as `largest_exponents`."""
         axes = [a for a, n in enumerate(self.largest_exponents.shape) if n == 1 or not by_scope]
         finest = torch.where(
-            self.bits > 0, self.scale_exponents.to(torch.int32), -NO_EXPONENT
+            self.layout.to_parts(self.bits > 0), self.scale_exponents.to(torch.int32), -NO_EXPONENT
         ).amin(axes, keepdim=by_scope)
         return torch.where(finest < -NO_EXPONENT, finest, 0)
 
@@ -257,10 +266,20 @@ def header_signed(headers: UInt8[Tensor, "*grid"]) -> Bool[Tensor, "*grid"]:
     return (headers & SIGNED_FLAG) > 0
 
 
+def header_negated(headers: UInt8[Tensor, "*grid"]) -> Bool[Tensor, "*grid"]:
+    """Whether the codes are the negatives of the block's mantissas.
+
+    >>> header_negated(torch.tensor([0x34, 0x74], dtype=torch.uint8)).tolist()
+    [False, True]
+    """
+    return (headers & NEGATED_FLAG) > 0
+
+
 def make_headers(
     bits: Integer[Tensor, "*grid"],
     signed: Integer[Tensor, "*grid"] | Bool[Tensor, "*grid"],
     occupied: Integer[Tensor, "*grid"] | Bool[Tensor, "*grid"],
+    negated: Integer[Tensor, "*grid"] | Bool[Tensor, "*grid"] | None = None,
 ) -> UInt8[Tensor, "*grid"]:
     """Headers of blocks.
 
@@ -268,11 +287,14 @@ def make_headers(
     >>> hex(header.item())
     '0x34'
     """
-    return (
+    headers = (
         bits.to(torch.uint8)
         + signed.to(torch.uint8) * SIGNED_FLAG
         + occupied.to(torch.uint8) * OCCUPIED_FLAG
-    ).contiguous()
+    )
+    if negated is not None:
+        headers += negated.to(torch.uint8) * NEGATED_FLAG
+    return headers.contiguous()
 
 
 def scale_blocks(
@@ -302,5 +324,6 @@ def scale_blocks(
 
 
 def _scale(layout: BlockLayout, values: Tensor, exponents: Tensor) -> Tensor:
-    """values * 2**exponents block by block, for a tensor of the layout's shape."""
-    return layout.join(scale_blocks(layout, layout.split(values), exponents))
+    """values * 2**exponents part by part, for a tensor of the layout's shape."""
+    parts = layout.parts
+    return parts.join(scale_blocks(parts, parts.split(values), exponents))

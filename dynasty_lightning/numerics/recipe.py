@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .formats import MAX_BITS, Rounding, Scope
+from .formats import MAX_BITS, Code, Rounding, Scope
 from .random import StreamPosition
 from .roles import Role
 
@@ -31,6 +31,7 @@ class Recipe:
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers.
         scope: what shares a window and a check for NaN and Inf.
+        code, micro_bits: as `BlockFormat` has them; with `micro_bits` the layout has parts.
 
     >>> import torch
     >>> recipe = Recipe(role=Role.ERROR, request=torch.tensor(-6), is_threshold=True)
@@ -48,6 +49,8 @@ class Recipe:
     force_signed: bool = False
     stream: StreamPosition = _START
     scope: Scope = "tensor"
+    code: Code = "symmetric"
+    micro_bits: int = 0
 
     @property
     def stochastic(self) -> bool:
@@ -55,6 +58,11 @@ class Recipe:
         if self.rounding is None:
             return self.role is Role.ERROR
         return self.rounding == "stochastic"
+
+    @property
+    def is_fine(self) -> bool:
+        """Whether an LSB may be finer than the largest element's exponent gives."""
+        return self.code == "split" or self.micro_bits > 0
 
     @property
     def drops(self) -> bool:

@@ -11,15 +11,17 @@ __all__ = ["power_of_two", "round_nearest", "round_stochastic"]
 
 
 def round_nearest(
-    y: Float32[Tensor, "..."], limit: Float32[Tensor, "..."]
+    y: Float32[Tensor, "..."],
+    limit: Float32[Tensor, "..."],
+    least: Float32[Tensor, "..."] | None = None,
 ) -> Float32[Tensor, "..."]:
-    """Round to nearest, ties to even, and saturate at +-`limit`: integers in float32. `y` is not
-    kept.
+    """Round to nearest, ties to even, and saturate at `least` (None: -`limit`) and `limit`:
+    integers in float32. `y` is not kept.
 
     >>> round_nearest(torch.tensor([0.5, 1.5, -9.0]), torch.tensor(7.0))
     tensor([ 0.,  2., -7.])
     """
-    return torch.clamp(y.round_(), min=-limit, max=limit)
+    return torch.clamp(y.round_(), min=-limit if least is None else least, max=limit)
 
 
 def round_stochastic(

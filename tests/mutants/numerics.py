@@ -51,10 +51,10 @@ MUTATIONS = (
     Mutation("window one binade wider", "kWindow = 8;", "kWindow = 9;"),
     Mutation("window ignores the sign", "largest - Ints(kWindow + 7) + sign)", "largest - Ints(kWindow + 7))"),
     Mutation("ties away from even", "Floats(0x1.8p23f), t = y + magic", "Floats(0x1.8p23f), t = (y + Floats(0x1p-12f)) + magic"),
-    Mutation("no clip of mantissas", "y = Clip(y, limit);", ";"),
+    Mutation("no clip of mantissas", "Least(Greatest(y, least), limit) : Clip(y, limit);", "Least(Greatest(y, least), limit) : y;"),
     Mutation("no over bit", "above + Ints(2) + over", "above + Ints(2)"),
     Mutation("over bit from the wrong width", "peak.Exceeds(above + Ints(1))", "peak.Exceeds(above + Ints(2))"),
-    Mutation("E saturates", "if (a.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));", ";"),
+    Mutation("E saturates", "if (a_.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));", ";"),
     Mutation("sign flag lost", "plan & Ints(kBitsMask | kSignedFlag)", "plan & Ints(kBitsMask)"),
     Mutation("X always signed", "args.role == kActivation && !args.force_signed)", "false)"),
     Mutation("forced sign ignored", "args.role == kActivation && !args.force_signed)", "args.role == kActivation)"),
@@ -62,7 +62,7 @@ MUTATIONS = (
     Mutation("drop probability one number off", "ShiftRight(Ints(1 << 16), depth) > numbers", "ShiftRight(Ints(1 << 16), depth) > numbers - Ints(600)"),
     Mutation("drops are a binade deeper", "kMaxDropDepth = 3;", "kMaxDropDepth = 2;"),
     Mutation("drops draw the elements' numbers", "kDropCode = 8;", "kDropCode = 0;"),
-    Mutation("kept LSB finer than the threshold", "Greatest(scale, request), scale)", "scale, scale)"),
+    Mutation("kept LSB finer than the threshold", "> Ints(0), Greatest(scale, request), scale)", "> Ints(0), scale, scale)"),
     Mutation("kept exponent not raised", "const Int exponent = peak.exponent + depth,", "const Int exponent = peak.exponent,"),
     Mutation("kept elements not enlarged", "Select(active, depth - scale_exponent, Ints(0))", "Select(active, Ints(0) - scale_exponent, Ints(0))"),
     Mutation("least width ignored", "std::max<int32_t>(int32_t(a.least_bits), kMinBits)", "kMinBits"),
@@ -103,6 +103,28 @@ MUTATIONS = (
     Mutation("a ragged chunk reads its first vector", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row + v * kLanes, lanes));", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row, lanes));"),
     Mutation("plain: squares in float32", "double(x.v[i]) * double(x.v[i])", "double(x.v[i] * x.v[i])", plain=True),
     Mutation("plain: sums of squares lost", "sums.v[i] += double(x.v[i])", "sums.v[i] = double(x.v[i])", plain=True),
+    Mutation("fine: unsigned blocks as slack as signed ones", "kUnsignedSlack = 3;", "kUnsignedSlack = 4;"),
+    Mutation("fine: less slack", "kSignedSlack = 4;", "kSignedSlack = 3;"),
+    Mutation("fine: a level more at the smaller end", "Select(found.ends.high_is_larger, sign, Ints(0))", "Select(found.ends.high_is_larger, Ints(0), sign)"),
+    Mutation("fine: codes not negated", "flip = Ints(0) - negated;", "flip = Ints(0);"),
+    Mutation("fine: symmetric below", "ToFloat(Ints(0) - whole - (split & (Ints(1) - negated)))", "ToFloat(Ints(0) - whole)"),
+    Mutation("fine: no level more above", "ToFloat(whole + negated)", "ToFloat(whole)"),
+    Mutation("fine: parts as coarse as their block", "part = part - Select(fits, Ints(1), Ints(0));", ";"),
+    Mutation("fine: parts reach too few binades", "below < 1 << a_.micro_bits", "below <= a_.micro_bits"),
+    Mutation("fine: kept part finer than the threshold", "part = Select(kept, Greatest(part, request), part);", ";"),
+    Mutation("fine: finest part not known", "finest = Select(lanes, Least(finest, part), finest);", ";"),
+    Mutation("fine: zero block keeps its exponents", "if (!kept) each(", "if (false) each("),
+    Mutation("fine: header does not say negated", "(plan >> kNegatedShift & 1 ? kNegatedFlag : 0)", "0"),
+    Mutation("fine: E saturates", "Select(Fits(found.ends, p, sign, more, natural), Ints(0), Ints(1))", "Ints(0)"),
+    Mutation("fine: dequantize forgets the sign", "(header & kNegatedFlag ? 0x80000000u : 0u)", "0u"),
+    Mutation("fine: parts of the next position", "blocks_.flat ? parts_.BlocksOfRow(a_) : parts_.channel_blocks", "parts_.RunLength(a_)"),
+    Mutation("fine: significand cut off", "end.significand + ShiftLeft(Ints(1), by) - Ints(1)", "end.significand"),
+    Mutation("fine: a bit too many", "Select(Fits(found.ends, above, sign, more, request), Ints(1), Ints(0))", "Ints(0)"),
+    Mutation("fine: E a bit too few", "Select(Fits(found.ends, above + Ints(1), sign, more, request), Ints(0), Ints(1))", "Ints(0)"),
+    Mutation("fine: pairs take their first element", "reduce(Evens(vectors[0], vectors[1]), Odds(vectors[0], vectors[1]))", "Evens(vectors[0], vectors[1])"),
+    Mutation("fine: second part of four channels", "of_block[1] = of_block[1] | (mantissas[g] & Ints(int32_t(0xFFFF0000)));", ";"),
+    Mutation("fine: plain lanes take odd elements for even", "a.v[2 * i] : b.v[2 * i - kLanes]", "a.v[2 * i + 1] : b.v[2 * i - kLanes]", plain=True),
+    Mutation("fine: gather without a step", "p[i * int64_t(step)] : 0", "p[i] : 0", plain=True),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
 )  # fmt: skip
 
@@ -114,6 +136,7 @@ class Checks:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         cases = [native_cases.random_case(seed) for seed in range(SEEDS)]
+        cases += [native_cases.random_fine_case(seed) for seed in range(SEEDS)]
         x = torch.randn(20, 40, 30) * torch.exp2(3 * torch.randn(20, 40, 30))
         for role in Role:
             for operand in (
@@ -130,6 +153,7 @@ class Checks:
             -1, 1, 1
         )  # the window of early rows is known only at the end
         cases += [native_cases.case(growing, (4, 4), 1, role, bits=7) for role in Role]
+        cases += [native_cases.fine(c, "split", 1) for c in cases[-3:]]
         cases += [native_cases.edge_case((8, 32, 5), below=below)[0] for below in (False, True)]
         self.cases = [(case, case.in_torch()) for case in cases]
         layouts = [

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
+from dynasty_lightning.numerics.formats import BlockFormat
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.memory import empty_channels_innermost
 from dynasty_lightning.numerics.quantized import QuantizedBlocks
@@ -139,6 +140,34 @@ def random_case(seed: int) -> Case:
         scope=scope,
     )
     return Case(x=x, layout=layout, recipe=recipe)
+
+
+FINE = (("split", 0), ("symmetric", 1), ("symmetric", 2), ("split", 1), ("split", 2))
+"""Code and micro exponents of the formats that are not plain."""
+
+
+def fine(plain: Case, code: str, micro_bits: int) -> Case:
+    """The same operand and requests in another format; unchanged where blocks have no square form
+    of it.
+    """
+    rows, channels = plain.layout.block_shape
+    if channels not in (4, 8, 16) or rows not in (1, channels):
+        return plain
+    own = BlockFormat(block_shape=(channels, channels), code=code, micro_bits=micro_bits)
+    return replace(
+        plain,
+        layout=replace(plain.layout, part_shape=own.part_shape(plain.layout.block_shape)),
+        recipe=replace(plain.recipe, code=code, micro_bits=micro_bits),
+    )
+
+
+def random_fine_case(seed: int) -> Case:
+    """The first of that seed, or the next ones, that has such a form."""
+    while True:
+        found = fine(random_case(seed), *FINE[seed % len(FINE)])
+        if found.recipe.is_fine:
+            return found
+        seed += 100_003
 
 
 def _shape(g: np.random.Generator, ndim: int, axis: int) -> list[int]:

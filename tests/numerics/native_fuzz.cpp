@@ -161,10 +161,10 @@ int64_t Ceil(int64_t a, int64_t b) {
 }
 
 struct Results {
-  Results(int64_t elements, int64_t blocks, int64_t scopes, bool with_values)
+  Results(int64_t elements, int64_t blocks, int64_t parts, int64_t scopes, bool with_values)
       : codes(elements),
         values(with_values ? elements : 0),
-        relative(blocks),
+        relative(parts),
         headers(blocks),
         largest(scopes) {}
   Buffer<uint8_t> codes;
@@ -183,27 +183,36 @@ void CheckResults(const QuantizeArgs& a, const Results& r, bool values_written) 
       for (int64_t cb = 0; cb < channel_blocks; ++cb) {
         const int64_t at = rb * channel_blocks * a.positions +
                            (a.grid_channels_last ? p * channel_blocks + cb : cb * a.positions + p);
-        const int header = r.headers[at], bits = header & kBitsMask, relative = r.relative[at];
-        const bool is_signed = header & kSignedFlag;
-        if (header & ~(kBitsMask | kSignedFlag | kOccupiedFlag) || bits == 1 || bits > 8)
+        const int header = r.headers[at], bits = header & kBitsMask;
+        const bool is_signed = header & kSignedFlag, negated = header & kNegatedFlag;
+        if (header & ~(kBitsMask | kSignedFlag | kOccupiedFlag | kNegatedFlag) || bits == 1 ||
+            bits > 8 || (negated && !(a.is_split && is_signed)))
           Fail("header");
-        if (!bits && (is_signed || relative)) Fail("a block of no bits has a sign or an exponent");
+        if (!bits && is_signed) Fail("a block of no bits has a sign");
         if (bits && !(header & kOccupiedFlag)) Fail("bits in a block that was all zero");
-        if (relative < -15 || relative > 17) Fail("relative exponent");
         const int64_t scope = a.scope == kTensor   ? 0
                               : a.scope == kSample ? rb
                                                    : rb * a.positions + p;
-        const int64_t exponent = int64_t(r.largest[scope]) + relative;
-        const int limit = (1 << (bits - is_signed)) - 1;
+        const int limit = (1 << (bits - is_signed)) - 1, more = a.is_split && is_signed;
+        const int64_t part_rows = a.part_rows ? a.part_rows : a.block_rows,
+                      part_channels = a.part_rows ? a.part_channels : a.block_channels;
         bool any = false;
         for (int64_t i = rb * a.block_rows; i < a.rows && i < (rb + 1) * a.block_rows; ++i) {
           for (int64_t c = cb * a.block_channels; c < a.channels && c < (cb + 1) * a.block_channels;
                ++c) {
             const int64_t e = (i * a.positions + p) * a.channels + c;
-            const int q = is_signed ? int8_t(r.codes[e]) : r.codes[e];
+            const int code = is_signed ? int8_t(r.codes[e]) : r.codes[e],
+                      q = negated ? -code : code;
             any |= q != 0;
-            if (bits ? q > limit || q < (is_signed ? -limit : 0) : q != 0)
+            if (bits ? code > limit || code < (is_signed ? -limit - more : 0) : code != 0)
               Fail("a mantissa does not fit its width");
+            const int64_t parts = Ceil(a.channels, part_channels), part = c / part_channels;
+            const int relative =
+                r.relative[i / part_rows * parts * a.positions +
+                           (a.grid_channels_last ? p * parts + part : part * a.positions + p)];
+            if (!bits && relative) Fail("a block of no bits has an exponent");
+            if (relative < -15 || relative > 17) Fail("relative exponent");
+            const int64_t exponent = int64_t(r.largest[scope]) + relative;
             if (values_written &&
                 r.values[e] != Truncated(q ? __builtin_ldexpf(float(q), int(exponent)) : 0.0f))
               Fail("value");
@@ -229,6 +238,12 @@ void FuzzQuantize() {
   a.block_channels = OneOf<int64_t>({1, 2, 4, 4, 8, 16, 32});
   a.scope = Chance(0.3) ? Draw(kSample, kRow) : kTensor;
   if (a.scope != kTensor) a.block_rows = 1;
+  const bool fine = Chance(0.5);
+  if (fine) {
+    a.is_split = Chance(0.6), a.micro_bits = Draw(a.is_split ? 0 : 1, 2);
+    a.part_rows = a.micro_bits && a.block_rows % 2 == 0 ? 2 : a.micro_bits ? 1 : a.block_rows;
+    a.part_channels = a.micro_bits ? std::min<int64_t>(2, a.block_channels) : a.block_channels;
+  }
   a.group_rows = Chance(0.7) ? 1 : Draw(1, 4), a.group_channels = Chance(0.7) ? 1 : Draw(1, 4);
   a.grid_channels_last = Chance(0.5);
   a.logical_channels_last = Chance(0.5);
@@ -260,12 +275,21 @@ void FuzzQuantize() {
   a.request = request.get();
   Buffer<int32_t> peaks(blocks), plans(blocks);
   a.peaks = peaks.get(), a.plans = plans.get();
+  const int64_t parts =
+      fine ? Ceil(e.rows, a.part_rows) * e.positions * Ceil(e.channels, a.part_channels) : 0;
+  Buffer<int32_t> part_peaks(2 * parts), part_plans(parts);
+  Buffer<uint8_t> part_headers(parts);
+  if (fine) {
+    a.part_peaks = part_peaks.get(), a.part_plans = part_plans.get();
+    a.part_headers = part_headers.get();
+  }
+  const int64_t exponents = fine ? parts : blocks;
   const int64_t scopes = a.scope == kTensor   ? 1
                          : a.scope == kSample ? row_blocks
                                               : row_blocks * e.positions;
   const bool with_values = Chance(0.7);
-  const Results one(e.rows * e.positions * e.channels, blocks, scopes, with_values),
-      two(one.codes.count(), blocks, scopes, with_values);
+  const Results one(e.rows * e.positions * e.channels, blocks, exponents, scopes, with_values),
+      two(one.codes.count(), blocks, exponents, scopes, with_values);
   int status[2];
   for (const Results* r : {&one, &two}) {
     a.codes = r->codes.get(), a.values = with_values ? r->values.get() : nullptr;
@@ -294,20 +318,25 @@ void FuzzQuantize() {
   const int32_t largest = one.largest[0];
   if (a.scope != kTensor || largest < -100 || largest > 100) return;
   const Buffer<uint16_t> again(one.codes.count());
-  DequantizeArgs d = {one.codes.get(),  one.relative.get(),   one.headers.get(), largest,
-                      a.rows,           a.positions,          a.channels,        a.block_rows,
-                      a.block_channels, a.grid_channels_last, again.get(),       Draw(1, 2)};
+  DequantizeArgs d = {};
+  d.codes = one.codes.get(), d.relative_exponents = one.relative.get();
+  d.headers = one.headers.get(), d.largest_exponent = largest;
+  d.rows = a.rows, d.positions = a.positions, d.channels = a.channels;
+  d.block_rows = a.block_rows, d.block_channels = a.block_channels;
+  d.part_rows = fine ? a.part_rows : a.block_rows;
+  d.part_channels = fine ? a.part_channels : a.block_channels;
+  d.grid_channels_last = a.grid_channels_last, d.values = again.get(), d.threads = Draw(1, 2);
   if (dynasty_dequantize(&d) != kDone) Fail("legal codes refused");
   if (!(again == one.values)) Fail("values of codes");
   // And with something illegal in one place.
-  for (int64_t* field :
-       {&d.rows, &d.positions, &d.channels, &d.block_rows, &d.block_channels, &d.threads}) {
+  for (int64_t* field : {&d.rows, &d.positions, &d.channels, &d.block_rows, &d.block_channels,
+                         &d.part_rows, &d.part_channels, &d.threads}) {
     const int64_t kept = *field;
     *field = OneOf<int64_t>({0, -1, INT64_MIN});
     if (dynasty_dequantize(&d) != kBadArguments) Fail("illegal extents of codes taken");
     *field = kept;
   }
-  d.block_channels = OneOf<int64_t>({3, 5, 64, 1 << 20});
+  d.part_channels = d.block_channels = OneOf<int64_t>({3, 5, 64, 1 << 20});
   if (dynasty_dequantize(&d) != kBadArguments) Fail("illegal block of codes taken");
 }
 
@@ -342,6 +371,16 @@ void FuzzIllegalQuantize() {
     refused("illegal extent taken");
     *field = kept;
   }
+  a.part_rows = 1, a.part_channels = 2, a.micro_bits = 1;
+  refused("parts without memory taken");
+  a.part_peaks = peaks.get() + 4, a.part_plans = plans.get() + 4, a.part_headers = codes.get();
+  a.part_channels = 3;
+  refused("parts that do not divide a block taken");
+  a.part_channels = 2, a.micro_bits = 3;
+  refused("three micro bits taken");
+  a.part_rows = a.part_channels = 0, a.micro_bits = 0, a.is_split = 1;
+  refused("a split code without parts taken");
+  a.is_split = 0, a.part_peaks = a.part_plans = nullptr, a.part_headers = nullptr;
   struct Change {
     int64_t* field;
     int64_t value;
@@ -379,17 +418,21 @@ void FuzzDequantizeRubbish() {
   const Extents e;
   const int64_t block_rows = OneOf<int64_t>({1, 4, 16, 100}),
                 block_channels = OneOf<int64_t>({1, 2, 4, 8, 16, 32});
-  const int64_t blocks = Ceil(e.rows, block_rows) * e.positions * Ceil(e.channels, block_channels);
+  const int64_t part_rows = Chance(0.5) && block_rows % 2 == 0 ? 2 : block_rows,
+                part_channels = Chance(0.5) && block_channels % 2 == 0 ? 2 : block_channels;
+  const int64_t blocks = Ceil(e.rows, block_rows) * e.positions * Ceil(e.channels, block_channels),
+                parts = Ceil(e.rows, part_rows) * e.positions * Ceil(e.channels, part_channels);
   Buffer<uint8_t> codes(e.rows * e.positions * e.channels), headers(blocks);
-  Buffer<int8_t> relative(blocks);
+  Buffer<int8_t> relative(parts);
   Buffer<uint16_t> values(codes.count());
   for (int64_t i = 0; i < codes.count(); ++i) codes[i] = uint8_t(random_bits());
-  for (int64_t i = 0; i < blocks; ++i)
-    headers[i] = uint8_t(random_bits()), relative[i] = int8_t(random_bits());
+  for (int64_t i = 0; i < blocks; ++i) headers[i] = uint8_t(random_bits());
+  for (int64_t i = 0; i < parts; ++i) relative[i] = int8_t(random_bits());
   const DequantizeArgs d = {
       codes.get(),    relative.get(), headers.get(), OneOf<int64_t>({-100, 0, 120}),
       e.rows,         e.positions,    e.channels,    block_rows,
-      block_channels, Draw(0, 1),     values.get(),  Draw(1, 2)};
+      block_channels, part_rows,      part_channels, Draw(0, 1),
+      values.get(),   Draw(1, 2)};
   if (dynasty_dequantize(&d) != kDone) Fail("legal codes refused");
   Note(values);
 }

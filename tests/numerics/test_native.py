@@ -79,6 +79,16 @@ def test_random_operands(libraries, start):
         )  # starting threads is what takes the time
 
 
+@pytest.mark.parametrize("start", range(0, 1000, 100))
+def test_random_operands_of_fine_formats(libraries, start):
+    for seed in range(start, start + 100):
+        check(
+            libraries,
+            native_cases.random_fine_case(seed),
+            threads=(1, 2) if seed % 10 == 0 else (1,),
+        )
+
+
 # Shape, channel axis, block shape; more positions, channels or blocks than the kernels hold in the
 # cache at a time, ragged at the ends.
 LARGE = [
@@ -105,12 +115,11 @@ def test_operands_of_several_chunks(libraries, shape, axis, block_shape, innermo
     if innermost == "channels":
         x = x.movedim(axis, -1).contiguous().movedim(-1, axis)
     for role, threshold in ((Role.ACTIVATION, -3), (Role.WEIGHT, -2), (Role.ERROR, 1)):
-        check(
-            libraries,
-            case(
-                x.relu() if role is Role.ACTIVATION else x, block_shape, axis, role, lsb=threshold
-            ),
+        plain = case(
+            x.relu() if role is Role.ACTIVATION else x, block_shape, axis, role, lsb=threshold
         )
+        check(libraries, plain)
+        check(libraries, native_cases.fine(plain, "split", 1 + role % 2))
     maps = torch.randint(2, 9, case(x, block_shape, axis, Role.ERROR).layout.grid_shape)
     check(libraries, case(x.bfloat16(), block_shape, axis, Role.ERROR, bits=maps))
 

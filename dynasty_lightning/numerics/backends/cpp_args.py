@@ -123,10 +123,17 @@ QUANTIZE: Final = CStruct(
     "order; x has stride_position == 1 or stride_channel == 1. The grid, [ceil(rows / block_rows), "
     "positions, ceil(channels / block_channels)] blocks, lies as [.., channels, positions] where "
     "grid_channels_last is 0, and so do relative_exponents and headers; request is read by strides "
-    "of its own, 0 where it broadcasts.",
+    "of its own, 0 where it broadcasts. Where part_rows is not 0 blocks have parts: "
+    "relative_exponents and the three arrays of parts, which are scratch, are of their grid.",
     fields=(
         *_OPERAND,
         integers("block_rows", "block_channels"),
+        integers(
+            "part_rows",
+            "part_channels",
+            comment="that share an LSB; 0, 0 for blocks of symmetric codes without parts",
+        ),
+        integers("is_split", "micro_bits"),
         integers(
             "group_rows", "group_channels", comment="blocks that share a width; 1, 1 for none"
         ),
@@ -142,6 +149,9 @@ QUANTIZE: Final = CStruct(
         ),
         pointer("int32_t", "peaks", comment="scratch, one a block"),
         pointer("int32_t", "plans", comment="likewise"),
+        pointer("int32_t", "part_peaks", comment="two a part"),
+        pointer("int32_t", "part_plans"),
+        pointer("uint8_t", "part_headers"),
         pointer("int32_t", "largest_exponents", comment="one a scope"),
         pointer("uint8_t", "codes"),
         pointer("uint16_t", "values", comment="bfloat16; null for none"),
@@ -165,6 +175,7 @@ DEQUANTIZE: Final = CStruct(
         integers("largest_exponent"),
         _EXTENTS,
         integers("block_rows", "block_channels"),
+        integers("part_rows", "part_channels", comment="of relative_exponents; a block's for none"),
         integers("grid_channels_last"),
         pointer("uint16_t", "values", comment="bfloat16"),
         integers("threads"),
@@ -216,6 +227,9 @@ _CONSTANTS: Final = (
     ("int", "kDepthShift", formats.DEPTH_SHIFT, "in a plan, which begins as a header does"),
     ("int32_t", "kSignedFlag", formats.SIGNED_FLAG, ""),
     ("int32_t", "kOccupiedFlag", formats.OCCUPIED_FLAG, ""),
+    ("int32_t", "kNegatedFlag", formats.NEGATED_FLAG, "of a header"),
+    ("int32_t", "kSignedSlack", int(4 * formats.SIGNED_SLACK), "in quarters of an LSB"),
+    ("int32_t", "kUnsignedSlack", int(4 * formats.UNSIGNED_SLACK), ""),
 )
 
 

@@ -22,6 +22,9 @@ constexpr int kSignedShift = 4;
 constexpr int kDepthShift = 6;  // in a plan, which begins as a header does
 constexpr int32_t kSignedFlag = 16;
 constexpr int32_t kOccupiedFlag = 32;
+constexpr int32_t kNegatedFlag = 64;  // of a header
+constexpr int32_t kSignedSlack = 4;  // in quarters of an LSB
+constexpr int32_t kUnsignedSlack = 3;
 
 enum Role : int64_t { kActivation = 0, kWeight = 1, kError = 2 };
 enum Scope : int64_t { kTensor = 0, kSample = 1, kRow = 2 };
@@ -33,13 +36,17 @@ extern "C" {
 // stride_position == 1 or stride_channel == 1. The grid, [ceil(rows / block_rows), positions,
 // ceil(channels / block_channels)] blocks, lies as [.., channels, positions] where
 // grid_channels_last is 0, and so do relative_exponents and headers; request is read by strides of
-// its own, 0 where it broadcasts.
+// its own, 0 where it broadcasts. Where part_rows is not 0 blocks have parts: relative_exponents
+// and the three arrays of parts, which are scratch, are of their grid.
 struct QuantizeArgs {
   const void* x;
   int64_t x_is_bfloat16;
   int64_t rows, positions, channels;
   int64_t stride_row, stride_position, stride_channel;
   int64_t block_rows, block_channels;
+  // that share an LSB; 0, 0 for blocks of symmetric codes without parts
+  int64_t part_rows, part_channels;
+  int64_t is_split, micro_bits;
   int64_t group_rows, group_channels;  // blocks that share a width; 1, 1 for none
   int64_t grid_channels_last;
   const int16_t* request;
@@ -51,6 +58,9 @@ struct QuantizeArgs {
   int64_t logical_channels_last;
   int32_t* peaks;  // scratch, one a block
   int32_t* plans;  // likewise
+  int32_t* part_peaks;  // two a part
+  int32_t* part_plans;
+  uint8_t* part_headers;
   int32_t* largest_exponents;  // one a scope
   uint8_t* codes;
   uint16_t* values;  // bfloat16; null for none
@@ -68,6 +78,7 @@ struct DequantizeArgs {
   int64_t largest_exponent;
   int64_t rows, positions, channels;
   int64_t block_rows, block_channels;
+  int64_t part_rows, part_channels;  // of relative_exponents; a block's for none
   int64_t grid_channels_last;
   uint16_t* values;  // bfloat16
   int64_t threads;

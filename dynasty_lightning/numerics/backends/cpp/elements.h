@@ -32,8 +32,12 @@ struct Factors {
                    (scale_exponent > Ints(126)));
     factor = Select(active, PowerOfTwo(shift), Floats(0.0f));
     unit = PowerOfTwo(scale_exponent);
-    limit = ToFloat(ShiftLeft(Ints(1), width - sign) - Ints(1));
-    limit = Select(active, limit, Floats(0.0f));
+    const Int whole = ShiftLeft(Ints(1), width - sign) - Ints(1),
+              negated = ShiftRight<kNegatedShift>(plan) & Ints(1),
+              split = ShiftRight<kSplitShift>(plan) & sign;
+    limit = Select(active, ToFloat(whole + negated), Floats(0.0f));
+    least = Select(active, ToFloat(Ints(0) - whole - (split & (Ints(1) - negated))), Floats(0.0f));
+    flip = Ints(0) - negated;
   }
   static Float PowerOfTwo(Int exponent) { return FloatOf(ShiftLeft<23>(exponent + Ints(127))); }
 
@@ -52,9 +56,15 @@ struct Factors {
     exponent = Select(kept, scale_exponent - largest, Ints(0));
   }
 
-  Int plan, largest, scale_exponent, shift;
+  // The same of a part: whether it kept an element, and its exponent if its block did.
+  void FinishPart(Int any, Int& header, Int& exponent) const {
+    header = Select(Mask(active & ~(any == Ints(0))), plan & Ints(kBitsMask), Ints(0));
+    exponent = Select(active, scale_exponent - largest, Ints(0));
+  }
+
+  Int plan, largest, scale_exponent, shift, flip;
   Mask active, extreme;
-  Float factor, second, unit, limit;
+  Float factor, second, unit, limit, least;
 };
 
 // Sixteen elements: the bits of their dequantized values, whose low halves are zero, and their
@@ -63,20 +73,20 @@ struct Elements {
   Int value, mantissa;
 };
 
-template <bool kStochastic, bool kExtreme>
-inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit,
-                          Int numbers) {
+template <bool kStochastic, bool kExtreme, bool kFine>
+inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit, Float least,
+                          Int flip, Int numbers) {
   if (kStochastic) {
     if (kExtreme) x = x * factor, factor = second;
     const Int q = FloorOfSum(x, factor, numbers);
-    return {BitsOf(ToFloat(q) * unit), q};
+    return {BitsOf(ToFloat(q) * unit), kFine ? (q ^ flip) - flip : q};
   }
   Float y = x * factor;
   if (kExtreme) y = y * second;
-  y = Clip(y, limit);
+  y = kFine ? Least(Greatest(y, least), limit) : Clip(y, limit);
   // Adding 1.5 * 2**23 leaves the integer, rounded to nearest-even, in the low bits.
   const Float magic = Floats(0x1.8p23f), t = y + magic;
-  return {BitsOf((t - magic) * unit), BitsOf(t)};
+  return {BitsOf((t - magic) * unit), kFine ? (BitsOf(t) ^ flip) - flip : BitsOf(t)};
 }
 
 // Uninitialised: a unit's buffer is as large as the unit, and filling it with zeros would be one
@@ -140,7 +150,7 @@ void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, in
 
 // One row's tile of sixteen channels and up to sixteen positions; factors and any are those of the
 // span's blocks.
-template <typename T, bool kStochastic, bool kExtreme>
+template <typename T, bool kStochastic, bool kExtreme, bool kFine>
 void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t count,
                     int64_t channels, int64_t first_channel, int block_shift,
                     const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch,
@@ -153,12 +163,12 @@ void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t cou
     // of 4 KiB share a set of the first.
     if (prefetch) __builtin_prefetch(from + kApplyChunk, 0, 2);
     const Int r16 = kStochastic ? Load(numbers + c * pitch) : Ints(0);
-    return Quantized<kStochastic, kExtreme>(Load(from, lanes), f.factor, f.second, f.unit, f.limit,
-                                            r16);
+    return Quantized<kStochastic, kExtreme, kFine>(Load(from, lanes), f.factor, f.second, f.unit,
+                                                   f.limit, f.least, f.flip, r16);
   };
   // Packed as they come, so that all of the tile stays in registers.
   Int values[8], mantissas[4];
-  if (channels == kLanes && block_shift >= 2) {
+  if (channels == kLanes && (block_shift >= 2 || (kFine && block_shift == 1))) {
 #pragma GCC unroll 4
     for (int64_t g = 0; g < 4; ++g) {
       const Elements e0 = quantized(4 * g), e1 = quantized(4 * g + 1), e2 = quantized(4 * g + 2),
@@ -166,8 +176,13 @@ void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t cou
       values[2 * g] = PackHighHalves(e0.value, e1.value);
       values[2 * g + 1] = PackHighHalves(e2.value, e3.value);
       mantissas[g] = PackBytes(e0.mantissa, e1.mantissa, e2.mantissa, e3.mantissa);
-      any[(first_channel + 4 * g) >> block_shift] =
-          any[(first_channel + 4 * g) >> block_shift] | mantissas[g];
+      Int* of_block = any + ((first_channel + 4 * g) >> block_shift);
+      if (kFine && block_shift == 1) {
+        of_block[0] = of_block[0] | (mantissas[g] & Ints(0xFFFF));
+        of_block[1] = of_block[1] | (mantissas[g] & Ints(int32_t(0xFFFF0000)));
+      } else {
+        of_block[0] = of_block[0] | mantissas[g];
+      }
     }
   } else {
     Elements e[kLanes];
@@ -210,7 +225,7 @@ void NumbersByPosition(const Stream& stream, uint64_t first, int64_t step, int64
   }
 }
 
-template <typename T, bool kStochastic>
+template <typename T, bool kStochastic, bool kFine>
 void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
                         const T* x, bool* extreme) {
   const Stream stream = ElementStream(a);
@@ -271,13 +286,13 @@ void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_
               const uint16_t* tile =
                   kStochastic ? numbers.get() + (r * span + c) * pitch + (p - chunk) : nullptr;
               if (beyond) {
-                TileByPosition<T, kStochastic, true>(a, from + p, at, count, channels, c,
-                                                     block_shift, factors[i], any[i], tile, pitch,
-                                                     chunk_end < a.positions);
+                TileByPosition<T, kStochastic, true, kFine>(a, from + p, at, count, channels, c,
+                                                            block_shift, factors[i], any[i], tile,
+                                                            pitch, chunk_end < a.positions);
               } else {
-                TileByPosition<T, kStochastic, false>(a, from + p, at, count, channels, c,
-                                                      block_shift, factors[i], any[i], tile, pitch,
-                                                      chunk_end < a.positions);
+                TileByPosition<T, kStochastic, false, kFine>(a, from + p, at, count, channels, c,
+                                                             block_shift, factors[i], any[i], tile,
+                                                             pitch, chunk_end < a.positions);
               }
             }
           }
@@ -285,7 +300,8 @@ void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_
         for (int64_t p = chunk, i = 0; p < chunk_end; p += kLanes, ++i) {
           for (int64_t b = 0; b < here; ++b) {
             Int header, exponent;
-            factors[i][b].Finish(any[i][b], header, exponent);
+            kFine ? factors[i][b].FinishPart(any[i][b], header, exponent)
+                  : factors[i][b].Finish(any[i][b], header, exponent);
             const int64_t base = row_block * s.BlocksOfRow(a) + (first_block + b) * s.channel_step;
             StoreHeaders(a, grid, base, p, std::min<int64_t>(kLanes, chunk_end - p), header,
                          exponent);
@@ -304,7 +320,7 @@ enum class Order {
 
 // Sixteen blocks of a run: `length` elements are left in it from here on, the first of which is
 // element `first` of the chunk.
-template <typename T, bool kStochastic, bool kExtreme, Order kOrder>
+template <typename T, bool kStochastic, bool kExtreme, bool kFine, Order kOrder>
 Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, int64_t length,
                    const Factors& f, const Int* spread, const uint16_t* numbers, int64_t pitch,
                    int64_t first) {
@@ -318,6 +334,8 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
     const Mask lanes = FirstLanes(left);
     const Float factor = Permute(f.factor, spread[v]), unit = Permute(f.unit, spread[v]);
     const Float limit = kStochastic ? unit : Permute(f.limit, spread[v]);
+    const Float least = kFine && !kStochastic ? Permute(f.least, spread[v]) : limit;
+    const Int flip = kFine ? Permute(f.flip, spread[v]) : Ints(0);
     const Float second = kExtreme ? Permute(f.second, spread[v]) : factor;
     const uint16_t* from_numbers =
         numbers + (pairs ? 2 * (p / 2 * a.channels + c) : first + v * kLanes);
@@ -329,8 +347,9 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
       } else if (kStochastic) {
         r16 = Load(from_numbers + r * pitch);
       }
-      const Elements e = Quantized<kStochastic, kExtreme>(
-          Load(x + r * a.stride_row + v * kLanes, lanes), factor, second, unit, limit, r16);
+      const Elements e =
+          Quantized<kStochastic, kExtreme, kFine>(Load(x + r * a.stride_row + v * kLanes, lanes),
+                                                  factor, second, unit, limit, least, flip, r16);
       any[v] = any[v] | (e.mantissa & Ints(0xFF));
       StoreElements(a, at + r * a.positions * a.channels + v * kLanes, e, left);
     }
@@ -361,7 +380,7 @@ void NumbersByChannel(const QuantizeArgs& a, const Stream& stream, int64_t row, 
   }
 }
 
-template <typename T, bool kStochastic, Order kOrder>
+template <typename T, bool kStochastic, bool kFine, Order kOrder>
 void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
                        const T* x, bool* extreme) {
   const Stream stream = ElementStream(a);
@@ -422,16 +441,16 @@ void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t
           if (factors.extreme) {
             *extreme = true;
             factors.Split();
-            any = LanesByChannel<T, kStochastic, true, kOrder>(a, from + b * block, at + b * block,
-                                                               rows, left, factors, spread,
-                                                               numbers.get(), row_numbers, first);
+            any = LanesByChannel<T, kStochastic, true, kFine, kOrder>(
+                a, from + b * block, at + b * block, rows, left, factors, spread, numbers.get(),
+                row_numbers, first);
           } else {
-            any = LanesByChannel<T, kStochastic, false, kOrder>(a, from + b * block, at + b * block,
-                                                                rows, left, factors, spread,
-                                                                numbers.get(), row_numbers, first);
+            any = LanesByChannel<T, kStochastic, false, kFine, kOrder>(
+                a, from + b * block, at + b * block, rows, left, factors, spread, numbers.get(),
+                row_numbers, first);
           }
           Int header, exponent;
-          factors.Finish(any, header, exponent);
+          kFine ? factors.FinishPart(any, header, exponent) : factors.Finish(any, header, exponent);
           StoreHeaders(a, grid, grid_base, first_block + b, count, header, exponent);
         }
       }
@@ -441,19 +460,19 @@ void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t
 
 // The elements of a unit, given the largest exponent of the tensor where that is the scope. Sets
 // *extreme where values could not be written.
-template <typename T>
+template <typename T, bool kFine>
 void WriteElements(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t tensor_largest,
                    const T* x, bool* extreme) {
   if (s.positions_innermost) {
-    a.stochastic ? ElementsByPosition<T, true>(a, s, unit, tensor_largest, x, extreme)
-                 : ElementsByPosition<T, false>(a, s, unit, tensor_largest, x, extreme);
+    a.stochastic ? ElementsByPosition<T, true, kFine>(a, s, unit, tensor_largest, x, extreme)
+                 : ElementsByPosition<T, false, kFine>(a, s, unit, tensor_largest, x, extreme);
   } else if (!a.stochastic) {
-    ElementsByChannel<T, false, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
+    ElementsByChannel<T, false, kFine, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
   } else if (!s.logical_is_memory && a.channels % kLanes == 0 &&
              a.positions % kNumbersPerCounter == 0) {
-    ElementsByChannel<T, true, Order::kPairs>(a, s, unit, tensor_largest, x, extreme);
+    ElementsByChannel<T, true, kFine, Order::kPairs>(a, s, unit, tensor_largest, x, extreme);
   } else {
-    ElementsByChannel<T, true, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
+    ElementsByChannel<T, true, kFine, Order::kElements>(a, s, unit, tensor_largest, x, extreme);
   }
 }
 

@@ -13,58 +13,66 @@
 namespace dynasty {
 namespace {
 
-// Units of a block row as [positions][channels of a vector's worth of lanes]: 2**scale_exponent,
-// negative where the block is unsigned.
-void Units(const DequantizeArgs& a, int64_t row_block, int64_t channel_blocks, int64_t first,
+// Units of a row of parts as [positions][channels of a vector's worth of lanes]:
+// 2**scale_exponent, negative where the codes are, with the last bit set where the block is
+// unsigned.
+void Units(const DequantizeArgs& a, int64_t row_part, int64_t channel_parts, int64_t first,
            int64_t count, float* units) {
-  const int64_t base = row_block * channel_blocks * a.positions;
-  for (int64_t c = 0; c < channel_blocks; ++c) {
+  const int64_t row = row_part * a.part_rows / a.block_rows,
+                channel_blocks = (a.channels + a.block_channels - 1) / a.block_channels;
+  const auto place = [&](int64_t in_row, int64_t channels, int64_t c, int64_t p) {
+    return in_row * channels * a.positions +
+           (a.grid_channels_last ? (first + p) * channels + c : c * a.positions + first + p);
+  };
+  for (int64_t c = 0; c < channel_parts; ++c) {
+    const int64_t channel = c * a.part_channels / a.block_channels;
     for (int64_t p = 0; p < count; ++p) {
-      const int64_t at = base + (a.grid_channels_last ? (first + p) * channel_blocks + c
-                                                      : c * a.positions + first + p);
-      const uint32_t bits = uint32_t(a.relative_exponents[at] + a.largest_exponent + 127) << 23 |
-                            (a.headers[at] & kSignedFlag ? 0u : 0x80000000u);
-      std::memcpy(units + p * channel_blocks + c, &bits, sizeof bits);
+      const uint8_t header = a.headers[place(row, channel_blocks, channel, p)];
+      const int8_t exponent = a.relative_exponents[place(row_part, channel_parts, c, p)];
+      const uint32_t bits = uint32_t(exponent + a.largest_exponent + 127) << 23 |
+                            (header & kNegatedFlag ? 0x80000000u : 0u) |
+                            (header & kSignedFlag ? 0u : 1u);
+      std::memcpy(units + p * channel_parts + c, &bits, sizeof bits);
     }
   }
 }
 
 inline Int Values(const uint8_t* codes, Float unit, Mask lanes) {
-  const Int low = Load(codes, lanes),
-            sign = ShiftRight<31>(BitsOf(unit));  // -1 for unsigned blocks
+  const Int low = Load(codes, lanes), is_unsigned = BitsOf(unit) & Ints(1);
   // A signed byte above 127 stands for itself less 256.
-  const Int q = low - (ShiftLeft<1>(low & Ints(0x80)) & (Ints(-1) - sign));
-  return BitsOf(ToFloat(q) * FloatOf(BitsOf(unit) & Ints(INT32_MAX)));
+  const Int q = low - (ShiftLeft<1>(low & Ints(0x80)) & (is_unsigned - Ints(1)));
+  const Int flip = ShiftRight<31>(BitsOf(unit));  // as integers: a zero has no sign
+  return BitsOf(ToFloat((q ^ flip) - flip) * FloatOf(BitsOf(unit) & Ints(INT32_MAX - 1)));
 }
 
 void Dequantize(const DequantizeArgs& a) {
-  const int64_t row_blocks = (a.rows + a.block_rows - 1) / a.block_rows;
-  const int64_t channel_blocks = (a.channels + a.block_channels - 1) / a.block_channels;
-  const bool flat = a.channels % a.block_channels == 0;
+  const int64_t row_parts = (a.rows + a.part_rows - 1) / a.part_rows;
+  const int64_t channel_parts = (a.channels + a.part_channels - 1) / a.part_channels;
+  const bool flat = a.channels % a.part_channels == 0;
   const int64_t chunk = std::max<int64_t>(1, 4096 / a.channels);
   Int spread[kMaxBlockChannels];
-  for (int64_t v = 0; v < a.block_channels; ++v) {
+  for (int64_t v = 0; v < a.part_channels; ++v) {
     int32_t lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t((v * kLanes + i) / a.block_channels);
+    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t((v * kLanes + i) / a.part_channels);
     spread[v] = Load(lanes);
   }
   Bf16_t* values = reinterpret_cast<Bf16_t*>(a.values);
 #pragma omp parallel num_threads(int(a.threads))
   {
     const DefaultRounding rounding;
-    std::vector<float> units(chunk * channel_blocks + kLanes);
+    std::vector<float> units(chunk * channel_parts + kLanes);
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
+    for (int64_t row_part = 0; row_part < row_parts; ++row_part) {
       for (int64_t first = 0; first < a.positions; first += chunk) {
         const int64_t here = std::min(chunk, a.positions - first);
-        Units(a, row_block, channel_blocks, first, here, units.data());
-        const int64_t rows = std::min(a.block_rows, a.rows - row_block * a.block_rows);
+        Units(a, row_part, channel_parts, first, here, units.data());
+        const int64_t rows = std::min(a.part_rows, a.rows - row_part * a.part_rows);
         const int64_t pieces = flat ? 1 : here, length = flat ? here * a.channels : a.channels;
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t at = (row_block * a.block_rows * a.positions + first + piece) * a.channels;
-          for (int64_t c = 0; c < length; c += kLanes * a.block_channels) {
-            const Float unit = Load(units.data() + piece * channel_blocks + c / a.block_channels);
-            for (int64_t v = 0; v < a.block_channels; ++v) {
+          const int64_t at = (row_part * a.part_rows * a.positions + first + piece) * a.channels;
+          for (int64_t c = 0; c < length; c += kLanes * a.part_channels) {
+            const Float unit = Load(units.data() + piece * channel_parts + c / a.part_channels);
+            for (int64_t v = 0; v < a.part_channels; ++v) {
               const int64_t left = length - c - v * kLanes;
               if (left <= 0) break;
               const Float spread_unit = Permute(unit, spread[v]);
@@ -134,12 +142,18 @@ void Widen(const WidenArgs& a) {
 
 }  // namespace
 
+// Whether parts of a row or a column of a block make up that, and lanes hold one.
+static bool SoundBlocks(const DequantizeArgs& a) {
+  const int64_t channels = a.part_channels;
+  return a.part_rows >= 1 && a.block_rows >= 1 && a.block_rows % a.part_rows == 0 &&
+         channels >= 1 && channels <= kMaxBlockChannels && (channels & (channels - 1)) == 0 &&
+         a.block_channels >= 1 && a.block_channels % channels == 0;
+}
+
 extern "C" int dynasty_dequantize(const DequantizeArgs* args) {
-  const int64_t b = args ? args->block_channels : 0;
   if (!args || !args->codes || !args->relative_exponents || args->largest_exponent < -100 ||
       args->largest_exponent > 120 || !args->headers || !args->values || args->rows < 1 ||
-      args->positions < 1 || args->channels < 1 || args->block_rows < 1 || args->threads < 1 ||
-      b < 1 || b > kMaxBlockChannels || b & (b - 1)) {
+      args->positions < 1 || args->channels < 1 || args->threads < 1 || !SoundBlocks(*args)) {
     return kBadArguments;
   }
   Dequantize(*args);

@@ -91,6 +91,72 @@ void PeaksByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x
   }
 }
 
+// The largest element and the largest magnitude below zero of each part, neither below 0, as bits:
+// two planes of `peaks`, `count` apart.
+template <typename T>
+void EndsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x, int64_t count) {
+  for (int64_t row_block = unit.begin; row_block < unit.end; ++row_block) {
+    for (int64_t channel_block = 0; channel_block < s.channel_blocks; ++channel_block) {
+      const int64_t rows = std::min(a.block_rows, a.rows - row_block * a.block_rows);
+      const int64_t channels =
+          std::min(a.block_channels, a.channels - channel_block * a.block_channels);
+      const T* block = x + row_block * a.block_rows * a.stride_row +
+                       channel_block * a.block_channels * a.stride_channel;
+      int32_t* peaks = a.peaks + (row_block * s.channel_blocks + channel_block) * a.positions;
+      for (int64_t p = 0; p < a.positions; p += kLanes) {
+        const Mask lanes = FirstLanes(a.positions - p);
+        Int high = Ints(0), low = Ints(0);
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t c = 0; c < channels; ++c) {
+            const Int bits =
+                BitsOf(Load(block + r * a.stride_row + c * a.stride_channel + p, lanes));
+            high = Greatest(high, bits);
+            low = Greatest(low, bits ^ Ints(INT32_MIN));
+          }
+        }
+        Store(peaks + p, high, lanes);
+        Store(peaks + count + p, low, lanes);
+      }
+    }
+  }
+}
+
+template <typename T>
+void EndsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x, int64_t count) {
+  const int64_t runs = s.flat ? 1 : a.positions,
+                length = s.flat ? a.positions * a.channels : a.channels;
+  const int64_t blocks = s.RunLength(a);
+  for (int64_t row_block = unit.begin; row_block < unit.end; ++row_block) {
+    const int64_t rows = std::min(a.block_rows, a.rows - row_block * a.block_rows);
+    for (int64_t run = 0; run < runs; ++run) {
+      for (int64_t first = 0; first < blocks; first += kLanes) {
+        const int64_t c = first * a.block_channels;
+        const T* block = x + row_block * a.block_rows * a.stride_row + run * a.stride_position + c;
+        Int high[kMaxBlockChannels], low[kMaxBlockChannels];
+        for (int64_t v = 0; v < a.block_channels; ++v) {
+          const Mask lanes = FirstLanes(std::max<int64_t>(0, length - c - v * kLanes));
+          high[v] = low[v] = Ints(0);
+          for (int64_t r = 0; lanes && r < rows; ++r) {
+            const Int bits = BitsOf(Load(block + r * a.stride_row + v * kLanes, lanes));
+            high[v] = Greatest(high[v], bits);
+            low[v] = Greatest(low[v], bits ^ Ints(INT32_MIN));
+          }
+        }
+        int32_t* peaks = a.peaks + (row_block * runs + run) * blocks + first;
+        const Mask lanes = FirstLanes(blocks - first);
+        Store(peaks, ReduceBlocks(high, a.block_channels, AbsMax()), lanes);
+        Store(peaks + count, ReduceBlocks(low, a.block_channels, AbsMax()), lanes);
+      }
+    }
+  }
+}
+
+template <typename T>
+void FindEnds(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x, int64_t count) {
+  s.positions_innermost ? EndsByPosition<T>(a, s, unit, x, count)
+                        : EndsByChannel<T>(a, s, unit, x, count);
+}
+
 template <typename T>
 void FindPeaks(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
   const bool find_sign = a.role == kActivation && !a.force_signed;

@@ -15,6 +15,8 @@ namespace {
 // 16-31 scale exponent before the window.
 constexpr int kExponentShift = 16;
 constexpr int32_t kKeptFlag = 0x100;
+// Of a part's plan: its codes are negated, and have a level more at one end.
+constexpr int kNegatedShift = 9, kSplitShift = 10;
 
 // Exponent floor(log2 peak) and 24-bit significand of a peak, subnormals included.
 struct Peak {
@@ -38,25 +40,26 @@ struct Peak {
   Mask occupied, nonfinite, negative;
 };
 
+// Sixteen consecutive blocks of a run, as they are planned.
+struct Place {
+  int64_t index;  // of the first, in the order in which blocks are planned
+  int64_t row_block, run, first, count;
+  Mask lanes() const { return FirstLanes(count); }
+};
+
 struct Planner {
   explicit Planner(const QuantizeArgs& args)
       : a(args),
         drops(args.is_threshold && args.stochastic && args.role == kError),
         finds_sign(args.role == kActivation && !args.force_signed) {}
 
-  Int Sign(const Peak& peak) const {
-    return finds_sign ? Select(peak.negative, Ints(1), Ints(0)) : Ints(1);
-  }
-
-  // Width, sign, occupied, depth and kept; `numbers` decide drops.
-  Int Widths(const Peak& peak, Int request, Int numbers) const {
-    const Int sign = Sign(peak);
+  // Width, sign, occupied, depth and kept of blocks that need `needed` bits for their threshold;
+  // `numbers` decide drops.
+  Int Widths(const Peak& peak, Int sign, Int request, Int needed, Int numbers) const {
     Int width = request, depth = Ints(0);
     Mask kept = 0;
     if (a.is_threshold) {
       const Int above = peak.exponent - request;
-      const Int over = Select(peak.Exceeds(above + Ints(1)), Ints(1), Ints(0));
-      const Int needed = drops ? above + Ints(2) + over : above + Ints(1) + sign;
       const Mask below = Ints(drops ? -1 : 0) > above;
       width = Least(Greatest(needed, Ints(std::max<int32_t>(int32_t(a.least_bits), kMinBits))),
                     Ints(int32_t(a.most_bits)));
@@ -75,20 +78,44 @@ struct Planner {
            Select(kept, Ints(kKeptFlag), Ints(0));
   }
 
+  const QuantizeArgs& a;
+  bool drops, finds_sign;
+};
+
+// Blocks of one exponent and symmetric codes, planned from a peak each.
+class PlainBlocks {
+ public:
+  PlainBlocks(const QuantizeArgs& args, const Shape&) : planner_(args), a_(args) {}
+
+  Peak Load(const Place& at) const { return Peak(dynasty::Load(a_.peaks + at.index, at.lanes())); }
+  static Mask Nonfinite(const Peak& peak) { return peak.nonfinite; }
+
+  Int Widths(const Peak& peak, Int request, Int numbers) const {
+    const Int sign = planner_.finds_sign ? Select(peak.negative, Ints(1), Ints(0)) : Ints(1);
+    const Int above = peak.exponent - request;
+    const Int over = Select(peak.Exceeds(above + Ints(1)), Ints(1), Ints(0));
+    const Int needed = planner_.drops ? above + Ints(2) + over : above + Ints(1) + sign;
+    return planner_.Widths(peak, sign, request, needed, numbers);
+  }
+
   // Adds the scale exponent before the window; returns the exponent after drop scaling.
-  Int Scale(const Peak& peak, Int request, Int& plan) const {
+  Int Scale(const Peak& peak, Int request, const Place&, Int& plan) const {
     const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1),
               depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     const Int exponent = peak.exponent + depth, p = width - sign;
     Int scale = exponent + Ints(1) - p;
-    if (a.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));
-    if (drops) scale = Select((plan & Ints(kKeptFlag)) > Ints(0), Greatest(scale, request), scale);
+    if (a_.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));
+    if (planner_.drops)
+      scale = Select((plan & Ints(kKeptFlag)) > Ints(0), Greatest(scale, request), scale);
     plan = (plan & Ints(0xFF)) | ShiftLeft<kExponentShift>(scale);
     return Select(width > Ints(0), exponent, Ints(kNoExponent));
   }
 
-  const QuantizeArgs& a;
-  bool drops, finds_sign;
+  bool drops() const { return planner_.drops; }
+
+ private:
+  Planner planner_;
+  const QuantizeArgs& a_;
 };
 
 // Every block that is not zero takes the largest width of its group; the unit is one group of rows.
@@ -132,8 +159,7 @@ class DropNumbers {
   int64_t first_ = 0, offset_ = 0;
 };
 
-// Walks a unit's blocks, sixteen lanes at a time: visit(index in plan order, run, first, count,
-// request, drop numbers).
+// Walks a unit's blocks, sixteen lanes at a time: visit(place, request, drop numbers).
 template <typename Visit>
 void EachLanes(const QuantizeArgs& a, const Shape& s, Unit unit, const DropNumbers& drops,
                Visit visit) {
@@ -161,7 +187,7 @@ void EachLanes(const QuantizeArgs& a, const Shape& s, Unit unit, const DropNumbe
         const Int asked =
             Least(Greatest(GatherRequest(base, request, first, count), Ints(kLeastThreshold)),
                   Ints(kMostThreshold));
-        visit(index, row_block, run, first, count, asked, numbers);
+        visit(Place{index, row_block, run, first, count}, asked, numbers);
       }
     }
   }
@@ -184,15 +210,15 @@ struct Planned {
   bool nonfinite = false;
 };
 
+template <typename Blocks>
 Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
-  const Planner planner(a);
+  const Blocks blocks(a, s);
   const bool groups = a.group_rows > 1 || a.group_channels > 1;
   Int largest = Ints(kNoExponent), finest = Ints(INT32_MAX);
   Mask bad = 0;
-  const auto scale = [&](const Peak& peak, Int request, Int& plan, int64_t count, int64_t row_block,
-                         int64_t run, int64_t first) {
-    const Mask lanes = FirstLanes(count);
-    const Int exponent = Select(lanes, planner.Scale(peak, request, plan), Ints(kNoExponent));
+  const auto scale = [&](const auto& found, Int request, Int& plan, const Place& at) {
+    const Mask lanes = at.lanes();
+    const Int exponent = Select(lanes, blocks.Scale(found, request, at, plan), Ints(kNoExponent));
     if (a.scope == kTensor) {
       largest = Greatest(largest, exponent);
       const Mask active = Mask(lanes & ((plan & Ints(kBitsMask)) > Ints(0)));
@@ -202,34 +228,29 @@ Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
                                     finest));
       return;
     }
-    int32_t* out = a.largest_exponents + ScopeIndex(a, s, row_block, run, first);
+    int32_t* out = a.largest_exponents + ScopeIndex(a, s, at.row_block, at.run, at.first);
     if (a.scope == kRow && s.positions_innermost) {
       Store(out, Greatest(Load(out, lanes), exponent), lanes);
     } else {
       *out = std::max(*out, GreatestLane(exponent));
     }
   };
-  const DropNumbers drops(a, s, unit, planner.drops && !a.least_bits);
-  EachLanes(a, s, unit, drops,
-            [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count,
-                Int request, Int numbers) {
-              const Peak peak(Load(a.peaks + index, FirstLanes(count)));
-              bad = Mask(bad | peak.nonfinite);
-              Int plan = planner.Widths(peak, request, numbers);
-              if (!groups) scale(peak, request, plan, count, row_block, run, first);
-              Store(a.plans + index, plan, FirstLanes(count));
-            });
+  const DropNumbers drops(a, s, unit, blocks.drops() && !a.least_bits);
+  EachLanes(a, s, unit, drops, [&](const Place& at, Int request, Int numbers) {
+    const auto found = blocks.Load(at);
+    bad = Mask(bad | blocks.Nonfinite(found));
+    Int plan = blocks.Widths(found, request, numbers);
+    if (!groups) scale(found, request, plan, at);
+    Store(a.plans + at.index, plan, at.lanes());
+  });
   if (groups) {
     ShareWidths(a, s, unit);
     const DropNumbers none(a, s, unit, false);
-    EachLanes(a, s, unit, none,
-              [&](int64_t index, int64_t row_block, int64_t run, int64_t first, int64_t count,
-                  Int request, Int) {
-                Int plan = Load(a.plans + index, FirstLanes(count));
-                scale(Peak(Load(a.peaks + index, FirstLanes(count))), request, plan, count,
-                      row_block, run, first);
-                Store(a.plans + index, plan, FirstLanes(count));
-              });
+    EachLanes(a, s, unit, none, [&](const Place& at, Int request, Int) {
+      Int plan = Load(a.plans + at.index, at.lanes());
+      scale(blocks.Load(at), request, plan, at);
+      Store(a.plans + at.index, plan, at.lanes());
+    });
   }
   Planned planned;
   planned.largest = GreatestLane(largest);

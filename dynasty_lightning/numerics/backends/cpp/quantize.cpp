@@ -12,6 +12,7 @@
 
 #include "args.h"
 #include "elements.h"
+#include "parts.h"
 #include "peaks.h"
 #include "plan.h"
 #include "processor.h"
@@ -20,9 +21,51 @@
 namespace dynasty {
 namespace {
 
+// The three passes over a unit, of blocks with one exponent and symmetric codes.
 template <typename T>
+struct PlainPasses {
+  PlainPasses(const QuantizeArgs& args, const Shape& shape) : a(args), s(shape) {}
+  Planned Plan(Unit unit, const T* x) const {
+    FindPeaks(a, s, unit, x);
+    return MakePlans<PlainBlocks>(a, s, unit);
+  }
+  void Write(Unit unit, int32_t largest, const T* x, bool* extreme) const {
+    WriteElements<T, false>(a, s, unit, largest, x, extreme);
+  }
+  void Count(Unit unit, int32_t from, int32_t to) const { Rebase(a, s, unit, from, to); }
+
+  const QuantizeArgs& a;
+  const Shape& s;
+};
+
+// Of blocks with parts, or split codes.
+template <typename T>
+struct FinePasses {
+  FinePasses(const QuantizeArgs& args, const Shape& shape)
+      : a(args), s(shape), parts(PartArgs(args)), of_parts(parts) {}
+  Planned Plan(Unit unit, const T* x) const {
+    const int64_t count = of_parts.row_blocks * of_parts.BlocksOfRow(parts);
+    FindEnds(parts, of_parts, PartUnit(a, of_parts, unit), x, count);
+    return MakePlans<FineBlocks>(a, s, unit);
+  }
+  void Write(Unit unit, int32_t largest, const T* x, bool* extreme) const {
+    WriteElements<T, true>(parts, of_parts, PartUnit(a, of_parts, unit), largest, x, extreme);
+    MergeParts(a, s, of_parts, unit);
+  }
+  void Count(Unit unit, int32_t from, int32_t to) const {
+    Rebase(parts, of_parts, PartUnit(a, of_parts, unit), from, to);
+  }
+
+  const QuantizeArgs& a;
+  const Shape& s;
+  const QuantizeArgs parts;
+  const Shape of_parts;
+};
+
+template <typename T, typename Passes>
 int Quantize(const QuantizeArgs& a) {
   const Shape s(a);
+  const Passes passes(a, s);
   const T* x = static_cast<const T*>(a.x);
   if (a.scope != kTensor) {
     const int64_t scopes = s.row_blocks * (a.scope == kRow ? a.positions : 1);
@@ -46,13 +89,12 @@ int Quantize(const QuantizeArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < units; ++u) {
       const Unit unit = unit_at(u);
-      FindPeaks(a, s, unit, x);
-      const Planned planned = MakePlans(a, s, unit);
+      const Planned planned = passes.Plan(unit, x);
       met = std::max(met, planned.largest);
       used[u] = met;
       finest[u] = planned.finest;
       nonfinite = nonfinite || planned.nonfinite;
-      if (!nonfinite) WriteElements(a, s, unit, met, x, &extreme);
+      if (!nonfinite) passes.Write(unit, met, x, &extreme);
     }
     largest = std::max(largest, met);
   }
@@ -64,13 +106,20 @@ int Quantize(const QuantizeArgs& a) {
       const DefaultRounding rounding;
       if (used[u] == largest) continue;
       if (finest[u] < largest - (kWindow + 7)) {
-        WriteElements(a, s, unit_at(u), largest, x, &extreme);
+        passes.Write(unit_at(u), largest, x, &extreme);
       } else {
-        Rebase(a, s, unit_at(u), used[u], largest);
+        passes.Count(unit_at(u), used[u], largest);
       }
     }
   }
   return extreme ? kValuesNotWritten : kDone;
+}
+
+bool SoundParts(const QuantizeArgs& a) {
+  if (!a.part_rows) return !a.part_channels && !a.is_split && !a.micro_bits;
+  return a.part_peaks && a.part_plans && a.part_headers && a.part_rows >= 1 &&
+         a.part_channels >= 1 && a.block_rows % a.part_rows == 0 &&
+         a.block_channels % a.part_channels == 0 && a.micro_bits >= 0 && a.micro_bits <= 2;
 }
 
 bool Sound(const QuantizeArgs& a) {
@@ -83,7 +132,7 @@ bool Sound(const QuantizeArgs& a) {
   return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 &&
          a.group_rows >= 1 && a.group_channels >= 1 && a.threads >= 1 && a.role >= kActivation &&
          a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
-         (a.scope == kTensor || a.block_rows == 1) && a.most_bits >= kMinBits &&
+         (a.scope == kTensor || a.block_rows == 1) && SoundParts(a) && a.most_bits >= kMinBits &&
          a.most_bits <= kMaxBits && (a.least_bits == 0 || a.least_bits >= kMinBits) &&
          a.least_bits <= a.most_bits;
 }
@@ -92,7 +141,12 @@ bool Sound(const QuantizeArgs& a) {
 
 extern "C" int dynasty_quantize(const QuantizeArgs* args) {
   if (!args || !Sound(*args)) return kBadArguments;
-  return args->x_is_bfloat16 ? Quantize<Bf16_t>(*args) : Quantize<float>(*args);
+  if (args->part_rows) {
+    return args->x_is_bfloat16 ? Quantize<Bf16_t, FinePasses<Bf16_t>>(*args)
+                               : Quantize<float, FinePasses<float>>(*args);
+  }
+  return args->x_is_bfloat16 ? Quantize<Bf16_t, PlainPasses<Bf16_t>>(*args)
+                             : Quantize<float, PlainPasses<float>>(*args);
 }
 
 extern "C" void dynasty_stream_numbers(const int64_t* position_and_code, int64_t count,

@@ -110,6 +110,8 @@ const int32_t kQuadOrder[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7
 template <typename Reduce>
 Int ReduceBlocks(const Int* vectors, int64_t block_channels, Reduce reduce) {
   if (block_channels == 1) return vectors[0];
+  if (block_channels == 2)
+    return reduce(Evens(vectors[0], vectors[1]), Odds(vectors[0], vectors[1]));
   if (block_channels == 4) {
     const Int quads[4] = {vectors[0], vectors[1], vectors[2], vectors[3]};
     return Permute(ReduceQuads(quads, reduce), Load(kQuadOrder));
@@ -117,8 +119,8 @@ Int ReduceBlocks(const Int* vectors, int64_t block_channels, Reduce reduce) {
   // Transposed, the sixteen blocks' elements lie in the lanes.
   Int columns[kLanes], total = Ints(0);
   const int64_t per_vector = kLanes / block_channels;
-  if (per_vector > 1) {  // 2 or 8 channels: a vector holds several blocks, and not all vectors of a
-                         // full transpose exist
+  if (per_vector > 1) {  // 8 channels: a vector holds two blocks, and not all vectors of a full
+                         // transpose exist
     int32_t lanes[kMaxBlockChannels * kLanes], out[kLanes];
     for (int64_t v = 0; v < block_channels; ++v) Store(lanes + v * kLanes, vectors[v]);
     for (int b = 0; b < kLanes; ++b) {

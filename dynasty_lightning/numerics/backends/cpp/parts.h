@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+// Blocks of split codes, or of parts with an LSB each. The first and the third pass take each part
+// for a block; the second plans blocks from the peaks of their parts, and parts from the plans of
+// their blocks.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+#include "shape.h"
+
+namespace dynasty {
+namespace {
+
+// What the first and the third pass are given: parts for blocks.
+QuantizeArgs PartArgs(const QuantizeArgs& a) {
+  QuantizeArgs parts = a;
+  parts.block_rows = a.part_rows, parts.block_channels = a.part_channels;
+  parts.group_rows = parts.group_channels = 1;
+  parts.peaks = a.part_peaks, parts.plans = a.part_plans, parts.headers = a.part_headers;
+  return parts;
+}
+
+// The parts of a unit's blocks.
+Unit PartUnit(const QuantizeArgs& a, const Shape& parts, Unit unit) {
+  const int64_t rows = a.block_rows / a.part_rows;
+  return {unit.begin * rows, std::min(parts.row_blocks, unit.end * rows)};
+}
+
+// Largest magnitudes above and below zero.
+struct Ends {
+  Ends(Int high_word, Int low_word)
+      : high(high_word), low(low_word), high_is_larger(high_word > low_word) {}
+  Peak high, low;
+  Mask high_is_larger;
+};
+
+// How many levels an end has beyond 2**p - 1.
+struct More {
+  Int high, low;
+};
+
+class FineBlocks {
+ public:
+  struct Found {
+    Ends ends;
+    Peak peak;
+  };
+
+  FineBlocks(const QuantizeArgs& args, const Shape& s)
+      : planner_(args),
+        a_(args),
+        blocks_(s),
+        parts_(PartArgs(args)),
+        part_count_(parts_.row_blocks * parts_.BlocksOfRow(args)) {}
+
+  int64_t part_count() const { return part_count_; }
+
+  Found Load(const Place& at) const {
+    Int high = Ints(0), low = Ints(0);
+    EachPart(at, [&](int64_t first, int32_t step, Mask lanes) {
+      high = Greatest(high, PartPeaks(first, step, lanes));
+      low = Greatest(low, PartPeaks(part_count_ + first, step, lanes));
+    });
+    return {Ends(high, low), Peak(Greatest(high, low))};
+  }
+  static Mask Nonfinite(const Found& found) { return found.peak.nonfinite; }
+
+  Int Widths(const Found& found, Int request, Int numbers) const {
+    const Int sign =
+        planner_.finds_sign ? Select(found.ends.low.occupied, Ints(1), Ints(0)) : Ints(1);
+    const Int negated = a_.is_split ? Select(found.ends.high_is_larger, sign, Ints(0)) : Ints(0);
+    const More more = MoreOf(sign, negated);
+    const Int above = found.peak.exponent - request;
+    Int needed = above + Ints(1) + sign -
+                 Select(Fits(found.ends, above, sign, more, request), Ints(1), Ints(0));
+    if (a_.stochastic) {
+      needed =
+          needed + Select(Fits(found.ends, above + Ints(1), sign, more, request), Ints(0), Ints(1));
+    }
+    return planner_.Widths(found.peak, sign, request, needed, numbers) |
+           ShiftLeft<kNegatedShift>(negated) | Ints(a_.is_split ? 1 << kSplitShift : 0);
+  }
+
+  // Plans the parts; adds the finest of their scale exponents before the window; returns the
+  // exponent after drop scaling.
+  Int Scale(const Found& found, Int request, const Place& at, Int& plan) const {
+    const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1),
+              depth = ShiftRight<kDepthShift>(plan) & Ints(3),
+              negated = ShiftRight<kNegatedShift>(plan) & Ints(1);
+    const Mask kept = (plan & Ints(kKeptFlag)) > Ints(0);
+    const More more = MoreOf(sign, negated);
+    const Int p = width - sign, natural = found.peak.exponent + Ints(1) - p;
+    Int scale =
+        natural - Select(Fits(found.ends, p, sign, more, natural - Ints(1)), Ints(1), Ints(0));
+    if (a_.stochastic) {
+      scale = scale + Select(Fits(found.ends, p, sign, more, natural), Ints(0), Ints(1));
+    }
+    scale = scale + depth;
+    if (planner_.drops) scale = Select(kept, Greatest(scale, request), scale);
+    const Int flags = plan & Ints((1 << kExponentShift) - 1);
+    Int finest = scale;
+    EachPart(at, [&](int64_t first, int32_t step, Mask lanes) {
+      Int part = scale;
+      if (a_.micro_bits) {
+        const Ends ends(PartPeaks(first, step, lanes), PartPeaks(part_count_ + first, step, lanes));
+        for (int32_t below = 1; below < 1 << a_.micro_bits; ++below) {
+          const Mask fits = Fits(ends, p, sign, more, scale - depth - Ints(below));
+          part = part - Select(fits, Ints(1), Ints(0));
+        }
+        if (planner_.drops) part = Select(kept, Greatest(part, request), part);
+        finest = Select(lanes, Least(finest, part), finest);
+      }
+      StoreEach(a_.part_plans + first, step, flags | ShiftLeft<kExponentShift>(part), lanes);
+    });
+    plan = flags | ShiftLeft<kExponentShift>(finest);
+    return Select(width > Ints(0), found.peak.exponent + depth, Ints(kNoExponent));
+  }
+
+  bool drops() const { return planner_.drops; }
+
+ private:
+  More MoreOf(Int sign, Int negated) const {
+    return {negated, a_.is_split ? sign & (Ints(1) - negated) : Ints(0)};
+  }
+
+  Int PartPeaks(int64_t first, int32_t step, Mask lanes) const {
+    return step == 1 ? dynasty::Load(a_.part_peaks + first, lanes)
+                     : LoadEach(a_.part_peaks + first, step, lanes);
+  }
+
+  // Whether an end is at most (2**p - 1 + more + slack / 4) * 2**scale; p at most 12.
+  static Mask FitsEnd(const Peak& end, Int p, Int more, Int slack, Int scale) {
+    const Int limit = ShiftLeft(Ints(1), Least(Greatest(p, Ints(0)), Ints(12))) - Ints(1) + more;
+    // significand * 2**(exponent - 23) <= quarters * 2**(scale - 2), the significand rounded up.
+    const Int quarters = ShiftLeft<2>(limit) + slack;
+    const Int k = scale - end.exponent + Ints(21), by = Least(Greatest(k, Ints(0)), Ints(24));
+    const Int whole = ShiftRight(end.significand + ShiftLeft(Ints(1), by) - Ints(1), by);
+    // Where k < 0 the limit is below 2**14 and a significand, which is not shifted then, above it.
+    return Mask(~((whole > quarters) & end.occupied));
+  }
+
+  Mask Fits(const Ends& ends, Int p, Int sign, const More& more, Int scale) const {
+    const Int slack =
+        a_.stochastic ? Ints(0) : Select(sign > Ints(0), Ints(kSignedSlack), Ints(kUnsignedSlack));
+    return Mask(FitsEnd(ends.high, p, more.high, slack, scale) &
+                FitsEnd(ends.low, p, more.low, slack, scale));
+  }
+
+  // visit(index of the first block's part, step from block to block, blocks that have it).
+  template <typename Visit>
+  void EachPart(const Place& at, Visit visit) const {
+    const int64_t rows = a_.block_rows / a_.part_rows,
+                  channels = a_.block_channels / a_.part_channels;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = at.row_block * rows + i;
+      if (row >= parts_.row_blocks) break;
+      const int64_t base = row * parts_.BlocksOfRow(a_);
+      for (int64_t j = 0; j < channels; ++j) {
+        if (blocks_.positions_innermost) {
+          const int64_t channel = at.run * channels + j;
+          if (channel >= parts_.channel_blocks) break;
+          visit(base + channel * a_.positions + at.first, 1, at.lanes());
+        } else {
+          const int64_t run = blocks_.flat ? 0 : at.run * parts_.channel_blocks;
+          // A run of parts may go on where one of blocks ends.
+          const int64_t length = blocks_.flat ? parts_.BlocksOfRow(a_) : parts_.channel_blocks,
+                        first = at.first * channels + j;
+          const int64_t has = first >= length ? 0 : (length - first + channels - 1) / channels;
+          visit(base + run + first, int32_t(channels), FirstLanes(std::min(at.count, has)));
+        }
+      }
+    }
+  }
+
+  Planner planner_;
+  const QuantizeArgs& a_;
+  const Shape& blocks_;
+  const Shape parts_;
+  const int64_t part_count_;
+};
+
+// Headers of a unit's blocks, and no exponent where no part kept an element. Leaves the block's
+// bits in the headers of its parts.
+void MergeParts(const QuantizeArgs& a, const Shape& s, const Shape& parts, Unit unit) {
+  const int64_t rows = a.block_rows / a.part_rows, channels = a.block_channels / a.part_channels;
+  // In the order in which blocks were planned, which the grid need not lie in.
+  const int64_t plan_position = s.positions_innermost ? 1 : s.channel_blocks,
+                plan_channel = s.positions_innermost ? a.positions : 1;
+  for (int64_t row = unit.begin; row < unit.end; ++row) {
+    for (int64_t channel = 0; channel < s.channel_blocks; ++channel) {
+      for (int64_t position = 0; position < a.positions; ++position) {
+        const auto each = [&](auto visit) {
+          for (int64_t r = row * rows; r < std::min(parts.row_blocks, (row + 1) * rows); ++r) {
+            for (int64_t c = channel * channels;
+                 c < std::min(parts.channel_blocks, (channel + 1) * channels); ++c) {
+              visit(r * parts.BlocksOfRow(a) + position * parts.position_step +
+                    c * parts.channel_step);
+            }
+          }
+        };
+        const int32_t plan =
+            a.plans[row * s.BlocksOfRow(a) + position * plan_position + channel * plan_channel];
+        int32_t kept = 0;
+        each([&](int64_t at) { kept |= a.part_headers[at]; });
+        if (!kept) each([&](int64_t at) { a.relative_exponents[at] = 0; });
+        each([&](int64_t at) { a.part_headers[at] = uint8_t(kept); });
+        const int32_t flags =
+            (plan & (kBitsMask | kSignedFlag)) | (plan >> kNegatedShift & 1 ? kNegatedFlag : 0);
+        a.headers[row * s.BlocksOfRow(a) + position * s.position_step + channel * s.channel_step] =
+            uint8_t((plan & kOccupiedFlag) | (kept ? flags : 0));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dynasty

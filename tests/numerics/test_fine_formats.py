@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Split codes and parts of blocks: the oracle, plain torch and both forms of the C++ kernels agree
+to the bit; what the codes promise; and that they round better.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from dynasty_lightning import DynastyPrecision, PrecisionMap, Role, convert, quantize
+from dynasty_lightning.hardware.checkpoint import load_converted
+from dynasty_lightning.hardware.offload import offload
+from dynasty_lightning.hardware.program import export_program
+from dynasty_lightning.maps.structure import model_structure
+from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
+from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantized import header_negated
+from dynasty_lightning.numerics.random import StreamPosition
+from dynasty_lightning.numerics.recipe import Recipe
+from fpga import GemmConfig, open_device
+from tests import oracle
+
+from .native_cases import FINE, random_fine_case
+
+
+@pytest.mark.parametrize("first", range(1000, 1120, 30))
+def test_torch_equals_the_oracle(first):
+    for number in range(first, first + 30):
+        found = random_fine_case(number)
+        x, layout, recipe = found.x, found.layout, found.recipe
+        if x.numel() > 2000:
+            continue
+        stream = recipe.stream
+        request = recipe.request.numpy()
+        want = oracle.quantize(
+            x.float().numpy(),
+            recipe.role.letter,
+            block=layout.block_shape,
+            axis=layout.channel_axis,
+            **({"lsb": request} if recipe.is_threshold else {"bits": request}),
+            least=recipe.least_bits,
+            most=recipe.most_bits,
+            group=recipe.width_group,
+            scope=recipe.scope,
+            stream={
+                name: getattr(stream, name)
+                for name in ("seed", "rank", "backward_count", "call_index", "layer")
+            },
+            nearest=not recipe.stochastic,
+            split=recipe.code == "split",
+            micro=recipe.micro_bits,
+            signed_x=recipe.force_signed,
+        )
+        blocks = quantize_in_torch(x, layout, recipe)
+        got = blocks.block_tensor()
+        for name in ("mantissas", "bits", "signed", "occupied", "scale_exponents"):
+            np.testing.assert_array_equal(getattr(want, name), getattr(got, name), str(number))
+        np.testing.assert_array_equal(want.negated, header_negated(blocks.headers), str(number))
+
+
+def test_one_block_by_hand():
+    # W, 3 bits: p = 2, e = 0, LSB 1/2, codes -4 .. 3. The largest element is positive, so the block
+    # is negated and holds 4 LSBs above, 3 below: 1.75 -> 3.5 -> 4 (even), -1.75 -> -3.5 -> -3.
+    x = torch.tensor([[1.76, -1.75], [0.2, 0.3]])
+    blocks = quantize(x, 3, role=Role.WEIGHT, code="split")
+    assert blocks.scale_exponents.tolist() == [[-1]]
+    assert blocks.mantissas.tolist() == [[4, -3], [0, 1]]
+    # 1.2 is 4.8 LSBs of 1/4 and exceeds 4 by less than one: the LSB is the finer one.
+    blocks = quantize(torch.tensor([[1.2, -0.6], [0.2, 0.3]]), 3, role=Role.WEIGHT, code="split")
+    assert blocks.scale_exponents.tolist() == [[-2]]
+    assert blocks.mantissas.tolist() == [[4, -2], [1, 1]]
+
+
+def test_parts_have_an_lsb_of_their_own():
+    x = torch.zeros(4, 4)
+    x[0, 0], x[0, 2], x[2, 0], x[2, 2] = 1.9, 0.7, 0.4, 0.05
+    blocks = quantize(x, 4, role=Role.ACTIVATION, micro_bits=2)
+    # Unsigned, LSB 1/8; parts reach to 1/64, where 15.75 LSBs still fit.
+    assert blocks.scale_exponents.tolist() == [[-3, -4], [-5, -6]]
+    assert blocks.mantissas[::2, ::2].tolist() == [[15, 11], [13, 3]]
+
+
+@pytest.mark.parametrize(("code", "micro"), FINE)
+def test_errors_stay_unbiased_and_never_saturate(code, micro):
+    torch.manual_seed(0)
+    x = torch.randn(8, 8) * torch.exp2(0.7 * torch.randn(8, 8))
+    x = torch.where(x.abs() < 0.1, 0.1, x)  # smaller ones round up too rarely to tell in 4000 draws
+    total, draws = torch.zeros_like(x).double(), 4000
+    squares = torch.zeros_like(total)
+    for draw in range(draws):
+        stream = StreamPosition(seed=5, backward_count=draw)
+        values = quantize(
+            x, 2, role=Role.ERROR, code=code, micro_bits=micro, stream=stream
+        ).dequantize(torch.float64)
+        total += values
+        squares += (values - x.double()) ** 2
+    deviation = (squares / draws / draws).sqrt()
+    assert ((total / draws - x.double()).abs() <= 4.5 * deviation + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("role", "most"),
+    [(Role.WEIGHT, {2: 0.5, 3: 0.5, 4: 0.55}), (Role.ERROR, {2: 0.45, 3: 0.45, 4: 0.5})],
+)
+def test_split_codes_with_micro_exponents_halve_the_noise(role, most):
+    torch.manual_seed(0)
+    x = torch.randn(256, 256)
+
+    def noise(bits: int, **options: object) -> float:
+        return float((quantize(x, bits, role=role, **options).dequantize() - x).square().sum())
+
+    for bits, ratio in most.items():
+        assert noise(bits, code="split", micro_bits=1) < ratio * noise(bits)
+
+
+def test_the_plain_format_is_what_it_was():
+    layout = BlockLayout(shape=(4, 4), block_shape=(4, 4), channel_axis=1)
+    assert BlockFormat().part_shape((4, 4)) is None
+    assert layout.parts is layout
+    assert not Recipe(role=Role.WEIGHT, request=torch.tensor(4)).is_fine
+
+
+def test_layers_train_in_fine_formats():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 4)
+    )
+    convert(network, mode="exact", code="split", micro_bits=1)
+    fast = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(32, 4)
+    )
+    fast.load_state_dict(network.state_dict())
+    convert(fast, mode="fast", code="split", micro_bits=1)
+    x = torch.randn(8, 3, 4, 4)
+    grads = []
+    for net in (network, fast):
+        net(x).square().mean().backward()
+        grads.append([p.grad for p in net.parameters()])
+    for exact, close in zip(*grads, strict=True):
+        torch.testing.assert_close(exact, close, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"code": "signed"}, "code must be one of symmetric, split, not 'signed'"),
+        ({"micro_bits": 3}, r"micro_bits must be one of \(0, 1, 2\), not 3"),
+        ({"micro_bits": True}, "micro_bits must be one of"),
+        ({"code": "split", "block_shape": (1, 16)}, r"needs blocks of .*, not \(1, 16\)"),
+    ],
+)
+def test_what_is_no_format_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        BlockFormat(**options)
+    with pytest.raises(ValueError, match=message):
+        DynastyPrecision(**options)
+
+
+def test_a_map_knows_its_codes(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    plugin = DynastyPrecision(code="split", micro_bits=1)
+    plugin.convert_module(network)
+    path = tmp_path / "map.safetensors"
+    plugin.precision_map().save(path)
+    assert PrecisionMap.load(path, network).structure.code == "split"
+    plain = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    convert(plain)
+    with pytest.raises(ValueError, match=r"made for blocks of code='split', micro_bits=1"):
+        PrecisionMap.load(path, plain)
+    DynastyPrecision().convert_module(plain)
+    assert "code" not in model_structure(plain).to_json()  # files of before stay what they were
+
+
+def test_the_core_refuses_what_it_does_not_compute():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    convert(network, mode="exact", code="split")
+    for offer in (
+        lambda: offload(network, "reference"),
+        lambda: offload(network, open_device("reference")),
+        lambda: export_program(network, (8,)),
+        lambda: export_program(network, (8,), config=GemmConfig()),
+    ):
+        with pytest.raises(ValueError, match=r"the core computes symmetric codes .* so far"):
+            offer()
+
+
+def test_a_checkpoint_keeps_its_codes():
+    trained = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    plugin = DynastyPrecision(code="split", micro_bits=2)
+    plugin.convert_module(trained)
+    plugin.apply_map(plugin.precision_map())
+    saved = {"state_dict": trained.state_dict(), "DynastyPrecision": plugin.state_dict()}
+    network = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    load_converted(network, saved, mode="fast")
+    assert network[0].format == plugin.format
+    x = torch.randn(3, 8)
+    assert torch.equal(network.eval()(x), trained.eval()(x))
