@@ -74,6 +74,8 @@ def load_converted(
         block_shape=structure.block_shape,
         width_group=structure.width_group,
         scaling=scaling,
+        code=structure.code,
+        micro_bits=structure.micro_bits,
         exclude=_left_out(module, structure.layers),
     )
     plugin.convert_module(module)

@@ -210,8 +210,9 @@ class DeviceOffload(Callback):
 
 def _opened(device: str | Device, block_format: BlockFormat, options: Mapping[str, Any]) -> Device:
     """A device for these blocks. Raises ValueError where the one that is given takes others."""
+    config = config_for(block_format)
     if isinstance(device, str):
-        return open_device(device, config_for(block_format), **options)
+        return open_device(device, config, **options)
     if options:
         raise ValueError(f"an open device takes no options, not {', '.join(options)}")
     edge, core_edge = edge_of_shape(block_format.block_shape), device.config.block_edge

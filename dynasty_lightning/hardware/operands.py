@@ -28,12 +28,19 @@ Array = np.ndarray[Any, Any]
 
 
 def config_for(block_format: BlockFormat) -> GemmConfig:
-    """The default core for a block format. Raises ValueError for 1 x n blocks.
+    """The default core for a block format. Raises ValueError for 1 x n blocks, split codes and
+    micro exponents.
 
     >>> from dynasty_lightning import BlockFormat
     >>> config_for(BlockFormat(block_shape=(8, 8), width_group=(8, 16))).block_edge
     8
     """
+    if block_format.is_fine:
+        raise ValueError(
+            f"the core computes symmetric codes with one exponent a block so far, not "
+            f"code={block_format.code!r}, micro_bits={block_format.micro_bits}: train with "
+            f"DynastyPrecision() for it"
+        )
     return GemmConfig(
         block_edge=edge_of_shape(block_format.block_shape), width_group=block_format.width_group
     )
@@ -128,7 +135,7 @@ def job_of(*call: Any, output: Any = "float32", **rest: Any) -> GemmJob:
 
 def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
     """A layer's quantized operand as the core takes it; a grouped W as its whole block-diagonal
-    matrix.
+    matrix. Raises ValueError for a format that the core does not compute.
 
     >>> import torch
     >>> from dynasty_lightning import Gemm, Role
@@ -142,6 +149,7 @@ def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
     >>> operand.bits.tolist(), float(operand.values().min())
     ([[[4, 4]]], 1.0)
     """
+    config_for(plan.format)
     layout = blocks.layout
     edge = plan.format.block_shape[0]
     row_exponents = layout.block_shape[0] == 1 and edge > 1

@@ -70,7 +70,8 @@ def export_program(
             "the network has no converted layer: train it with DynastyPrecision, or call "
             "dynasty_lightning.convert(network)"
         )
-    config = config or config_for(next(iter(layers.values())).format)
+    default = config_for(next(iter(layers.values())).format)
+    config = default if config is None else config
     if not isinstance(config, GemmConfig):
         raise TypeError(f"config must be an fpga.GemmConfig, not {config!r}")
     check_names("labels", labels)

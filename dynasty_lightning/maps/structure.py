@@ -11,7 +11,7 @@ from torch import nn
 
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
 from ..numerics.banded import band_width
-from ..numerics.formats import LINE_BLOCKS, BlockFormat
+from ..numerics.formats import CODES, LINE_BLOCKS, MICRO_BITS, BlockFormat, Code
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Role
 
@@ -44,6 +44,8 @@ _STRUCTURE_FIELDS: Final = {
     "block_shape": _PAIR,
     "width_group": Field(rule=f"none or {_PAIR.rule}", holds=lambda v: v is None or _PAIR.holds(v)),
 }
+_CODE_FIELDS: Final = {"code": one_of(*CODES), "micro_bits": whole(0, max(MICRO_BITS))}
+"""Of a structure whose blocks are not plain; files of before there were others lack them."""
 _GEOMETRY_FIELDS: Final = {
     "kind": one_of("linear", "conv"),
     "weight_shape": _wholes(1, _MOST_EXTENT, 2, 5),
@@ -71,28 +73,52 @@ class ModelStructure:
     layers: Mapping[str, LayerGeometry]
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
+    code: Code = "symmetric"
+    micro_bits: int = 0
+
+    @property
+    def block_format(self) -> BlockFormat:
+        """How operands are cut and coded; a structure does not know how scales are chosen."""
+        return BlockFormat(
+            block_shape=self.block_shape,
+            width_group=self.width_group,
+            code=self.code,
+            micro_bits=self.micro_bits,
+        )
 
     def to_json(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in _CODE_FIELDS}
         return {
             "layers": {name: asdict(geometry) for name, geometry in self.layers.items()},
             "block_shape": list(self.block_shape),
             "width_group": None if self.width_group is None else list(self.width_group),
+            **(own if self.block_format.is_fine else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelStructure":
         """The inverse of `to_json`, read back from JSON. Raises ValueError for anything else."""
-        check_fields("the structure", mapping("the structure", data), _STRUCTURE_FIELDS)
+        is_fine = any(name in mapping("the structure", data) for name in _CODE_FIELDS)
+        own = _CODE_FIELDS if is_fine else {}
+        check_fields("the structure", data, _STRUCTURE_FIELDS | own)
         layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
         width_group = data["width_group"]
         block_format = BlockFormat(
             block_shape=tuple(data["block_shape"]),
             width_group=None if width_group is None else tuple(width_group),
+            **{name: data[name] for name in own},
         )
+        return cls.of(layers, block_format)
+
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerGeometry], block_format: BlockFormat) -> "ModelStructure":
+        """Of layers in a format."""
         return cls(
             layers=layers,
             block_shape=block_format.block_shape,
             width_group=block_format.width_group,
+            code=block_format.code,
+            micro_bits=block_format.micro_bits,
         )
 
     def hash(self) -> str:
@@ -103,7 +129,15 @@ class ModelStructure:
         """Raise ValueError that names the first difference to `other`, which was read from
         `source`.
         """
-        if (self.block_shape, self.width_group) != (other.block_shape, other.width_group):
+        if self.block_format != other.block_format:
+            own, made_for = (
+                ", ".join(f"{n}={getattr(s, n)!r}" for n in _CODE_FIELDS) for s in (self, other)
+            )
+            if own != made_for:
+                raise ValueError(
+                    f"{source} was made for blocks of {made_for}; this model has {own}: use "
+                    f"DynastyPrecision({made_for})"
+                )
             raise ValueError(
                 f"{source} was made for blocks {other.block_shape}, width group "
                 f"{other.width_group}; this model has {self.block_shape}, "
@@ -157,9 +191,7 @@ def model_structure(model: nn.Module) -> ModelStructure:
             f"{' and '.join(f'{f} (layer {n!r})' for f, n in formats.items())}: convert again"
         )
     (block_format,) = formats
-    return ModelStructure(
-        layers=layers, block_shape=block_format.block_shape, width_group=block_format.width_group
-    )
+    return ModelStructure.of(layers, block_format)
 
 
 def structure_hash(model: nn.Module) -> str:

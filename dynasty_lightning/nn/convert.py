@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..numerics.backends import native
-from ..numerics.formats import BlockFormat, Scaling
+from ..numerics.formats import BlockFormat, Code, Scaling
 from .layers import CONVERTED_TYPES, DynamicLayer, check_module, dynamic_layers, geometry_of
 from .plan import LayerPlan, Mode
 from .skipped import own_type, reason_to_skip
@@ -46,6 +46,8 @@ def convert(
     block_shape: tuple[int, int] = (4, 4),
     width_group: tuple[int, int] | None = None,
     scaling: Scaling = "window",
+    code: Code = "symmetric",
+    micro_bits: int = 0,
     exclude: Collection[str] = (),
     unquantized: Collection[str] = (),
     seed: int = 0,
@@ -63,6 +65,7 @@ def convert(
     Args:
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
+        code, micro_bits: denser codes of square blocks, as `BlockFormat` has them.
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
         unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's
             rounding does.
@@ -85,7 +88,13 @@ def convert(
     check_names("exclude", exclude)
     check_names("unquantized", unquantized)
     check_seed(seed)
-    block_format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
+    block_format = BlockFormat(
+        block_shape=block_shape,
+        width_group=width_group,
+        scaling=scaling,
+        code=code,
+        micro_bits=micro_bits,
+    )
     names = [name for name, _ in model.named_modules()]
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in names):

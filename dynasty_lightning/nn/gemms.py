@@ -122,6 +122,8 @@ def recipe_of(
         width_group=plan.width_group(role, training=training),
         stream=position or StreamPosition(),
         scope=scope,
+        code=plan.format.code,
+        micro_bits=plan.format.micro_bits,
     )
 
 

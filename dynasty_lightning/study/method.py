@@ -20,7 +20,16 @@ from ..trainer.precision import DynastyPrecision
 
 FLOATS: Final[Mapping[str, str]] = {"float32": "32-true", "bf16": "bf16-mixed"}
 """Methods without blocks -> Lightning's `precision`."""
-_PLUGIN_OPTIONS: Final = ("block_shape", "width_group", "scaling", "rest", "exclude", "unquantized")
+_PLUGIN_OPTIONS: Final = (
+    "block_shape",
+    "width_group",
+    "scaling",
+    "code",
+    "micro_bits",
+    "rest",
+    "exclude",
+    "unquantized",
+)
 _OLD_NAMES: Final = {"other_layers": "rest"}
 """Options that words have by the name of before 0.1.0: results are stored under it."""
 _SEVERAL: Final = ("exclude", "unquantized")

@@ -23,7 +23,7 @@ from ..nn.convert import ConversionReport, check_names, convert, grow
 from ..nn.layers import DynamicLayer, dynamic_layers
 from ..nn.plan import Mode
 from ..nn.stream import check_seed
-from ..numerics.formats import BlockFormat, Scaling
+from ..numerics.formats import BlockFormat, Code, Scaling
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
 from .checked_state import reading, sealed_state
@@ -50,6 +50,7 @@ class DynastyPrecision(Precision):
         width_group: rows x channels that share one width; None gives each block its own.
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
+        code, micro_bits: denser codes of square blocks, as `BlockFormat` has them.
         other_layers: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
@@ -78,6 +79,8 @@ class DynastyPrecision(Precision):
         block_shape: tuple[int, int] = (4, 4),
         width_group: tuple[int, int] | None = None,
         scaling: Scaling = "window",
+        code: Code = "symmetric",
+        micro_bits: int = 0,
         other_layers: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
@@ -100,7 +103,13 @@ class DynastyPrecision(Precision):
         self.mode, self.other_layers, self.seed = mode, other_layers, seed
         self.exclude = tuple(exclude)
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
-        self.format = BlockFormat(block_shape=block_shape, width_group=width_group, scaling=scaling)
+        self.format = BlockFormat(
+            block_shape=block_shape,
+            width_group=width_group,
+            scaling=scaling,
+            code=code,
+            micro_bits=micro_bits,
+        )
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
         self._layers: Mapping[str, DynamicLayer] = {}
@@ -136,6 +145,8 @@ class DynastyPrecision(Precision):
             block_shape=self.format.block_shape,
             width_group=self.format.width_group,
             scaling=self.format.scaling,
+            code=self.format.code,
+            micro_bits=self.format.micro_bits,
             exclude=self.exclude,
             unquantized=self.unquantized,
             seed=default_seed() if self.seed is None else self.seed,
@@ -277,11 +288,8 @@ class DynastyPrecision(Precision):
     @property
     def structure(self) -> ModelStructure:
         """What a map of this model belongs to."""
-        return ModelStructure(
-            layers={name: layer.geometry for name, layer in self.layers.items()},
-            block_shape=self.format.block_shape,
-            width_group=self.format.width_group,
-        )
+        geometries = {name: layer.geometry for name, layer in self.layers.items()}
+        return ModelStructure.of(geometries, self.format)
 
     def precision_map(self) -> PrecisionMap:
         """The active map."""
