@@ -98,7 +98,7 @@ def export_hls4ml(
     >>> list(BACKENDS)
     ['vitis', 'vivado-accelerator']
     """
-    out, hls4ml = Path(out), _tools(backends)
+    hls4ml, out = _tools(backends), Path(out)
     chosen = _chosen(program, core)
     if chosen:
         from .layer import register
