@@ -1,4 +1,4 @@
-"""Bends the core's C++, or its driver, in one place at a time and shows that the tests see it.   python -m tests.mutants.core [--only NAME]
+"""Bends the core's C++, or its driver, in one place at a time and shows that the tests see it.   python -m tests.mutants.core [--only NAME] [--part K/N]
 
 Each mutant is a copy of the sources with one text replaced, compiled and put through the fast part of test_devices.py. A text that
 does not occur exactly once, or a mutant that does not compile, is an error of this list, not a mutant caught. What only hls4ml's layer
@@ -9,6 +9,7 @@ test_board.py with that handling gone.
 import argparse
 import atexit
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -248,10 +249,20 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=2, help="mutants at a time (default: %(default)s)"
     )
+    parser.add_argument(
+        "--part",
+        metavar="K/N",
+        default="1/1",
+        help="every N-th mutation, from the K-th on (default: all)",
+    )
     options = parser.parse_args()
+    found = re.fullmatch(r"([1-9])/([1-9])", options.part)
+    if not found or int(found[1]) > int(found[2]):
+        parser.error(f"--part is K/N with K from 1 to N, not {options.part!r}")
     chosen = [m for m in MUTATIONS if not options.only or options.only in m.name]
     if not chosen:
         parser.error(f"no mutation's name contains {options.only!r}")
+    chosen = chosen[int(found[1]) - 1 :: int(found[2])]
     with ThreadPoolExecutor(options.jobs) as pool:
         bad = 0
         for mutation, (verdict, text, seconds) in zip(
