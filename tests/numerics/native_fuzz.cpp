@@ -245,7 +245,7 @@ void FuzzQuantize() {
     a.part_channels = a.micro_bits ? std::min<int64_t>(2, a.block_channels) : a.block_channels;
   }
   a.group_rows = Chance(0.7) ? 1 : Draw(1, 4), a.group_channels = Chance(0.7) ? 1 : Draw(1, 4);
-  a.grid_channels_last = Chance(0.5);
+  a.grid_channels_last = fine ? !(a.stride_position == 1 && a.stride_channel != 1) : Chance(0.5);
   a.logical_channels_last = Chance(0.5);
   a.role = Draw(kActivation, kError),
   a.stochastic = Chance(0.1) ? a.role != kError : a.role == kError, a.force_signed = Chance(0.2);
@@ -371,13 +371,15 @@ void FuzzIllegalQuantize() {
     refused("illegal extent taken");
     *field = kept;
   }
-  a.part_rows = 1, a.part_channels = 2, a.micro_bits = 1;
+  a.part_rows = 1, a.part_channels = 2, a.micro_bits = 1, a.grid_channels_last = 1;
   refused("parts without memory taken");
   a.part_peaks = peaks.get() + 4, a.part_plans = plans.get() + 4, a.part_headers = codes.get();
   a.part_channels = 3;
   refused("parts that do not divide a block taken");
   a.part_channels = 2, a.micro_bits = 3;
   refused("three micro bits taken");
+  a.micro_bits = 1, a.grid_channels_last = 0;
+  refused("parts in another order than the operand taken");
   a.part_rows = a.part_channels = 0, a.micro_bits = 0, a.is_split = 1;
   refused("a split code without parts taken");
   a.is_split = 0, a.part_peaks = a.part_plans = nullptr, a.part_headers = nullptr;

@@ -124,7 +124,8 @@ QUANTIZE: Final = CStruct(
     "positions, ceil(channels / block_channels)] blocks, lies as [.., channels, positions] where "
     "grid_channels_last is 0, and so do relative_exponents and headers; request is read by strides "
     "of its own, 0 where it broadcasts. Where part_rows is not 0 blocks have parts: "
-    "relative_exponents and the three arrays of parts, which are scratch, are of their grid.",
+    "relative_exponents and the three arrays of parts, which are scratch, are of their grid, which "
+    "lies as x does: channels last unless positions alone have stride 1.",
     fields=(
         *_OPERAND,
         integers("block_rows", "block_channels"),

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "plan.h"
 #include "shape.h"
@@ -180,35 +181,78 @@ class FineBlocks {
   const int64_t part_count_;
 };
 
+// A run of blocks, one behind the other as they were planned and as their headers lie; its parts.
+struct Run {
+  const int32_t* plans;
+  uint8_t* headers;
+  int64_t count;             // of blocks
+  const int64_t* parts;      // where the first block's parts lie
+  int64_t parts_of_a_block;  // how many those are
+};
+
+// kStep: parts from block to block, or 0 for `step` of them.
+template <int64_t kStep>
+void MergeRun(const QuantizeArgs& a, const Run& run, int64_t step) {
+  constexpr int64_t kChunk = 256;
+  const int64_t by = kStep ? kStep : step;
+  for (int64_t first = 0; first < run.count; first += kChunk) {
+    const int64_t count = std::min(kChunk, run.count - first);
+    uint8_t kept[kChunk] = {};
+    for (int64_t k = 0; k < run.parts_of_a_block; ++k) {
+      const uint8_t* headers = a.part_headers + run.parts[k] + first * by;
+      for (int64_t i = 0; i < count; ++i) kept[i] |= headers[i * by];
+    }
+    for (int64_t k = 0; k < run.parts_of_a_block; ++k) {
+      uint8_t* headers = a.part_headers + run.parts[k] + first * by;
+      int8_t* exponents = a.relative_exponents + run.parts[k] + first * by;
+      for (int64_t i = 0; i < count; ++i) {
+        headers[i * by] = kept[i];
+        exponents[i * by] = int8_t(exponents[i * by] & (kept[i] ? -1 : 0));
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t plan = run.plans[first + i];
+      const int32_t flags =
+          (plan & (kBitsMask | kSignedFlag)) | (plan >> kNegatedShift & 1 ? kNegatedFlag : 0);
+      run.headers[first + i] = uint8_t((plan & kOccupiedFlag) | (kept[i] ? flags : 0));
+    }
+  }
+}
+
 // Headers of a unit's blocks, and no exponent where no part kept an element. Leaves the block's
 // bits in the headers of its parts.
 void MergeParts(const QuantizeArgs& a, const Shape& s, const Shape& parts, Unit unit) {
   const int64_t rows = a.block_rows / a.part_rows, channels = a.block_channels / a.part_channels;
-  // In the order in which blocks were planned, which the grid need not lie in.
-  const int64_t plan_position = s.positions_innermost ? 1 : s.channel_blocks,
-                plan_channel = s.positions_innermost ? a.positions : 1;
+  std::vector<int64_t> at(rows * channels);
+  // Blocks first .. first + count - 1 of a row of them, which begin with part `part` of each row of
+  // parts and have `wide` parts side by side.
+  const auto merge = [&](int64_t row, int64_t first, int64_t count, int64_t part, int64_t wide,
+                         int64_t beside, int64_t step) {
+    int64_t n = 0;
+    for (int64_t r = row * rows; r < std::min(parts.row_blocks, (row + 1) * rows); ++r) {
+      for (int64_t j = 0; j < wide; ++j) at[n++] = r * parts.BlocksOfRow(a) + part + j * beside;
+    }
+    const int64_t block = row * s.BlocksOfRow(a) + first;
+    const Run run = {a.plans + block, a.headers + block, count, at.data(), n};
+    step == 1   ? MergeRun<1>(a, run, 1)
+    : step == 2 ? MergeRun<2>(a, run, 2)
+                : MergeRun<0>(a, run, step);
+  };
   for (int64_t row = unit.begin; row < unit.end; ++row) {
-    for (int64_t channel = 0; channel < s.channel_blocks; ++channel) {
-      for (int64_t position = 0; position < a.positions; ++position) {
-        const auto each = [&](auto visit) {
-          for (int64_t r = row * rows; r < std::min(parts.row_blocks, (row + 1) * rows); ++r) {
-            for (int64_t c = channel * channels;
-                 c < std::min(parts.channel_blocks, (channel + 1) * channels); ++c) {
-              visit(r * parts.BlocksOfRow(a) + position * parts.position_step +
-                    c * parts.channel_step);
-            }
-          }
-        };
-        const int32_t plan =
-            a.plans[row * s.BlocksOfRow(a) + position * plan_position + channel * plan_channel];
-        int32_t kept = 0;
-        each([&](int64_t at) { kept |= a.part_headers[at]; });
-        if (!kept) each([&](int64_t at) { a.relative_exponents[at] = 0; });
-        each([&](int64_t at) { a.part_headers[at] = uint8_t(kept); });
-        const int32_t flags =
-            (plan & (kBitsMask | kSignedFlag)) | (plan >> kNegatedShift & 1 ? kNegatedFlag : 0);
-        a.headers[row * s.BlocksOfRow(a) + position * s.position_step + channel * s.channel_step] =
-            uint8_t((plan & kOccupiedFlag) | (kept ? flags : 0));
+    if (s.positions_innermost) {
+      for (int64_t c = 0; c < s.channel_blocks; ++c) {
+        merge(row, c * a.positions, a.positions, c * channels * a.positions,
+              std::min(channels, parts.channel_blocks - c * channels), a.positions, 1);
+      }
+    } else if (parts.channel_blocks == s.channel_blocks * channels) {
+      merge(row, 0, s.BlocksOfRow(a), 0, channels, 1, channels);
+    } else {
+      const int64_t whole = parts.channel_blocks / channels;
+      for (int64_t p = 0; p < a.positions; ++p) {
+        const int64_t block = p * s.channel_blocks, part = p * parts.channel_blocks;
+        if (whole) merge(row, block, whole, part, channels, 1, channels);
+        merge(row, block + whole, 1, part + whole * channels,
+              parts.channel_blocks - whole * channels, 1, channels);
       }
     }
   }

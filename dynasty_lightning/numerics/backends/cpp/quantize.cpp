@@ -117,6 +117,7 @@ int Quantize(const QuantizeArgs& a) {
 
 bool SoundParts(const QuantizeArgs& a) {
   if (!a.part_rows) return !a.part_channels && !a.is_split && !a.micro_bits;
+  if ((a.grid_channels_last != 0) == Shape(a).positions_innermost) return false;
   return a.part_peaks && a.part_plans && a.part_headers && a.part_rows >= 1 &&
          a.part_channels >= 1 && a.block_rows % a.part_rows == 0 &&
          a.block_channels % a.part_channels == 0 && a.micro_bits >= 0 && a.micro_bits <= 2;
