@@ -15,6 +15,7 @@ import importlib
 import inspect
 import io
 import json
+import math
 import os
 import pkgutil
 import re
@@ -326,6 +327,28 @@ def profile() -> str:
     return table(["", "step", *(p for p in parts if p != "step")], rows)
 
 
+def formats(role: str) -> str:
+    """Rounding noise of candidate formats over that of plain 4x4 blocks: geometric means over the
+    networks and stages, with the least and the greatest.
+    """
+    rows = [r for r in _json("formats.json")["rows"] if r["role"] == role]
+    cells = []
+    for name in dict.fromkeys(r["format"] for r in rows):
+        members = [r for r in rows if r["format"] == name]
+        line = [name, f"{members[0]['header_bits']:.2f}"]
+        for kind, at in (
+            *(("fixed", b) for b in "2345"),
+            ("equal_cost", "3.0"),
+            ("equal_cost", "4.0"),
+        ):
+            found = [r[kind][at]["to_today"] for r in members if at in r[kind]]
+            mean = math.exp(sum(map(math.log, found)) / len(found))
+            line.append(f"{mean:.2f} ({min(found):.2f} to {max(found):.2f})")
+        cells.append(line)
+    header = ["", "header bits", "2 bits", "3 bits", "4 bits", "5 bits", "mean 3", "mean 4"]
+    return table(header, cells)
+
+
 # -- Reference: from the code
 
 
@@ -396,6 +419,7 @@ PARTS: Final[dict[str, Callable[..., str]]] = {
     "quantizer": quantizer,
     "memory": memory,
     "profile": profile,
+    "formats": formats,
     "api": api,
     "command-line": command_line,
 }
