@@ -78,6 +78,8 @@ class RunConfig:
         learning_rate: highest of the run; None for the model's own.
         decay: of the learning rate, "cosine" or "steps" (a tenth after half and again after three
             quarters of the run).
+        average_from: in [0, 1): also evaluate the mean of the weights of the steps from this share
+            of the run on (`EndAverage`); None does not.
         accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what
             fixes a run.
         mode, block_shape, width_group, interval: of blocks, where the method has no other;
@@ -118,6 +120,13 @@ class RunConfig:
         choices=("cpu", "gpu"),
         later=True,
     )
+    average_from: float | None = option(
+        None,
+        "evaluate the mean of the weights from this share of the run on, too",
+        metavar="SHARE",
+        absent="no mean",
+        later=True,
+    )
     mode: Literal["fast", "exact"] = option(
         "fast", "of the blocks' sums", choices=("fast", "exact"), belongs_to="blocks"
     )
@@ -145,6 +154,10 @@ class RunConfig:
             self.learning_rate > 0 and math.isfinite(self.learning_rate)
         ):
             raise ValueError(f"learning_rate must be positive, not {self.learning_rate}")
+        if self.average_from is not None and not 0 <= self.average_from < 1:
+            raise ValueError(
+                f"average_from is a share of the run in [0, 1), not {self.average_from}"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must fit 32 unsigned bits, not {self.seed}")
         if self.evaluate_on == "validation" and not self.validation_samples:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from ..tasks.tasks import Task, build_task
 from ..trainer.callback import DynastyCallback
 from ..trainer.checkpoint_files import SealedCheckpointIO
+from .averaging import EndAverage
 from .checkpoint import RunCheckpoint
 from .config import RunConfig
 from .environment import PACKAGE, commit, finite, machine, versions
@@ -57,12 +58,13 @@ class _Parts:
     callback: DynastyCallback | None
     watchers: tuple[Watcher, ...]
     watch: RunWatch
+    average: EndAverage | None
     kept: RunCheckpoint | None
 
     @property
     def callbacks(self) -> list[Callback]:
         """In this order: a checkpoint has to stand behind those whose state it saves."""
-        parts = (self.callback, *self.watchers, self.watch, self.kept)
+        parts = (self.callback, *self.watchers, self.watch, self.average, self.kept)
         return [part for part in parts if isinstance(part, Callback)]
 
 
@@ -112,6 +114,7 @@ def train(
         if callback
         else (),
         watch=RunWatch(config, callback, progress),
+        average=None if config.average_from is None else EndAverage(start=config.average_from),
         kept=kept,
     )
     trainer = _make_trainer(config, method, parts)
@@ -234,6 +237,11 @@ def _fit_and_test(
         trainer.fit(task.module, task.data, ckpt_path=begun, weights_only=True if begun else None)
         seconds = watch.seconds - sum(watcher.seconds for watcher in parts.watchers)
         figures = parts.callback.summary() if parts.callback else {}
+        averaged: dict[str, float] = {}
+        if parts.average is not None:
+            found = _test(config, trainer, task)
+            averaged = {f"averaged_{name}": value for name, value in found.items()}
+            parts.average.restore(task.module)
         tested = _test(config, trainer, task)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
@@ -245,6 +253,7 @@ def _fit_and_test(
         "loss": tested.pop("loss"),
         **figures,
         **tested,
+        **averaged,
         "train_loss": watch.mean_loss,
         "loss_curve": watch.loss_curve(),
         "nonfinite_losses": watch.nonfinite_losses,
