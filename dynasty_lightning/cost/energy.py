@@ -28,8 +28,8 @@ class EnergyModel:
             bit products.
         shift: aligning one dot product by the sum of two exponents. *Assumed*: a 32-bit add (0.1).
         accumulate: one 48-bit accumulator update: 48 / 32 of a 32-bit add (0.1).
-        header_bits: stored beside each block, in either run: exponent 8, width 3, sign 1, zero 1;
-            padded to two bytes.
+        header_bits: stored beside each block, in either run: exponent 5, width 4, sign 1 as the
+            core packs them, in two bytes.
         sram_per_byte: reading an 8 KB memory (10 for 64 bits).
         sram_reuse: block products that one on-chip read of a block serves. *Assumed*.
         dram_per_byte: off-chip transfer (1300 to 2600 for 64 bits; the lower end).

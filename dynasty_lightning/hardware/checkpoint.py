@@ -2,6 +2,7 @@
 """A Trainer's checkpoint, read into a network outside of a Trainer."""
 
 import glob
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,19 @@ def _read(checkpoint: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str,
     """What messages call a checkpoint, and what it holds."""
     if isinstance(checkpoint, Mapping):
         return "the checkpoint", checkpoint
-    if not isinstance(checkpoint, str | Path):
+    if not isinstance(checkpoint, str | os.PathLike):
         raise TypeError(
             f"checkpoint must be a file's path, or what torch.load gave, not {checkpoint!r}"
         )
     try:
         return str(checkpoint), read_checkpoint(Path(checkpoint))
-    except (DamagedFile, FileNotFoundError):
+    except FileNotFoundError:
         raise
+    except DamagedFile as error:
+        raise DamagedFile(
+            f"{error}. Of a checkpoint that Lightning's own IO wrote give the content: "
+            f"load_converted(module, torch.load(path))"
+        ) from None
     except Exception as error:
         raise ValueError(f"{checkpoint} cannot be read as a checkpoint: {error}") from None
 

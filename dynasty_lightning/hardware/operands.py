@@ -38,8 +38,8 @@ def config_for(block_format: BlockFormat) -> GemmConfig:
     if block_format.is_fine:
         raise ValueError(
             f"the core computes symmetric codes with one exponent a block so far, not "
-            f"code={block_format.code!r}, micro_bits={block_format.micro_bits}: train with "
-            f"DynastyPrecision() for it"
+            f"code={block_format.code!r}, micro_bits={block_format.micro_bits}: leave these "
+            f"two out for it"
         )
     return GemmConfig(
         block_edge=edge_of_shape(block_format.block_shape), width_group=block_format.width_group

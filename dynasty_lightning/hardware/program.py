@@ -93,10 +93,11 @@ def export_program(
 
 
 def _checked_shape(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, str):
+    if not isinstance(shape, Sequence | np.ndarray) or isinstance(shape, str | bytes):
         raise TypeError(
             f"input_shape is one sample's, without the batch, e.g. (3, 32, 32), not {shape!r}"
         )
+    shape = tuple(np.atleast_1d(shape)) if isinstance(shape, np.ndarray) else shape
     if not all(
         isinstance(n, int | np.integer) and not isinstance(n, bool) and n > 0 for n in shape
     ):

@@ -129,15 +129,18 @@ class ModelStructure:
         """Raise ValueError that names the first difference to `other`, which was read from
         `source`.
         """
-        if self.block_format != other.block_format:
+        if self.block_format != other.block_format and (
+            self.block_format.is_fine or other.block_format.is_fine
+        ):
+            names = ("block_shape", "width_group", *_CODE_FIELDS)
             own, made_for = (
-                ", ".join(f"{n}={getattr(s, n)!r}" for n in _CODE_FIELDS) for s in (self, other)
+                ", ".join(f"{n}={getattr(s, n)!r}" for n in names) for s in (self, other)
             )
-            if own != made_for:
-                raise ValueError(
-                    f"{source} was made for blocks of {made_for}; this model has {own}: use "
-                    f"DynastyPrecision({made_for})"
-                )
+            raise ValueError(
+                f"{source} was made for blocks of {made_for}; this model has {own}: use "
+                f"DynastyPrecision({made_for})"
+            )
+        if self.block_format != other.block_format:
             raise ValueError(
                 f"{source} was made for blocks {other.block_shape}, width group "
                 f"{other.width_group}; this model has {self.block_shape}, "

@@ -4,6 +4,7 @@ numbers here.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Final, Literal
 
 import torch
@@ -203,8 +204,10 @@ class BlockFormat:
     def _check_code(self) -> None:
         if self.code not in CODES:
             raise ValueError(f"code must be one of {', '.join(CODES)}, not {self.code!r}")
-        if isinstance(self.micro_bits, bool) or self.micro_bits not in MICRO_BITS:
-            raise ValueError(f"micro_bits must be one of {MICRO_BITS}, not {self.micro_bits!r}")
+        given = self.micro_bits
+        if isinstance(given, bool) or not isinstance(given, Integral) or given not in MICRO_BITS:
+            raise ValueError(f"micro_bits must be one of {MICRO_BITS}, not {given!r}")
+        object.__setattr__(self, "micro_bits", int(given))  # NumPy's too, which no JSON takes
         if self.is_fine and self.block_shape not in SQUARE_BLOCKS:
             raise ValueError(
                 f"code {self.code!r} with {self.micro_bits} micro_bits needs blocks of "

@@ -19,7 +19,7 @@ class BlockLayout:
     """Cuts a tensor into blocks of `block_shape` = rows x channels at each position; axis 0 holds
     the rows. `part_shape`, which divides it, cuts blocks into parts with an LSB each.
 
-    Raises ValueError for an empty tensor or fewer than two axes.
+    Raises ValueError for an empty tensor, fewer than two axes, or parts that do not divide blocks.
 
     >>> layout = BlockLayout(shape=(6, 8, 5), block_shape=(4, 4), channel_axis=1)
     >>> layout.grid_shape, layout.is_ragged
@@ -44,6 +44,13 @@ class BlockLayout:
             raise ValueError(
                 f"channel_axis must be in [1, {len(self.shape) - 1}] for shape "
                 f"{tuple(self.shape)}, not {self.channel_axis}"
+            )
+
+        if self.part_shape is not None and any(
+            block % part for block, part in zip(self.block_shape, self.part_shape, strict=True)
+        ):
+            raise ValueError(
+                f"parts of {self.part_shape} do not divide blocks of {self.block_shape}"
             )
 
     @cached_property

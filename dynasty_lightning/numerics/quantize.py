@@ -63,8 +63,8 @@ def quantize(
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
         scope: what shares a window and a non-finite check: a "row" is a sample at a position.
-        code, micro_bits: as `BlockFormat` has them; they need blocks of 1, 4, 8 or 16 rows and 4, 8
-            or 16 channels.
+        code, micro_bits: as `BlockFormat` has them; they need square blocks of 4, 8 or 16
+            channels, or one row of such.
 
     Raises:
         ValueError: empty tensors, widths or requests that do not fit, blocks that span scopes.
@@ -85,9 +85,11 @@ def quantize(
     if not isinstance(stream, StreamPosition | None):
         raise TypeError(f"stream is a StreamPosition or None, not {stream!r}")
     layout = _layout_of(x, block_shape, channel_axis, width_group, scope)
-    if code != "symmetric" or micro_bits:
-        edge = layout.block_shape[1]
-        own = BlockFormat(block_shape=(edge, edge), code=code, micro_bits=micro_bits)
+    if (code, micro_bits) != ("symmetric", 0):
+        rows, edge = layout.block_shape
+        square = (rows, edge) if rows > 1 else (edge, edge)
+        own = BlockFormat(block_shape=square, code=code, micro_bits=micro_bits)
+        micro_bits = own.micro_bits
         layout = replace(layout, part_shape=own.part_shape(layout.block_shape))
     recipe = Recipe(
         role=role,

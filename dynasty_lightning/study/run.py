@@ -110,7 +110,9 @@ def train(
     )
     parts = _Parts(
         callback=callback,
-        watchers=tuple(make_watcher(name, callback) for name in (*method.watchers, *watch))
+        watchers=tuple(
+            make_watcher(name, callback) for name in dict.fromkeys((*method.watchers, *watch))
+        )
         if callback
         else (),
         watch=RunWatch(config, callback, progress),

@@ -7,6 +7,8 @@ import torch
 
 from dynasty_lightning.hardware import core_watch
 from dynasty_lightning.policy.schedule import AnalysisSchedule
+from dynasty_lightning.study.config import RunConfig
+from dynasty_lightning.study.run import train_one
 
 
 class StandIn:
@@ -68,3 +70,12 @@ def test_the_core_over_a_short_run(monkeypatch, steps, warmup, expected):
     assert looked
     assert set(looked) <= set(range(1, steps + 1))
     assert figures["speedup_core"] == pytest.approx(expected)
+
+
+def test_a_watcher_that_a_method_has_anyway_may_be_asked_for() -> None:
+    config = RunConfig(
+        data="digits", model="mlp", method="uniform4", seed=0, epochs=1, batch_size=64,
+        train_samples=128,
+    )  # fmt: skip
+    record = train_one(config, watch=["core"])
+    assert record["status"] == "complete", record.get("error")

@@ -147,6 +147,8 @@ def test_layers_train_in_fine_formats():
         ({"code": "signed"}, "code must be one of symmetric, split, not 'signed'"),
         ({"micro_bits": 3}, r"micro_bits must be one of \(0, 1, 2\), not 3"),
         ({"micro_bits": True}, "micro_bits must be one of"),
+        ({"micro_bits": 1.0}, r"micro_bits must be one of .*, not 1\.0"),
+        ({"micro_bits": None}, r"micro_bits must be one of .*, not None"),
         ({"code": "split", "block_shape": (1, 16)}, r"needs blocks of .*, not \(1, 16\)"),
     ],
 )
@@ -166,7 +168,7 @@ def test_a_map_knows_its_codes(tmp_path):
     assert PrecisionMap.load(path, network).structure.code == "split"
     plain = torch.nn.Sequential(torch.nn.Linear(8, 4))
     convert(plain)
-    with pytest.raises(ValueError, match=r"made for blocks of code='split', micro_bits=1"):
+    with pytest.raises(ValueError, match=r"made for blocks of .*, code='split', micro_bits=1; "):
         PrecisionMap.load(path, plain)
     DynastyPrecision().convert_module(plain)
     assert "code" not in model_structure(plain).to_json()  # files of before stay what they were
@@ -196,3 +198,35 @@ def test_a_checkpoint_keeps_its_codes():
     assert network[0].format == plugin.format
     x = torch.randn(3, 8)
     assert torch.equal(network.eval()(x), trained.eval()(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 4), (7, 8), (12, 8), (4, 12)])
+@pytest.mark.parametrize(("code", "micro"), [("split", 0), ("split", 1)])
+def test_blocks_that_are_not_square_are_refused(shape, code, micro):
+    with pytest.raises(ValueError, match=rf"must be one of .*, not \({shape[0]}, {shape[1]}\)"):
+        quantize(
+            torch.zeros(24, 24), 4, role=Role.WEIGHT, block_shape=shape, code=code, micro_bits=micro
+        )
+    with pytest.raises(ValueError, match="do not divide"):
+        BlockLayout(shape=(8, 8), block_shape=(3, 4), channel_axis=1, part_shape=(2, 2))
+
+
+def test_a_whole_number_of_another_kind_is_one():
+    assert type(BlockFormat(micro_bits=np.int64(1)).micro_bits) is int
+    assert quantize(torch.ones(4, 4), 4, role=Role.WEIGHT, micro_bits=np.int64(2)).bits.item() == 4
+
+
+def test_the_core_takes_no_arrays_of_fine_blocks():
+    with pytest.raises(ValueError, match="symmetric codes with one exponent a block so far"):
+        quantize(torch.ones(4, 4), 4, role=Role.WEIGHT, code="split").numpy()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("code", "micro"), [("split", 0), ("split", 1), ("symmetric", 2)])
+def test_a_compiled_network_computes_what_the_eager_one_does(code, micro):
+    torch._dynamo.reset()
+    network = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.ReLU(), torch.nn.Linear(10, 6))
+    convert(network, mode="exact", code=code, micro_bits=micro)
+    x = torch.randn(9, 12)
+    expected = network(x)
+    assert torch.equal(torch.compile(network)(x), expected)
