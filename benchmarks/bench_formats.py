@@ -17,8 +17,8 @@ E is rounded stochastically and never saturates: its noise is the variance, comp
 Parts of a format: blocks of 4x4 or 8x8 with one width and one exponent; `split`: codes -2**p to
 2**p - 1 and a flag, of the block or of each part, that negates them; `micro`: each part's LSB lies
 0 or 1 (1 bit), or 0 to 3 (2 bits), binades below the block's; `x1.5`: an LSB of 1 or 1.5 times a
-power of two. The least squared error chooses; with `slack` the finest LSB in whose units no element
-exceeds its limit by more than that, which costs two comparisons in place of a search.
+power of two. The least squared error chooses; plain blocks, and what is "by rule", are rounded by
+the package's own quantizer.
 
 Expected, computed on Gaussian blocks before: split W .50 / .61 / .74 of today's noise at 2 / 3 / 4
 bits; 8x8 blocks with a micro exponent and a flag for each 4x4 part the same; for each 2x2 part
@@ -38,6 +38,9 @@ from lib.common import parser, progress, provenance, write_json
 from lib.operands import Network, Operand, blocks_of, capture
 from torch import Tensor
 
+from dynasty_lightning import quantize
+from dynasty_lightning.numerics.quantized import BlockTensor
+from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.roles import Role
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +72,10 @@ NETWORKS = (
 SMOKE = (Network(title="digits", data="digits", model="resnet8", train_samples=512, epochs=1),)
 EARLY = 40
 """Step of the early operands."""
-WIDTHS = (1, 2, 3, 4, 5, 6)
+WIDTHS = (2, 3, 4, 5, 6)
 MEANS = (2.5, 3.0, 4.0, 5.0)
 """Mean widths at which formats are compared at equal cost."""
-MOST_BLOCKS = 600
+MOST_BLOCKS = 400
 """Of 8x8, a layer and role; a twentieth of it for --smoke."""
 
 
@@ -85,8 +88,8 @@ class Format:
         reach: binades that a part's LSB may lie below the block's.
         split: "" without, "block" with a flag a block, "part" with a flag a part.
         scales: what the block's LSB may be, over a power of two.
-        slack: None chooses by error; else the finest LSB in whose units no element exceeds its
-            limit by more than this.
+        offered: code and micro_bits of the package's own quantizer, which then does it, by its
+            rule; None chooses by error.
     """
 
     name: str
@@ -95,7 +98,7 @@ class Format:
     reach: int = 0
     split: str = ""
     scales: tuple[float, ...] = (1.0,)
-    slack: float | None = None
+    offered: tuple[str, int] | None = None
 
     @property
     def header_bits(self) -> float:
@@ -110,7 +113,7 @@ class Format:
         return self.part or self.edge
 
 
-TODAY = Format(name="4x4 today", edge=4, slack=0.5)
+TODAY = Format(name="4x4 plain", edge=4, offered=("symmetric", 0))
 SPLIT = Format(name="4x4 split", edge=4, reach=1, split="block")
 QUARTERS = Format(name="4x4 split, micro 1 of 2x2", edge=4, part=2, reach=1, split="block")
 EIGHT = Format(name="8x8 split, micro 2 of 2x2", edge=8, part=2, reach=3, split="block")
@@ -118,26 +121,88 @@ FORMATS = (
     TODAY,
     Format(name="4x4, two exponents", edge=4, reach=1),
     SPLIT,
-    replace(SPLIT, name="4x4 split, slack 0.75", slack=0.75),
+    replace(SPLIT, name="4x4 split, by rule", offered=("split", 0)),
     replace(SPLIT, name="4x4 split, x1.5", scales=(1.0, 1.5)),
     replace(QUARTERS, name="4x4 micro 1 of 2x2", split=""),
+    replace(QUARTERS, name="4x4 micro 1 of 2x2, by rule", split="", offered=("symmetric", 1)),
     QUARTERS,
-    *(
-        replace(QUARTERS, name=f"4x4 split, micro 1 of 2x2, slack {slack:g}", slack=slack)
-        for slack in (0.5, 0.75, 1.0)
-    ),
+    replace(QUARTERS, name="4x4 split, micro 1 of 2x2, by rule", offered=("split", 1)),
     replace(QUARTERS, name="4x4 split of parts, micro 1 of 2x2", split="part"),
     replace(QUARTERS, name="4x4 split, micro 2 of 2x2", reach=3),
-    Format(name="8x8 today", edge=8, slack=0.5),
+    replace(QUARTERS, name="4x4 split, micro 2 of 2x2, by rule", reach=3, offered=("split", 2)),
+    Format(name="8x8 plain", edge=8, offered=("symmetric", 0)),
     replace(EIGHT, name="8x8 split of parts, micro 2 of 4x4", part=4, split="part"),
-    replace(EIGHT, name="8x8 split, micro 1 of 2x2", reach=1),
     EIGHT,
-    *(
-        replace(EIGHT, name=f"8x8 split, micro 2 of 2x2, slack {slack:g}", slack=slack)
-        for slack in (0.75, 1.0)
-    ),
+    replace(EIGHT, name="8x8 split, micro 1 of 2x2, by rule", reach=1, offered=("split", 1)),
+    replace(EIGHT, name="8x8 split, micro 2 of 2x2, by rule", offered=("split", 2)),
     replace(EIGHT, name="8x8 split of parts, micro 2 of 2x2", split="part"),
 )
+
+
+def quantized(
+    parts: Tensor, bits: Tensor | None, lsb: int, own: Format, role: Role, *, draw: int = 0
+) -> BlockTensor:
+    """The blocks as the package's quantizer has them, as an operand of a position each."""
+    assert own.offered is not None
+    code, micro_bits = own.offered
+    return quantize(
+        blocks_from(parts, own).permute(1, 2, 0).float(),
+        None if bits is None else bits.view(1, 1, -1),
+        lsb_exponent=None if bits is not None else lsb,
+        least_bits=2 if bits is None else 0,
+        role=role,
+        block_shape=(own.edge, own.edge),
+        code=code,
+        micro_bits=micro_bits,
+        stream=StreamPosition(backward_count=draw),
+    )
+
+
+def noise_as_quantized(parts: Tensor, bits: Tensor, own: Format, role: Role) -> Tensor:
+    """`noise` of an offered format: of the quantizer itself, whose scales also give the variance
+    of stochastic rounding. A scope of its own for each block, so that no window cuts.
+    """
+    found = torch.empty(len(parts), dtype=torch.float64)
+    # Blocks of about one size share a window.
+    exponent = _exponent(parts.abs().amax((1, 2)))
+    for e in exponent.unique().tolist():
+        of = exponent == e
+        x = blocks_from(parts[of], own).permute(1, 2, 0).double()
+        if role is not Role.ERROR:
+            blocks = quantized(parts[of], bits[of], 0, own, role)
+            found[of] = ((blocks.dequantize(torch.float64) - x) ** 2).sum((0, 1))
+            continue
+        lsb = 2.0 ** _scales(parts[of], bits[of], own).double()
+        y = x / lsb
+        fraction = y - y.floor()
+        found[of] = (fraction * (1 - fraction) * lsb**2).sum((0, 1))
+    return found
+
+
+def _scales(parts: Tensor, bits: Tensor, own: Format) -> Tensor:
+    """Scale exponent of each element, [edge, edge, n]. A block that rounds to zero keeps none, so
+    each is drawn until it does not.
+    """
+    shape = (own.edge, own.edge, len(parts))
+    found, seen = torch.zeros(shape, dtype=torch.int16), torch.zeros(shape, dtype=torch.bool)
+    for draw in range(200):
+        blocks = quantized(parts, bits, 0, own, Role.ERROR, draw=draw)
+        by = own.edge // blocks.scale_exponents.shape[0]
+        scales = blocks.scale_exponents.repeat_interleave(by, 0).repeat_interleave(by, 1)
+        known = (blocks.bits > 0).expand(shape)
+        found = torch.where(known, scales, found)
+        seen = seen | known
+        if bool(seen.all()):
+            return found
+    raise RuntimeError("a block rounds to zero in each of 200 draws")
+
+
+def blocks_from(parts: Tensor, own: Format) -> Tensor:
+    """The inverse of `parts_of`: [n, edge, edge]."""
+    edge, part = own.edge, own.part_edge
+    along = edge // part
+    cut = parts.view(-1, along, along, part, part).transpose(2, 3)
+    return cut.reshape(-1, edge, edge)
 
 
 def noise(parts: Tensor, bits: Tensor, signed: Tensor, own: Format, *, stochastic: bool) -> Tensor:
@@ -153,22 +218,15 @@ def noise(parts: Tensor, bits: Tensor, signed: Tensor, own: Format, *, stochasti
     coarsest = _Choice(
         parts=parts.double(), magnitude=magnitude, signed=signed, stochastic=stochastic
     )
-    # Block LSBs: a binade above the natural one, where the largest element may need it; the
-    # natural one; with parts, the one below, which saturates.
-    shifts = (1, 0, -1) if own.part else (1, 0)
+    # Block LSBs: a binade above the natural one, which E may need; the natural one; where there is
+    # a choice, the one below, which saturates.
+    shifts = (1, 0, -1) if own.reach else (1, 0)
     found = [
         coarsest.best(scale * 2.0 ** (top + shift).double(), own)
         for scale in own.scales
         for shift in shifts
     ]
-    errors, over = (torch.stack(values) for values in zip(*found, strict=True))
-    if own.slack is None or stochastic:
-        return errors.amin(0)
-    # By peak: the finest block LSB under which nothing exceeds the slack.
-    order = torch.arange(len(found))[:, None].expand_as(errors)
-    allowed = torch.where(over <= own.slack, order, -1)
-    chosen = allowed.amax(0, keepdim=True).clamp(min=0)
-    return errors.gather(0, chosen).squeeze(0)
+    return torch.stack(found).amin(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,52 +238,34 @@ class _Choice:
     signed: Tensor
     stochastic: bool
 
-    def best(self, lsb: Tensor, own: Format) -> tuple[Tensor, Tensor]:
-        """Error of each block, and by how many LSBs of its part an element exceeds its limit."""
+    def best(self, lsb: Tensor, own: Format) -> Tensor:
+        """Error of each block."""
         flags = (1.0, -1.0) if own.split else (0.0,)
-        by_flag = [self._of_flag(lsb, own, flag) for flag in flags]
-        errors, over = (torch.stack(values) for values in zip(*by_flag, strict=True))
-        key = errors if own.slack is None or self.stochastic else over * 1e12 + errors
+        errors = torch.stack([self._of_flag(lsb, own, flag) for flag in flags])
         if own.split == "part":
-            chosen = key.argmin(0, keepdim=True)
-            errors, over = errors.gather(0, chosen)[0], over.gather(0, chosen)[0]
-            return errors.sum(1), over.amax(1)
-        of_block = errors.sum(2) if key is errors else over.amax(2) * 1e12 + errors.sum(2)
-        chosen = of_block.argmin(0, keepdim=True)
-        return (
-            errors.sum(2).gather(0, chosen)[0],
-            over.amax(2).gather(0, chosen)[0],
-        )
+            return errors.amin(0).sum(1)
+        return errors.sum(2).amin(0)
 
-    def _of_flag(self, lsb: Tensor, own: Format, flag: float) -> tuple[Tensor, Tensor]:
+    def _of_flag(self, lsb: Tensor, own: Format, flag: float) -> Tensor:
         """Of each part, [n, parts], under its best micro exponent."""
         limit = (2.0**self.magnitude)[:, None, None]
         signed = self.signed[:, None, None]
         # The longer end, one level more, is the negative one unless the flag turns the codes.
         low = torch.where(signed, -limit + (flag != 1.0), torch.zeros_like(limit))
         high = limit - 1.0 + (flag == -1.0) * signed
-        best = over = None
-        reach = own.reach if own.part else 0
-        for below in range(reach + 1):
+        best = torch.full(self.parts.shape[:2], math.inf, dtype=torch.float64)
+        for below in range((own.reach if own.part else 0) + 1):
             unit = (lsb * 2.0**-below)[:, None, None]
             y = self.parts / unit
-            beyond = torch.maximum(low - y, y - high).amax(2).clamp(min=0)
             if self.stochastic:
+                fits = ((y >= low) & (y <= high)).all(2)
                 fraction = y - y.floor()
                 error = (fraction * (1 - fraction) * unit**2).sum(2)
-                error = torch.where(beyond > 0, math.inf, error)
+                error = torch.where(fits, error, math.inf)
             else:
                 error = ((y.round().clamp(low, high) * unit - self.parts) ** 2).sum(2)
-            if best is None or over is None:
-                best, over = error, beyond
-                continue
-            take = error < best
-            if own.slack is not None and not self.stochastic:
-                take = beyond <= own.slack  # the finest that fits
-            best, over = torch.where(take, error, best), torch.where(take, beyond, over)
-        assert best is not None
-        assert over is not None
-        return best, over
+            best = torch.minimum(best, error)
+        return best
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -264,29 +304,35 @@ def measure(operand: Operand, blocks: Tensor, own: Format) -> Measured:
     if operand.role is Role.ACTIVATION:
         signed = parts.amin((1, 2)) < 0
     power = float((blocks.double() ** 2).sum())
+
+    def error_of(width: Tensor) -> Tensor:
+        if own.offered is not None:
+            return noise_as_quantized(parts, width, own, operand.role)
+        return noise(parts, width, signed, own, stochastic=stochastic)
+
     fixed = {}
     for bits in WIDTHS:
-        if bits == 1 and (stochastic or bool(signed.any())):
-            continue
-        width = torch.full((len(parts),), bits)
-        fixed[bits] = float(noise(parts, width, signed, own, stochastic=stochastic).sum()) / power
-    elements = blocks.numel()
+        fixed[bits] = float(error_of(torch.full((len(parts),), bits)).sum()) / power
+    square = (parts.double() ** 2).sum((1, 2))
     exponent = _exponent(parts.abs().amax((1, 2)))
     curve = []
     for threshold in range(int(exponent.max()) - 8, int(exponent.max()) + 1):
         above = exponent - threshold
         width = (above + 1 + signed + stochastic).clamp(2, 8)
-        zero = above < 0
-        error = noise(parts, width, signed, own, stochastic=stochastic)
+        if own.offered is not None:
+            width = quantized(parts, None, threshold, own, operand.role).bits.flatten().long()
+            width = width.clamp(min=2)
+        error = error_of(width)
         if stochastic:  # dropped with probability 1 - 2**-d: variance of the enlarged block
-            depth = (-above - 1).clamp(0, 3).double()
-            square = (parts.double() ** 2).sum((1, 2))
+            zero, depth = above < -1, (-above - 1).clamp(0, 3).double()
             error = torch.where(zero, error * 2.0**depth + square * (2.0**depth - 1), error)
             spent = torch.where(zero, 2.0 * 2.0**-depth, width.double())
         else:
-            error = torch.where(zero, (parts.double() ** 2).sum((1, 2)), error)
-            spent = torch.where(zero, 0, width).double()
-        curve.append((float(spent.sum()) * own.edge**2 / elements, float(error.sum()) / power))
+            zero = above < 0
+            error, spent = torch.where(zero, square, error), torch.where(zero, 0, width).double()
+        curve.append(
+            (float(spent.sum()) * own.edge**2 / blocks.numel(), float(error.sum()) / power)
+        )
     return Measured(fixed=fixed, curve=curve)
 
 
@@ -336,7 +382,7 @@ def _rows(
         fixed, equal = {}, {}
         for bits in WIDTHS:
             pairs = [
-                (m.fixed[bits], t.fixed[max(bits, 2)])
+                (m.fixed[bits], t.fixed[bits])
                 for m, t in zip(measured[own.name], today, strict=True)
                 if bits in m.fixed
             ]
@@ -400,16 +446,33 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def check() -> None:
+    """A search finds no more noise than the quantizer's rule does, and of plain blocks the same."""
+    x = torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(0))
+    for own in (f for f in FORMATS if f.offered is not None):
+        parts = parts_of(x, own)
+        signed = torch.ones(len(parts), dtype=torch.bool)
+        for bits in (2, 3, 5):
+            width = torch.full((len(parts),), bits)
+            searched = noise(parts, width, signed, own, stochastic=False)
+            rounded = noise_as_quantized(parts, width, own, Role.WEIGHT)
+            assert bool((searched <= rounded * (1 + 1e-9)).all()), (own.name, bits)
+            if own.offered == ("symmetric", 0):
+                assert float(rounded.sum() / searched.sum()) < 1.01, own.name
+
+
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--data-dir", help="folder of the data files (default: $DYNASTY_DATA)")
     a = p.parse_args()
     torch.set_num_threads(1)
-    some = (TODAY, QUARTERS, replace(QUARTERS, name="slack 1", slack=1.0), EIGHT)
+    check()
+    by_rule = [f for f in FORMATS if f.name.endswith("micro 1 of 2x2, by rule")]
+    some = (TODAY, QUARTERS, *by_rule, EIGHT)
     rows = run(SMOKE if a.smoke else NETWORKS, some if a.smoke else FORMATS, a)
     report(rows)
     today = [r for r in rows if r["format"] == TODAY.name]
-    assert all(abs(v["to_today"] - 1) < 1e-9 for r in today for b, v in r["fixed"].items() if b > 1)
+    assert all(abs(v["to_today"] - 1) < 1e-9 for r in today for b, v in r["fixed"].items())
     write_json(a.results or (None if a.smoke else RESULTS), {**provenance(a), "rows": rows})
 
 

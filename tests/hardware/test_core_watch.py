@@ -74,8 +74,13 @@ def test_the_core_over_a_short_run(monkeypatch, steps, warmup, expected):
 
 def test_a_watcher_that_a_method_has_anyway_may_be_asked_for() -> None:
     config = RunConfig(
-        data="digits", model="mlp", method="uniform4", seed=0, epochs=1, batch_size=64,
+        data="digits",
+        model="mlp",
+        method="uniform4",
+        seed=0,
+        epochs=1,
+        batch_size=64,
         train_samples=128,
-    )  # fmt: skip
+    )
     record = train_one(config, watch=["core"])
     assert record["status"] == "complete", record.get("error")
