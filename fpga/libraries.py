@@ -18,7 +18,7 @@ from typing import IO, Final, TypeVar
 from .errors import CompileError, ToolMissing
 from .files import DamagedFile, cache_folder, check_seal, write_atomically
 
-COMPILE_SECONDS: Final = 300.0
+COMPILE_SECONDS: Final = 900.0
 VERSION_SECONDS: Final = 60.0
 _FOLDER_MODE: Final = 0o755  # others may read, whatever else the umask would let them do
 _LIBRARY_MODE: Final = 0o644

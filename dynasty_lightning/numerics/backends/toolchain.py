@@ -47,7 +47,7 @@ SANITIZER_FLAGS: Final = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize
 _QUOTED_LINES: Final = 15
 _FIRST_USE: Final = (
     "dynasty_lightning: compiling the quantizer for this processor, once (a few seconds with "
-    "AVX-512, about a minute without) ..."
+    "AVX-512, a minute or two without) ..."
 )
 
 
