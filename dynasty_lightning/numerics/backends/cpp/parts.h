@@ -55,8 +55,6 @@ class FineBlocks {
         parts_(PartArgs(args)),
         part_count_(parts_.row_blocks * parts_.BlocksOfRow(args)) {}
 
-  int64_t part_count() const { return part_count_; }
-
   Found Load(const Place& at) const {
     Int high = Ints(0), low = Ints(0);
     EachPart(at, [&](int64_t first, int32_t step, Mask lanes) {
