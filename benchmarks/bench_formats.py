@@ -14,7 +14,7 @@ last step and rounded in every format:
 
 E is rounded stochastically and never saturates: its noise is the variance, computed, not drawn.
 
-Parts of a format: blocks of 4x4 or 8x8 with one width and one exponent; `split`: codes -2**p to
+Parts of a format: blocks with one width and one exponent; `split`: codes -2**p to
 2**p - 1 and a flag, of the block or of each part, that negates them; `micro`: each part's LSB lies
 0 or 1 (1 bit), or 0 to 3 (2 bits), binades below the block's; `x1.5`: an LSB of 1 or 1.5 times a
 power of two. The least squared error chooses; plain blocks, and what is "by rule", are rounded by
@@ -75,8 +75,9 @@ EARLY = 40
 WIDTHS = (2, 3, 4, 5, 6)
 MEANS = (2.5, 3.0, 4.0, 5.0)
 """Mean widths at which formats are compared at equal cost."""
-MOST_BLOCKS = 400
-"""Of 8x8, a layer and role; a twentieth of it for --smoke."""
+LARGEST = 16
+MOST_BLOCKS = 100
+"""Of 16x16, a layer and role; a twentieth of it for --smoke."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +132,14 @@ FORMATS = (
     replace(QUARTERS, name="4x4 split, micro 2 of 2x2", reach=3),
     replace(QUARTERS, name="4x4 split, micro 2 of 2x2, by rule", reach=3, offered=("split", 2)),
     Format(name="8x8 plain", edge=8, offered=("symmetric", 0)),
+    Format(name="8x8 split, by rule", edge=8, reach=1, split="block", offered=("split", 0)),
     replace(EIGHT, name="8x8 split of parts, micro 2 of 4x4", part=4, split="part"),
     EIGHT,
     replace(EIGHT, name="8x8 split, micro 1 of 2x2, by rule", reach=1, offered=("split", 1)),
     replace(EIGHT, name="8x8 split, micro 2 of 2x2, by rule", offered=("split", 2)),
     replace(EIGHT, name="8x8 split of parts, micro 2 of 2x2", split="part"),
+    Format(name="16x16 plain", edge=16, offered=("symmetric", 0)),
+    Format(name="16x16 split, by rule", edge=16, reach=1, split="block", offered=("split", 0)),
 )
 
 
@@ -273,7 +277,7 @@ def _exponent(x: Tensor) -> Tensor:
 
 
 def parts_of(blocks: Tensor, own: Format) -> Tensor:
-    """[n, 8, 8] as blocks of the format, [n', parts, elements]."""
+    """[n, 16, 16] as blocks of the format, [n', parts, elements]."""
     edge, part = own.edge, own.part_edge
     cut = blocks.unflatten(2, (-1, edge)).unflatten(1, (-1, edge)).transpose(2, 3).flatten(0, 2)
     return (
@@ -373,7 +377,7 @@ def _rows(
     most: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    chosen = [(o, blocks_of(o, 8, most=most, seed=seed)) for o in operands if o.role is role]
+    chosen = [(o, blocks_of(o, LARGEST, most=most, seed=seed)) for o in operands if o.role is role]
     chosen = [(o, b) for o, b in chosen if bool(b.any())]
     measured = {f.name: [measure(o, b, f) for o, b in chosen] for f in formats}
     today = measured[TODAY.name]
@@ -448,7 +452,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def check() -> None:
     """A search finds no more noise than the quantizer's rule does, and of plain blocks the same."""
-    x = torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, LARGEST, LARGEST, generator=torch.Generator().manual_seed(0))
     for own in (f for f in FORMATS if f.offered is not None):
         parts = parts_of(x, own)
         signed = torch.ones(len(parts), dtype=torch.bool)
