@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV): Python packages as constraints.txt pins them"
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt_install,python3-venv); }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fpga,pynq,gpu]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,fpga,pynq,gpu,rtl]'
 	@touch $@
 
 $(NEWEST)/.installed: pyproject.toml constraints.txt constraints-newest.txt

@@ -349,6 +349,26 @@ def formats(role: str) -> str:
     return table(header, cells)
 
 
+def engines() -> str:
+    """Units of tables for each format, and the largest array of each on the chip."""
+    cells = []
+    for r in _json("engines.json")["rows"]:
+        equal = r["macs_per_cycle_at_equal_noise"]
+        cells.append(
+            [
+                r["format"] + (f" ({r['note']})" if r["note"] else ""),
+                str(r["shape"]["columns"]),
+                str(r["area"]["luts"]),
+                f"{r['luts_per_mac']:.1f}",
+                str(r["units"]),
+                *(f"{r['macs_per_cycle'][planes]:.0f}" for planes in "2348"),
+                *("-" if equal[m] is None else f"{equal[m]:.0f}" for m in ("3.0", "4.0")),
+            ]
+        )
+    header = ["", "columns", "LUT", "LUT a MAC", "units", "2 planes", "3", "4", "8"]
+    return table([*header, "noise of 3 bits", "of 4"], cells)
+
+
 # -- Reference: from the code
 
 
@@ -420,6 +440,7 @@ PARTS: Final[dict[str, Callable[..., str]]] = {
     "memory": memory,
     "profile": profile,
     "formats": formats,
+    "engines": engines,
     "api": api,
     "command-line": command_line,
 }
