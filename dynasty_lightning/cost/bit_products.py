@@ -17,6 +17,7 @@ from ..numerics.formats import MAX_BITS
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import READS, SHARED, Gemm, Role
 from .counts import BASELINE_BITS, ZERO_CHARGE, GemmCost
+from .law import BITS, CostLaw
 from .pair_sums import TapAxis, forward_gram, gram, per_tap, tap_axes, wgrad_gram
 
 __all__ = ["layer_cost"]
@@ -34,6 +35,7 @@ def layer_cost(
     has_wgrad: bool = True,
     first_columns: Tensor | None = None,
     backward_bits: Mapping[Role, Tensor] | None = None,
+    law: CostLaw = BITS,
 ) -> dict[Gemm, GemmCost]:
     """Cost of each GEMM that a layer's training step runs.
 
@@ -50,6 +52,7 @@ def layer_cost(
             W; else None.
         backward_bits: of X as WGRAD reads it and W as DGRAD does, where that is a copy of its own
             with other widths than FORWARD's.
+        law: what `engine` and its kin count.
 
     Raises:
         ValueError: shapes or grids that do not belong together.
@@ -74,6 +77,7 @@ def layer_cost(
         grids=grids,
         band=_band(geometry, grids, first_columns, block_shape[1]),
         copies=frozenset(copies),
+        law=law,
     )
     factors = _factors(layer, bits, occupied)
     backward = factors | _factors(layer, {r: b for r, b in copies.items() if r in SHARED}, occupied)
@@ -92,6 +96,7 @@ class _Layer:
         band: int64 [row blocks, band blocks], the channel block that a block of W reads; that of X
             behind the last where none is stored.
         copies: operands that backward has a copy of its own of.
+        law: what a product costs beside bit products.
     """
 
     geometry: LayerGeometry
@@ -101,6 +106,7 @@ class _Layer:
     grids: Mapping[Role, tuple[int, ...]]
     band: Tensor
     copies: frozenset[Role]
+    law: CostLaw
 
     @property
     def samples(self) -> int:
@@ -215,30 +221,46 @@ def _gemm_cost(
         single_bits=elements * sum(sums[role][_BITS] for role in alone),
         single_blocks=sum(layer.blocks(role) for role in alone),
         outputs=math.prod(outputs[gemm]),
+        **_priced(layer.law, g, pair_macs, pairs),
     )
 
 
-# -- Grids. X and E become [3, row blocks, channel blocks, *image], W [3, row blocks, band blocks,
-# taps]; the leading axis holds what pair sums are made of.
-_BITS, _NONZERO, _OCCUPIED = range(3)
+def _priced(law: CostLaw, g: list[list[int]], pair_macs: int, pairs: int) -> dict[str, float]:
+    """The counts of a cost law, of the operands in the roles that make the GEMM cheaper."""
+    if law is BITS:
+        return {}
+    engine = min(g[_SERIAL][_STATIONARY], g[_STATIONARY][_SERIAL])
+    return {
+        "engine": pair_macs * engine,
+        "engine_charged": pair_macs * (engine + law.zero_charge * (pairs - g[_NONZERO][_NONZERO])),
+        "engine_baseline": pair_macs * law.baseline * g[_OCCUPIED][_OCCUPIED],
+    }
+
+
+# -- Grids. X and E become [n, row blocks, channel blocks, *image], W [n, row blocks, band blocks,
+# taps]; the leading axis holds what pair sums are made of, the last two of them by a cost law.
+_BITS, _NONZERO, _OCCUPIED, _SERIAL, _STATIONARY = range(5)
 
 
 def _factors(
     layer: _Layer, bits: Mapping[Role, Tensor], occupied: Mapping[Role, Tensor]
 ) -> dict[Role, Tensor]:
-    """Of each operand that `bits` names, [3, *grid] on the CPU: widths, and 1 where the quantized
-    or the input block is not zero.
+    """Of each operand that `bits` names, [n, *grid] on the CPU: widths, 1 where the quantized or
+    the input block is not zero, and the cost law's factors where it is not that of bit products.
     """
+    laws = () if layer.law is BITS else (layer.law.serial, layer.law.stationary)
     result = {}
     for role, grid in bits.items():
         dtype = torch.float64 if role is Role.WEIGHT else layer.dtype
-        factors = torch.empty(3, *grid.shape, dtype=dtype)
+        factors = torch.empty(_SERIAL + len(laws), *grid.shape, dtype=dtype)
+        for row, of_width in zip(factors[_SERIAL:], laws, strict=True):
+            row.copy_(torch.tensor(of_width, dtype=dtype)[grid.to("cpu", torch.int64)])
         factors[_BITS] = grid
         torch.clamp(factors[_BITS], max=1, out=factors[_NONZERO])
         factors[_OCCUPIED] = occupied[role]
         if role is Role.WEIGHT:
             stored = layer.is_stored
-            factors = factors.reshape(3, *stored.shape, -1) * stored.unsqueeze(-1)
+            factors = factors.reshape(len(factors), *stored.shape, -1) * stored.unsqueeze(-1)
         elif layer.geometry.kind == "linear":
             # Tokens are further rows: there are no taps that would tie positions together.
             factors = factors.flatten(1, -2)
@@ -247,7 +269,7 @@ def _factors(
 
 
 def _over_samples(factors: Tensor) -> Tensor:
-    """float64 [3, channel blocks, *image]."""
+    """float64 [n, channel blocks, *image]."""
     return factors.sum(1).double()
 
 

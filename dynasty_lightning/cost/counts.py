@@ -18,6 +18,8 @@ ZERO_CHARGE: Final = 4
 """Bit products a MAC that the charged figures put on a pair with a zero block: as if both blocks
 had 2 bits.
 """
+_LATER: Final = 3
+"""Counts that files of before cost laws do not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class GemmCost:
         single_bits, single_blocks: of these, what no second GEMM reads: X and W where backward has
             copies of its own.
         outputs: float32 results, the same in either run.
+        engine, engine_charged, engine_baseline: as `products`, `products_charged`, `baseline`, but
+            by the cost law that was asked for; 0 where that is bit products.
 
     >>> half = GemmCost(products=16, products_charged=20, baseline=64)
     >>> half.speedup_ideal, half.speedup_charged
@@ -73,6 +77,9 @@ class GemmCost:
     single_bits: float = 0
     single_blocks: float = 0
     outputs: float = 0
+    engine: float = 0
+    engine_charged: float = 0
+    engine_baseline: float = 0
 
     def __add__(self, other: "GemmCost") -> "GemmCost":
         return GemmCost.from_list(
@@ -91,6 +98,8 @@ class GemmCost:
             dot_products=self.dot_products_baseline,
             read_bits=self.read_bits_baseline,
             stored_bits=self.stored_bits_baseline,
+            engine=self.engine_baseline,
+            engine_charged=self.engine_baseline,
         )
 
     def scaled(self, factor: float) -> "GemmCost":
@@ -111,14 +120,46 @@ class GemmCost:
         """
         return _ratio(self.baseline, self.products_charged)
 
+    @property
+    def spent(self) -> float:
+        """`engine_charged`, or `products_charged` where no other cost law was asked for: what a
+        target is steered in.
+        """
+        return self.engine_charged if self.engine_baseline else self.products_charged
+
+    @property
+    def full(self) -> float:
+        """`spent` of the uniform 8-bit run."""
+        return self.engine_baseline or self.baseline
+
+    @property
+    def speedup(self) -> float:
+        """In the currency of the cost law, zero blocks counted. NaN before anything is counted."""
+        return _ratio(self.full, self.spent)
+
+    @property
+    def speedup_engine(self) -> float | None:
+        """`speedup` by a cost law other than bit products; None without one."""
+        return self.speedup if self.engine_baseline else None
+
     def to_list(self) -> list[float]:
         """All counts in field order."""
         return [getattr(self, f.name) for f in fields(self)]
 
+    def to_state(self) -> list[float]:
+        """`to_list` for a file, as it was before there were cost laws where none counts."""
+        values = self.to_list()
+        return values if self.engine_baseline else values[:-_LATER]
+
     @classmethod
     def from_list(cls, values: Iterable[float]) -> "GemmCost":
-        """The inverse of `to_list`. Raises ValueError for another number of counts."""
-        return cls(**dict(zip((f.name for f in fields(cls)), values, strict=True)))
+        """The inverse of `to_list` and `to_state`. Raises ValueError for another number of
+        counts.
+        """
+        names, values = [f.name for f in fields(cls)], list(values)
+        if len(values) == len(names) - _LATER:
+            values += [0.0] * _LATER
+        return cls(**dict(zip(names, values, strict=True)))
 
 
 StepCost: TypeAlias = GemmCost

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over pairs of blocks as products of small sums, and the small tables of taps that they need.
 
-Factors are [3, row blocks, channel blocks, *image] of X and E, [3, row blocks, band blocks, taps]
+Factors are [n, row blocks, channel blocks, *image] of X and E, [n, row blocks, band blocks, taps]
 of W; the leading axis holds what is multiplied.
 """
 
@@ -71,7 +71,7 @@ def _tap_axis(
 
 
 def per_tap(values: Tensor, tables: Iterable[Tensor]) -> Tensor:
-    """[3, K, *positions] -> [3, K, taps]: sum over the positions that take part at each tap."""
+    """[n, K, *positions] -> [n, K, taps]: sum over the positions that take part at each tap."""
     # Each contraction takes the first position axis away and puts its taps last, so the order of
     # the axes is kept.
     values = reduce(lambda v, table: torch.tensordot(v, table, dims=([2], [1])), tables, values)
@@ -79,7 +79,7 @@ def per_tap(values: Tensor, tables: Iterable[Tensor]) -> Tensor:
 
 
 def _all_taps(values: Tensor, axes: Sequence[TapAxis], output: Sequence[int]) -> Tensor:
-    """[3, N, K, *image] -> [3, N, K, *output]: sum over taps of what each output position reads;
+    """[n, N, K, *image] -> [n, N, K, *output]: sum over taps of what each output position reads;
     padding is zero.
     """
     for dim, (axis, outputs) in enumerate(zip(axes, output, strict=True), start=3):
@@ -110,12 +110,11 @@ def forward_gram(
     """Sum over channel blocks and taps of (sum of X over samples and positions) times (sum of W
     over row blocks).
     """
-    left = per_tap(x_total, (axis.reached for axis in axes))  # [3, channel blocks, taps]
+    left = per_tap(x_total, (axis.reached for axis in axes))  # [n, channel blocks, taps]
     if band is None:  # every row block reads every channel, one column for each
         return gram(left, w.sum(1))
-    right = w.new_zeros(
-        3, x_total.shape[1] + 1, w.shape[3]
-    )  # one more, for columns that are not stored
+    # One more, for columns that are not stored.
+    right = w.new_zeros(len(w), x_total.shape[1] + 1, w.shape[3])
     right.index_add_(1, band.flatten(), w.flatten(1, 2))
     return gram(left, right[:, :-1])
 

@@ -36,7 +36,7 @@ class RunCost:
         self.sum = self.sum + cost
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self.sum.to_list(), "steps": self.steps}
+        return {"sum": self.sum.to_state(), "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sum, self.steps = StepCost.from_list(state["sum"]), int(state["steps"])

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ..cost.counts import ZERO_CHARGE
 from ..numerics.roles import READS, Role
 from .sensitivity import (
     FORWARD_SHARE,
@@ -79,13 +78,13 @@ def measured_slopes(
                 else FORWARD_SHARE * progress * probe.forward[role]
             )
             harm = (probe.loss[role] + gradient) / (loss if loss > 0 else 1.0)
-            # In the currency of the target a zero block still costs `ZERO_CHARGE` a MAC.
+            # In the currency of the target a zero block is still charged.
             elements = counts[role]
             price = bit_price(s, role, elements, total_macs) * elements
             charge = (
-                ZERO_CHARGE
+                s.law.zero_charge
                 * sum(s.macs.get(g, 0) for g, roles in READS.items() if role in roles)
-                / (64.0 * max(total_macs, 1))
+                / (s.law.baseline * max(total_macs, 1))
             )
             fewer = float(probe.bits[role][0] - probe.bits[role][1])
             saved = price * fewer - charge * float(probe.zeros[role][1] - probe.zeros[role][0])

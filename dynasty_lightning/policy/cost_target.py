@@ -17,7 +17,7 @@ _UNKNOWN_END: Final = 10
 
 @dataclass(kw_only=True)
 class CostTarget:
-    """A whole run's reduction in bit operations (zero blocks counted), warm-up included, and how
+    """A whole run's reduction in cost (zero blocks counted), warm-up included, and how
     its cost is spread over the steps.
 
     Attributes:
@@ -62,7 +62,7 @@ class CostTarget:
         if remaining <= 0:
             return self.target
         aim = min(self.target * self.margin, GREATEST_SPEEDUP)
-        budget = (spent.baseline + cost.baseline * remaining) / aim - spent.products_charged
+        budget = (spent.full + cost.full * remaining) / aim - spent.spent
         now, rest = self.allocation.shares(step / last_step, 1.0 / aim)
         planned = 1.0 / now
         if planned <= NEARLY_UNIFORM:
@@ -71,14 +71,14 @@ class CostTarget:
             return planned * self.slack
         # The plan for now, scaled to what is left over what the plan has left; one step an interval
         # will cost more.
-        needed = cost.baseline * remaining * rest / (budget * now) * (1.0 + self.overhead)
+        needed = cost.full * remaining * rest / (budget * now) * (1.0 + self.overhead)
         return min(max(needed, planned / self.slack, 1.0), planned * self.slack)
 
     def charge(
         self, cost: StepCost, exact_cost: StepCost, *, exact_steps: int, interval: int
     ) -> None:
         """Note what an interval's analysed steps cost over its others."""
-        dearer = exact_cost.products_charged / max(cost.products_charged, 1e-9) - 1.0
+        dearer = exact_cost.spent / max(cost.spent, 1e-9) - 1.0
         self.overhead = max(dearer, 0.0) * exact_steps / interval
 
 

@@ -4,13 +4,15 @@ squared rounding error. Derivation: docs/concepts/widths.md.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cost.law import BITS, mean_factor
+from ..numerics.formats import MAX_BITS
 from ..numerics.roles import READS, SHARED, Gemm, Role
 from .statistics import LayerStatistics
 
@@ -81,7 +83,7 @@ def layer_sensitivities(
                            + number of layers below / (positions of E in a sample * sum E**2)); the
                            first is 0 where it does not learn
         price of a role's bit = sum over the GEMMs that read it of MACs * mean partner bits /
-        (elements * 64 * total MACs)
+        (elements * 64 * total MACs); by another cost law, with its factors (`_slope`) and baseline
 
     M counts less where L exceeds `NATURAL_LOSS`, in proportion. "Below" counts the layers that
     learn and ran earlier, one at least where DGRAD runs: somebody wants that gradient.
@@ -258,11 +260,55 @@ def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) 
     for gemm, operands in READS.items():
         if role in operands and s.macs.get(gemm, 0):
             partner = operands[0] if operands[1] is role else operands[1]
-            partner_bits = (
-                s.backward_bits.get(partner, s.mean_bits[partner])
-                if gemm is SHARED.get(partner)
-                else s.mean_bits[partner]
-            )
+            if s.law is BITS:
+                slope = max(_mean_bits(s, gemm, partner), MIN_PARTNER_BITS)
+            else:
+                slope = _slope(s, gemm, role, partner)
             follows = s.unlimited.get(role, 1.0) if gemm is SHARED.get(role) else 1.0
-            price += s.macs[gemm] * follows * max(partner_bits, MIN_PARTNER_BITS)
-    return price / (elements * 64.0 * max(total_macs, 1))
+            price += s.macs[gemm] * follows * slope
+    return price / (elements * float(s.law.baseline) * max(total_macs, 1))
+
+
+def _mean_bits(s: LayerStatistics, gemm: Gemm, role: Role) -> float:
+    """As the GEMM reads the operand."""
+    mean = s.mean_bits[role]
+    return s.backward_bits.get(role, mean) if gemm is SHARED.get(role) else mean
+
+
+def _slope(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> float:
+    """What a bit of `role` costs a MAC by a cost law that treats operands differently, in the roles
+    that make the GEMM cheaper.
+
+    A serial operand pays by the bit. A stationary one pays a pass more where a block leaves four
+    bits, whose noise is then all but gone: 4**t kappa s harm of an LSB 2**t against the pass P. The
+    closed form, which weighs three times that noise against a bit, so sees a price of 3 P.
+    """
+    law = s.law
+
+    def factor(operand: Role, factors: tuple[int, ...], least: float) -> float:
+        return max(mean_factor(factors, _histogram(s, gemm, operand)), least)
+
+    floor = MIN_PARTNER_BITS / MAX_BITS * law.stationary[MAX_BITS]
+    partner_serial = factor(partner, law.serial, MIN_PARTNER_BITS)
+    partner_stationary = factor(partner, law.stationary, floor)
+    as_serial = factor(role, law.serial, 0.0) * partner_stationary
+    as_stationary = factor(role, law.stationary, 0.0) * partner_serial
+    if as_serial <= as_stationary:
+        return partner_stationary
+    # A pass that a limit of four bits rules out costs nothing.
+    limited = gemm is SHARED.get(role) and s.unlimited.get(role, 1.0) < 1.0
+    return 0.0 if limited else 3.0 * partner_serial
+
+
+def _histogram(s: LayerStatistics, gemm: Gemm, role: Role) -> Sequence[float]:
+    """Blocks by width as the GEMM reads them; all at the mean width where nobody counted."""
+    found = s.histogram.get(role, ())
+    if gemm is SHARED.get(role):
+        found = s.backward_histogram.get(role, found)
+    if found:
+        return found
+    mean = min(max(_mean_bits(s, gemm, role), 0.0), float(MAX_BITS))
+    below = min(int(mean), MAX_BITS - 1)
+    counts = [0.0] * (MAX_BITS + 1)
+    counts[below], counts[below + 1] = 1.0 - (mean - below), mean - below
+    return counts

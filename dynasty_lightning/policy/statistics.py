@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..cost.law import BITS, CostLaw
 from ..numerics.geometry import LayerGeometry
 from ..numerics.observation import ProbeRecord
 from ..numerics.roles import Gemm, Role
@@ -36,6 +37,9 @@ class LayerStatistics:
         backward_bits: mean width of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
         unlimited: share of the blocks of X and W whose width in backward follows that in FORWARD; 1
             where absent.
+        histogram: blocks of each role by width, 0 to 8; where absent, all count as `mean_bits`.
+        backward_histogram: likewise of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
+        law: what a product of two blocks costs.
         probe: loss increase measured in this step, if it was.
 
     >>> layer = example_layer(outputs=8, inputs=4)
@@ -59,6 +63,9 @@ class LayerStatistics:
     x_unsigned: float = 0.0
     backward_bits: Mapping[Role, float] = field(default_factory=dict)
     unlimited: Mapping[Role, float] = field(default_factory=dict)
+    histogram: Mapping[Role, tuple[float, ...]] = field(default_factory=dict)
+    backward_histogram: Mapping[Role, tuple[float, ...]] = field(default_factory=dict)
+    law: CostLaw = BITS
     probe: ProbeRecord | None = None
     ranks: int = 1
     positions: tuple[float, float] | None = None

@@ -109,6 +109,7 @@ RECORD_FIELDS: Final[Mapping[str, Field]] = {
     "speedup_ideal": _optional(_RATIO),
     "speedup_charged": _optional(_RATIO),
     "speedup_core": _optional(_RATIO),
+    "speedup_engine": _optional(_RATIO),
     "energy_ratio_compute": _optional(_RATIO),
     "energy_ratio_sram": _optional(_RATIO),
     "energy_ratio_total": _optional(_RATIO),

@@ -38,8 +38,10 @@ class DynastyCallback(RunResults, Callback):
     reported in a `PromiseWarning`, and in the table at the end of fit.
 
     Args:
-        target_speedup: reduction in bit operations of the whole run over uniform 8-bit blocks, zero
-            blocks counted (`speedup_charged`), warm-up included.
+        target_speedup: reduction in cost of the whole run over uniform 8-bit blocks, zero blocks
+            counted, warm-up included.
+        cost: what the target and widths are counted in: "bits", bit products (`speedup_charged`),
+            or "core", planes of the core's engine (`speedup_engine`; docs/concepts/cost.md).
         noise_budget: instead of a cost target: predicted loss increase (`harm`) to steer to
             (docs/concepts/widths.md).
         policy: a name in `POLICIES` ("dynasty", "uniform", baselines), or a `Policy` object.
@@ -72,6 +74,7 @@ class DynastyCallback(RunResults, Callback):
         self,
         *,
         target_speedup: float | None = None,
+        cost: str = "bits",
         noise_budget: float | None = None,
         policy: str | Policy = "dynasty",
         bits: int | Mapping[str, int] | None = None,
@@ -86,6 +89,7 @@ class DynastyCallback(RunResults, Callback):
     ) -> None:
         self.options = CallbackOptions.checked(
             target_speedup=target_speedup,
+            cost=cost,
             noise_budget=noise_budget,
             policy=policy,
             bits=bits,

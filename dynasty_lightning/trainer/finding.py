@@ -4,7 +4,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..cost.analytics import AnalyticsCost
 from ..cost.counts import StepCost
@@ -30,6 +30,7 @@ class Widths:
     mean_bits: dict[str, float]
     zero_share: dict[str, float]
     dropped: dict[str, float]
+    histograms: dict[str, dict[Role, tuple[float, ...]]] = field(default_factory=dict)
 
     @property
     def cost(self) -> StepCost:
@@ -80,12 +81,17 @@ class Finding:
         showed them.
         """
         return {
-            name: replace(s, mean_bits=self.widths.of(name, s)) for name, s in self.layers.items()
+            name: replace(
+                s,
+                mean_bits=self.widths.of(name, s),
+                histogram=self.widths.histograms.get(name) or s.histogram,
+            )
+            for name, s in self.layers.items()
         }
 
     def unmapped(self, mapped: Collection[str]) -> float:
-        """Bit products, zero blocks counted, of layers without a map, in a step."""
-        return sum(c.products_charged for n, c in self.widths.costs.items() if n not in mapped)
+        """What layers without a map cost in a step, zero blocks counted."""
+        return sum(c.spent for n, c in self.widths.costs.items() if n not in mapped)
 
 
 def in_order(found: Mapping[str, Placed], names: Sequence[str]) -> dict[str, LayerStatistics]:
@@ -138,4 +144,7 @@ def average_widths(layers: Mapping[str, LayerWidths], rates: Mapping[str, Uses])
         mean_bits=mean_bits,
         zero_share=zero_share,
         dropped={name: layer.dropped for name, layer in layers.items()},
+        histograms={
+            name: dict(zip(Role, layer.histogram, strict=False)) for name, layer in layers.items()
+        },
     )

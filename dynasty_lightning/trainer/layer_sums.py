@@ -12,6 +12,7 @@ from torch import Tensor
 from ..cost.analytics import AnalyticsCost, analytics_cost
 from ..cost.bit_products import layer_cost
 from ..cost.counts import StepCost
+from ..cost.law import BITS, CostLaw
 from ..nn.layers import DynamicLayer
 from ..numerics.formats import MAX_BITS
 from ..numerics.observation import LayerObservation, ProbeRecord
@@ -38,6 +39,8 @@ def zero_sums(layer: DynamicLayer, agreed: Agreed) -> Sums:
         "x_signs": (2,),
         "backward": (len(SHARED),),
         "unlimited": (len(SHARED),),
+        "histogram": (len(Role), MAX_BITS + 1),
+        "backward_histogram": (len(SHARED), MAX_BITS + 1),
         "costs": (len(Gemm), len(fields(StepCost))),
         "analytics": (len(_ANALYTICS),),
     }
@@ -61,13 +64,23 @@ def zero_sums(layer: DynamicLayer, agreed: Agreed) -> Sums:
     return {key: torch.zeros(shape, dtype=torch.float64) for key, shape in layout.items()}
 
 
-def call_sums(o: LayerObservation, layer: DynamicLayer, agreed: Agreed, *, interval: int) -> Sums:
+def call_sums(
+    o: LayerObservation,
+    layer: DynamicLayer,
+    agreed: Agreed,
+    *,
+    interval: int,
+    law: CostLaw = BITS,
+) -> Sums:
     """What one call adds; a key that it leaves out adds nothing.
 
     Args:
         interval: steps from one analysis to the next, which share the cost of one.
+        law: that costs are counted by beside bit products.
     """
-    result = _width_sums(o, layer) | _cost_sums(o, layer, agreed, interval)
+    result = _width_sums(o, layer) | _cost_sums(o, layer, agreed, interval, law)
+    if law is not BITS:
+        result |= _histograms(o)
     if not agreed.moments:
         return result
     samples = o.input_shape[0]
@@ -89,6 +102,7 @@ def widths_of(sums: Mapping[str, Tensor], agreed: Agreed) -> LayerWidths:
         blocks=tuple(sums["blocks"].tolist()),
         bits=tuple(sums["bits"].tolist()),
         zeros=tuple(sums["zeros"].tolist()),
+        histogram=_rows(sums["histogram"]),
         dropped=float(sums["dropped"][0] / sums["dropped"][1].clamp(min=1)),
         analytics=AnalyticsCost(**dict(zip(_ANALYTICS, sums["analytics"].tolist(), strict=True))),
     )
@@ -101,6 +115,7 @@ def statistics_of(
     *,
     gradient: Tensor | None,
     ranks: int,
+    law: CostLaw = BITS,
 ) -> LayerStatistics:
     """A layer's statistics of the global batch: the loss that training follows is the mean of the
     ranks' losses.
@@ -108,6 +123,7 @@ def statistics_of(
     Args:
         gradient: dW of all calls and ranks, where it is the sum of several; else None.
         ranks: how many there are.
+        law: that costs are counted by.
     """
     x_weight, e_weight = (
         sums["positions"].tolist() if agreed.varies else (agreed.samples, agreed.samples)
@@ -138,6 +154,9 @@ def statistics_of(
         unlimited={
             r: u / blocks[r] for r, u in zip(SHARED, sums["unlimited"].tolist(), strict=True)
         },
+        histogram=dict(zip(Role, _rows(sums["histogram"]), strict=False)),
+        backward_histogram=dict(zip(SHARED, _rows(sums["backward_histogram"]), strict=False)),
+        law=law,
         probe=_probe(sums, gradient, ranks) if agreed.probes else None,
         **squares,
     )
@@ -160,7 +179,9 @@ def _moment_shapes(layer: DynamicLayer, agreed: Agreed) -> tuple[tuple[int, ...]
     return tuple(x_shape), tuple(e_shape)
 
 
-def _cost_sums(o: LayerObservation, layer: DynamicLayer, agreed: Agreed, interval: int) -> Sums:
+def _cost_sums(
+    o: LayerObservation, layer: DynamicLayer, agreed: Agreed, interval: int, law: CostLaw
+) -> Sums:
     """Of the call's own GEMMs, and of what its statistics would cost on hardware."""
     cost = layer_cost(
         o.geometry,
@@ -173,6 +194,7 @@ def _cost_sums(o: LayerObservation, layer: DynamicLayer, agreed: Agreed, interva
         has_wgrad=agreed.counts(Gemm.WGRAD, o.has_wgrad),
         first_columns=o.first_columns,
         backward_bits=o.backward_bits,
+        law=law,
     )
     analytics = analytics_cost(
         o.geometry,
@@ -205,6 +227,25 @@ def _width_sums(o: LayerObservation, layer: DynamicLayer) -> Sums:
             (o.bits[r] < m).sum() if m < MAX_BITS else o.bits[r].numel() for r, m in limits.items()
         ),
     }
+
+
+def _histograms(o: LayerObservation) -> Sums:
+    """Blocks by width, as a cost law prices them."""
+
+    def counted(bits: Tensor) -> Tensor:
+        return torch.bincount(bits.flatten().to("cpu", torch.int64), minlength=MAX_BITS + 1)
+
+    return {
+        "histogram": torch.stack([counted(o.bits[r]) for r in Role]).double(),
+        "backward_histogram": torch.stack(
+            [counted(o.backward_bits.get(r, o.bits[r])) for r in SHARED]
+        ).double(),
+    }
+
+
+def _rows(counts: Tensor) -> tuple[tuple[float, ...], ...]:
+    """None where nothing was counted."""
+    return tuple(map(tuple, counts.tolist())) if bool(counts.any()) else ()
 
 
 def _moment_sums(o: LayerObservation, layer: DynamicLayer, agreed: Agreed) -> Sums:

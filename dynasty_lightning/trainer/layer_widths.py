@@ -31,6 +31,7 @@ class LayerWidths:
         calls: in how many calls each GEMM was seen, by `Gemm`.
         costs: of each GEMM, the sum over those calls.
         blocks, bits, zeros: sums over blocks of X, W and E.
+        histogram: blocks of each role by width; empty where nobody counted.
         dropped: the share of E's blocks that its width made zero, of those that were not zero
             before.
         analytics: what the statistics would cost, the sum over calls.
@@ -53,6 +54,7 @@ class LayerWidths:
     zeros: tuple[float, ...]
     dropped: float
     analytics: AnalyticsCost
+    histogram: tuple[tuple[float, ...], ...] = ()
 
     @property
     def mean_bits(self) -> dict[Role, float]:
@@ -73,12 +75,14 @@ class LayerWidths:
             bits=tuple(MAX_BITS * n for n in self.blocks),
             zeros=(0.0,) * len(Role),
             dropped=0.0,
+            histogram=tuple((0.0,) * MAX_BITS + (n,) for n in self.blocks[: len(self.histogram)]),
         )
 
     def to_state(self) -> dict[str, Any]:
+        state = {k: v for k, v in vars(self).items() if v or k != "histogram"}
         return {
-            **vars(self),
-            "costs": [c.to_list() for c in self.costs],
+            **state,
+            "costs": [c.to_state() for c in self.costs],
             "analytics": asdict(self.analytics),
         }
 
@@ -86,6 +90,7 @@ class LayerWidths:
     def from_state(cls, state: Mapping[str, Any]) -> "LayerWidths":
         sums = {name: tuple(state[name]) for name in ("calls", "blocks", "bits", "zeros")}
         costs = tuple(StepCost.from_list(c) for c in state["costs"])
+        sums["histogram"] = tuple(map(tuple, state.get("histogram", ())))
         return cls(
             **{**state, **sums, "costs": costs, "analytics": AnalyticsCost(**state["analytics"])}
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost.law import BITS, CostLaw
 from ..nn.layers import DynamicLayer
 from ..numerics.observation import LayerObservation
 from ..policy.statistics import LayerStatistics
@@ -33,12 +34,14 @@ class StepFacts:
         step_sizes: of the optimizer at each layer's weight; NaN where it is not known.
         interval: steps from one analysis to the next.
         ranks: all of them look at it.
+        law: that costs are counted by beside bit products.
     """
 
     number: int
     step_sizes: Mapping[str, float]
     interval: int
     ranks: Ranks = field(default_factory=Ranks)
+    law: CostLaw = BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class StepReader:
                 layers[name],
                 gradient=_whole_gradient(name, gradients[name], layers[name], facts),
                 ranks=facts.ranks.size,
+                law=facts.law,
             )
             for name, a in used.items()
             if a.moments
@@ -210,7 +214,7 @@ def _total(
     for name, agreed in used.items():
         total = sums[name] = zero_sums(layers[name], agreed)
         for call in calls[name]:
-            added = call_sums(call, layers[name], agreed, interval=facts.interval)
+            added = call_sums(call, layers[name], agreed, interval=facts.interval, law=facts.law)
             for key, value in added.items():
                 total[key] += value
     parts = [t for total in sums.values() for t in total.values()]

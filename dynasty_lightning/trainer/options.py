@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cost.energy import EnergyModel
+from ..cost.law import BITS, CostLaw, cost_law
 from ..policy.allocation import Allocation
 from ..policy.base import Policy, check_policy, check_target
+from ..policy.baselines.scheduled import ScheduledPolicy
 from ..policy.registry import make_policy
 
 
@@ -29,6 +31,7 @@ class CallbackOptions:
     loss_guard: float | None
     energy_model: EnergyModel
     table: bool
+    law: CostLaw = BITS
 
     def __post_init__(self) -> None:
         if self.probe_interval < 1:
@@ -53,6 +56,7 @@ class CallbackOptions:
         warmup_steps: int,
         allocation: str | Allocation,
         energy_model: EnergyModel | None,
+        cost: str = BITS.name,
         policy_options: Mapping[str, Any],
         **others: Any,
     ) -> "CallbackOptions":
@@ -72,6 +76,12 @@ class CallbackOptions:
                 f"target_speedup={target_speedup} is met by choosing widths, and {made} has "
                 f"fixed ones: give one of the two"
             )
+        law = cost_law(cost)
+        if law is not BITS and isinstance(made, ScheduledPolicy):
+            raise ValueError(
+                f"cost={cost!r} is not for policy {made.name!r}, whose schedule counts bit "
+                f"products: leave cost out, or choose a policy that steers by what is measured"
+            )
         named = isinstance(allocation, Allocation)
         return cls(
             policy=made,
@@ -79,6 +89,7 @@ class CallbackOptions:
             warmup_steps=warmup_steps if made.needs_statistics else 0,
             allocation=allocation if named else Allocation.named(allocation),  # type: ignore[arg-type]
             energy_model=EnergyModel() if energy_model is None else energy_model,
+            law=law,
             **others,
         )
 

@@ -176,6 +176,7 @@ class TrainingRun:
             step_sizes=step_sizes,
             interval=self.schedule.interval,
             ranks=self.ranks,
+            law=self.options.law,
         )
         look = self.analysis.look(layers, phase, facts, exact=self._exact)
         self.nonfinite += look.nonfinite
@@ -265,6 +266,7 @@ class TrainingRun:
             "step": step,
             "speedup_ideal": cost.speedup_ideal,
             "speedup_charged": cost.speedup_charged,
+            "speedup_engine": cost.speedup_engine,
             **energy_ratios(cost, self.options.energy_model),
             "lambda": figures.get("lambda"),
             "noise_ratio": figures.get("predicted_harm", math.nan),
@@ -277,9 +279,9 @@ class TrainingRun:
     def _measurement(self, found: Finding, loss: float, target: float | None) -> Measurement:
         """What the policy learns."""
         cost = found.widths.cost
-        steered = found.mapped_cost.speedup_charged if self.promises.maps else cost.speedup_charged
+        steered = found.mapped_cost.speedup if self.promises.maps else cost.speedup
         if math.isnan(steered):  # nothing that has a map was seen: no reason to move
-            steered = target or cost.speedup_charged
+            steered = target or cost.speedup
         return Measurement(
             layers=found.statistics(),
             loss=loss,
@@ -287,11 +289,11 @@ class TrainingRun:
             target_speedup=target,
             step=self.steps.done,
             steps=self.planned_steps,
-            run_speedup=self.cost_so_far.speedup_charged,
+            run_speedup=self.cost_so_far.speedup,
         )
 
     def _plan_next(self, found: Finding, target: float | None, looks: int) -> None:
-        speedup, step = found.widths.cost.speedup_charged, self.steps.done
+        speedup, step = found.widths.cost.speedup, self.steps.done
         error = math.log(max(speedup, 1e-6) / target) if target else 0.0
         if found.news:
             self.schedule.settle_anew()
@@ -340,10 +342,10 @@ class TrainingRun:
             steps=self.steps.done,
             warmup_steps=self.schedule.warmup_steps,
             exact_steps=self.tally.exact_steps,
-            unmapped_share=self.tally.unmapped / max(cost.products_charged, 1.0),
+            unmapped_share=self.tally.unmapped / max(cost.spent, 1.0),
             target=self.target.target if self.options.policy.needs_statistics else None,
-            speedup=cost.speedup_charged,
-            settled=math.nan if last is None else last.speedup_charged,
+            speedup=cost.speedup,
+            settled=math.nan if last is None else last.speedup,
             slack=SETTLED,
         )
 

@@ -56,6 +56,7 @@ class Summary:
             "steps": self.steps,
             "speedup_ideal": self.cost.speedup_ideal,
             "speedup_charged": self.cost.speedup_charged,
+            "speedup_engine": self.cost.speedup_engine,
             "target_reached": self.target_reached,
             **energy_ratios(self.cost, self.energy_model),
             "bits": self.last.get("mean_bits", {}),
@@ -65,6 +66,10 @@ class Summary:
             "analytics_hardware": self._analytics_hardware(),
             "nonfinite": self.nonfinite,
         }
+
+    def _engine_line(self) -> list[str]:
+        faster = self.cost.speedup_engine
+        return [] if faster is None else [f"  core's engine   {faster:6.2f}x fewer cycles (model)"]
 
     def _analytics_hardware(self) -> dict[str, float]:
         """What statistics, maps and widths would add to a step on hardware, as shares of its
@@ -83,6 +88,7 @@ class Summary:
             f"included; 1.0 = uniform 8-bit blocks)",
             f"  bit operations  {s['speedup_ideal']:6.2f}x fewer   {s['speedup_charged']:6.2f}x "
             f"zero blocks counted",
+            *self._engine_line(),
             *promises,
             f"  energy          {s['energy_ratio_compute']:6.2f}x compute "
             f"{s['energy_ratio_sram']:6.2f}x + SRAM {s['energy_ratio_total']:6.2f}x + DRAM (model)",
@@ -108,6 +114,8 @@ def logged(entry: Mapping[str, Any], *, nonfinite: int) -> tuple[dict[str, float
         "dynasty/speedup_charged": entry["speedup_charged"],
         "dynasty/bits_E": entry["mean_bits"]["E"],
     }
+    if entry.get("speedup_engine") is not None:
+        bar["dynasty/speedup_engine"] = entry["speedup_engine"]
     values = {
         "dynasty/bits_X": entry["mean_bits"]["X"],
         "dynasty/bits_W": entry["mean_bits"]["W"],

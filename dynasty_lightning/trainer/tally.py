@@ -62,7 +62,7 @@ class RunTally:
     def state(self) -> dict[str, Any]:
         return {
             "run_cost": self.run_cost.state_dict(),
-            "last_cost": None if self.last_cost is None else self.last_cost.to_list(),
+            "last_cost": None if self.last_cost is None else self.last_cost.to_state(),
             "last_event_step": self.last_step,
             "analytics": asdict(self.analytics),
             "exact_steps": self.exact_steps,

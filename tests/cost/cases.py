@@ -100,8 +100,9 @@ def case_of(g, geometry, input_shape, output_shape, block_shape):
     }
 
 
-def cost_of(case) -> dict[Gemm, GemmCost]:
-    return layer_cost(case["geometry"], **{k: v for k, v in case.items() if k != "geometry"})
+def cost_of(case, **options) -> dict[Gemm, GemmCost]:
+    arguments = {k: v for k, v in case.items() if k != "geometry"}
+    return layer_cost(case["geometry"], **arguments, **options)
 
 
 def conv_case(g, batch=8, channels=8, block_shape=(4, 4)):

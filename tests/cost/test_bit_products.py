@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dynasty_lightning.cost.bit_products import layer_cost
 from dynasty_lightning.cost.counts import NetworkCost
+from dynasty_lightning.cost.law import CostLaw
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.roles import Gemm, Role
 from tests.cost.cases import E, W, X, case_of, conv_case, cost_of, random_case
@@ -23,6 +24,15 @@ COUNTS = (
     "block_macs",
     "block_products",
 )
+ENGINE = ("engine", "engine_charged", "engine_baseline")
+LOPSIDED = CostLaw(
+    name="lopsided",
+    unit="",
+    serial=(0, 1, 3, 3, 5, 7, 7, 9, 11),
+    stationary=(0, 1, 1, 2, 2, 2, 6, 6, 13),
+    zero_charge=3,
+)
+"""No engine's: every factor tells operands and widths apart."""
 
 
 def brute_force(case) -> dict[Gemm, dict[str, int]]:
@@ -46,7 +56,7 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
     first = (
         [0] * len(grids[W][0]) if case["first_columns"] is None else case["first_columns"].tolist()
     )
-    result = {g: dict.fromkeys(COUNTS, 0) for g in Gemm}
+    result = {g: dict.fromkeys((*COUNTS, *ENGINE, "turned"), 0) for g in Gemm}
     dot_macs = rows * rows * channels
 
     def count(gemm, left, right):
@@ -56,6 +66,10 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
         cost["pair_macs"] += dot_macs
         cost["block_macs"] += dot_macs * both
         cost["block_products"] += both
+        cost["engine"] += LOPSIDED.serial[a] * LOPSIDED.stationary[b] * dot_macs
+        cost["turned"] += LOPSIDED.stationary[a] * LOPSIDED.serial[b] * dot_macs
+        cost["engine_charged"] += 3 * (not both) * dot_macs
+        cost["engine_baseline"] += 11 * 13 * both_occupied * dot_macs
         cost["products"] += int(a) * int(b) * dot_macs
         cost["products_charged"] += (int(a) * int(b) if both else 4) * dot_macs
         cost["baseline"] += 64 * both_occupied * dot_macs
@@ -96,6 +110,10 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
                 count(Gemm.FORWARD, x, w)
                 count(Gemm.DGRAD, e, at(W, (row, j, *tap), behind))
                 count(Gemm.WGRAD, e, at(X, (n, c, *read), behind))
+    for cost in result.values():
+        # Operands take the roles that make the GEMM cheaper.
+        cost["engine"] = min(cost["engine"], cost.pop("turned"))
+        cost["engine_charged"] += cost["engine"]
     return result
 
 
@@ -103,12 +121,12 @@ def brute_force(case) -> dict[Gemm, dict[str, int]]:
 def test_equals_nested_loops(seed):
     g = np.random.default_rng(seed)
     case = random_case(g, block_shape=[(4, 4), (4, 4), (8, 8), (1, 16), (1, 32)][seed % 5])
-    cost = cost_of(case)
+    cost, priced = cost_of(case), cost_of(case, law=LOPSIDED)
     for gemm, expected in brute_force(case).items():
-        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (
-            gemm,
-            case["geometry"],
-        )
+        found = {name: getattr(cost[gemm], name) for name in COUNTS}
+        found |= {name: getattr(priced[gemm], name) for name in ENGINE}
+        assert found == expected, (gemm, case["geometry"])
+        assert all(getattr(priced[gemm], name) == getattr(cost[gemm], name) for name in COUNTS)
         assert all(isinstance(v, int) for v in cost[gemm].to_list())
 
 
@@ -116,12 +134,12 @@ def test_equals_nested_loops(seed):
 def test_groups_equal_nested_loops(seed):
     g = np.random.default_rng(1000 + seed)
     case = random_case(g, block_shape=[(4, 4), (1, 16)][seed % 2], groups=int(g.integers(2, 9)))
-    cost = cost_of(case)
+    cost, priced = cost_of(case), cost_of(case, law=LOPSIDED)
     for gemm, expected in brute_force(case).items():
-        assert {name: getattr(cost[gemm], name) for name in COUNTS} == expected, (
-            gemm,
-            case["geometry"],
-        )
+        found = {name: getattr(cost[gemm], name) for name in COUNTS}
+        found |= {name: getattr(priced[gemm], name) for name in ENGINE}
+        assert found == expected, (gemm, case["geometry"])
+        assert all(getattr(priced[gemm], name) == getattr(cost[gemm], name) for name in COUNTS)
 
 
 @pytest.mark.parametrize("seed", range(15))

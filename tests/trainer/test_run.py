@@ -17,6 +17,7 @@ from dynasty_lightning.trainer.analysis import Analysis, Phase
 from dynasty_lightning.trainer.callback import DynastyCallback
 from dynasty_lightning.trainer.look import StepFacts
 from dynasty_lightning.trainer.run import TrainingRun
+from dynasty_lightning.trainer.summary import logged
 
 
 class Loop:
@@ -71,6 +72,24 @@ def test_a_run_is_steered_to_its_target():
     assert 0 <= loop.run.clock.share() < 1
 
 
+@pytest.mark.parametrize("policy", ["dynasty", "per_layer", "ampa"])
+def test_a_run_is_steered_in_the_currency_of_its_cost_law(policy):
+    loop = Loop(steps=300, policy=policy, target_speedup=3.0, cost="core").train()
+    lines = loop.run.end(loop.plugin)
+    figures = loop.run.summary().figures()
+    assert figures["target_reached"]
+    # Small layers: a width more of one operand is a step of a few percent.
+    assert figures["speedup_engine"] == pytest.approx(3.0, rel=0.12)
+    assert figures["speedup_charged"] != figures["speedup_engine"]
+    assert "core's engine" in loop.run.summary().table(lines)
+    last = loop.run.history[-1]
+    assert last["speedup_engine"] > 2.5
+    assert logged(last, nonfinite=0)[0]["dynasty/speedup_engine"] == last["speedup_engine"]
+    plain = Loop(steps=60).train()
+    assert plain.run.summary().figures()["speedup_engine"] is None
+    assert "core's engine" not in plain.run.summary().table([])
+
+
 def test_steps_between_analyses_record_nothing():
     loop = Loop(steps=300).train(200)
     observed = []
@@ -82,11 +101,12 @@ def test_steps_between_analyses_record_nothing():
     assert not any(layer.observing for layer in loop.plugin.layers.values())
 
 
-def test_a_saved_run_goes_on_bit_for_bit():
-    unbroken = Loop().train()
-    first = Loop().train(33)
+@pytest.mark.parametrize("options", [{}, {"cost": "core", "target_speedup": 3.0}])
+def test_a_saved_run_goes_on_bit_for_bit(options):
+    unbroken = Loop(**options).train()
+    first = Loop(**options).train(33)
     state = copy.deepcopy(run_state.save(first.run, first.plugin.layers))
-    second = Loop()
+    second = Loop(**options)
     run_state.load(second.run, state)
     second.plugin.load_state_dict(first.plugin.state_dict())
     second.network.load_state_dict(first.network.state_dict())

@@ -66,7 +66,8 @@ class AmpaPolicy(Policy):
             raise ValueError("ampa steers to a cost: give the callback target_speedup=...")
         layers = measurement.layers
         present = sum(
-            width_cost(shares, self._of(name)) for name, shares in mac_shares(layers).items()
+            width_cost(shares, self._of(name), layers[name].law)
+            for name, shares in mac_shares(layers).items()
         )
         # Zero blocks are charged and save nothing here: what they add does not depend on the
         # widths.
@@ -117,7 +118,7 @@ class AmpaPolicy(Policy):
                 sensitivity[name, role] = (relative * levels / levels[-1]).tolist()
         shares = mac_shares(layers)
         widths = {name: dict.fromkeys(Role, MAX_BITS) for name in layers}
-        cost = sum(width_cost(shares[name], widths[name]) for name in layers)
+        cost = sum(width_cost(shares[name], widths[name], layers[name].law) for name in layers)
         while cost > budget:
             widest = {role: max(widths[name][role] for name in layers) for role in Role}
             free = [
@@ -129,9 +130,9 @@ class AmpaPolicy(Policy):
             if not free:
                 break
             _, _, name, role = min(free)
-            cost -= width_cost(shares[name], widths[name])
+            cost -= width_cost(shares[name], widths[name], layers[name].law)
             widths[name][role] -= 1
-            cost += width_cost(shares[name], widths[name])
+            cost += width_cost(shares[name], widths[name], layers[name].law)
         return widths
 
     def state_dict(self) -> dict[str, Any]:

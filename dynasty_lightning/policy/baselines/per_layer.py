@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from ...cost.law import CostLaw
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.roles import READS, SHARED, Gemm, Role
 from ..base import Entries, Measurement
@@ -76,7 +77,10 @@ class PerLayerPolicy(DynastyPolicy):
         )
         shares = mac_shares(smooth)
         cost = torch.stack(
-            [_combination_costs(shares[name], self._backward) for name in sensitivities]
+            [
+                _combination_costs(shares[name], self._backward, smooth[name].law)
+                for name in sensitivities
+            ]
         )
         x, w, e = harm.unbind(1)
         total = x[:, :, None, None] + w[:, None, :, None] + e[:, None, None, :]
@@ -138,11 +142,13 @@ class PerLayerPolicy(DynastyPolicy):
         self._widths = loaded_widths(state["widths"])
 
 
-def _combination_costs(shares: Mapping[Gemm, float], backward: Mapping[Role, int]) -> Tensor:
+def _combination_costs(
+    shares: Mapping[Gemm, float], backward: Mapping[Role, int], law: CostLaw
+) -> Tensor:
     """float64 [7, 7, 7]: a layer's cost at each combination of widths of X, W and E, of which
     `backward` limits what backward reads.
     """
-    bits = torch.tensor(LEGAL_WIDTHS, dtype=torch.float64)
+    bits, price = torch.tensor(LEGAL_WIDTHS), law.cheapest() / law.baseline
     axes = {role: bits.view([-1 if r is role else 1 for r in Role]) for role in Role}
     result = torch.zeros(len(bits), len(bits), len(bits), dtype=torch.float64)
     for gemm, share in shares.items():
@@ -150,7 +156,7 @@ def _combination_costs(shares: Mapping[Gemm, float], backward: Mapping[Role, int
             axes[r].clamp(max=backward.get(r, MAX_BITS)) if gemm is SHARED.get(r) else axes[r]
             for r in READS[gemm]
         )
-        result += share / MAX_BITS**2 * a * b
+        result += share * price[a, b]
     return result
 
 

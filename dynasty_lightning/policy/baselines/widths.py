@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ...cost.law import BITS, CostLaw
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.operand_precision import OperandPrecision
 from ...numerics.roles import READS, Gemm, Role
@@ -46,20 +47,23 @@ def mac_shares(layers: Mapping[str, LayerStatistics]) -> dict[str, dict[Gemm, fl
     }
 
 
-def width_cost(shares: Mapping[Gemm, float], widths: Widths) -> float:
-    """Bit products of operands of one width each, as a share of what 8 x 8 bits cost: sum of share
-    * b_a * b_b / 64.
+def width_cost(shares: Mapping[Gemm, float], widths: Widths, law: CostLaw = BITS) -> float:
+    """Cost of operands of one width each, as a share of what 8 x 8 bits cost: in bit products the
+    sum of share * b_a * b_b / 64.
 
     >>> width_cost(EQUAL_SHARES, {Role.ACTIVATION: 4, Role.WEIGHT: 4, Role.ERROR: 4})
     0.25
     """
-    return (
-        sum(
-            share * widths[READS[gemm][0]] * widths[READS[gemm][1]]
-            for gemm, share in shares.items()
+    pairs = {gemm: [widths[role] for role in READS[gemm]] for gemm in shares}
+    if law is BITS:
+        return sum(share * pairs[gemm][0] * pairs[gemm][1] for gemm, share in shares.items()) / (
+            MAX_BITS**2
         )
-        / MAX_BITS**2
+    price = law.cheapest().tolist()
+    total: float = sum(
+        share * price[int(pairs[gemm][0])][int(pairs[gemm][1])] for gemm, share in shares.items()
     )
+    return total / law.baseline
 
 
 def noise_levels(s: LayerStatistics, role: Role) -> Tensor:

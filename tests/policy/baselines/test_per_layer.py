@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dynasty_lightning.cost.law import BITS
 from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.policy.baselines.per_layer import PerLayerPolicy, _combination_costs
 from dynasty_lightning.policy.sensitivity import Sensitivity
@@ -66,7 +67,7 @@ def test_per_layer_keeps_a_width_until_it_must_move():
 
 def test_per_layer_counts_what_backward_reads():
     costs = _combination_costs(
-        {Gemm.FORWARD: 0.5, Gemm.WGRAD: 0.25, Gemm.DGRAD: 0.25}, {X: 2, W: 4}
+        {Gemm.FORWARD: 0.5, Gemm.WGRAD: 0.25, Gemm.DGRAD: 0.25}, {X: 2, W: 4}, BITS
     )
     # X 5, W 6, E 3: FORWARD 5 * 6, WGRAD 3 * 2, DGRAD 3 * 4.
     assert float(costs[5 - 2, 6 - 2, 3 - 2]) == pytest.approx(

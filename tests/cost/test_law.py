@@ -1,0 +1,115 @@
+"""Cost laws: their rules, the price of a bit by them, and a run that is steered in one."""
+
+from dataclasses import replace
+
+import pytest
+
+from dynasty_lightning import DynastyCallback
+from dynasty_lightning.cost.counts import GemmCost
+from dynasty_lightning.cost.law import BITS, TABLES, CostLaw, cost_law, mean_factor
+from dynasty_lightning.numerics.roles import Gemm, Role
+from dynasty_lightning.policy.baselines.widths import EQUAL_SHARES, width_cost
+from dynasty_lightning.policy.sensitivity import bit_price
+from dynasty_lightning.policy.statistics import example_layer
+
+X, W, E = Role
+
+
+def counted(bits):
+    return tuple(float(b == bits) for b in range(9))
+
+
+def layer(x, w, e, *, macs, law=TABLES, **options):
+    return replace(
+        example_layer(),
+        macs=macs,
+        histogram={X: counted(x), W: counted(w), E: counted(e)},
+        law=law,
+        **options,
+    )
+
+
+def test_laws_by_name():
+    assert cost_law("bits") is BITS
+    assert cost_law("core") is TABLES
+    with pytest.raises(ValueError, match="'bits' or 'core', not 'energy'"):
+        cost_law("energy")
+
+
+@pytest.mark.parametrize(
+    "serial", [(0, 1, 2, 3), (1, 1, 2, 3, 4, 5, 6, 7, 8), (0, 2, 1, 3, 4, 5, 6, 7, 8)]
+)
+def test_factors_are_nine_begin_with_zero_and_do_not_fall(serial):
+    with pytest.raises(ValueError, match="do not fall"):
+        CostLaw(name="x", unit="", serial=serial, stationary=BITS.serial, zero_charge=0)
+
+
+def test_prices_of_the_engine_of_tables():
+    # Planes of the serial operand, four at least, times passes of four bits of the other.
+    for serial in range(2, 9):
+        for stationary in range(2, 9):
+            assert TABLES.price(serial, stationary) == max(serial, 4) * -(-stationary // 4)
+    cheapest = TABLES.cheapest()
+    assert cheapest[5, 3] == cheapest[3, 5] == 5  # the wider one is serial
+    assert cheapest[5, 8] == 10
+    assert cheapest[0, 8] == 0
+    assert mean_factor(TABLES.serial, [1, 0, 1, 0, 0, 0, 0, 0, 2]) == (0 + 4 + 8 + 8) / 4
+    assert mean_factor(TABLES.serial, [0] * 9) == 0.0
+
+
+def test_width_cost_by_law():
+    widths = {X: 3, W: 8, E: 5}
+    # FORWARD 3 x 8: 8 planes, one pass; DGRAD 5 x 8: 5 planes, two passes; WGRAD 5 x 3: 5 planes.
+    assert width_cost(EQUAL_SHARES, widths, TABLES) == pytest.approx((8 + 10 + 5) / 3 / 16)
+    assert width_cost(EQUAL_SHARES, widths) == pytest.approx((24 + 40 + 15) / 3 / 64)
+
+
+@pytest.mark.parametrize(("bits", "role"), [((6, 3, 4), X), ((6, 3, 4), E), ((5, 8, 4), X)])
+def test_price_of_a_serial_bit_is_what_one_more_costs(bits, role):
+    gemm = Gemm.FORWARD if role is X else Gemm.DGRAD
+    s = layer(*bits, macs={gemm: 1000})
+    partner = bits[W]
+    # By difference: the same GEMM with a bit more, per MAC; widths of four and more have no floor.
+    more = TABLES.serial[bits[role] + 1] - TABLES.serial[bits[role]]
+    expected = 1000 * more * TABLES.stationary[partner] / (64.0 * 16 * 1000)
+    assert bit_price(s, role, 64.0, 1000) == pytest.approx(expected)
+
+
+def test_price_of_a_stationary_operand_is_that_of_a_pass():
+    s = layer(6, 4, 4, macs={Gemm.FORWARD: 1000})
+    # W at four bits, against X's six planes: a pass costs six planes more, weighed three times.
+    assert bit_price(s, W, 64.0, 1000) == pytest.approx(3 * 6 * 1000 / (64.0 * 16 * 1000))
+    # Backward reads no more than its limit: no pass to pay for.
+    limited = replace(
+        layer(8, 4, 6, macs={Gemm.DGRAD: 1000}), unlimited={W: 0.5}, backward_bits={W: 4.0}
+    )
+    assert bit_price(limited, W, 64.0, 1000) == 0.0
+
+
+def test_widths_nobody_counted_are_all_the_mean():
+    macs = {Gemm.FORWARD: 1000}
+    without = replace(layer(8, 8, 8, macs=macs), histogram={})
+    without = replace(without, mean_bits={X: 6.5, W: 4.0, E: 2.0})
+    halves = {X: (0, 0, 0, 0, 0, 0, 1, 1, 0), W: counted(4), E: counted(2)}
+    between = replace(layer(8, 8, 8, macs=macs), histogram=halves)
+    for role in (X, W):
+        assert bit_price(without, role, 64.0, 1000) == bit_price(between, role, 64.0, 1000)
+
+
+def test_counts_of_before_cost_laws_are_read():
+    old = GemmCost(macs=3, products=5, baseline=7)
+    assert GemmCost.from_list(old.to_list()[:-3]) == old
+    assert old.speedup_engine is None
+    assert old.speedup == old.speedup_charged or old.products_charged == 0
+    priced = GemmCost(baseline=64, products_charged=32, engine_baseline=16, engine_charged=4)
+    assert (priced.speedup, priced.speedup_engine, priced.speedup_charged) == (4.0, 4.0, 2.0)
+    assert priced.at_baseline().speedup == 1.0
+    with pytest.raises(ValueError, match="zip"):
+        GemmCost.from_list([1.0] * 4)
+
+
+def test_schedules_that_count_bit_products_refuse_another_law():
+    with pytest.raises(ValueError, match="'cpt', whose schedule counts bit products"):
+        DynastyCallback(policy="cpt", target_speedup=3.0, cost="core")
+    with pytest.raises(ValueError, match="cost must be 'bits' or 'core'"):
+        DynastyCallback(target_speedup=3.0, cost="joules")
