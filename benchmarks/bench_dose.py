@@ -70,7 +70,23 @@ DENSER = {
     for target in ("5.1", "8")
 }
 """Less noise for a bit (docs/reference/numerics.md), at the same targets."""
-ARMS = (CONTROL, *UNIFORM, *DYNASTY, *ALONE.values(), *CHANGED.values(), *DENSER.values())
+SPLIT_EIGHT = "block_shape=8x8,code=split"
+ENGINE = {
+    "uniform 4 bits": f"uniform4:{SPLIT_EIGHT},cost=core",
+    "widths by layer, 3.8x": f"per_layer@3.8:{SPLIT_EIGHT},cost=core",
+    "dynasty, 3.8x": f"dynasty@3.8:{SPLIT_EIGHT},cost=core",
+    "dynasty, 4.5x": f"dynasty@4.5:{SPLIT_EIGHT},cost=core",
+}
+"""In the engine's blocks and currency (docs/concepts/cost.md, cost laws)."""
+ARMS = (
+    CONTROL,
+    *UNIFORM,
+    *DYNASTY,
+    *ALONE.values(),
+    *CHANGED.values(),
+    *DENSER.values(),
+    *ENGINE.values(),
+)
 FIRST = (CONTROL, "dynasty@5.1", "dynasty@5.1:code=split,micro_bits=1")
 NEXT = (
     "uniform8",
@@ -105,12 +121,14 @@ class Arm:
     windows: dict[str, dict[int, float]]
     doses: dict[str, dict[int, float]]
     speedups: dict[int, float]
+    engine: dict[int, float]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is missing: `FIRST` with all seeds, then `NEXT`, then the others."""
+    """Train what is missing: `FIRST` with all seeds, then the engine's, `NEXT`, the others."""
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    for methods in (FIRST, NEXT, [arm for arm in ARMS if arm not in FIRST + NEXT]):
+    engine = tuple(ENGINE.values())
+    for methods in (FIRST, engine, NEXT, [a for a in ARMS if a not in FIRST + engine + NEXT]):
         grid = make_grid(
             data=["cifar100"], models=["resnet8"], methods=methods, seeds=seeds, **SETTINGS
         )
@@ -150,6 +168,7 @@ def arms_of(records: Sequence[Mapping[str, Any]]) -> list[Arm]:
                 },
                 doses={d: {s: v[d] for s, v in doses.items() if d in v} for d in DOSES},
                 speedups={seed: r["speedup_charged"] for seed, r in runs.items()},
+                engine={s: r["speedup_engine"] for s, r in runs.items() if r.get("speedup_engine")},
             )
         )
     return arms

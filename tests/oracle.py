@@ -81,6 +81,7 @@ def quantize(
     lsb=None,
     least=0,
     most=8,
+    offered=range(2, 9),
     group=None,
     scope="tensor",
     stream=None,
@@ -116,6 +117,11 @@ def quantize(
         q[0], q[axis] = index[0] // part[0], index[axis] // part[1]
         members.setdefault(tuple(g), []).append(index)
         parts.setdefault(tuple(g), {}).setdefault(tuple(q), []).append(index)
+
+    def offer(wanted):
+        """The least width on offer that is enough, the widest where none is; within the limit."""
+        enough = [b for b in offered if b >= wanted]
+        return min(min(enough) if enough else max(offered), most)
 
     def limits(g, p):
         whole = 2 ** max(p, 0) - 1
@@ -157,20 +163,20 @@ def quantize(
                 needed += not fits(g, members[g], u + 1, threshold)
         if role == "E" and stochastic:
             if u >= -1:
-                width[g] = min(max(needed, max(least, 2)), most)
+                width[g] = offer(max(needed, least, 2))
             elif least >= 2:
-                width[g] = least
+                width[g] = offer(least)
             else:
                 depth = min(-u - 1, 3)
                 kept[g] = stream_number(order, 8 + code, **stream) < 2 ** (16 - depth)
-                width[g] = 2 if kept[g] else 0
+                width[g] = offer(2) if kept[g] else 0
                 if kept[g]:
                     d[g] = depth
                     e[g] += depth
         elif u >= 0:
-            width[g] = min(max(needed, max(least, 2)), most)
+            width[g] = offer(max(needed, least, 2))
         else:
-            width[g] = least
+            width[g] = offer(least) if least else 0
     if group is not None:
         step = (group[0] // block[0], group[1] // block[1])
         largest = {}
@@ -196,12 +202,12 @@ def quantize(
             if stochastic:
                 s += not fits(g, members[g], p, natural)
             if kept[g]:
-                s = max(s, int(full(lsb)[g]))
+                s = max(s, int(full(lsb)[g]) - (offer(2) - 2))
         elif stochastic:
             if amax[g] * power(d[g]) > (2**p - 1) * power(s):
                 s += 1
             if kept[g]:
-                s = max(s, int(full(lsb)[g]))
+                s = max(s, int(full(lsb)[g]) - (offer(2) - 2))
         scale[g] = s
 
     def scope_of(g):
@@ -215,7 +221,7 @@ def quantize(
     for g in scale:
         floor = ceiling[scope_of(g)] - R - (6 if signed[g] else 7)
         if micro and kept[g]:
-            floor = max(floor, int(full(lsb)[g]))
+            floor = max(floor, int(full(lsb)[g]) - (offer(2) - 2))
         above, below = limits(g, p_of[g])
         found = {}
         for q, indices in parts[g].items():

@@ -139,11 +139,11 @@ def operand_of(blocks: QuantizedBlocks, role: Role, plan: LayerPlan) -> Operand:
 
     >>> import torch
     >>> from dynasty_lightning import Gemm, Role
-    >>> from dynasty_lightning.nn.gemms import Requests, quantize_operand
+    >>> from dynasty_lightning.nn.gemms import Requests, quantize_operand, settings_of
     >>> from dynasty_lightning.numerics.geometry import LayerGeometry
     >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(4, 8)))
     >>> four = torch.tensor(4, dtype=torch.uint8)
-    >>> requests = Requests(four, four, four, [0, 0, 8, 8] * 3)
+    >>> requests = Requests(four, four, four, settings_of(None) * 3)
     >>> blocks = quantize_operand(torch.ones(4, 8), plan, Role.WEIGHT, Gemm.FORWARD, requests)
     >>> operand = operand_of(blocks, Role.WEIGHT, plan)
     >>> operand.bits.tolist(), float(operand.values().min())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fields import Field, check_fields, shown
-from ..numerics.formats import MAX_BITS
+from ..numerics.formats import MAX_BITS, MIN_BITS
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
 from . import file
@@ -22,6 +22,7 @@ __all__ = ["PrecisionMap"]
 _FORMAT: Final = "dynasty-lightning/precision-map"
 _DTYPES: Final = {"lsb_exponent": torch.int16, "bits": torch.uint8}
 _LIMITS: Final = ("least_bits", "most_bits", "backward_bits")
+_MOST_LIMITS: Final = len(_LIMITS) + MAX_BITS - MIN_BITS + 1
 _STATE_FIELDS: Final = {
     "header": Field(rule="a text", holds=lambda v: isinstance(v, str)),
     "tensors": OBJECT,
@@ -75,9 +76,14 @@ class PrecisionMap:
         }
 
     def _limits(self) -> dict[str, list[int]]:
-        """[least_bits, most_bits], and backward_bits where it limits anything."""
+        """[least_bits, most_bits], backward_bits where it limits anything or widths on offer
+        follow, and these.
+        """
         return {
-            f"{n}/{r.letter}": [*p.limits[: 3 if p.backward_bits < MAX_BITS else 2]]
+            f"{n}/{r.letter}": [
+                *p.limits[: 3 if p.offered_bits or p.backward_bits < MAX_BITS else 2],
+                *p.offered_bits,
+            ]
             for n, roles in self.entries.items()
             for r, p in roles.items()
         }
@@ -159,12 +165,13 @@ def _precision(kind: str, value: Tensor, limits: Any, where: str) -> OperandPrec
             f"{where} is {value.dtype}; a map holds lsb_exponent (int16) or bits (uint8): save it "
             f"again"
         )
-    if not isinstance(limits, list) or not 2 <= len(limits) <= 3:
+    if not isinstance(limits, list) or not 2 <= len(limits) <= _MOST_LIMITS:
         raise ValueError(
-            f"{where}: its limits must be [least, most] or [least, most, backward] bits, not "
-            f"{shown(limits)}"
+            f"{where}: its limits must be [least, most], [least, most, backward] or [least, most, "
+            f"backward, widths on offer..] bits, not {shown(limits)}"
         )
     asked = {kind: value, **dict(zip(_LIMITS, limits, strict=False))}
+    asked["offered_bits"] = tuple(limits[len(_LIMITS) :])
     try:
         return OperandPrecision(**asked)
     except ValueError as error:

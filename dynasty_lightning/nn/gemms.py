@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.backends.dispatch import quantize_blocks
-from ..numerics.formats import MAX_BITS, Scope
+from ..numerics.formats import ALL_WIDTHS, MAX_BITS, Scope, raised_widths
 from ..numerics.gemm import exact_gemm, fast_gemm, finish
 from ..numerics.mx import quantize_mx
 from ..numerics.operand_precision import OperandPrecision
@@ -29,7 +29,7 @@ float32. A grouped W comes banded. `using_executor` puts one in and takes it out
 _numbers: Final = itertools.count()
 
 
-SETTINGS: Final = 4
+SETTINGS: Final = 5
 """Numbers of a role among a layer's settings."""
 
 
@@ -38,7 +38,7 @@ class Requests(NamedTuple):
     each role, and `settings_of` of each, one behind the other.
 
     >>> five = torch.tensor(5, dtype=torch.uint8)
-    >>> requests = Requests(five, five, five, [0, 0, 8, 8] * 3)
+    >>> requests = Requests(five, five, five, settings_of(None) * 3)
     >>> requests.of(Role.WEIGHT)
     tensor(5, dtype=torch.uint8)
     """
@@ -59,15 +59,18 @@ class Requests(NamedTuple):
 
 
 def settings_of(precision: OperandPrecision | None) -> list[int]:
-    """[thresholds?, least_bits, most_bits, backward_bits] of a request; absent is 8 bits."""
+    """[thresholds?, least_bits, most_bits, backward_bits, raised widths] of a request; absent is 8
+    bits.
+    """
     if precision is None:
-        return [0, 0, MAX_BITS, MAX_BITS]
-    return [int(precision.bits is None), *precision.limits]
+        return [0, 0, MAX_BITS, MAX_BITS, ALL_WIDTHS]
+    raised = raised_widths(precision.offered_bits)
+    return [int(precision.bits is None), *precision.limits, raised]
 
 
 def role_settings(settings: Sequence[int], role: Role) -> tuple[bool, int, int, int]:
     """What `settings_of` made of a role's request, out of those of all roles."""
-    thresholds, *limits = settings[SETTINGS * role : SETTINGS * (role + 1)]
+    thresholds, *limits, _ = settings[SETTINGS * role : SETTINGS * (role + 1)]
     return bool(thresholds), limits[0], limits[1], limits[2]
 
 
@@ -109,6 +112,7 @@ def recipe_of(
     if not training and role is not Role.WEIGHT:
         scope = "row" if plan.geometry.kind == "linear" else "sample"
     request = requests.of(role)
+    raised = requests.settings[SETTINGS * (role + 1) - 1]
     thresholds, least, most, backward = role_settings(requests.settings, role)
     if gemm is SHARED.get(role) and has_limit(requests.settings, role):
         most = min(most, backward)
@@ -119,6 +123,7 @@ def recipe_of(
         is_threshold=thresholds,
         least_bits=least,
         most_bits=most,
+        raised_widths=raised,
         width_group=plan.width_group(role, training=training),
         stream=position or StreamPosition(),
         scope=scope,

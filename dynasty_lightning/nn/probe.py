@@ -38,10 +38,13 @@ def probe_layer(
         x, weight, e: the operands, not quantized; the first `PROBED_ROWS` samples are measured.
         requests: thresholds of X, W and E, as `set_precision` keeps them.
 
+    >>> from dynasty_lightning.nn.gemms import settings_of
     >>> from dynasty_lightning.numerics.geometry import LayerGeometry
+    >>> from dynasty_lightning.numerics.operand_precision import OperandPrecision
     >>> plan = LayerPlan(geometry=LayerGeometry(kind="linear", weight_shape=(4, 8)))
     >>> x, weight, e = torch.linspace(0, 1, 32).view(4, 8), torch.ones(4, 8) / 3, torch.ones(4, 4)
-    >>> requests = Requests(*[torch.tensor(-3, dtype=torch.int16)] * 3, [1, 0, 8, 8] * 3)
+    >>> settings = settings_of(OperandPrecision(lsb_exponent=-3)) * 3
+    >>> requests = Requests(*[torch.tensor(-3, dtype=torch.int16)] * 3, settings)
     >>> record = probe_layer(plan, x, weight, e, requests, StreamPosition())
     >>> record.bits[Role.ACTIVATION] > record.bits[Role.ACTIVATION, 1]  # finer, coarser
     tensor([ True, False])

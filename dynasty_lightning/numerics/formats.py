@@ -3,6 +3,7 @@
 numbers here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Final, Literal
@@ -84,6 +85,9 @@ SCOPES: Final[dict[Scope, int]] = {"tensor": 0, "sample": 1, "row": 2}
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 """Types of an operand."""
 
+ALL_WIDTHS: Final = 0x876543220
+"""`raised_widths` of all: no width is raised, and there is none of one bit."""
+
 SQUARE_BLOCKS: Final = ((4, 4), (8, 8), (16, 16))
 LINE_BLOCKS: Final = ((1, 16), (1, 32))
 MX_BLOCK: Final = (1, 32)
@@ -103,6 +107,41 @@ def check_bits(bits: int, *, name: str = "bits") -> int:
             f"{name} must be 0 (block not computed) or in [{MIN_BITS}, {MAX_BITS}], not {bits!r}"
         )
     return bits
+
+
+def check_offer(offered: Sequence[int]) -> tuple[int, ...]:
+    """Widths on offer, sorted, each once. Raises ValueError unless they are widths from 2 to 8.
+
+    >>> check_offer([8, 4])
+    (4, 8)
+    """
+    for bits in offered:
+        if check_bits(bits, name="a width of offered_bits") == ZERO_BITS:
+            raise ValueError(
+                "offered_bits are widths from 2 to 8: least_bits=0 lets blocks be zero"
+            )
+    return tuple(sorted(set(offered)))
+
+
+def raised_widths(offered: Sequence[int]) -> int:
+    """A table of nine digits of four bits: what each width is raised to where only some are worth
+    having. None offered is all of them; beyond the widest, it is that.
+
+    >>> table = raised_widths((4, 8))
+    >>> [raised(table, bits) for bits in range(9)]
+    [0, 4, 4, 4, 4, 8, 8, 8, 8]
+    """
+    widths = sorted(offered) or list(range(MIN_BITS, MAX_BITS + 1))
+    digits = (
+        next((w for w in widths if w >= bits), widths[-1]) if bits else ZERO_BITS
+        for bits in range(MAX_BITS + 1)
+    )
+    return sum(digit << (4 * bits) for bits, digit in enumerate(digits))
+
+
+def raised(table: int, bits: int) -> int:
+    """A digit of the table."""
+    return table >> (4 * bits) & 0xF
 
 
 def are_no_widths(bits: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .formats import (
     MIN_BITS,
     ZERO_BITS,
     check_bits,
+    check_offer,
     check_widths,
 )
 from .roles import SHARED, Role
@@ -28,6 +29,8 @@ class OperandPrecision:
         bits: uint8, broadcasts to the grid: the width itself, 0 or in [2, 8].
         least_bits, most_bits: limits of the widths that follow from `lsb_exponent`; least 0 lets
             blocks be zero or dropped.
+        offered_bits: widths that are worth having, where not all are: others that follow from
+            `lsb_exponent` are raised to the next of them, E's kept blocks to the least.
         backward_bits: most bits, however they are asked for, of the operand as the backward GEMM
             reads it that shares it with FORWARD: X in WGRAD, W in DGRAD. E has no other reader, and
             nothing to limit.
@@ -50,6 +53,7 @@ class OperandPrecision:
     least_bits: int = 0
     most_bits: int = MAX_BITS
     backward_bits: int = MAX_BITS
+    offered_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.lsb_exponent is None) == (self.bits is None):
@@ -69,6 +73,7 @@ class OperandPrecision:
                 f"backward_bits {self.backward_bits} must be at least {MIN_BITS} and not below "
                 f"least_bits {self.least_bits}"
             )
+        object.__setattr__(self, "offered_bits", check_offer(self.offered_bits))
         if self.bits is not None:
             bits = _integers(self.bits, "bits")
             check_widths(bits)
@@ -115,6 +120,7 @@ class OperandPrecision:
         return (
             (self.bits is None) == (other.bits is None)
             and self.limits == other.limits
+            and self.offered_bits == other.offered_bits
             and torch.equal(self.values.cpu(), other.values.cpu())
         )
 

@@ -3,6 +3,7 @@
 `docs/reference/numerics.md` is the specification.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,9 @@ from .formats import (
     Rounding,
     Scope,
     check_bits,
+    check_offer,
     check_widths,
+    raised_widths,
     whole_pair,
 )
 from .layout import BlockLayout
@@ -42,6 +45,7 @@ def quantize(
     lsb_exponent: int | Tensor | None = None,
     least_bits: int = 0,
     most_bits: int = MAX_BITS,
+    offered_bits: Sequence[int] = (),
     rounding: Rounding | None = None,
     force_signed: bool = False,
     stream: StreamPosition | None = None,
@@ -59,6 +63,8 @@ def quantize(
         channel_axis: 1 for a Conv, -1 for a Linear.
         lsb_exponent: instead of `bits`: the blocks need no LSB finer than 2**lsb_exponent.
         least_bits, most_bits: limits of the widths that follow from it; 0 lets blocks be zero.
+        offered_bits: widths that are worth having: others are raised to the next of them, E's kept
+            blocks to the least; none given is all.
         rounding: None for the role's own.
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
@@ -77,6 +83,7 @@ def quantize(
     """
     _check_operand(x)
     _check_choices(least_bits, most_bits, rounding, scope)
+    offered = check_offer(offered_bits)
     if not isinstance(role, Role):
         raise TypeError(
             f"role is a Role, not {role!r}: Role.ACTIVATION, .WEIGHT or .ERROR, or "
@@ -97,6 +104,7 @@ def quantize(
         is_threshold=bits is None,
         least_bits=least_bits,
         most_bits=most_bits,
+        raised_widths=raised_widths(offered),
         width_group=width_group,
         rounding=rounding,
         force_signed=force_signed,

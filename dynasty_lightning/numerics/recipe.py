@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .formats import MAX_BITS, Code, Rounding, Scope
+from .formats import ALL_WIDTHS, MAX_BITS, Code, Rounding, Scope
 from .random import StreamPosition
 from .roles import Role
 
@@ -26,6 +26,7 @@ class Recipe:
         request: widths, or LSB exponents if `is_threshold`; integers that broadcast to the grid.
         is_threshold: whether widths follow from the finest LSB that is needed.
         least_bits, most_bits: limits of widths that follow from thresholds.
+        raised_widths: what widths that follow from thresholds are raised to (`formats`).
         width_group: rows x channels that share a width, multiples of a block's; None for none.
         rounding: None for the role's own: E stochastic, X and W nearest.
         force_signed: treat X blocks as signed whatever they hold.
@@ -44,6 +45,7 @@ class Recipe:
     is_threshold: bool = False
     least_bits: int = 0
     most_bits: int = MAX_BITS
+    raised_widths: int = ALL_WIDTHS
     width_group: tuple[int, int] | None = None
     rounding: Rounding | None = None
     force_signed: bool = False

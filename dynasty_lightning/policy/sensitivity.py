@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cost.law import BITS, mean_factor
-from ..numerics.formats import MAX_BITS
+from ..numerics.formats import MAX_BITS, MIN_BITS
 from ..numerics.roles import READS, SHARED, Gemm, Role
 from .statistics import LayerStatistics
 
@@ -50,6 +50,7 @@ class Sensitivity:
         price: of one bit of one element, as a share of an 8-bit step's cost.
         mean_square: of its elements, the shape of `harm`.
         elements: of the operand in one batch.
+        offered: widths that are worth their price; empty for all.
 
     >>> import torch
     >>> s = Sensitivity(
@@ -63,6 +64,7 @@ class Sensitivity:
     price: float
     mean_square: Tensor
     elements: float
+    offered: tuple[int, ...] = ()
 
 
 def layer_sensitivities(
@@ -120,6 +122,7 @@ def layer_sensitivities(
                 price=bit_price(s, role, counts[role], total_macs),
                 mean_square=squares[role].double(),
                 elements=counts[role],
+                offered=offered_bits(s, role),
             )
             for role in Role
         }
@@ -269,6 +272,33 @@ def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) 
     return price / (elements * float(s.law.baseline) * max(total_macs, 1))
 
 
+def offered_bits(s: LayerStatistics, role: Role) -> tuple[int, ...]:
+    """Widths at which no GEMM of the layer would take one more bit of the operand for nothing;
+    empty for all of them, as by bit products.
+
+    >>> from dataclasses import replace
+    >>> from dynasty_lightning.cost.law import TABLES
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> layer = replace(example_layer(), law=TABLES)
+    >>> offered_bits(layer, Role.ERROR), offered_bits(example_layer(), Role.ERROR)
+    ((4, 5, 6, 7, 8), ())
+    """
+    if s.law is BITS:
+        return ()
+    factors = []
+    for gemm, operands in READS.items():
+        if role not in operands or not s.macs.get(gemm, 0) or _is_limited(s, gemm, role):
+            continue
+        partner = operands[0] if operands[1] is role else operands[1]
+        as_serial, as_stationary = _roles_cost(s, gemm, role, partner)
+        factors.append(s.law.serial if as_serial <= as_stationary else s.law.stationary)
+    return tuple(
+        bits
+        for bits in range(MIN_BITS, MAX_BITS + 1)
+        if bits == MAX_BITS or any(f[bits] < f[bits + 1] for f in factors)
+    )
+
+
 def _mean_bits(s: LayerStatistics, gemm: Gemm, role: Role) -> float:
     """As the GEMM reads the operand."""
     mean = s.mean_bits[role]
@@ -283,21 +313,31 @@ def _slope(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> float:
     bits, whose noise is then all but gone: 4**t kappa s harm of an LSB 2**t against the pass P. The
     closed form, which weighs three times that noise against a bit, so sees a price of 3 P.
     """
-    law = s.law
-
-    def factor(operand: Role, factors: tuple[int, ...], least: float) -> float:
-        return max(mean_factor(factors, _histogram(s, gemm, operand)), least)
-
-    floor = MIN_PARTNER_BITS / MAX_BITS * law.stationary[MAX_BITS]
-    partner_serial = factor(partner, law.serial, MIN_PARTNER_BITS)
-    partner_stationary = factor(partner, law.stationary, floor)
-    as_serial = factor(role, law.serial, 0.0) * partner_stationary
-    as_stationary = factor(role, law.stationary, 0.0) * partner_serial
+    as_serial, as_stationary = _roles_cost(s, gemm, role, partner)
     if as_serial <= as_stationary:
-        return partner_stationary
+        return _factor(s, gemm, partner, s.law.stationary)
     # A pass that a limit of four bits rules out costs nothing.
-    limited = gemm is SHARED.get(role) and s.unlimited.get(role, 1.0) < 1.0
-    return 0.0 if limited else 3.0 * partner_serial
+    return 0.0 if _is_limited(s, gemm, role) else 3.0 * _factor(s, gemm, partner, s.law.serial)
+
+
+def _roles_cost(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> tuple[float, float]:
+    """Mean price of a MAC where `role` is the serial operand, and where it is stationary."""
+    law = s.law
+    return (
+        _factor(s, gemm, role, law.serial) * _factor(s, gemm, partner, law.stationary),
+        _factor(s, gemm, role, law.stationary) * _factor(s, gemm, partner, law.serial),
+    )
+
+
+def _factor(s: LayerStatistics, gemm: Gemm, role: Role, factors: tuple[int, ...]) -> float:
+    """Mean over an operand's blocks, not below that of few bits."""
+    least = MIN_PARTNER_BITS / MAX_BITS * factors[MAX_BITS]
+    return max(mean_factor(factors, _histogram(s, gemm, role)), least)
+
+
+def _is_limited(s: LayerStatistics, gemm: Gemm, role: Role) -> bool:
+    """Whether a request limits what the GEMM reads of an operand."""
+    return gemm is SHARED.get(role) and s.unlimited.get(role, 1.0) < 1.0
 
 
 def _histogram(s: LayerStatistics, gemm: Gemm, role: Role) -> Sequence[float]:

@@ -242,10 +242,15 @@ class ThresholdPolicy(Policy, ABC):
             )
         lsb = rounded.clamp(-LSB_LIMIT, LSB_LIMIT).to(torch.int16)
         self._thresholds[key] = lsb
+        least, offered = self._least.get(role, 0), s.offered
+        if least and offered and len(offered) == MAX_BITS + 1 - offered[0]:
+            # All from the least on: no width is left out between.
+            least, offered = max(least, offered[0]), ()
         return OperandPrecision(
             lsb_exponent=lsb,
-            least_bits=self._least.get(role, 0),
-            backward_bits=self._backward.get(role, MAX_BITS),
+            least_bits=least,
+            backward_bits=max(self._backward.get(role, MAX_BITS), least),
+            offered_bits=offered,
         )
 
     def _smooth(self, name: str, s: LayerStatistics) -> LayerStatistics:

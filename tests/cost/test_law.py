@@ -9,7 +9,7 @@ from dynasty_lightning.cost.counts import GemmCost
 from dynasty_lightning.cost.law import BITS, TABLES, CostLaw, cost_law, mean_factor
 from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.policy.baselines.widths import EQUAL_SHARES, width_cost
-from dynasty_lightning.policy.sensitivity import bit_price
+from dynasty_lightning.policy.sensitivity import bit_price, offered_bits
 from dynasty_lightning.policy.statistics import example_layer
 
 X, W, E = Role
@@ -84,6 +84,22 @@ def test_price_of_a_stationary_operand_is_that_of_a_pass():
         layer(8, 4, 6, macs={Gemm.DGRAD: 1000}), unlimited={W: 0.5}, backward_bits={W: 4.0}
     )
     assert bit_price(limited, W, 64.0, 1000) == 0.0
+
+
+def test_widths_that_are_worth_their_price():
+    macs = dict.fromkeys(Gemm, 1000)
+    # W is stationary in both of its GEMMs, X serial in FORWARD; E serial.
+    s = layer(6, 4, 5, macs=macs)
+    assert offered_bits(s, W) == (4, 8)
+    assert offered_bits(s, X) == (4, 5, 6, 7, 8)
+    assert offered_bits(s, E) == (4, 5, 6, 7, 8)
+    # The wider operand is serial.
+    assert offered_bits(layer(4, 6, 4, macs={Gemm.FORWARD: 1000}), X) == (4, 8)
+    assert offered_bits(layer(4, 6, 4, macs={Gemm.FORWARD: 1000}), W) == (4, 5, 6, 7, 8)
+    # A GEMM that reads at most four bits has no say: W in DGRAD.
+    limited = layer(4, 6, 8, macs={Gemm.FORWARD: 1000, Gemm.DGRAD: 9000}, unlimited={W: 0.5})
+    assert offered_bits(limited, W) == (4, 5, 6, 7, 8)
+    assert offered_bits(replace(s, law=BITS), W) == ()
 
 
 def test_widths_nobody_counted_are_all_the_mean():

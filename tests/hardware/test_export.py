@@ -78,7 +78,7 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
                 True,
                 2 if "least" in request_kind else 0,
             )
-        requests = Requests(values, values, values, [int(thresholds), least, 8, 8] * 3)
+        requests = Requests(values, values, values, [int(thresholds), least, 8, 8, 0x876543220] * 3)
         quantized = quantize_operand(
             x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=False
         )
@@ -222,6 +222,21 @@ def test_other_blocks_export_too(options: dict[str, tuple[int, int]]) -> None:
 def test_a_network_without_converted_layers_is_refused() -> None:
     with pytest.raises(ExportError, match="no converted layer"):
         export_program(nn.Linear(3, 3), (3,))
+
+
+def test_widths_on_offer_are_refused_by_name() -> None:
+    network = nn.Sequential(nn.Linear(8, 4))
+    convert(network, mode="exact")
+    layer = dynamic_layers(network)["0"]
+    for offered in ((4, 8), ()):
+        layer.set_precision(
+            Role.ACTIVATION,
+            OperandPrecision(lsb_exponent=-4, least_bits=2, offered_bits=offered),
+        )
+        if offered:
+            with pytest.raises(ExportError, match="widths are raised to 4, 8 bits"):
+                export_program(network, (8,))
+    export_program(network, (8,))
 
 
 @pytest.fixture(scope="module")

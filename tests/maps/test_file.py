@@ -178,6 +178,10 @@ def rewrite(path: Path, change, tensors=None) -> None:
         (lambda h: h["limits"].update({"head/W": [0, 8, 1]}), "backward_bits must be 0"),
         (
             lambda h: h["limits"].update({"head/W": [0, 8, 4, 99]}),
+            "a width of offered_bits must be",
+        ),
+        (
+            lambda h: h["limits"].update({"head/W": [0, 8, 4, 2, 3, 4, 5, 6, 7, 8, 8]}),
             "head/W/bits: its limits must be",
         ),
         (lambda h: h["limits"].update({"head/W": ["2", "8"]}), "least_bits must be 0"),

@@ -49,6 +49,27 @@ def test_equals_and_to():
     assert not OperandPrecision(bits=2).equals(OperandPrecision(lsb_exponent=2))
 
 
+def test_widths_on_offer_are_kept_and_tell_maps_apart(tmp_path):
+    def map_of(**options):
+        precision = OperandPrecision(lsb_exponent=-4, least_bits=2, **options)
+        return PrecisionMap(structure=STRUCTURE, entries={"head": {W: precision}})
+
+    plain, some, limited = (
+        map_of(),
+        map_of(offered_bits=(8, 4, 4)),
+        map_of(offered_bits=(4, 8), backward_bits=4),
+    )
+    assert len({m.hash() for m in (plain, some, limited)}) == 3
+    assert not plain.entries["head"][W].equals(some.entries["head"][W])
+    for i, saved in enumerate((plain, some, limited)):
+        path = tmp_path / f"{i}.safetensors"
+        saved.save(path)
+        for again in (PrecisionMap.load(path), PrecisionMap.from_state(saved.to_state())):
+            assert again.hash() == saved.hash()
+            assert again.entries["head"][W].equals(saved.entries["head"][W])
+            assert again.entries["head"][W].offered_bits == ((), (4, 8), (4, 8))[i]
+
+
 @pytest.mark.parametrize("bits", [*range(-2, 12), True, 3.0, 10**30])
 def test_widths_are_checked(bits):
     if type(bits) is int and (bits == 0 or 2 <= bits <= 8):
@@ -69,6 +90,8 @@ def test_widths_are_checked(bits):
         ({"bits": 4, "most_bits": 0}, "most_bits not be 0"),
         ({"bits": 4, "backward_bits": 0}, "backward_bits 0 must be at least 2"),
         ({"bits": 4, "backward_bits": 9}, "backward_bits must be 0 .* not 9"),
+        ({"lsb_exponent": 4, "offered_bits": (4, 9)}, "a width of offered_bits must .* not 9"),
+        ({"lsb_exponent": 4, "offered_bits": (0,)}, "offered_bits are widths from 2 to 8"),
         ({"lsb_exponent": 4, "least_bits": 4, "backward_bits": 3}, "not below least_bits 4"),
         ({"bits": torch.tensor([2, 256])}, "not 256"),  # 256 would wrap to 0
         ({"bits": torch.tensor([2.0])}, "integers, not torch.float32"),

@@ -49,5 +49,5 @@ def test_a_precision_reaches_the_recipe(gemm, ask):
 
 def test_shifting_a_role_leaves_the_others():
     lsb = torch.tensor(-4, dtype=torch.int16)
-    shifted = Requests(lsb, lsb, lsb, [1, 0, 8, 8] * 3).shifted(Role.ERROR, 1)
+    shifted = Requests(lsb, lsb, lsb, [1, 0, 8, 8, 0x876543220] * 3).shifted(Role.ERROR, 1)
     assert [int(shifted.of(role)) for role in Role] == [-4, -4, -3]

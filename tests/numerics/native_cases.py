@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
-from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.formats import BlockFormat, raised, raised_widths
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.memory import empty_channels_innermost
 from dynasty_lightning.numerics.quantized import QuantizedBlocks
@@ -133,6 +133,7 @@ def random_case(seed: int) -> Case:
         is_threshold=kind >= 2,
         least_bits=least,
         most_bits=most,
+        raised_widths=raised_widths(offer(seed) if kind >= 2 else ()),
         width_group=group,
         rounding="stochastic" if stochastic else "nearest",
         force_signed=bool(g.random() < 0.1),
@@ -140,6 +141,19 @@ def random_case(seed: int) -> Case:
         scope=scope,
     )
     return Case(x=x, layout=layout, recipe=recipe)
+
+
+OFFERS = ((), (), (4, 8), (4, 5, 6, 7, 8), (2, 8), (3, 5), (6,))
+"""Widths on offer; none is all."""
+
+
+def offer(seed: int) -> tuple[int, ...]:
+    return OFFERS[np.random.default_rng([seed, 1]).integers(len(OFFERS))]
+
+
+def offered(recipe: Recipe) -> list[int]:
+    """What a recipe's table offers."""
+    return sorted({raised(recipe.raised_widths, bits) for bits in range(2, 9)})
 
 
 FINE = (("split", 0), ("symmetric", 1), ("symmetric", 2), ("split", 1), ("split", 2))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dynasty_lightning.nn.plan import LayerPlan
 from dynasty_lightning.numerics.backends import native
-from dynasty_lightning.numerics.formats import BlockFormat
+from dynasty_lightning.numerics.formats import BlockFormat, raised_widths
 from dynasty_lightning.numerics.geometry import LayerGeometry
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.memory import empty_channels_innermost
@@ -31,6 +31,7 @@ from dynasty_lightning.numerics.quantized import QuantizedBlocks
 from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
+from tests.numerics.native_cases import OFFERS
 
 Call = tuple[str, Callable[..., Any], dict[str, Any]]
 
@@ -159,7 +160,8 @@ def layer_calls(g: np.random.Generator) -> list[Call]:
     request = (
         torch.tensor(-4, dtype=torch.int16) if thresholds else torch.tensor(5, dtype=torch.uint8)
     )
-    settings = [int(thresholds), 0, 8, int(g.integers(2, 9))] * 3
+    table = raised_widths(OFFERS[g.integers(len(OFFERS))])
+    settings = [int(thresholds), 0, 8, int(g.integers(2, 9)), table] * 3
     position = torch.tensor([3, 0, 5, 1])
     forward = {
         "x": torch.randn(x_shape),
@@ -268,6 +270,7 @@ def kernel_calls(g: np.random.Generator) -> list[Call]:
                 "channel_axis": axis,
                 "least_bits": 0,
                 "most_bits": 8,
+                "offered_bits": (),
                 "scope": scope,
             },
         ),

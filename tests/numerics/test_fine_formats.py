@@ -21,7 +21,7 @@ from dynasty_lightning.numerics.recipe import Recipe
 from fpga import GemmConfig, open_device
 from tests import oracle
 
-from .native_cases import FINE, random_fine_case
+from .native_cases import FINE, offered, random_fine_case
 
 
 @pytest.mark.parametrize("first", range(1000, 1120, 30))
@@ -41,6 +41,7 @@ def test_torch_equals_the_oracle(first):
             **({"lsb": request} if recipe.is_threshold else {"bits": request}),
             least=recipe.least_bits,
             most=recipe.most_bits,
+            offered=offered(recipe),
             group=recipe.width_group,
             scope=recipe.scope,
             stream={

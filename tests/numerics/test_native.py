@@ -651,7 +651,7 @@ def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
         bits,
         bits,
         position,
-        [0, 0, 8, 8] * 3,
+        [0, 0, 8, 8, 0x876543220] * 3,
         plan.key,
         "",
         True,
@@ -666,7 +666,7 @@ def test_an_error_that_does_not_belong_to_the_input(mode, input_shape):
             kept[5:10],
             bits,
             position,
-            [0, 0, 8, 8] * 3,
+            [0, 0, 8, 8, 0x876543220] * 3,
             plan.key,
             input_shape,
             torch.float32,
@@ -751,7 +751,7 @@ note(mean_squares(x, BlockLayout(shape=tuple(x.shape), block_shape=(6, 4), chann
 geometry = LayerGeometry(
     kind="conv", weight_shape=(12, 8, 3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 plan = LayerPlan(geometry=geometry, mode="exact")
-settings = [1, 0, 8, 8] * 3
+settings = [1, 0, 8, 8, 0x876543220] * 3
 request, position = torch.tensor(-3, dtype=torch.int16), torch.tensor([3, 0, 5, 1])
 y, *kept = torch.ops.dynasty.layer_forward(
     x, torch.randn(12, 8, 3, 3), torch.randn(12), request, request, request, position, settings,

@@ -19,6 +19,7 @@ from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.numerics.rounding import round_stochastic
 from tests import oracle
+from tests.numerics.native_cases import offer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,6 +47,7 @@ def check(x, role, **options):
         lsb=options.get("lsb_exponent"),
         least=options.get("least_bits", 0),
         most=options.get("most_bits", 8),
+        offered=options.get("offered_bits") or range(2, 9),
         group=options.get("width_group"),
         scope=options.get("scope", "tensor"),
         stream=stream,
@@ -163,7 +165,59 @@ def random_case(generator: np.random.Generator):
 @pytest.mark.parametrize("seed", range(300))
 def test_random_operands(seed):
     x, role, options = random_case(np.random.default_rng(seed))
+    if "lsb_exponent" in options:
+        options["offered_bits"] = offer(seed)
     check(x, role, **options)
+
+
+@pytest.mark.parametrize(
+    ("role", "options", "expected"),
+    [
+        # X, unsigned, u = 0, 1, 3, 4: 2, 2, 4 and 5 bits are needed.
+        (Role.ACTIVATION, {"offered_bits": (4, 8)}, [4, 4, 4, 8]),
+        (Role.ACTIVATION, {"offered_bits": (3, 5)}, [3, 3, 5, 5]),
+        (Role.ACTIVATION, {"offered_bits": (2, 3)}, [2, 2, 3, 3]),  # no more than the widest
+        (Role.ACTIVATION, {"offered_bits": (8,), "most_bits": 6}, [6, 6, 6, 6]),
+        # W, 1 bit more.
+        (Role.WEIGHT, {"offered_bits": (4, 8)}, [4, 4, 8, 8]),
+        (Role.WEIGHT, {"offered_bits": (8, 5)}, [5, 5, 5, 8]),
+        (Role.WEIGHT, {"offered_bits": (), "least_bits": 4}, [4, 4, 5, 6]),
+        (Role.WEIGHT, {"offered_bits": (6, 7), "least_bits": 4}, [6, 6, 6, 6]),
+    ],
+)
+def test_widths_are_raised_to_those_on_offer(role, options, expected):
+    x = torch.tensor([[1.0, 2.0, 8.0, 16.0]])
+    spaced = torch.zeros(1, 16)
+    spaced[:, ::4] = x
+    options = {"lsb_exponent": 0, "block_shape": (1, 4), **options}
+    check(spaced, role, **options)
+    assert quantize(spaced, role=role, **options).bits[0].tolist() == expected
+
+
+def test_a_kept_block_has_the_least_width_on_offer_and_so_fine_an_lsb():
+    x = torch.full((1, 4096), 0.3)  # e = -2
+    options = {"lsb_exponent": 1, "role": Role.ERROR, "block_shape": (1, 4)}
+    plain = quantize(x, **options)
+    four = quantize(x, **options, offered_bits=(4, 8))
+    kept = plain.bits > 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    # u = -3, d = 2, e + d = 0: an LSB of 2**1 under two bits, of 2**-1 under four.
+    assert set(plain.bits[kept].tolist()) == {2}
+    assert set(plain.scale_exponents[kept].tolist()) == {1}
+    assert set(four.bits[four.bits > 0].tolist()) == {4}
+    assert set(four.scale_exponents[four.bits > 0].tolist()) == {-1}
+    # The same blocks are kept, but for those that two bits round to zero.
+    assert bool((four.bits[kept] == 4).all())
+    for blocks in (plain, four):  # unbiased
+        mean = blocks.dequantize().double().unflatten(1, (-1, 4)).mean(2)
+        assert abs(float(mean.mean()) - 0.3) < 4 * float(mean.std()) / mean.numel() ** 0.5
+    assert float(four.dequantize().double().std()) < float(plain.dequantize().double().std())
+
+
+@pytest.mark.parametrize("offered", [(1, 4), (0, 4), (4, 9), (4.0,)])
+def test_what_cannot_be_on_offer(offered):
+    with pytest.raises(ValueError, match="offered_bits"):
+        quantize(torch.ones(4, 4), lsb_exponent=0, role=Role.WEIGHT, offered_bits=offered)
 
 
 @pytest.mark.parametrize("role", list(Role))

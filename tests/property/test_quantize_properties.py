@@ -60,8 +60,9 @@ def per_element(grid, x, block, axis=1):
     above=st.integers(-9, 5),
     group=st.booleans(),
     seed=st.integers(0, 99),
+    offer=st.lists(st.integers(2, 8), max_size=3),
 )
-def test_equals_the_oracle_at_any_threshold(x, role, block, least, above, group, seed):
+def test_equals_the_oracle_at_any_threshold(x, role, block, least, above, group, seed, offer):
     amax = np.abs(x).max()
     lsb = (int(np.frexp(amax)[1]) if amax else 0) - 1 - above
     width_group = (2 * block[0], 2 * block[1]) if group else None
@@ -72,10 +73,18 @@ def test_equals_the_oracle_at_any_threshold(x, role, block, least, above, group,
         block_shape=block,
         width_group=width_group,
         least_bits=least,
+        offered_bits=offer,
         stream=StreamPosition(seed=seed),
     )
     want = oracle.quantize(
-        x, role.letter, lsb=lsb, block=block, group=width_group, least=least, stream={"seed": seed}
+        x,
+        role.letter,
+        lsb=lsb,
+        block=block,
+        group=width_group,
+        least=least,
+        offered=offer or range(2, 9),
+        stream={"seed": seed},
     )
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(got, name).numpy(), getattr(want, name), err_msg=name)

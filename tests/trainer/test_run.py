@@ -90,6 +90,17 @@ def test_a_run_is_steered_in_the_currency_of_its_cost_law(policy):
     assert "core's engine" not in plain.run.summary().table([])
 
 
+def test_maps_by_the_engines_law_ask_for_widths_worth_their_price():
+    loop = Loop(steps=200, target_speedup=3.0, cost="core").train()
+    for roles in loop.plugin.precision_map().entries.values():
+        assert roles[Role.ACTIVATION].least_bits in (2, 4)
+        for precision in roles.values():
+            assert precision.offered_bits in ((), (4, 8), (4, 5, 6, 7, 8))
+        assert roles[Role.ERROR].offered_bits
+    seen = torch.cat([b.flatten() for bits in loop.run.bits.values() for b in bits.values()])
+    assert set(seen.unique().tolist()) <= {0, 4, 5, 6, 7, 8}
+
+
 def test_steps_between_analyses_record_nothing():
     loop = Loop(steps=300).train(200)
     observed = []

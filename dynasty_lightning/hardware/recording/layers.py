@@ -26,6 +26,10 @@ def record_layer(
     index = recorder.index_of(x)
     if index is None:
         recorder.refuse("no layer that reads a constant", name)
+    asked = layer.get_precision(Role.ACTIVATION)
+    if asked is not None and asked.offered_bits and asked.bits is None:
+        offered = ", ".join(map(str, asked.offered_bits))
+        recorder.refuse(f"no activations whose widths are raised to {offered} bits", name)
     weight, output = _weight(recorder, layer, x)
     shape, geometry = tuple(x.shape), layer.geometry
     request, thresholds, least, most = layer.activation_request(shape)

@@ -142,6 +142,7 @@ QUANTIZE: Final = CStruct(
         pointer("const int16_t", "request"),
         integers("request_row", "request_position", "request_channel"),
         integers("is_threshold", "least_bits", "most_bits"),
+        integers("raised_widths", comment="nine digits of four bits: what a width is raised to"),
         integers("role", "stochastic", "force_signed", "scope"),
         integers("seed", "rank", "backward_count", "call_index", "layer"),
         integers(
@@ -217,6 +218,7 @@ _CONSTANTS: Final = (
     ("int32_t", "kWindow", formats.WINDOW, "R of docs/reference/numerics.md"),
     ("int32_t", "kMinBits", formats.MIN_BITS, ""),
     ("int32_t", "kMaxBits", formats.MAX_BITS, ""),
+    ("int64_t", "kAllWidths", formats.ALL_WIDTHS, "no width is raised"),
     ("int32_t", "kMaxDropDepth", formats.MAX_DROP_DEPTH, ""),
     ("int32_t", "kNoExponent", formats.NO_EXPONENT, "below every exponent"),
     ("int32_t", "kLeastThreshold", formats.FAR_THRESHOLDS[0], "beyond these two, all ask the same"),

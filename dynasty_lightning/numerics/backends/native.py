@@ -326,6 +326,7 @@ def _asked(recipe: Recipe) -> tuple[int, ...]:
         recipe.is_threshold,
         recipe.least_bits,
         recipe.most_bits,
+        recipe.raised_widths,
         int(recipe.role),
         recipe.stochastic,
         recipe.force_signed,

@@ -12,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..formats import (
+    ALL_WIDTHS,
     FAR_THRESHOLDS,
+    MAX_BITS,
     MAX_DROP_DEPTH,
     MIN_BITS,
     NO_EXPONENT,
@@ -20,6 +22,7 @@ from ..formats import (
     SIGNED_SLACK,
     UNSIGNED_SLACK,
     Scope,
+    raised,
 )
 from ..layout import BlockLayout
 from ..memory import empty_channels_innermost, empty_grid
@@ -218,18 +221,33 @@ def _width_from_threshold(found: _Found, lsb_exponent: Tensor, recipe: Recipe) -
     else:
         needed = above + 1 + found.sign
     below = above < (-1 if recipe.drops else 0)
-    width = needed.clamp_(max(recipe.least_bits, MIN_BITS), recipe.most_bits)
+    width = needed.clamp_(max(recipe.least_bits, MIN_BITS), MAX_BITS)
+    if recipe.raised_widths != ALL_WIDTHS:
+        width = recipe.raised_widths >> (4 * width.long()) & 0xF
+    width = width.to(torch.int32).clamp_(max=recipe.most_bits)
     if recipe.least_bits or not recipe.drops:
-        return _Planned(torch.where(below, recipe.least_bits, width), found.exponent)
+        least = raised(recipe.raised_widths, recipe.least_bits)
+        least = min(least, recipe.most_bits)
+        return _Planned(torch.where(below, least, width), found.exponent)
     depth = torch.where(below, (-above - 1).clamp(max=MAX_DROP_DEPTH), 0)
     numbers = stream_numbers(
         recipe.stream, drop_code(recipe.role), depth.numel(), device=depth.device
     ).view(depth.shape)
     wins = numbers < torch.full_like(depth, 1 << 16).bitwise_right_shift(depth)
     kept = below & wins
-    width = torch.where(below, torch.where(wins, MIN_BITS, 0), width)
+    width = torch.where(below, torch.where(wins, _kept_bits(recipe), 0), width)
     depth = torch.where(kept, depth, 0)
     return _Planned(width, found.exponent + depth, depth, kept)
+
+
+def _kept_bits(recipe: Recipe) -> int:
+    """Width of E's blocks that a drop has kept."""
+    return min(raised(recipe.raised_widths, MIN_BITS), recipe.most_bits)
+
+
+def _kept_lsb(request: Tensor, recipe: Recipe) -> Tensor:
+    """Exponent of their finest LSB: bits beyond two are free, and make it finer."""
+    return request - (_kept_bits(recipe) - MIN_BITS)
 
 
 def _scale(found: _Found, planned: _Planned, request: Tensor, recipe: Recipe) -> Tensor:
@@ -247,7 +265,7 @@ def _scale(found: _Found, planned: _Planned, request: Tensor, recipe: Recipe) ->
         # exact.
         scale += found.fraction > 1.0 - power_of_two(-magnitude_bits)
     if planned.kept is not None:
-        scale = torch.where(planned.kept, torch.maximum(scale, request), scale)
+        scale = torch.where(planned.kept, torch.maximum(scale, _kept_lsb(request, recipe)), scale)
     return scale
 
 
@@ -291,7 +309,7 @@ def _part_scale(
             to_parts,
         )
     if planned.kept is not None:
-        least = request.expand(floor.shape)
+        least = _kept_lsb(request, recipe).expand(floor.shape)
         floor = torch.where(planned.kept, torch.maximum(floor, least), floor)
     return torch.maximum(to_parts(scale) - finer, to_parts(floor))
 

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..formats import FAR_THRESHOLDS, FLOATS, NO_EXPONENT, SCOPES
+from ..formats import ALL_WIDTHS, FAR_THRESHOLDS, FLOATS, NO_EXPONENT, SCOPES
 from ..layout import BlockLayout
 from ..quantized import QuantizedBlocks
 from ..random import StreamPosition, drop_code
 from ..recipe import Recipe
 from .triton_tiles import Places, Tile, needs_wide_offsets, order_of, sizes_of
 
-__all__ = ["available", "dequantize_cuda", "quantize_cuda"]
+__all__ = ["available", "dequantize_cuda", "quantize_cuda", "quantizes"]
 
 _KINDS: Final = {dtype: kind for kind, dtype in enumerate(FLOATS)}
 _SHARE_TILE: Final = 256
@@ -38,6 +38,17 @@ def available() -> bool:
     True
     """
     return find_spec("triton") is not None and torch.cuda.is_available()
+
+
+def quantizes(layout: BlockLayout, recipe: Recipe) -> bool:
+    """Whether the kernels know the format, and offer all widths.
+
+    >>> from dynasty_lightning.numerics.roles import Role
+    >>> layout = BlockLayout(shape=(8, 8), block_shape=(4, 4), channel_axis=1)
+    >>> quantizes(layout, Recipe(role=Role.WEIGHT, request=torch.tensor(4)))
+    True
+    """
+    return layout.part_shape is None and recipe.raised_widths == ALL_WIDTHS
 
 
 def _kernels() -> Any:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ...numerics.roles import Role
-from ..sensitivity import Sensitivity, bit_price, operand_elements
+from ..sensitivity import Sensitivity, bit_price, offered_bits, operand_elements
 from ..statistics import LayerStatistics
 from ..threshold import ThresholdPolicy
 
@@ -57,5 +57,6 @@ class MagnitudePolicy(ThresholdPolicy):
                     price=bit_price(s, role, elements[role], total_macs),
                     mean_square=square.double(),
                     elements=elements[role],
+                    offered=offered_bits(s, role),
                 )
         return result

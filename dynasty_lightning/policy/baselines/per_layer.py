@@ -84,6 +84,7 @@ class PerLayerPolicy(DynastyPolicy):
         )
         x, w, e = harm.unbind(1)
         total = x[:, :, None, None] + w[:, None, :, None] + e[:, None, None, :]
+        total = torch.where(_dominated(total, cost), math.inf, total)
         drift = self._drift(sensitivities)
         if self.multiplier is None:
             self.multiplier = self._first_width_multiplier(total, cost, measurement)
@@ -158,6 +159,15 @@ def _combination_costs(
         )
         result += share * price[a, b]
     return result
+
+
+def _dominated(harm: Tensor, cost: Tensor) -> Tensor:
+    """bool, the shape of both: some other combination of the layer costs no more and does less
+    harm. However large lambda is, none of these is chosen.
+    """
+    h, c = harm.flatten(1), cost.flatten(1)
+    better = (c[:, None, :] <= c[:, :, None]) & (h[:, None, :] < h[:, :, None])
+    return better.any(2).view(harm.shape)
 
 
 def _cheapest_flat(harm: Tensor, cost: Tensor, multiplier: float) -> Tensor:

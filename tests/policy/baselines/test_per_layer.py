@@ -1,13 +1,18 @@
 """One width for each operand of a layer, worked by hand; the numbers are in the comments."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dynasty_lightning.cost.law import BITS
+from dynasty_lightning.cost.law import BITS, TABLES
 from dynasty_lightning.numerics.roles import Gemm, Role
-from dynasty_lightning.policy.baselines.per_layer import PerLayerPolicy, _combination_costs
+from dynasty_lightning.policy.baselines.per_layer import (
+    PerLayerPolicy,
+    _combination_costs,
+    _dominated,
+)
 from dynasty_lightning.policy.sensitivity import Sensitivity
 from tests.policy.baselines.cases import E, W, X, bits, layer, measure
 
@@ -76,6 +81,22 @@ def test_per_layer_counts_what_backward_reads():
     policy, layers = per_layer_of_unit_harm(backward_bits={"W": 3})
     entries = policy.update(measure(layers))["a"]
     assert [entries[role].backward_bits for role in Role] == [8, 3, 8]
+
+
+def test_no_width_is_chosen_that_costs_as_much_as_a_better_one():
+    # By the engine of tables 2 and 3 bits cost what 4 do, however dear cost is.
+    policy, layers = per_layer_of_unit_harm()
+    layers = {"a": replace(layers["a"], law=TABLES)}
+    policy.multiplier = 2.0**190
+    for _ in range(3):
+        found = bits(policy.update(measure(layers, speedup=3.9, target=5.0)))
+        assert found[:2] == (4, 4)
+    costs = _combination_costs({Gemm.FORWARD: 1.0}, {}, TABLES)
+    harm = torch.rand(1, 7, 7, 7, dtype=torch.float64)
+    gone = _dominated(harm, costs[None])
+    for x, w, e in itertools.product(range(0, 7, 2), repeat=3):
+        better = (costs <= costs[x, w, e]) & (harm[0] < harm[0, x, w, e])
+        assert bool(gone[0, x, w, e]) == bool(better.any())
 
 
 def test_per_layer_begins_at_the_cost_that_was_asked_for():

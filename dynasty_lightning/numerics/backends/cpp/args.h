@@ -11,6 +11,7 @@ namespace dynasty {
 constexpr int32_t kWindow = 8;  // R of docs/reference/numerics.md
 constexpr int32_t kMinBits = 2;
 constexpr int32_t kMaxBits = 8;
+constexpr int64_t kAllWidths = 36344967712;  // no width is raised
 constexpr int32_t kMaxDropDepth = 3;
 constexpr int32_t kNoExponent = -16384;  // below every exponent
 constexpr int32_t kLeastThreshold = -300;  // beyond these two, all ask the same
@@ -53,6 +54,7 @@ struct QuantizeArgs {
   const int16_t* request;
   int64_t request_row, request_position, request_channel;
   int64_t is_threshold, least_bits, most_bits;
+  int64_t raised_widths;  // nine digits of four bits: what a width is raised to
   int64_t role, stochastic, force_signed, scope;
   int64_t seed, rank, backward_count, call_index, layer;
   // the stream counts [rows, positions, channels], else channels before positions

@@ -96,7 +96,7 @@ class FineBlocks {
       scale = scale + Select(Fits(found.ends, p, sign, more, natural), Ints(0), Ints(1));
     }
     scale = scale + depth;
-    if (planner_.drops) scale = Select(kept, Greatest(scale, request), scale);
+    if (planner_.drops) scale = Select(kept, Greatest(scale, planner_.KeptLsb(request)), scale);
     const Int flags = plan & Ints((1 << kExponentShift) - 1);
     Int finest = scale;
     EachPart(at, [&](int64_t first, int32_t step, Mask lanes) {
@@ -107,7 +107,7 @@ class FineBlocks {
           const Mask fits = Fits(ends, p, sign, more, scale - depth - Ints(below));
           part = part - Select(fits, Ints(1), Ints(0));
         }
-        if (planner_.drops) part = Select(kept, Greatest(part, request), part);
+        if (planner_.drops) part = Select(kept, Greatest(part, planner_.KeptLsb(request)), part);
         finest = Select(lanes, Least(finest, part), finest);
       }
       StoreEach(a_.part_plans + first, step, flags | ShiftLeft<kExponentShift>(part), lanes);

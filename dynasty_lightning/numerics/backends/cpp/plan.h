@@ -51,7 +51,12 @@ struct Planner {
   explicit Planner(const QuantizeArgs& args)
       : a(args),
         drops(args.is_threshold && args.stochastic && args.role == kError),
-        finds_sign(args.role == kActivation && !args.force_signed) {}
+        finds_sign(args.role == kActivation && !args.force_signed),
+        raises(args.raised_widths != kAllWidths),
+        kept_bits(std::min(Raised(kMinBits), int32_t(args.most_bits))) {}
+
+  // What a width is raised to.
+  int32_t Raised(int64_t bits) const { return int32_t(a.raised_widths >> (4 * bits) & 0xF); }
 
   // Width, sign, occupied, depth and kept of blocks that need `needed` bits for their threshold;
   // `numbers` decide drops.
@@ -62,12 +67,21 @@ struct Planner {
       const Int above = peak.exponent - request;
       const Mask below = Ints(drops ? -1 : 0) > above;
       width = Least(Greatest(needed, Ints(std::max<int32_t>(int32_t(a.least_bits), kMinBits))),
-                    Ints(int32_t(a.most_bits)));
-      Int low = Ints(int32_t(a.least_bits));
+                    Ints(kMaxBits));
+      if (raises) {
+        Int raised = width;
+        for (int32_t bits = kMinBits; bits <= kMaxBits; ++bits) {
+          const Mask this_one = (width > Ints(bits - 1)) & (Ints(bits + 1) > width);
+          raised = Select(this_one, Ints(Raised(bits)), raised);
+        }
+        width = raised;
+      }
+      width = Least(width, Ints(int32_t(a.most_bits)));
+      Int low = Least(Ints(Raised(a.least_bits)), Ints(int32_t(a.most_bits)));
       if (drops && !a.least_bits) {
         depth = Least(Ints(-1) - above, Ints(kMaxDropDepth));
         kept = below & (ShiftRight(Ints(1 << 16), depth) > numbers);
-        low = Select(kept, Ints(kMinBits), Ints(0));
+        low = Select(kept, Ints(kept_bits), Ints(0));
         depth = Select(kept, depth, Ints(0));
       }
       width = Select(below, low, width);
@@ -78,8 +92,12 @@ struct Planner {
            Select(kept, Ints(kKeptFlag), Ints(0));
   }
 
+  // Exponent of the finest LSB of a block that a drop has kept: bits beyond two make it finer.
+  Int KeptLsb(Int request) const { return request - Ints(kept_bits - kMinBits); }
+
   const QuantizeArgs& a;
-  bool drops, finds_sign;
+  bool drops, finds_sign, raises;
+  int32_t kept_bits;
 };
 
 // Blocks of one exponent and symmetric codes, planned from a peak each.
@@ -106,7 +124,8 @@ class PlainBlocks {
     Int scale = exponent + Ints(1) - p;
     if (a_.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));
     if (planner_.drops)
-      scale = Select((plan & Ints(kKeptFlag)) > Ints(0), Greatest(scale, request), scale);
+      scale = Select((plan & Ints(kKeptFlag)) > Ints(0), Greatest(scale, planner_.KeptLsb(request)),
+                     scale);
     plan = (plan & Ints(0xFF)) | ShiftLeft<kExponentShift>(scale);
     return Select(width > Ints(0), exponent, Ints(kNoExponent));
   }

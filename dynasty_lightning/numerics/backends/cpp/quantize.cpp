@@ -123,6 +123,16 @@ bool SoundParts(const QuantizeArgs& a) {
          a.block_channels % a.part_channels == 0 && a.micro_bits >= 0 && a.micro_bits <= 2;
 }
 
+bool SoundWidths(const QuantizeArgs& a) {
+  for (int64_t bits = kMinBits; bits <= kMaxBits; ++bits) {
+    const int64_t raised = a.raised_widths >> (4 * bits) & 0xF;
+    if (raised < kMinBits || raised > kMaxBits) return false;
+  }
+  return a.most_bits >= kMinBits && a.most_bits <= kMaxBits &&
+         (a.least_bits == 0 || a.least_bits >= kMinBits) && a.least_bits <= a.most_bits &&
+         !(a.raised_widths & 0xF);
+}
+
 bool Sound(const QuantizeArgs& a) {
   const bool blocks = a.block_rows >= 1 &&
                       (a.block_channels == 1 || a.block_channels == 2 || a.block_channels == 4 ||
@@ -133,9 +143,7 @@ bool Sound(const QuantizeArgs& a) {
   return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 &&
          a.group_rows >= 1 && a.group_channels >= 1 && a.threads >= 1 && a.role >= kActivation &&
          a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
-         (a.scope == kTensor || a.block_rows == 1) && SoundParts(a) && a.most_bits >= kMinBits &&
-         a.most_bits <= kMaxBits && (a.least_bits == 0 || a.least_bits >= kMinBits) &&
-         a.least_bits <= a.most_bits;
+         (a.scope == kTensor || a.block_rows == 1) && SoundParts(a) && SoundWidths(a);
 }
 
 }  // namespace
