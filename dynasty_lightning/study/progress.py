@@ -64,11 +64,8 @@ class ProgressBoard:
                 f"accuracy {100 * record['accuracy']:6.2f} %  loss "
                 f"{math.nan if record['loss'] is None else record['loss']:.3f}"
             )
-            text += (
-                f"  speedup {record['speedup_charged']:.2f}x"
-                if record.get("speedup_charged") is not None
-                else ""
-            )
+            faster = record.get("speedup_engine") or record.get("speedup_charged")
+            text += f"  speedup {faster:.2f}x" if faster is not None else ""
             text += f"  {record['seconds']:.1f} s"
         self._print(text + (f"  ({note})" if note and not self._terminal else ""))
         for message in record.get("warnings", []):

@@ -134,10 +134,16 @@ class RunWatch(Callback):
                 "step": trainer.global_step,
                 "steps": int(trainer.estimated_stepping_batches),
                 "loss": self.mean_loss,
-                "speedup": history[-1]["speedup_charged"] if history else None,
+                "speedup": _steered(history[-1]) if history else None,
                 "seconds": self.seconds,
             }
         )
+
+
+def _steered(entry: Mapping[str, Any]) -> float:
+    """The speedup in the currency of the run's target."""
+    engine: float | None = entry.get("speedup_engine")
+    return entry["speedup_charged"] if engine is None else engine
 
 
 def _round_up(number: float) -> int:

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from dynasty_lightning.cli import main
 from dynasty_lightning.study.config import RunConfig
 from dynasty_lightning.study.record import record_of
-from dynasty_lightning.study.report.markdown import write_report
+from dynasty_lightning.study.report.markdown import compose_report, write_report
 from dynasty_lightning.study.report.pareto import draw_pareto
 from dynasty_lightning.study.report.pictures import course_pairs, draw_course, draw_differences
 from dynasty_lightning.study.report.settings import courses, settings_of, titles
@@ -444,6 +444,29 @@ def test_the_command_draws_again(tmp_path, capsys):
 
 
 # -- Pictures
+
+
+def test_runs_in_the_engines_currency_have_a_column_and_a_panel(tmp_path):
+    records = study()
+    before = compose_report([write(tmp_path / "before.jsonl", records)], "r").text
+    assert "engine" not in before
+    records += [
+        run("dynasty@4:cost=core", seed, 0.6, speedup_engine=4.0 + seed / 10) for seed in range(3)
+    ]
+    text = compose_report([write(tmp_path / "after.jsonl", records)], "r").text
+    header = next(line for line in text.splitlines() if "| ideal |" in line)
+    at = header.split(" | ").index("engine")
+    lines = {
+        line.split(" | ")[0].lstrip("| "): line.split(" | ")
+        for line in text.splitlines()
+        if line.count(" | ") == header.count(" | ")
+    }
+    assert lines["dynasty@4:cost=core"][at].startswith("4.10")
+    assert lines["dynasty@5.1"][at] == "-"
+    (setting,) = settings_of(records)
+    figure = draw_pareto(setting)
+    assert len(figure.axes) == 3
+    assert "engine of tables" in figure.axes[1].get_xlabel()
 
 
 def test_pareto_picture():

@@ -16,7 +16,7 @@ from ..record_fields import COMPLETE, DIVERGED, check_reported, last_line, optio
 from ..results import sift_records
 from .demo import DIGITS_NOTE
 from .pictures import Draw, course_pairs, draw_course, pictures_of, save_pictures
-from .settings import CORE, Row, Setting, courses, settings_of, titles
+from .settings import CORE, ENGINE, Row, Setting, courses, settings_of, titles
 from .statistics import CONFIDENCE, REFERENCE, Difference, Spread
 
 
@@ -190,7 +190,17 @@ def _section(setting: Setting, title: str, pictures: Sequence[str]) -> str:
         "bits X / W / E",
         "s a run",
     ]
-    lines += _table(header, [_cost_cells(row) for row in setting.rows if not row.is_float])
+    blocks = [row for row in setting.rows if not row.is_float]
+    cells = [_cost_cells(row) for row in blocks]
+    if any(row.spread(ENGINE).n for row in blocks):
+        header.insert(4, "engine")
+        for line, row in zip(cells, blocks, strict=True):
+            line.insert(4, row.spread(ENGINE).text())
+        lines.append(
+            "Engine: planes of the engine of tables at uniform 8 bits over those of the run, zero "
+            'blocks counted, a model; what targets of runs with `cost="core"` mean.\n'
+        )
+    lines += _table(header, cells)
     lines.append(
         "Reduction in bit operations (zero blocks counted; ideal: zero blocks free) and energy (a "
         "model) are ratios to uniform 8-bit blocks over the whole run, warm-up included. Core: "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from ..record_fields import DIVERGED, FAILED
 from .labels import Mark, place_labels
 from .series import FAR_BELOW, styles_of
-from .settings import CORE, Row, Setting
+from .settings import CORE, ENGINE, Row, Setting
 from .statistics import REFERENCE, Spread
 from .style import NOTE_COLOUR, headline, missing_glyphs, speedup_axis
 
@@ -22,6 +22,11 @@ _KINDS: Final = (
         "speedup_charged",
         "Reduction in bit operations against uniform 8-bit blocks,\nwhole run, zero blocks counted "
         "(log scale)",
+    ),
+    (
+        ENGINE,
+        "Speedup of the engine of tables over itself at uniform 8 bits,\nwhole run, planes, a "
+        "model (log scale)",
     ),
     (
         CORE,
@@ -49,7 +54,9 @@ def draw_pareto(setting: Setting) -> "Figure":
     from matplotlib import pyplot
 
     rows = [row for row in setting.rows if row.complete]
-    kinds = _KINDS if any(row.spread(CORE).n for row in rows) else _KINDS[:1]
+    kinds = [
+        kind for kind in _KINDS if kind is _KINDS[0] or any(row.spread(kind[0]).n for row in rows)
+    ]
     figure, grid = pyplot.subplots(
         1,
         len(kinds),

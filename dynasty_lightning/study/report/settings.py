@@ -16,6 +16,8 @@ from ..record_fields import COMPLETE
 from .statistics import REFERENCE, Difference, Spread
 
 CORE: Final = "speedup_core"
+ENGINE: Final = "speedup_engine"
+"""Of runs with `cost="core"`: in planes of the engine of tables."""
 DYNASTY: Final = "dynasty"
 
 _NUMBER: Final = "0123456789."
