@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..numerics.backends import native
 from ..numerics.formats import BlockFormat, Code, Scaling
 from .layers import CONVERTED_TYPES, DynamicLayer, check_module, dynamic_layers, geometry_of
-from .plan import LayerPlan, Mode
+from .plan import LayerPlan, Mode, plan_template
 from .skipped import own_type, reason_to_skip
 from .stream import StreamState, check_seed
 
@@ -50,6 +50,7 @@ def convert(
     micro_bits: int = 0,
     exclude: Collection[str] = (),
     unquantized: Collection[str] = (),
+    control_variate: bool = False,
     seed: int = 0,
     rank: int = 0,
 ) -> ConversionReport:
@@ -69,6 +70,7 @@ def convert(
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
         unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's
             rounding does.
+        control_variate: lessen dW by what is known of the noise that E's rounding leaves in it.
         seed, rank: key of the random stream.
 
     Raises:
@@ -105,9 +107,10 @@ def convert(
     stream = next(
         (m.stream for m in model.modules() if isinstance(m, DynamicLayer)), None
     ) or StreamState(seed, rank)
-    return _convert(
-        model, stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized
+    template = plan_template(
+        format=block_format, mode=mode, unquantized=unquantized, control_variate=control_variate
     )
+    return _convert(model, stream, template, exclude=exclude)
 
 
 def check_names(option: str, names: Any) -> None:
@@ -126,11 +129,9 @@ def check_names(option: str, names: Any) -> None:
 def grow(
     model: nn.Module,
     report: ConversionReport,
+    template: LayerPlan,
     *,
-    mode: Mode,
-    block_format: BlockFormat,
     exclude: Collection[str],
-    unquantized: Collection[str],
 ) -> ConversionReport:
     """The report of a model that was converted and may have changed since: a layer added or
     replaced, a copy of converted ones.
@@ -147,9 +148,7 @@ def grow(
             break
     else:
         return report
-    return _convert(
-        model, report.stream, block_format, mode=mode, exclude=exclude, unquantized=unquantized
-    )
+    return _convert(model, report.stream, template, exclude=exclude)
 
 
 def _may_have_grown(model: nn.Module, stream: StreamState) -> bool:
@@ -172,13 +171,12 @@ def _may_have_grown(model: nn.Module, stream: StreamState) -> bool:
 def _convert(
     model: nn.Module,
     stream: StreamState,
-    block_format: BlockFormat,
+    template: LayerPlan,
     *,
-    mode: Mode,
     exclude: Collection[str],
-    unquantized: Collection[str],
 ) -> ConversionReport:
-    _check_alike(model, block_format, mode, unquantized)
+    """Layers get the template's plan, with a geometry and an index of their own."""
+    _check_alike(model, template)
     converted: list[tuple[str, str]] = []
     skipped: list[tuple[str, str, str]] = []
     inside_attention: set[str] = set()
@@ -198,13 +196,7 @@ def _convert(
         if reason:
             skipped.append((name, kind, reason))
         elif own_type(module) in CONVERTED_TYPES:
-            plan = LayerPlan(
-                geometry=geometry_of(module),
-                format=block_format,
-                mode=mode,
-                layer_index=stream.add_layer(),
-                unquantized=tuple(unquantized),
-            )
+            plan = replace(template, geometry=geometry_of(module), layer_index=stream.add_layer())
             _swap(module, name, plan, stream)
             converted.append((name, kind))
     for module in model.modules():
@@ -222,22 +214,21 @@ def _convert(
     return ConversionReport(converted=tuple(converted), skipped=tuple(skipped), stream=stream)
 
 
-def _check_alike(
-    model: nn.Module, block_format: BlockFormat, mode: Mode, unquantized: Collection[str]
-) -> None:
+def _check_alike(model: nn.Module, template: LayerPlan) -> None:
     """Raises ValueError where a layer is converted in another way."""
+
+    def shown(plan: LayerPlan) -> str:
+        return (
+            f"{plan.format}, mode {plan.mode!r}, unquantized {plan.unquantized}, "
+            f"control_variate {plan.control_variate}"
+        )
+
     for layer in dynamic_layers(model).values():
-        if (layer.plan.format, layer.plan.mode, layer.plan.unquantized) != (
-            block_format,
-            mode,
-            tuple(unquantized),
-        ):
+        own = replace(layer.plan, geometry=template.geometry, layer_index=0, executor="")
+        if own != template:
             raise ValueError(
-                f"{layer.layer_name} is already converted with {layer.plan.format}, mode "
-                f"{layer.plan.mode!r}, "
-                f"unquantized {layer.plan.unquantized}; asked for {block_format}, mode "
-                f"{mode!r}, {tuple(unquantized)}: "
-                "convert a fresh copy of the model"
+                f"{layer.layer_name} is already converted with {shown(own)}; asked for "
+                f"{shown(template)}: convert a fresh copy of the model"
             )
 
 

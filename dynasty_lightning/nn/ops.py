@@ -21,6 +21,7 @@ from ..numerics.quantized import QuantizedBlocks
 from ..numerics.random import StreamPosition
 from ..numerics.roles import SHARED, Gemm, Role
 from .arguments import BackwardInputs, Forwarded, ForwardInputs, Packed
+from .control_variate import corrected
 from .gemms import has_own_blocks, is_channels_last, quantize_operand, run_gemm
 from .observe import BackwardPass, Observe, read_key
 from .plan import LayerPlan
@@ -106,6 +107,7 @@ def _layer_backward(given: BackwardInputs) -> tuple[Tensor, Tensor]:
                 e, plan, Role.ERROR, Gemm.WGRAD, given.requests, position=stream
             )
         dw = run_gemm(Gemm.WGRAD, e_blocks, x_blocks, plan, shape)
+        dw = corrected(dw, e, e_blocks, x_blocks, plan, shape)
     if slot is not None:
         slot.count(has_dgrad=given.need_dx, has_wgrad=given.need_dw)
     if slot is not None and recorded:

@@ -29,7 +29,8 @@ class LayerPlan:
     `executor` names what computes the GEMMs instead of `mode` (`nn.gemms.EXECUTORS`); empty for
     none. `unquantized` has the letters of
     roles whose operands the GEMMs read as they are, in float32: for studies of what one role's
-    rounding does.
+    rounding does. `control_variate`: whether dW is corrected for what is known of E's rounding
+    (`nn.control_variate`).
 
     Raises:
         ValueError: an unknown mode or role.
@@ -41,12 +42,15 @@ class LayerPlan:
     layer_index: int = 0
     executor: str = ""
     unquantized: tuple[str, ...] = ()
+    control_variate: bool = False
 
     def __post_init__(self) -> None:
         for letter in self.unquantized:
             Role.from_letter(letter)
         if self.mode not in ("fast", "exact"):
             raise ValueError(f"mode must be 'fast' or 'exact', not {self.mode!r}")
+        if not isinstance(self.control_variate, bool):
+            raise ValueError(f"control_variate must be True or False, not {self.control_variate!r}")
 
     @cached_property
     def key(self) -> str:
@@ -75,6 +79,7 @@ class LayerPlan:
             layer_index=data["layer_index"],
             executor=data["executor"],
             unquantized=tuple(data["unquantized"]),
+            control_variate=data["control_variate"],
         )
         _ = plan.key
         return plan
@@ -159,6 +164,17 @@ class LayerPlan:
             )
         )
         return (input_shape[0], g.out_channels, *spatial)
+
+
+def plan_template(**options: Any) -> LayerPlan:
+    """A plan of all layers' options, whose geometry is nobody's. Raises ValueError as `LayerPlan`.
+
+    >>> plan_template(mode="exact", unquantized=["E"]).unquantized
+    ('E',)
+    """
+    options["unquantized"] = tuple(options.get("unquantized", ()))
+    nobodys = LayerGeometry(kind="linear", weight_shape=(1, 1))
+    return LayerPlan(geometry=nobodys, **options)
 
 
 # Plans in use, by key: an operator finds its layer's, with all that was derived from it. Weak, so

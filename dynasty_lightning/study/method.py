@@ -29,6 +29,7 @@ _PLUGIN_OPTIONS: Final = (
     "rest",
     "exclude",
     "unquantized",
+    "control_variate",
 )
 _OLD_NAMES: Final = {"other_layers": "rest"}
 """Options that words have by the name of before 0.1.0: results are stored under it."""

@@ -21,7 +21,7 @@ from ..maps.precision_map import PrecisionMap
 from ..maps.structure import ModelStructure
 from ..nn.convert import ConversionReport, check_names, convert, grow
 from ..nn.layers import DynamicLayer, dynamic_layers
-from ..nn.plan import Mode
+from ..nn.plan import Mode, plan_template
 from ..nn.stream import check_seed
 from ..numerics.formats import BlockFormat, Code, Scaling
 from ..numerics.operand_precision import OperandPrecision
@@ -55,6 +55,8 @@ class DynastyPrecision(Precision):
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
             cost is counted as if they were.
+        control_variate: lessen dW by what is known of the noise that E's rounding leaves in it
+            (docs/concepts/widths.md, Control variate).
         seed: of the random stream; None takes the one of `seed_everything`, else torch's.
         rest: `other_layers` by its name of before 0.1.0; it goes with the next release.
 
@@ -84,6 +86,7 @@ class DynastyPrecision(Precision):
         other_layers: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
+        control_variate: bool = False,
         seed: int | None = None,
         rest: Literal["32", "bf16"] | None = None,
     ) -> None:
@@ -103,6 +106,7 @@ class DynastyPrecision(Precision):
         self.mode, self.other_layers, self.seed = mode, other_layers, seed
         self.exclude = tuple(exclude)
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
+        self.control_variate = control_variate
         self.format = BlockFormat(
             block_shape=block_shape,
             width_group=width_group,
@@ -149,6 +153,7 @@ class DynastyPrecision(Precision):
             micro_bits=self.format.micro_bits,
             exclude=self.exclude,
             unquantized=self.unquantized,
+            control_variate=self.control_variate,
             seed=default_seed() if self.seed is None else self.seed,
             rank=torch.distributed.get_rank()
             if torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -170,10 +175,13 @@ class DynastyPrecision(Precision):
         self.report = grow(
             module,
             report,
-            mode=self.mode,
-            block_format=self.format,
+            plan_template(
+                format=self.format,
+                mode=self.mode,
+                unquantized=self.unquantized,
+                control_variate=self.control_variate,
+            ),
             exclude=self.exclude,
-            unquantized=self.unquantized,
         )
         if self.report is not report:
             known = self.layers
@@ -198,7 +206,16 @@ class DynastyPrecision(Precision):
             return
         ranks = Ranks.of(trainer)
         ranks.check_same(
-            str((self.mode, self.format, self.other_layers, self.exclude, self.unquantized)),
+            str(
+                (
+                    self.mode,
+                    self.format,
+                    self.other_layers,
+                    self.exclude,
+                    self.unquantized,
+                    self.control_variate,
+                )
+            ),
             what="DynastyPrecision's options",
         )
         ranks.check_same(str(self.structure), what="the layers that DynastyPrecision converts")
