@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.backends.dispatch import quantize_blocks
-from ..numerics.formats import ALL_WIDTHS, MAX_BITS, Scope, raised_widths
+from ..numerics.formats import ALL_WIDTHS, FP4, MAX_BITS, Scope, raised_widths
+from ..numerics.fp4 import quantize_fp4
 from ..numerics.gemm import exact_gemm, fast_gemm, finish
 from ..numerics.mx import quantize_mx
 from ..numerics.operand_precision import OperandPrecision
@@ -158,6 +159,8 @@ def quantize_operand(
     operand = operand.detach()
     if plan.format.scaling == "mx":
         blocks = quantize_mx(operand, layout, bits=recipe.request, scope=recipe.scope)
+    elif plan.format.scaling in FP4:
+        blocks = quantize_fp4(operand, layout, recipe, scaling=plan.format.scaling)
     else:
         # What backward reads of FORWARD's operands is kept packed.
         wants_values = plan.mode == "fast" and not plan.executor and gemm is not SHARED.get(role)

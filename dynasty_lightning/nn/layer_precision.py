@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from ..numerics.formats import FP4
+from ..numerics.fp4 import FP4_BITS
 from ..numerics.geometry import LayerGeometry
 from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Gemm, Role
@@ -76,6 +78,13 @@ class LayerPrecision(nn.Module):
 
     def _check_precision(self, role: Role, precision: OperandPrecision) -> None:
         values = precision.values
+        if self.plan.format.scaling in FP4 and (
+            values.numel() != 1 or precision.bits is None or int(values) != FP4_BITS
+        ):
+            raise ValueError(
+                f"{self.layer_name}: elements of {self.plan.format.scaling} have {FP4_BITS} bits "
+                f"each: DynastyCallback(policy='uniform', bits={FP4_BITS})"
+            )
         if self.plan.format.requantizes and (values.numel() != 1 or precision.bits is None):
             raise ValueError(
                 f"blocks {self.plan.format.block_shape} re-quantize for each GEMM and take "

@@ -169,6 +169,7 @@ class BackwardPass:
         copies = {r for r in SHARED if self._has_copy(r, headers[r], backward[r])}
         x_unsigned = _unsigned_share(headers[Role.ACTIVATION])
         headers[Role.ACTIVATION] = self._whole_blocks(headers[Role.ACTIVATION])
+        headers[Role.WEIGHT] = self._rows_of_weight(headers[Role.WEIGHT])
         bits = {r: header_bits(h) for r, h in headers.items()}
         return LayerObservation(
             geometry=plan.geometry,
@@ -248,6 +249,15 @@ class BackwardPass:
         )
         return make_headers(bits, signed, occupied)
 
+    def _rows_of_weight(self, headers: Tensor) -> Tensor:
+        """W's headers on the format's grid, where its own blocks have more rows."""
+        rows = (
+            self.plan.block_shape(Role.WEIGHT, Gemm.FORWARD)[0] // self.plan.format.block_shape[0]
+        )
+        if rows == 1:
+            return headers
+        return headers.repeat_interleave(rows, 0)[: self.plan.weight_shape()[0]]
+
 
 def weight_squares(plan: LayerPlan, t: Tensor) -> Tensor:
     """Mean squares of a tensor of the weight's shape, on W's grid."""
@@ -274,7 +284,7 @@ def _unsigned_share(headers: Tensor) -> float:
 def _dequantized(plan: LayerPlan, blocks: QuantizedBlocks, slot: str) -> Tensor:
     """The operand as the GEMMs read it; what was not quantized counts as zero."""
     if (
-        plan.format.scaling == "mx"
+        plan.format.scaling != "window"
         and blocks.passthrough is not None
         and bool(blocks.passthrough.isfinite().all())
     ):

@@ -110,6 +110,8 @@ class LayerPlan:
     def block_shape(self, role: Role, gemm: Gemm, *, training: bool = True) -> tuple[int, int]:
         """Rows x channels of a block of `role` as `gemm` reads it."""
         rows, channels = self.format.block_shape
+        if role is Role.WEIGHT and self.format.scaling == "nvfp4":
+            return channels, channels  # which backward reads as forward does
         if self.format.requantizes and (gemm, role) in _ROWS_CONTRACTED:
             return channels, rows
         if not training and role is not Role.WEIGHT:

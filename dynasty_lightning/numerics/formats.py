@@ -26,7 +26,7 @@ __all__ = [
     "check_widths",
 ]
 
-Scaling = Literal["window", "mx"]
+Scaling = Literal["window", "mx", "mxfp4", "nvfp4"]
 Code = Literal["symmetric", "split"]
 Rounding = Literal["nearest", "stochastic"]
 Scope = Literal["tensor", "sample", "row"]
@@ -91,6 +91,14 @@ ALL_WIDTHS: Final = 0x876543220
 SQUARE_BLOCKS: Final = ((4, 4), (8, 8), (16, 16))
 LINE_BLOCKS: Final = ((1, 16), (1, 32))
 MX_BLOCK: Final = (1, 32)
+OWN_BLOCKS: Final[dict[Scaling, tuple[int, int]]] = {
+    "mx": MX_BLOCK,
+    "mxfp4": MX_BLOCK,
+    "nvfp4": (1, 16),
+}
+"""Of scalings that are other people's formats, for the baselines of those names."""
+FP4: Final = ("mxfp4", "nvfp4")
+"""Of these, those whose elements are floating point of four bits."""
 
 
 def check_bits(bits: int, *, name: str = "bits") -> int:
@@ -186,8 +194,8 @@ class BlockFormat:
             (MX-like, emulation only).
         width_group: rows x channels that share one width, multiples of `block_shape`; None gives
             every block its own.
-        scaling: "window", docs/reference/numerics.md's, or "mx", the OCP MX specification's, for
-            the baseline in 1x32 blocks (`numerics.mx`).
+        scaling: "window", docs/reference/numerics.md's; or, for baselines, "mx", the OCP MX
+            specification's in 1x32 blocks (`numerics.mx`), "mxfp4" or "nvfp4" (`numerics.fp4`).
         code: "symmetric", -(2**p - 1) to 2**p - 1, or "split": -2**p to 2**p - 1, and a flag of the
             block that negates them all.
         micro_bits: 0, or 1 or 2 for each 2x2 part of a block, whose LSB may lie as many binades
@@ -214,11 +222,14 @@ class BlockFormat:
                 f"block_shape must be one of {SQUARE_BLOCKS + LINE_BLOCKS} (rows x channels), "
                 f"not {self.block_shape}"
             )
-        if self.scaling not in ("window", "mx"):
-            raise ValueError(f"scaling must be 'window' or 'mx', not {self.scaling!r}")
-        if self.scaling == "mx" and self.block_shape != MX_BLOCK:
+        if self.scaling != "window" and self.scaling not in OWN_BLOCKS:
+            known = ", ".join(map(repr, ("window", *OWN_BLOCKS)))
+            raise ValueError(f"scaling must be one of {known}, not {self.scaling!r}")
+        own = OWN_BLOCKS.get(self.scaling, self.block_shape)
+        if self.block_shape != own:
             raise ValueError(
-                f"scaling 'mx' is that of MX's own {MX_BLOCK} blocks, not of {self.block_shape}"
+                f"scaling {self.scaling!r} is that of its own {own} blocks, not of "
+                f"{self.block_shape}"
             )
         self._check_code()
         if self.width_group is not None:

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from ..numerics.formats import MAX_BITS, MIN_BITS, MX_BLOCK
+from ..numerics.formats import FP4, MAX_BITS, MIN_BITS, MX_BLOCK, OWN_BLOCKS
+from ..numerics.fp4 import FP4_BITS
 from ..policy.base import check_target
 from ..policy.registry import POLICIES
 from ..trainer.callback import DynastyCallback
@@ -48,7 +49,7 @@ class Method:
 
     Attributes:
         name: of `FLOATS`, "uniform2" to "uniform8", "mxint2" to "mxint8" (OCP MX; below 8 bits like
-            it), or a policy's of `POLICIES`.
+            it), "mxfp4", "nvfp4", or a policy's of `POLICIES`.
         target: whole-run `speedup_charged` to steer to.
         options: name and value, sorted by name.
 
@@ -164,6 +165,8 @@ class Method:
         own |= {new: own.pop(old) for new, old in _OLD_NAMES.items() if old in own}
         if self.name.startswith("mxint"):
             own = {"block_shape": MX_BLOCK, "scaling": "mx"} | own
+        if self.name in FP4:
+            own = {"block_shape": OWN_BLOCKS[self.name], "scaling": self.name} | own  # type: ignore[index]
         return DynastyPrecision(seed=seed, **{**settings, **own})
 
     def make_callback(self, *, interval: int) -> DynastyCallback | None:
@@ -192,6 +195,8 @@ class Method:
     @property
     def _fixed_bits(self) -> int | None:
         """Width of a uniform method."""
+        if self.name in FP4:
+            return FP4_BITS
         for family in ("uniform", "mxint"):
             digits = self.name.removeprefix(family)
             if self.name.startswith(family) and digits in {
@@ -246,6 +251,7 @@ def method_names() -> list[str]:
         *FLOATS,
         f"uniform{MIN_BITS} to uniform{MAX_BITS}",
         f"mxint{MIN_BITS} to mxint{MAX_BITS}",
+        *FP4,
         *POLICIES,
     ]
 

@@ -225,8 +225,10 @@ def test_what_mx_is_of():
     )
     assert Method.parse("uniform8:block_shape=1x32").make_plugin(seed=0).format.scaling == "window"
     with pytest.raises(
-        ValueError, match=r"scaling 'mx' is that of MX's own \(1, 32\) blocks, not of \(4, 4\)"
+        ValueError, match=r"scaling 'mx' is that of its own \(1, 32\) blocks, not of \(4, 4\)"
     ):
         BlockFormat(scaling="mx")
-    with pytest.raises(ValueError, match="must be 'window' or 'mx', not 'ocp'"):
+    with pytest.raises(
+        ValueError, match="must be one of 'window', 'mx', 'mxfp4', 'nvfp4', not 'ocp'"
+    ):
         BlockFormat(block_shape=(1, 32), scaling="ocp")
