@@ -45,7 +45,7 @@ class Operand:
 
     Raises:
         OperandError: shapes that do not fit, widths outside 0, 2..8, mantissas outside their width,
-            the most negative code, scale exponents beyond +-2**20.
+            a block that reaches both ends of split codes, scale exponents beyond +-2**20.
         ValueError: a block shape that the core does not compute.
 
     >>> x = Operand(
@@ -78,7 +78,7 @@ class Operand:
             )
         if mantissas.min() < -(1 << MAX_BITS - 1) or mantissas.max() >= 1 << MAX_BITS:
             raise OperandError(
-                f"mantissas must lie in [-127, 255], not {mantissas.min()} to {mantissas.max()}"
+                f"mantissas must lie in [-128, 255], not {mantissas.min()} to {mantissas.max()}"
             )
         object.__setattr__(self, "mantissas", np.ascontiguousarray(mantissas, np.int16))
         for name, dtype in (
@@ -144,6 +144,13 @@ class Operand:
         result: Array = rows.reshape(-1, self.block_edge, *rows.shape[1:]).max(axis=1)
         return result
 
+    @property
+    def negated(self) -> Array:
+        """Blocks that are stored as the negatives of their mantissas, bool, of the grid's shape:
+        signed ones that hold 2**p, the end that two's complement of p + 1 bits lacks.
+        """
+        return self._any_of_block(self.mantissas == self._ends())
+
     def bases(self) -> Array:
         """Smallest scale exponent of the non-zero blocks, int32: 0-d, or with row exponents [rows];
         0 where all is zero.
@@ -192,18 +199,45 @@ class Operand:
                 f"bits must be 0 or in [{MIN_BITS}, {MAX_BITS}], not {bits[where]} in block {where}"
             )
 
+    def _ends(self) -> Array:
+        """2**p of each element in a signed block, 2**30 in others, int32."""
+        bits, signed = _spread(self.bits, self).astype(np.int32), _spread(self.signed, self)
+        return np.where(signed & (bits > 0), 1 << np.maximum(bits - 1, 0), 1 << 30)
+
+    def _any_of_block(self, elements: Array) -> Array:
+        """Where a block, or a block's row, has one; bool, of the grid's shape."""
+        edge = self.block_edge
+        found = padded(elements, 2, edge)
+        found = found.reshape(*found.shape[:2], -1, edge).any(axis=3)
+        if not self.row_exponents:
+            found = padded(found, 0, edge).reshape(-1, edge, *found.shape[1:]).any(axis=1)
+        result: Array = found
+        return result
+
     def _check_mantissas(self) -> None:
         bits, signed = _spread(self.bits, self).astype(np.int32), _spread(self.signed, self)
-        magnitude_bits = bits - (signed & (bits > 0))
-        most = (1 << magnitude_bits) - 1
-        wrong = (self.mantissas > most) | (self.mantissas < np.where(signed, -most, 0))
+        signed = signed & (bits > 0)
+        most = (1 << (bits - signed)) - 1
+        wrong = (self.mantissas > most + signed) | (self.mantissas < np.where(signed, -most - 1, 0))
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise OperandError(
                 f"mantissa {self.mantissas[where]} at (row, position, channel) {where} does not "
                 f"fit {bits[where]} "
                 f"{'signed' if signed[where] else 'unsigned'} bits: legal are "
-                f"{-most[where] if signed[where] else 0} to {most[where]}"
+                + (
+                    f"-{most[where] + 1} to {most[where] + 1}"
+                    if signed[where]
+                    else f"0 to {most[where]}"
+                )
+            )
+        both = self.negated & self._any_of_block(self.mantissas == -self._ends())
+        if both.any():
+            where = tuple(int(i) for i in np.argwhere(both)[0])
+            end = 1 << int(self.bits[where]) - 1
+            raise OperandError(
+                f"block {where} holds {-end} and {end}: codes of {self.bits[where]} bits reach one "
+                f"of these ends, with or without the flag that negates them"
             )
 
     def check_for(self, config: GemmConfig) -> None:

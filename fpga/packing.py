@@ -16,6 +16,7 @@ from .registers import (
     DIRECTORY_LENGTH,
     DIRECTORY_OFFSET,
     HEADER_BITS,
+    HEADER_NEGATED,
     HEADER_RESERVED,
     HEADER_SHIFT,
     HEADER_SIGNED,
@@ -287,7 +288,7 @@ def _assemble(
     if full[rows:].any() or full[..., channels:].any():
         raise OperandError("an element of the padding is not zero")
     bits = (grid & HEADER_WIDTH.mask).astype(np.uint8)
-    shift = (grid >> HEADER_SHIFT.at).astype(np.int32)
+    shift = ((grid & HEADER_SHIFT.mask) >> HEADER_SHIFT.at).astype(np.int32)
     base = np.asarray(bases, np.int32)
     exponents = np.where(bits > 0, shift + (base[:, None, None] if row_exponents else base), 0)
     return Operand(
@@ -307,10 +308,12 @@ def _elements(planes: Array, headers: Array, edge: int) -> Array:
     ).astype(np.int32)
     values: Array = (bits << np.arange(len(planes))[:, None]).sum(axis=0)
     if len(planes):
-        signed = np.repeat(
-            headers & HEADER_SIGNED.mask > 0, edge if headers.size > 1 else edge * edge
+        signed, negated = (
+            np.repeat(headers & field.mask > 0, edge if headers.size > 1 else edge * edge)
+            for field in (HEADER_SIGNED, HEADER_NEGATED)
         )
         values = values - np.where(signed & (bits[-1] > 0), 1 << len(planes), 0)
+        values = np.where(negated, -values, values)
     return values
 
 
@@ -320,6 +323,7 @@ def _headers(operand: Operand) -> Array:
         operand.signed, HEADER_SIGNED.mask, 0
     ).astype(np.uint16)
     headers |= (operand.shifts() << HEADER_SHIFT.at).astype(np.uint16)
+    headers |= np.where(operand.negated, HEADER_NEGATED.mask, 0).astype(np.uint16)
     headers = np.where(operand.bits > 0, headers, 0).astype(np.uint16)
     row_blocks, positions, channel_blocks = operand.blocks
     if not operand.row_exponents:
@@ -332,13 +336,22 @@ def _headers(operand: Operand) -> Array:
     )
 
 
+def _spread_negated(operand: Operand) -> Array:
+    """bool, of the mantissas' shape."""
+    negated, edge = operand.negated, operand.block_edge
+    rows = negated if operand.row_exponents else np.repeat(negated, edge, axis=0)
+    by_element: Array = np.repeat(rows, edge, axis=2)
+    return by_element[: operand.shape[0], :, : operand.shape[2]]
+
+
 def _plane_bits(operand: Operand) -> Array:
     """Every plane of every block, uint16 [lines, channel blocks, MAX_BITS, plane bits / 16]; two's
     complement, low element first.
     """
     edge = operand.block_edge
     row_blocks, positions, channel_blocks = operand.blocks
-    values = padded(padded(operand.mantissas, 0, edge), 2, edge).reshape(
+    codes = np.where(_spread_negated(operand), -operand.mantissas, operand.mantissas)
+    values = padded(padded(codes, 0, edge), 2, edge).reshape(
         row_blocks, edge, positions, channel_blocks, edge
     )
     blocks = values.transpose(0, 2, 3, 1, 4).reshape(

@@ -19,6 +19,13 @@ __all__ = ["WINDOW", "ActivationRequest", "quantize_activations"]
 Scope = Literal["sample", "row"]
 
 _NONE: Final = -(1 << 14)
+_MOST_BITS: Final = 40
+"""Of magnitudes that are told apart: beyond, every width is the largest."""
+_FAR_THRESHOLDS: Final = (-300, 200)
+"""Beyond these a threshold asks the same of every float32."""
+SIGNED_SLACK: Final = 1.0
+UNSIGNED_SLACK: Final = 0.75
+"""By how many LSBs of split codes an element may exceed the largest, and be clipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +38,11 @@ class ActivationRequest:
         is_threshold: whether `values` are exponents.
         least_bits, most_bits: limits of widths that follow from thresholds; least 0 lets blocks be
             zero.
+        offered_bits: widths that others are raised to; none given is all.
+        code: "symmetric", or "split" with a level more at one end of signed blocks.
 
     Raises:
-        ValueError: widths outside 0, 2..8, or limits that cross.
+        ValueError: widths outside 0, 2..8, limits that cross, or another code.
 
     >>> four = ActivationRequest(values=np.full((1, 1, 1), 4), is_threshold=False)
     >>> ActivationRequest(values=np.full((1, 1, 1), 1), is_threshold=False)
@@ -45,6 +54,8 @@ class ActivationRequest:
     is_threshold: bool
     least_bits: int = 0
     most_bits: int = MAX_BITS
+    offered_bits: tuple[int, ...] = ()
+    code: Literal["symmetric", "split"] = "symmetric"
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values)
@@ -68,7 +79,26 @@ class ActivationRequest:
                 f"least_bits {self.least_bits} and most_bits {self.most_bits} must be widths, "
                 f"the first not above the second"
             )
+        if wrong := [b for b in self.offered_bits if b not in legal[1:]]:
+            raise ValueError(f"offered_bits must be widths of {legal[1:]}, not {wrong[0]}")
+        if self.code not in ("symmetric", "split"):
+            raise ValueError(f"code must be 'symmetric' or 'split', not {self.code!r}")
+        object.__setattr__(self, "offered_bits", tuple(sorted(self.offered_bits)))
         object.__setattr__(self, "values", values.astype(np.int32))
+
+    def offer(self, bits: Array) -> Array:
+        """What widths become: the next on offer, within the limits.
+
+        >>> request = ActivationRequest(
+        ...     values=np.zeros((1, 1, 1), int), is_threshold=True, offered_bits=(4, 8)
+        ... )
+        >>> request.offer(np.array([-1, 3, 5, 12])).tolist()
+        [4, 4, 8, 8]
+        """
+        widths = np.array(self.offered_bits or range(MIN_BITS, MAX_BITS + 1))
+        wanted = np.clip(bits, max(self.least_bits, MIN_BITS), widths[-1])
+        raised: Array = widths[np.searchsorted(widths, wanted)]
+        return np.minimum(raised, self.most_bits)
 
 
 def quantize_activations(
@@ -105,32 +135,80 @@ def quantize_activations(
         raise ValueError(
             f"the request's shape {request.values.shape} does not broadcast to the grid {grid}"
         ) from None
-    peak = np.abs(blocks).max(axis=3)
-    # frexp, not log2: float32 log2 rounds the value just below 2**k up to k.
-    exponent = np.frexp(peak)[1].astype(np.int32) - 1
-    signed = blocks.min(axis=3) < 0
-    width = _widths(exponent, signed, asked, request)
-    width = np.where(peak > 0, width, 0)
+    found = _Found.of(blocks, request.code)
+    width = np.where(found.peak > 0, _widths(found, asked, request), 0)
     if width_group is not None:
         width = _share(width, width_group[1] // edge)
-
-    magnitude_bits = width - signed
-    scale = _scales(exponent, signed, width, scope)
+    scale = _scales(found, width, scope)
     live = width > 0
     scaled = np.ldexp(blocks.astype(np.float64), np.where(live, -scale, 0)[..., None])
-    limit = np.where(live, (1 << np.maximum(magnitude_bits, 0)) - 1, 0)[..., None]
-    # rint is nearest-even, exact for these sizes; the lower limit is 0 where the block is unsigned,
-    # which then has no negative element.
-    mantissas = np.clip(np.rint(scaled), -limit, limit).astype(np.int16)
+    above, below = (
+        np.where(live, limit, 0)[..., None] for limit in found.limits(width - found.signed)
+    )
+    # rint is nearest-even, exact for these sizes; an unsigned block has no negative element.
+    mantissas = np.clip(np.rint(scaled), -below, above).astype(np.int16)
     live &= (mantissas != 0).any(axis=3)
     return Operand(
         mantissas=mantissas.reshape(*x.shape[:2], -1)[..., : x.shape[2]],
         scale_exponents=np.where(live, scale, 0),
         bits=np.where(live, width, 0),
-        signed=signed & live,
+        signed=found.signed & live,
         block_edge=edge,
         row_exponents=True,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What blocks hold, each an array of the grid's shape.
+
+    Attributes:
+        peak, high, low: largest magnitudes: of all elements, above zero and below it.
+        exponent: floor(log2(peak)).
+        signed: whether it has a negative element.
+        more_above, more_below: 1 where codes have a level more at that end.
+    """
+
+    peak: Array
+    high: Array
+    low: Array
+    exponent: Array
+    signed: Array
+    more_above: Array
+    more_below: Array
+    is_split: bool
+
+    @classmethod
+    def of(cls, blocks: Array, code: str) -> "_Found":
+        peak = np.abs(blocks).max(axis=3)
+        high, low = (blocks.max(axis=3), -blocks.min(axis=3))
+        signed, is_split = low > 0, code == "split"
+        more_above = signed & (high > low) & is_split
+        return cls(
+            peak=peak,
+            high=np.maximum(high, 0).astype(np.float64),
+            low=np.maximum(low, 0).astype(np.float64),
+            # frexp, not log2: float32 log2 rounds the value just below 2**k up to k.
+            exponent=np.frexp(peak)[1].astype(np.int32) - 1,
+            signed=signed,
+            more_above=more_above.astype(np.int64),
+            more_below=(signed & ~more_above & is_split).astype(np.int64),
+            is_split=is_split,
+        )
+
+    def limits(self, magnitude_bits: Array) -> tuple[Array, Array]:
+        """Largest magnitudes above and below zero that such codes have."""
+        whole = (np.int64(1) << np.clip(magnitude_bits, 0, _MOST_BITS).astype(np.int64)) - 1
+        return whole + self.more_above, whole + self.more_below
+
+    def fits(self, magnitude_bits: Array, scale: Array) -> Array:
+        """Whether no element exceeds its limit in units of 2**scale by more than the slack."""
+        slack = np.where(self.signed, SIGNED_SLACK, UNSIGNED_SLACK)
+        above, below = self.limits(magnitude_bits)
+        result: Array = (np.ldexp(self.high, -scale) <= above + slack) & (
+            np.ldexp(self.low, -scale) <= below + slack
+        )
+        return result
 
 
 def _blocked(x: Array, edge: int) -> Array:
@@ -144,20 +222,28 @@ def _blocked(x: Array, edge: int) -> Array:
     return padded(x, 2, edge).reshape(*x.shape[:2], -1, edge)
 
 
-def _widths(exponent: Array, signed: Array, asked: Array, request: ActivationRequest) -> Array:
+def _widths(found: _Found, asked: Array, request: ActivationRequest) -> Array:
     """Width of each block that is not all zero."""
     if not request.is_threshold:
         return asked
-    above = exponent - asked
-    width = np.clip(above + 1 + signed, max(request.least_bits, MIN_BITS), request.most_bits)
-    return np.where(above < 0, request.least_bits, width)
+    asked = np.clip(asked, *_FAR_THRESHOLDS)
+    above = found.exponent - asked
+    needed = above + 1 + found.signed
+    if found.is_split:
+        needed = needed - found.fits(above, asked)
+    least = request.offer(np.array(request.least_bits)) if request.least_bits else 0
+    return np.where(above < 0, least, request.offer(needed))
 
 
-def _scales(exponent: Array, signed: Array, width: Array, scope: Scope) -> Array:
+def _scales(found: _Found, width: Array, scope: Scope) -> Array:
     """Exponent of each block's LSB, not below what the window of its scope keeps."""
-    stored = np.where(width > 0, exponent, _NONE)
+    stored = np.where(width > 0, found.exponent, _NONE)
     ceiling = stored.max(axis=(1, 2) if scope == "sample" else 2, keepdims=True)
-    result: Array = np.maximum(exponent + 1 - width + signed, ceiling - (WINDOW + 7) + signed)
+    magnitude_bits = width - found.signed
+    scale = found.exponent + 1 - magnitude_bits
+    if found.is_split:
+        scale = scale - found.fits(magnitude_bits, scale - 1)
+    result: Array = np.maximum(scale, ceiling - (WINDOW + 7) + found.signed)
     return result
 
 

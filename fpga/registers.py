@@ -179,12 +179,15 @@ HEADER_WIDTH: Final = BitField(0, 4)
 HEADER_SIGNED: Final = BitField(4, 1)
 HEADER_SHIFT: Final = BitField(5, 5)
 """Exponent above the operand's base: exponents of one operand span at most 2**5 - 1 binades."""
-HEADER_RESERVED: Final = BitField(10, 6)
+HEADER_NEGATED: Final = BitField(10, 1)
+"""The planes hold the negatives of the mantissas."""
+HEADER_RESERVED: Final = BitField(11, 5)
 """Zero."""
 HEADER_FIELDS: Final = (
     ("width", HEADER_WIDTH),
     ("signed", HEADER_SIGNED),
     ("shift", HEADER_SHIFT),
+    ("negated", HEADER_NEGATED),
     ("reserved", HEADER_RESERVED),
 )
 

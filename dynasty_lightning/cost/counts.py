@@ -10,6 +10,7 @@ from typing import Final, TypeAlias
 
 from ..numerics.formats import MAX_BITS
 from ..numerics.roles import Gemm
+from .law import BITS, CostLaw
 
 __all__ = ["BASELINE_BITS", "ZERO_CHARGE", "GemmCost", "NetworkCost", "StepCost"]
 
@@ -120,27 +121,25 @@ class GemmCost:
         """
         return _ratio(self.baseline, self.products_charged)
 
-    @property
-    def spent(self) -> float:
-        """`engine_charged`, or `products_charged` where no other cost law was asked for: what a
-        target is steered in.
+    def spent(self, law: CostLaw) -> float:
+        """In the currency of the cost law that was counted by, zero blocks counted: what a target
+        is steered in.
         """
-        return self.engine_charged if self.engine_baseline else self.products_charged
+        return self.products_charged if law is BITS else self.engine_charged
 
-    @property
-    def full(self) -> float:
+    def full(self, law: CostLaw) -> float:
         """`spent` of the uniform 8-bit run."""
-        return self.engine_baseline or self.baseline
+        return self.baseline if law is BITS else self.engine_baseline
 
-    @property
-    def speedup(self) -> float:
-        """In the currency of the cost law, zero blocks counted. NaN before anything is counted."""
-        return _ratio(self.full, self.spent)
+    def speedup(self, law: CostLaw) -> float:
+        """`full` over `spent`. NaN before anything is counted."""
+        return _ratio(self.full(law), self.spent(law))
 
     @property
     def speedup_engine(self) -> float | None:
-        """`speedup` by a cost law other than bit products; None without one."""
-        return self.speedup if self.engine_baseline else None
+        """By a cost law other than bit products; None without one."""
+        counted = self.engine_baseline or self.engine_charged
+        return _ratio(self.engine_baseline, self.engine_charged) if counted else None
 
     def to_list(self) -> list[float]:
         """All counts in field order."""
@@ -149,7 +148,7 @@ class GemmCost:
     def to_state(self) -> list[float]:
         """`to_list` for a file, as it was before there were cost laws where none counts."""
         values = self.to_list()
-        return values if self.engine_baseline else values[:-_LATER]
+        return values if any(values[-_LATER:]) else values[:-_LATER]
 
     @classmethod
     def from_list(cls, values: Iterable[float]) -> "GemmCost":

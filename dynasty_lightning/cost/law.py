@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..numerics.formats import MAX_BITS
+from ..numerics.formats import MAX_BITS, MIN_BITS
 
 __all__ = ["BITS", "COST_LAWS", "TABLES", "CostLaw", "cost_law"]
 
@@ -71,9 +71,17 @@ class CostLaw:
         return self.price(MAX_BITS, MAX_BITS)
 
     @property
-    def is_symmetric(self) -> bool:
-        """Whether it makes no difference which operand is which."""
-        return self.serial == self.stationary
+    def least_useful_bits(self) -> int:
+        """The widest width that costs no more than two bits do, whichever operand has it.
+
+        >>> TABLES.least_useful_bits, BITS.least_useful_bits
+        (4, 2)
+        """
+        return max(
+            bits
+            for bits in range(MIN_BITS, MAX_BITS + 1)
+            if all(f[bits] == f[MIN_BITS] for f in (self.serial, self.stationary))
+        )
 
 
 BITS: Final = CostLaw(
@@ -108,7 +116,7 @@ def cost_law(name: str) -> CostLaw:
     >>> cost_law("core").unit
     'planes'
     """
-    if name not in COST_LAWS:
+    if not isinstance(name, str) or name not in COST_LAWS:
         raise ValueError(f"cost must be {' or '.join(map(repr, COST_LAWS))}, not {name!r}")
     return COST_LAWS[name]
 

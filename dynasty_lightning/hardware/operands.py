@@ -28,18 +28,17 @@ Array = np.ndarray[Any, Any]
 
 
 def config_for(block_format: BlockFormat) -> GemmConfig:
-    """The default core for a block format. Raises ValueError for 1 x n blocks, split codes and
-    micro exponents.
+    """The default core for a block format. Raises ValueError for 1 x n blocks and micro
+    exponents.
 
     >>> from dynasty_lightning import BlockFormat
     >>> config_for(BlockFormat(block_shape=(8, 8), width_group=(8, 16))).block_edge
     8
     """
-    if block_format.is_fine:
+    if block_format.micro_bits:
         raise ValueError(
-            f"the core computes symmetric codes with one exponent a block so far, not "
-            f"code={block_format.code!r}, micro_bits={block_format.micro_bits}: leave these "
-            f"two out for it"
+            f"the core computes blocks of one exponent, not micro_bits={block_format.micro_bits}: "
+            f"leave that out for it"
         )
     return GemmConfig(
         block_edge=edge_of_shape(block_format.block_shape), width_group=block_format.width_group

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from ..numerics.backends.dispatch import fast_values
+from ..numerics.gemm import is_safe
 from ..numerics.geometry import LayerGeometry
 from ..numerics.products import multiply
 from ..numerics.quantized import QuantizedBlocks
@@ -49,7 +51,7 @@ def wgrad_correction(
 ) -> Float32[Tensor, "..."] | None:
     """What dW is lessened by, dW's shape; None where nobody wants that, or E was not rounded.
 
-    Sums in float64, so that the term is zero where E is what it was rounded to.
+    The term is zero where E is what it was rounded to.
 
     Args:
         e: E as it came; `e_blocks` and `x_blocks` are what WGRAD read.
@@ -74,8 +76,9 @@ def wgrad_correction(
     if not plan.control_variate or e_blocks.passthrough is not None:
         return None
     g = plan.geometry
-    noise = _channel_sums(e_blocks.values(torch.float64), g) - _channel_sums(e.double(), g)
-    x = x_blocks.with_passthrough(torch.float64)
+    # The difference first: it is zero where E is what it was rounded to.
+    noise = _channel_sums(_values(e_blocks, "E").float() - e, g)
+    x = _values(x_blocks, "X")
     mean = _channel_sums(x, g) * (g.in_channels / x.numel())
     # Of a grouped convolution, the inputs of each output's group.
     rows = mean.view(g.groups, -1).repeat_interleave(g.out_channels // g.groups, 0)
@@ -85,9 +88,18 @@ def wgrad_correction(
     return (term.view(*term.shape, *[1] * len(g.taps)) * _inside(g, input_shape)).float()
 
 
+def _values(blocks: QuantizedBlocks, slot: str) -> Tensor:
+    """As a fast GEMM reads the operand, or in float32 where that is not safe."""
+    if blocks.passthrough is None and is_safe(blocks):
+        return fast_values(blocks, slot)
+    return blocks.with_passthrough(torch.float32)
+
+
 def _channel_sums(values: Tensor, geometry: LayerGeometry) -> Tensor:
-    """float64 [channels]: over samples and positions."""
-    return values.movedim(geometry.channel_axis, 0).flatten(1).sum(1)
+    """float64 [channels]: over samples and positions; summed in float32, by halves."""
+    axis = geometry.channel_axis % values.ndim
+    others = [a for a in range(values.ndim) if a != axis]
+    return values.sum(others, dtype=torch.float32).double()
 
 
 @lru_cache(_TAP_TABLES)

@@ -3,7 +3,7 @@
 numbers here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Final, Literal
@@ -118,17 +118,23 @@ def check_bits(bits: int, *, name: str = "bits") -> int:
 
 
 def check_offer(offered: Sequence[int]) -> tuple[int, ...]:
-    """Widths on offer, sorted, each once. Raises ValueError unless they are widths from 2 to 8.
+    """Widths on offer, sorted, each once; none where they are all. Raises ValueError unless they
+    are widths from 2 to 8, TypeError for what is no collection.
 
-    >>> check_offer([8, 4])
-    (4, 8)
+    >>> check_offer([8, 4]), check_offer(range(2, 9))
+    ((4, 8), ())
     """
-    for bits in offered:
-        if check_bits(bits, name="a width of offered_bits") == ZERO_BITS:
+    if isinstance(offered, str) or not isinstance(offered, Iterable):
+        raise TypeError(f"offered_bits is a collection of widths, e.g. (4, 8), not {offered!r}")
+    widths = tuple(offered)
+    for bits in widths:
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in LEGAL_BITS[1:]:
             raise ValueError(
-                "offered_bits are widths from 2 to 8: least_bits=0 lets blocks be zero"
+                f"offered_bits are widths from {MIN_BITS} to {MAX_BITS}, not {bits!r} "
+                f"(least_bits=0 lets blocks be zero)"
             )
-    return tuple(sorted(set(offered)))
+    kept = tuple(sorted(set(widths)))
+    return () if kept == LEGAL_BITS[1:] else kept
 
 
 def raised_widths(offered: Sequence[int]) -> int:

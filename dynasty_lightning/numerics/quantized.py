@@ -69,13 +69,12 @@ class BlockTensor:
 
     def numpy(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """The integer arrays that `fpga` takes: mantissas, scale_exponents, bits, signed. Raises
-        ValueError if a scope was not finite, or for split codes and micro exponents, which it does
-        not take.
+        ValueError if a scope was not finite, or for micro exponents, which it does not take.
         """
-        if self.part_shape is not None:
+        if self.part_shape not in (None, self.block_shape):
             raise ValueError(
-                "fpga takes symmetric codes with one exponent a block so far; the attributes of "
-                "these blocks can be read as they are"
+                "fpga takes blocks of one exponent; the attributes of these blocks can be read as "
+                "they are"
             )
         if self.passthrough is not None:
             raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..cost.counts import StepCost
+from ..cost.law import BITS, CostLaw
 from .allocation import Allocation
 from .base import GREATEST_SPEEDUP
 
@@ -28,6 +29,7 @@ class CostTarget:
         slack: how far above the plan the rest of a run may be asked to pay for what it has spent.
         overhead: by what share the next steps will cost more than their widths do, since one of
             each interval is analysed with E at 8 bits.
+        law: that costs are counted by.
 
     >>> eight_bits = StepCost(macs=1.0, baseline=64.0, products_charged=64.0)
     >>> target = CostTarget(target=4.0)
@@ -41,6 +43,7 @@ class CostTarget:
     margin: float = 1.01
     slack: float = 1.3
     overhead: float = 0.0
+    law: CostLaw = BITS
 
     def next(
         self, cost: StepCost, spent: StepCost, *, step: int, last_step: float, interval: int
@@ -62,7 +65,8 @@ class CostTarget:
         if remaining <= 0:
             return self.target
         aim = min(self.target * self.margin, GREATEST_SPEEDUP)
-        budget = (spent.full + cost.full * remaining) / aim - spent.spent
+        law, full = self.law, cost.full(self.law)
+        budget = (spent.full(law) + full * remaining) / aim - spent.spent(law)
         now, rest = self.allocation.shares(step / last_step, 1.0 / aim)
         planned = 1.0 / now
         if planned <= NEARLY_UNIFORM:
@@ -71,14 +75,14 @@ class CostTarget:
             return planned * self.slack
         # The plan for now, scaled to what is left over what the plan has left; one step an interval
         # will cost more.
-        needed = cost.full * remaining * rest / (budget * now) * (1.0 + self.overhead)
+        needed = full * remaining * rest / (budget * now) * (1.0 + self.overhead)
         return min(max(needed, planned / self.slack, 1.0), planned * self.slack)
 
     def charge(
         self, cost: StepCost, exact_cost: StepCost, *, exact_steps: int, interval: int
     ) -> None:
         """Note what an interval's analysed steps cost over its others."""
-        dearer = exact_cost.spent / max(cost.spent, 1e-9) - 1.0
+        dearer = exact_cost.spent(self.law) / max(cost.spent(self.law), 1e-9) - 1.0
         self.overhead = max(dearer, 0.0) * exact_steps / interval
 
 

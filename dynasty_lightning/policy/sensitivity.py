@@ -290,8 +290,8 @@ def offered_bits(s: LayerStatistics, role: Role) -> tuple[int, ...]:
         if role not in operands or not s.macs.get(gemm, 0) or _is_limited(s, gemm, role):
             continue
         partner = operands[0] if operands[1] is role else operands[1]
-        as_serial, as_stationary = _roles_cost(s, gemm, role, partner)
-        factors.append(s.law.serial if as_serial <= as_stationary else s.law.stationary)
+        is_serial = _is_serial(s, gemm, role, partner)
+        factors.append(s.law.serial if is_serial else s.law.stationary)
     return tuple(
         bits
         for bits in range(MIN_BITS, MAX_BITS + 1)
@@ -313,20 +313,20 @@ def _slope(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> float:
     bits, whose noise is then all but gone: 4**t kappa s harm of an LSB 2**t against the pass P. The
     closed form, which weighs three times that noise against a bit, so sees a price of 3 P.
     """
-    as_serial, as_stationary = _roles_cost(s, gemm, role, partner)
-    if as_serial <= as_stationary:
+    if _is_serial(s, gemm, role, partner):
         return _factor(s, gemm, partner, s.law.stationary)
     # A pass that a limit of four bits rules out costs nothing.
     return 0.0 if _is_limited(s, gemm, role) else 3.0 * _factor(s, gemm, partner, s.law.serial)
 
 
-def _roles_cost(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> tuple[float, float]:
-    """Mean price of a MAC where `role` is the serial operand, and where it is stationary."""
+def _is_serial(s: LayerStatistics, gemm: Gemm, role: Role, partner: Role) -> bool:
+    """Whether the GEMM is cheaper with `role` as the serial operand; where it is not dearer either
+    way, the first that it reads is.
+    """
     law = s.law
-    return (
-        _factor(s, gemm, role, law.serial) * _factor(s, gemm, partner, law.stationary),
-        _factor(s, gemm, role, law.stationary) * _factor(s, gemm, partner, law.serial),
-    )
+    as_serial = _factor(s, gemm, role, law.serial) * _factor(s, gemm, partner, law.stationary)
+    as_stationary = _factor(s, gemm, role, law.stationary) * _factor(s, gemm, partner, law.serial)
+    return as_serial < as_stationary or (as_serial == as_stationary and READS[gemm][0] is role)
 
 
 def _factor(s: LayerStatistics, gemm: Gemm, role: Role, factors: tuple[int, ...]) -> float:

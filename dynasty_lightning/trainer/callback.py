@@ -238,13 +238,18 @@ class DynastyCallback(RunResults, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         version, source = run_state.STATE_VERSION, self._source
         with reading(state_dict, version=version, owner="DynastyCallback", source=source) as state:
-            name = state["policy_name"]
-            if name == self.policy.name:
+            name, law = state["policy_name"], run_state.law_of(state)
+            if name == self.policy.name and law == self.options.law.name:
                 run_state.load(self.run, state)
         if name != self.policy.name:
             raise ValueError(
                 f"the checkpoint was trained with policy {name!r}, this run has "
                 f"{self.policy.name!r}"
+            )
+        if law != self.options.law.name:
+            raise ValueError(
+                f"the checkpoint was trained with cost={law!r}, this run has "
+                f"cost={self.options.law.name!r}: what it has spent is counted in the other's units"
             )
         self._restored = True
 

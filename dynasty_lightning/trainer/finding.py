@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..cost.analytics import AnalyticsCost
 from ..cost.counts import StepCost
+from ..cost.law import CostLaw
 from ..numerics.roles import Gemm, Role
 from ..policy.statistics import LayerStatistics
 from .layer_widths import LayerWidths, Uses
@@ -89,9 +90,9 @@ class Finding:
             for name, s in self.layers.items()
         }
 
-    def unmapped(self, mapped: Collection[str]) -> float:
+    def unmapped(self, mapped: Collection[str], law: CostLaw) -> float:
         """What layers without a map cost in a step, zero blocks counted."""
-        return sum(c.spent for n, c in self.widths.costs.items() if n not in mapped)
+        return sum(c.spent(law) for n, c in self.widths.costs.items() if n not in mapped)
 
 
 def in_order(found: Mapping[str, Placed], names: Sequence[str]) -> dict[str, LayerStatistics]:

@@ -2,6 +2,7 @@
 """What `DynastyCallback` is asked for, checked."""
 
 import numbers
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from ..policy.allocation import Allocation
 from ..policy.base import Policy, check_policy, check_target
 from ..policy.baselines.scheduled import ScheduledPolicy
 from ..policy.registry import make_policy
+from ..policy.threshold import ThresholdPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,7 @@ class CallbackOptions:
                 f"fixed ones: give one of the two"
             )
         law = cost_law(cost)
-        if law is not BITS and isinstance(made, ScheduledPolicy):
-            raise ValueError(
-                f"cost={cost!r} is not for policy {made.name!r}, whose schedule counts bit "
-                f"products: leave cost out, or choose a policy that steers by what is measured"
-            )
+        _check_law(law, made, target)
         named = isinstance(allocation, Allocation)
         return cls(
             policy=made,
@@ -116,6 +114,34 @@ def _policy(
             f"{', '.join(options) or 'noise_budget'} to its constructor"
         )
     return check_policy(policy)
+
+
+def _check_law(law: CostLaw, policy: Policy, target: float | None) -> None:
+    """Raises ValueError for what a cost law other than bit products cannot have, and warns of a
+    target beyond what its widths alone can reach.
+    """
+    if law is BITS:
+        return
+    if isinstance(policy, ScheduledPolicy):
+        raise ValueError(
+            f"cost={law.name!r} is not for policy {policy.name!r}, whose schedule counts bit "
+            f"products: leave cost out, or choose a policy that steers by what is measured"
+        )
+    least = law.least_useful_bits
+    limits = policy.backward_bits if isinstance(policy, ThresholdPolicy) else {}
+    if narrow := [f"{letter}:{bits}" for letter, bits in limits.items() if bits < least]:
+        raise ValueError(
+            f"backward_bits={'/'.join(narrow)} save nothing with cost={law.name!r}, where fewer "
+            f"than {least} bits cost what {least} do: give {least} or more"
+        )
+    reach = law.baseline / law.price(least, least)
+    if target is not None and target > reach:
+        warnings.warn(
+            f"target_speedup={target:g} with cost={law.name!r}: blocks of {least} bits are "
+            f"{reach:g} times faster than 8-bit ones, and narrower ones no more; beyond that only "
+            f"blocks of E that are zero help, and learning may suffer",
+            stacklevel=5,
+        )
 
 
 def _check_numbers(**given: Any) -> None:

@@ -57,7 +57,9 @@ class TrainingRun:
             interval=options.interval, warmup_steps=options.warmup_steps
         )
         self.guard = LossGuard(ratio=options.loss_guard)
-        self.target = CostTarget(target=options.target_speedup, allocation=options.allocation)
+        self.target = CostTarget(
+            target=options.target_speedup, allocation=options.allocation, law=options.law
+        )
         self.promises = Promises()
         self.maps = MapMaker(options.policy, self.promises, policy_state)
         self.steps = RunSteps()
@@ -246,7 +248,7 @@ class TrainingRun:
     def _count(self, found: Finding, mapped: Collection[str], step: int) -> None:
         """What the steps since the last analysis have cost."""
         if self.promises.maps and mapped:
-            self.tally.add_unmapped(found, mapped, step=step)
+            self.tally.add_unmapped(found, mapped, law=self.options.law, step=step)
         if found.exact_steps:
             self.target.charge(
                 found.widths.cost,
@@ -278,10 +280,11 @@ class TrainingRun:
 
     def _measurement(self, found: Finding, loss: float, target: float | None) -> Measurement:
         """What the policy learns."""
-        cost = found.widths.cost
-        steered = found.mapped_cost.speedup if self.promises.maps else cost.speedup
+        cost, law = found.widths.cost, self.options.law
+        seen = found.mapped_cost if self.promises.maps else cost
+        steered = seen.speedup(law)
         if math.isnan(steered):  # nothing that has a map was seen: no reason to move
-            steered = target or cost.speedup
+            steered = target or cost.speedup(law)
         return Measurement(
             layers=found.statistics(),
             loss=loss,
@@ -289,11 +292,11 @@ class TrainingRun:
             target_speedup=target,
             step=self.steps.done,
             steps=self.planned_steps,
-            run_speedup=self.cost_so_far.speedup,
+            run_speedup=self.cost_so_far.speedup(law),
         )
 
     def _plan_next(self, found: Finding, target: float | None, looks: int) -> None:
-        speedup, step = found.widths.cost.speedup, self.steps.done
+        speedup, step = found.widths.cost.speedup(self.options.law), self.steps.done
         error = math.log(max(speedup, 1e-6) / target) if target else 0.0
         if found.news:
             self.schedule.settle_anew()
@@ -337,15 +340,15 @@ class TrainingRun:
 
     def outcome(self) -> Outcome:
         """How the run stands, beside what it was promised."""
-        cost, last = self.cost_so_far, self.tally.last_cost
+        cost, last, law = self.cost_so_far, self.tally.last_cost, self.options.law
         return Outcome(
             steps=self.steps.done,
             warmup_steps=self.schedule.warmup_steps,
             exact_steps=self.tally.exact_steps,
-            unmapped_share=self.tally.unmapped / max(cost.spent, 1.0),
+            unmapped_share=self.tally.unmapped / max(cost.spent(law), 1.0),
             target=self.target.target if self.options.policy.needs_statistics else None,
-            speedup=cost.speedup,
-            settled=math.nan if last is None else last.speedup,
+            speedup=cost.speedup(law),
+            settled=math.nan if last is None else last.speedup(law),
             slack=SETTLED,
         )
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..cost.law import BITS
 from ..nn.layers import DynamicLayer
 from .checked_state import replace_field
 from .precision import DynastyPrecision
@@ -26,9 +27,11 @@ _OF_ALL_RANKS: Final = (
 
 def save(run: TrainingRun, layers: Mapping[str, DynamicLayer]) -> dict[str, Any]:
     """What `load` takes over: tensors and plain values."""
-    policy, tally = run.options.policy, run.tally.state()
+    policy, tally, law = run.options.policy, run.tally.state(), run.options.law
     return {
         "policy_name": policy.name,
+        # A file as before there were others.
+        **({} if law is BITS else {"cost_law": law.name}),
         "policy": policy.state_dict(),
         "schedule": run.schedule.state_dict(),
         "steps": run.steps.state_dict(),
@@ -50,6 +53,11 @@ def save(run: TrainingRun, layers: Mapping[str, DynamicLayer]) -> dict[str, Any]
         "rates": (dict(run.rates.largest), run.rates.seen),
         "history": run.history,
     }
+
+
+def law_of(state: Mapping[str, Any]) -> str:
+    """The cost law that a saved run was counted by."""
+    return str(state.get("cost_law", BITS.name))
 
 
 def load(run: TrainingRun, state: Mapping[str, Any]) -> None:
@@ -96,6 +104,7 @@ def check_ranks(run: TrainingRun, plugin: DynastyPrecision) -> None:
     given = (
         options.policy.name,
         options.target_speedup,
+        options.law.name,
         options.interval,
         options.warmup_steps,
         options.allocation,

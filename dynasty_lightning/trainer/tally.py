@@ -7,6 +7,7 @@ from typing import Any
 
 from ..cost.analytics import AnalyticsCost
 from ..cost.counts import StepCost
+from ..cost.law import CostLaw
 from ..cost.run_cost import RunCost
 from .finding import Finding
 
@@ -49,9 +50,11 @@ class RunTally:
         self.exact_steps += found.exact_steps
         self.last_step, self.last_cost = step, found.widths.cost
 
-    def add_unmapped(self, found: Finding, mapped: Collection[str], *, step: int) -> None:
+    def add_unmapped(
+        self, found: Finding, mapped: Collection[str], *, law: CostLaw, step: int
+    ) -> None:
         """Note what had no map in the steps that `add` is about to count."""
-        self.unmapped += found.unmapped(mapped) * (self.since(step=step) - found.exact_steps)
+        self.unmapped += found.unmapped(mapped, law) * (self.since(step=step) - found.exact_steps)
 
     def end(self, step: int, rest: StepCost) -> None:
         """Count the steps after the last analysis, which cost `rest` together."""

@@ -96,6 +96,8 @@ def load_layer(step: Step, constants: Mapping[str, Array], config: GemmConfig) -
             is_threshold=step["is_threshold"],
             least_bits=step["least_bits"],
             most_bits=step["most_bits"],
+            offered_bits=tuple(step.get("offered_bits", ())),
+            code=step.get("code", "symmetric"),
         )
     except ValueError as error:
         raise ProgramError(f"step {step['name']!r}: {error}") from error

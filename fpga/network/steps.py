@@ -111,6 +111,10 @@ _GEMM_FIELDS: Final = {
     "least_bits": whole(0, MAX_BITS),
     "most_bits": whole(MIN_BITS, MAX_BITS),
 }
+_GEMM_OPTIONS: Final = {
+    "code": one_of("symmetric", "split"),
+    "offered_bits": wholes(MIN_BITS, MAX_BITS),
+}
 _WINDOW_FIELDS: Final = {"taps": wholes(1), "stride": wholes(1), "padding": wholes(0)}
 _POOL: Final = StepKind(
     shape=shapes.pool_shape, fields=_WINDOW_FIELDS, optional={"ceil": flag, "dilation": wholes(1)}
@@ -121,12 +125,14 @@ STEP_KINDS: Final[Mapping[str, StepKind]] = {
     "conv": StepKind(
         shape=shapes.conv_shape,
         fields={**_GEMM_FIELDS, **_WINDOW_FIELDS, "dilation": wholes(1), "output": wholes(1)},
+        optional=_GEMM_OPTIONS,
         arrays=_gemm_arrays,
         may_lack=frozenset({"bias"}),
     ),
     "linear": StepKind(
         shape=shapes.linear_shape,
         fields=_GEMM_FIELDS,
+        optional=_GEMM_OPTIONS,
         arrays=_gemm_arrays,
         may_lack=frozenset({"bias"}),
     ),

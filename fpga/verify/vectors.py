@@ -140,8 +140,12 @@ def random_operand(
         result: Array = np.repeat(by_row, edge, axis=2)[:, :, :channels]
         return result
 
+    # Split codes reach a level further at one end: below zero, or above it where they are negated.
+    above = flags & (rng.random(grid) < 0.3)
+    below = flags & ~above & (rng.random(grid) < 0.5)
     most = (1 << spread(bits - flags).astype(np.int64)) - 1
-    least = np.where(spread(flags), -most, 0)
+    least = np.where(spread(flags), -most - spread(below), 0)
+    most = most + spread(above)
     mantissas = rng.integers(least, most + 1)
     ends = rng.random(shape)
     mantissas = np.where(ends < 0.1, most, np.where(ends > 0.9, least, mantissas))

@@ -113,19 +113,61 @@ def test_widths_nobody_counted_are_all_the_mean():
 
 
 def test_counts_of_before_cost_laws_are_read():
-    old = GemmCost(macs=3, products=5, baseline=7)
+    old = GemmCost(macs=3, products=5, products_charged=5, baseline=7)
     assert GemmCost.from_list(old.to_list()[:-3]) == old
+    assert GemmCost.from_list(old.to_state()) == old
+    assert len(old.to_state()) == len(old.to_list()) - 3
     assert old.speedup_engine is None
-    assert old.speedup == old.speedup_charged or old.products_charged == 0
+    assert old.speedup(BITS) == old.speedup_charged
     priced = GemmCost(baseline=64, products_charged=32, engine_baseline=16, engine_charged=4)
-    assert (priced.speedup, priced.speedup_engine, priced.speedup_charged) == (4.0, 4.0, 2.0)
-    assert priced.at_baseline().speedup == 1.0
+    assert GemmCost.from_list(priced.to_state()) == priced
+    assert (priced.speedup(TABLES), priced.speedup_engine) == (4.0, 4.0)
+    assert priced.speedup(BITS) == priced.speedup_charged == 2.0
+    assert priced.at_baseline().speedup(TABLES) == 1.0
     with pytest.raises(ValueError, match="zip"):
         GemmCost.from_list([1.0] * 4)
+
+
+def test_zero_blocks_alone_are_charged_in_the_laws_own_currency():
+    # No pair is occupied: no baseline, and yet no bit products.
+    nothing = GemmCost(products_charged=4096, engine_charged=1024)
+    assert nothing.spent(TABLES) == 1024
+    assert nothing.full(TABLES) == 0
+    assert nothing.spent(BITS) == 4096
 
 
 def test_schedules_that_count_bit_products_refuse_another_law():
     with pytest.raises(ValueError, match="'cpt', whose schedule counts bit products"):
         DynastyCallback(policy="cpt", target_speedup=3.0, cost="core")
-    with pytest.raises(ValueError, match="cost must be 'bits' or 'core'"):
-        DynastyCallback(target_speedup=3.0, cost="joules")
+    for cost in ("joules", ["core"], None):
+        with pytest.raises(ValueError, match="cost must be 'bits' or 'core'"):
+            DynastyCallback(target_speedup=3.0, cost=cost)
+
+
+def test_what_a_law_cannot_give_is_said():
+    with pytest.warns(UserWarning, match="8 with cost='core': blocks of 4 bits are 4 times faster"):
+        DynastyCallback(target_speedup=8.0, cost="core")
+    DynastyCallback(target_speedup=8.0)
+    with pytest.raises(ValueError, match="backward_bits=X:3 save nothing with cost='core'"):
+        DynastyCallback(target_speedup=3.0, cost="core", backward_bits={"X": 3, "W": 4})
+
+
+def test_a_checkpoint_of_another_cost_law_is_refused():
+    saved = DynastyCallback(target_speedup=3.0, cost="core").state_dict()
+    DynastyCallback(target_speedup=3.0, cost="core").load_state_dict(saved)
+    with pytest.raises(ValueError, match="trained with cost='core', this run has cost='bits'"):
+        DynastyCallback(target_speedup=3.0).load_state_dict(saved)
+    plain = DynastyCallback(target_speedup=3.0).state_dict()
+    assert "cost_law" not in plain
+    with pytest.raises(ValueError, match="trained with cost='bits', this run has cost='core'"):
+        DynastyCallback(target_speedup=3.0, cost="core").load_state_dict(plain)
+
+
+def test_of_two_roles_that_cost_the_same_one_is_serial():
+    # All at one width: FORWARD reads X first, DGRAD and WGRAD read E first.
+    macs = dict.fromkeys(Gemm, 1000)
+    for bits in (4, 6, 8):
+        s = layer(bits, bits, bits, macs=macs)
+        assert offered_bits(s, W) == (4, 8)
+        assert offered_bits(s, E) == (4, 5, 6, 7, 8)
+        assert offered_bits(layer(bits, bits, bits, macs={Gemm.WGRAD: 1000}), X) == (4, 8)

@@ -122,6 +122,24 @@ def blocks_of(operand: Any) -> tuple[int, int, int]:
     return -(-rows // operand.block_edge), count, -(-channels // operand.block_edge)
 
 
+def is_negated(operand: Any, r: int, p: int, c: int, row: int) -> bool:
+    """Whether a block, or with row exponents one of its rows, holds 2**(bits - 1): two's complement
+    has the negative of it alone.
+    """
+    edge = operand.block_edge
+    entry = row if operand.row_exponents else r
+    if not operand.signed[entry, p, c] or not operand.bits[entry, p, c]:
+        return False
+    end = 1 << int(operand.bits[entry, p, c]) - 1
+    rows = [row] if operand.row_exponents else range(r * edge, (r + 1) * edge)
+    return any(
+        int(operand.mantissas[i, p, k]) == end
+        for i in rows
+        for k in range(c * edge, (c + 1) * edge)
+        if i < operand.shape[0] and k < operand.shape[2]
+    )
+
+
 def headers_of(operand: Any, r: int, p: int, c: int) -> list[int]:
     base = bases(operand)
     edge = operand.block_edge
@@ -135,9 +153,8 @@ def headers_of(operand: Any, r: int, p: int, c: int) -> list[int]:
             base[row] if isinstance(base, list) else base
         )
         assert 0 <= shift <= 31
-        headers.append(
-            int(operand.bits[row, p, c]) | int(operand.signed[row, p, c]) << 4 | shift << 5
-        )
+        header = int(operand.bits[row, p, c]) | int(operand.signed[row, p, c]) << 4 | shift << 5
+        headers.append(header | is_negated(operand, r, p, c, row) << 10)
     return headers
 
 
@@ -161,8 +178,11 @@ def segment(operand: Any, line: tuple[int, int], first: int, tile: int) -> list[
             for i, k in itertools.product(range(edge), range(edge)):
                 row, channel = line[0] * edge + i, c * edge + k
                 if row < operand.shape[0] and channel < operand.shape[2]:
+                    mantissa = int(operand.mantissas[row, line[1], channel])
+                    if is_negated(operand, *line, c, row):
+                        mantissa = -mantissa
                     # Python integers are two's complement without end.
-                    bit = int(operand.mantissas[row, line[1], channel]) >> plane & 1
+                    bit = mantissa >> plane & 1
                     plane_bits |= bit << count * edge * edge + i * edge + k
             count += 1
     plane_words = -(-count * edge * edge // 64)

@@ -69,14 +69,18 @@ def test_memory_follows_the_widths() -> None:
         ({"mantissas": np.ones((4, 1, 8))}, "not float64"),
         ({"mantissas": np.ones((0, 1, 8), np.int16)}, "none empty"),
         (
-            {"mantissas": np.full((4, 1, 8), 8, np.int16)},
-            r"mantissa 8 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -7 to 7",
+            {"mantissas": np.full((4, 1, 8), 9, np.int16)},
+            r"mantissa 9 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -8 to 8",
         ),
         (
-            {"mantissas": np.full((4, 1, 8), -8, np.int16)},
+            {"mantissas": np.full((4, 1, 8), -9, np.int16)},
             "does not fit 4 signed bits",
-        ),  # the most negative code
-        ({"mantissas": np.full((4, 1, 8), 300, np.int16)}, r"\[-127, 255\]"),
+        ),
+        (
+            {"mantissas": np.tile(np.array([1, -8, 1, 8], np.int16), (4, 1, 2))},
+            r"block \(0, 0, 0\) holds -8 and 8: codes of 4 bits reach one",
+        ),
+        ({"mantissas": np.full((4, 1, 8), 300, np.int16)}, r"\[-128, 255\]"),
         (
             {"mantissas": np.full((4, 1, 8), -1, np.int16), "signed": np.zeros((1, 1, 2), bool)},
             "4 unsigned bits: legal are 0 to 15",
@@ -214,13 +218,30 @@ def test_words_and_bases_are_what_pack_gives(
         unpack(PackedOperand(words=words, bases=bases), (4, 1, 8), GemmConfig())
 
 
-def test_the_most_negative_code_is_refused_on_load() -> None:
+@pytest.mark.parametrize("rows", [False, True])
+def test_split_codes_reach_one_end_or_the_other(rows: bool) -> None:
     config = GemmConfig()
-    operand = plain(mantissas=np.full((4, 1, 8), -7, np.int16))
+    grid = (4 if rows else 1, 1, 2)
+    mantissas = np.full((4, 1, 8), -7, np.int16)
+    mantissas[1, 0, 1], mantissas[2, 0, 6] = -8, 8  # of the first block, and of the second
+    operand = plain(
+        mantissas=mantissas,
+        bits=np.full(grid, 4),
+        signed=np.ones(grid, bool),
+        scale_exponents=np.zeros(grid, int),
+        row_exponents=rows,
+    )
+    negated = np.zeros(grid, bool)
+    negated[2 if rows else 0, 0, 1] = True
+    np.testing.assert_array_equal(operand.negated, negated)
     packed = pack(operand, config)
-    # Directory, one word of headers, then two blocks of four planes of 16 bits: clearing plane 0 of
-    # the first makes -7 into -8.
-    words = packed.words.copy()
-    words[2] &= ~np.uint64(0xFFFF)
-    with pytest.raises(OperandError, match="mantissa -8 at"):
-        unpack(replace(packed, words=words), operand.shape, config)
+    again = unpack(packed, operand.shape, config, row_exponents=rows)
+    np.testing.assert_array_equal(again.mantissas, mantissas)
+    headers = packed.words[1:].view(np.uint16)[: 8 if rows else 2]
+    assert (headers >> 10 & 1).tolist() == ([0, 0, 0, 0, 0, 0, 1, 0] if rows else [0, 1])
+    # A block may carry the flag without need: its planes are read as what they are.
+    flagged = packed.words.copy()
+    flagged[1] |= np.uint64(1 << 10)
+    turned = unpack(replace(packed, words=flagged), operand.shape, config, row_exponents=rows)
+    first = (slice(0, 1 if rows else 4), slice(None), slice(0, 4))
+    np.testing.assert_array_equal(turned.mantissas[first], -mantissas[first])

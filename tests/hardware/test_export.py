@@ -20,6 +20,7 @@ from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import Requests, quantize_operand
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.numerics.formats import raised_widths
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
 from dynasty_lightning.study.export import export_run
@@ -35,6 +36,7 @@ from fpga.network.deploy import DeployError, deploy
 from fpga.network.program import Program, ProgramError
 from fpga.network.runner import Runner
 from fpga.quantizer import ActivationRequest, quantize_activations
+from tests.numerics.native_cases import OFFERS
 
 
 def same(a: Operand, b: Operand) -> bool:
@@ -49,12 +51,13 @@ def same(a: Operand, b: Operand) -> bool:
     "request_kind", ["uniform", "map of widths", "threshold", "thresholds, least 2"]
 )
 @pytest.mark.parametrize(("block", "group"), [(4, None), (8, None), (4, (8, 16))])
+@pytest.mark.parametrize("code", ["symmetric", "split"])
 def test_the_numpy_quantizer_is_torchs_to_the_bit(
-    kind: str, request_kind: str, block: int, group: tuple[int, int] | None
+    kind: str, request_kind: str, block: int, group: tuple[int, int] | None, code: str
 ) -> None:
     layer = nn.Conv2d(21, 4, 3) if kind == "conv" else nn.Linear(21, 4)
     model = nn.Sequential(layer)
-    convert(model, block_shape=(block, block), width_group=group)
+    convert(model, block_shape=(block, block), width_group=group, code=code)
     converted = dynamic_layers(model)["0"]
     for seed in range(6):
         torch.manual_seed(seed)
@@ -78,7 +81,9 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
                 True,
                 2 if "least" in request_kind else 0,
             )
-        requests = Requests(values, values, values, [int(thresholds), least, 8, 8, 0x876543220] * 3)
+        offered = OFFERS[seed % len(OFFERS)] if thresholds else ()
+        table = raised_widths(offered)
+        requests = Requests(values, values, values, [int(thresholds), least, 8, 8, table] * 3)
         quantized = quantize_operand(
             x, converted.plan, Role.ACTIVATION, Gemm.FORWARD, requests, training=False
         )
@@ -89,7 +94,13 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
             if values.ndim == 0
             else values.movedim(1, -1).reshape(1, -1, blocks)
         )
-        request = ActivationRequest(values=asked.numpy(), is_threshold=thresholds, least_bits=least)
+        request = ActivationRequest(
+            values=asked.numpy(),
+            is_threshold=thresholds,
+            least_bits=least,
+            offered_bits=offered,
+            code=code,
+        )
         scope = "sample" if kind == "conv" else "row"
         assert same(
             quantize_activations(
@@ -206,12 +217,27 @@ def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_dev
     assert network.training is False
 
 
-@pytest.mark.parametrize("options", [{"block_shape": (8, 8)}, {"width_group": (16, 16)}])
-def test_other_blocks_export_too(options: dict[str, tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_shape": (8, 8)},
+        {"width_group": (16, 16)},
+        {"block_shape": (8, 8), "code": "split"},
+        {"code": "split", "width_group": (8, 8)},
+    ],
+)
+def test_other_blocks_export_too(options: dict[str, Any], tmp_path: Path) -> None:
     network = trained(
         build_model("resnet8", in_channels=1, image_size=8, classes=10), (1, 8, 8), **options
     )
-    program = export_program(network, (1, 8, 8))
+    first = next(iter(dynamic_layers(network).values()))
+    if options.get("code"):
+        first.set_precision(
+            Role.ACTIVATION,
+            OperandPrecision(lsb_exponent=-3, least_bits=2, offered_bits=(4, 8)),
+        )
+    export_program(network, (1, 8, 8)).save(tmp_path)
+    program = Program.load(tmp_path)
     images = torch.randn(5, 1, 8, 8)
     with open_device("reference", program.config) as device, torch.no_grad():
         assert (
@@ -222,21 +248,6 @@ def test_other_blocks_export_too(options: dict[str, tuple[int, int]]) -> None:
 def test_a_network_without_converted_layers_is_refused() -> None:
     with pytest.raises(ExportError, match="no converted layer"):
         export_program(nn.Linear(3, 3), (3,))
-
-
-def test_widths_on_offer_are_refused_by_name() -> None:
-    network = nn.Sequential(nn.Linear(8, 4))
-    convert(network, mode="exact")
-    layer = dynamic_layers(network)["0"]
-    for offered in ((4, 8), ()):
-        layer.set_precision(
-            Role.ACTIVATION,
-            OperandPrecision(lsb_exponent=-4, least_bits=2, offered_bits=offered),
-        )
-        if offered:
-            with pytest.raises(ExportError, match="widths are raised to 4, 8 bits"):
-                export_program(network, (8,))
-    export_program(network, (8,))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import pytest
@@ -70,7 +71,7 @@ def loader(images: int = 44, batch: int = 8) -> DataLoader:
 
 
 def fit_and_predict(
-    device: str | None, steps: int
+    device: str | None, steps: int, **options: Any
 ) -> tuple[Module, list[Tensor], DeviceOffload | None]:
     torch.manual_seed(0)
     module = Module()
@@ -82,8 +83,16 @@ def fit_and_predict(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        plugins=[DynastyPrecision(mode="exact", seed=3)],
-        callbacks=[DynastyCallback(target_speedup=4.0, interval=4, table=False), *extra],
+        plugins=[DynastyPrecision(mode="exact", seed=3, **options)],
+        callbacks=[
+            DynastyCallback(
+                target_speedup=4.0 if not options else 3.0,
+                cost="core" if options else "bits",
+                interval=4,
+                table=False,
+            ),
+            *extra,
+        ],
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -96,9 +105,12 @@ def fit_and_predict(
     return module, predictions, extra[0] if extra else None
 
 
-def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact_mode() -> None:
-    expected, expected_predictions, _ = fit_and_predict(None, 24)
-    module, predictions, callback = fit_and_predict("csim", 24)
+@pytest.mark.parametrize("options", [{}, {"block_shape": (8, 8), "code": "split"}], ids=str)
+def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact_mode(
+    options: dict[str, Any],
+) -> None:
+    expected, expected_predictions, _ = fit_and_predict(None, 24, **options)
+    module, predictions, callback = fit_and_predict("csim", 24, **options)
     assert len(module.losses) == 24
     assert module.losses == expected.losses
     for (name, got), want in zip(

@@ -178,7 +178,7 @@ def rewrite(path: Path, change, tensors=None) -> None:
         (lambda h: h["limits"].update({"head/W": [0, 8, 1]}), "backward_bits must be 0"),
         (
             lambda h: h["limits"].update({"head/W": [0, 8, 4, 99]}),
-            "a width of offered_bits must be",
+            "offered_bits are widths from 2 to 8, not 99",
         ),
         (
             lambda h: h["limits"].update({"head/W": [0, 8, 4, 2, 3, 4, 5, 6, 7, 8, 8]}),

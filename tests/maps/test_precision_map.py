@@ -90,8 +90,8 @@ def test_widths_are_checked(bits):
         ({"bits": 4, "most_bits": 0}, "most_bits not be 0"),
         ({"bits": 4, "backward_bits": 0}, "backward_bits 0 must be at least 2"),
         ({"bits": 4, "backward_bits": 9}, "backward_bits must be 0 .* not 9"),
-        ({"lsb_exponent": 4, "offered_bits": (4, 9)}, "a width of offered_bits must .* not 9"),
-        ({"lsb_exponent": 4, "offered_bits": (0,)}, "offered_bits are widths from 2 to 8"),
+        ({"lsb_exponent": 4, "offered_bits": (4, 9)}, "offered_bits are widths from 2 to 8, not 9"),
+        ({"lsb_exponent": 4, "offered_bits": (0,)}, "offered_bits are widths from 2 to 8, not 0"),
         ({"lsb_exponent": 4, "least_bits": 4, "backward_bits": 3}, "not below least_bits 4"),
         ({"bits": torch.tensor([2, 256])}, "not 256"),  # 256 would wrap to 0
         ({"bits": torch.tensor([2.0])}, "integers, not torch.float32"),

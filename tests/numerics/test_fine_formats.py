@@ -177,14 +177,16 @@ def test_a_map_knows_its_codes(tmp_path):
 
 def test_the_core_refuses_what_it_does_not_compute():
     network = torch.nn.Sequential(torch.nn.Linear(8, 4))
-    convert(network, mode="exact", code="split")
+    convert(network, mode="exact", micro_bits=1)
     for offer in (
         lambda: offload(network, "reference"),
         lambda: offload(network, open_device("reference")),
         lambda: export_program(network, (8,)),
         lambda: export_program(network, (8,), config=GemmConfig()),
     ):
-        with pytest.raises(ValueError, match=r"the core computes symmetric codes .* so far"):
+        with pytest.raises(
+            ValueError, match="the core computes blocks of one exponent, not micro_bits=1"
+        ):
             offer()
 
 
@@ -218,8 +220,10 @@ def test_a_whole_number_of_another_kind_is_one():
 
 
 def test_the_core_takes_no_arrays_of_fine_blocks():
-    with pytest.raises(ValueError, match="symmetric codes with one exponent a block so far"):
-        quantize(torch.ones(4, 4), 4, role=Role.WEIGHT, code="split").numpy()
+    with pytest.raises(ValueError, match="fpga takes blocks of one exponent"):
+        quantize(torch.ones(4, 4), 4, role=Role.WEIGHT, micro_bits=1).numpy()
+    arrays = quantize(torch.full((4, 4), 8.0), 4, role=Role.WEIGHT, code="split").numpy()
+    assert set(arrays["mantissas"].ravel().tolist()) == {8}  # negated codes of -8
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

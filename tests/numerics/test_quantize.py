@@ -216,8 +216,10 @@ def test_a_kept_block_has_the_least_width_on_offer_and_so_fine_an_lsb():
 
 @pytest.mark.parametrize("offered", [(1, 4), (0, 4), (4, 9), (4.0,)])
 def test_what_cannot_be_on_offer(offered):
-    with pytest.raises(ValueError, match="offered_bits"):
+    with pytest.raises(ValueError, match="offered_bits are widths from 2 to 8, not"):
         quantize(torch.ones(4, 4), lsb_exponent=0, role=Role.WEIGHT, offered_bits=offered)
+    with pytest.raises(TypeError, match=r"offered_bits is a collection of widths, .* not 4"):
+        quantize(torch.ones(4, 4), lsb_exponent=0, role=Role.WEIGHT, offered_bits=4)
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dynasty_lightning import DynastyPrecision
+from dynasty_lightning.cost.law import BITS
 from dynasty_lightning.nn.observe import Observe
 from dynasty_lightning.numerics.roles import Role
 from dynasty_lightning.trainer import run_state
@@ -179,7 +180,7 @@ def test_a_finding_has_statistics_costs_and_news():
     assert found.widths.cost.macs == 8 * (8 * 16 * 2 + 16 * 2 * 3)
     assert found.widths.cost.speedup_charged == 1.0
     assert found.mapped_cost.macs == 0
-    assert found.unmapped(["0"]) == found.widths.costs["2"].products_charged
+    assert found.unmapped(["0"], BITS) == found.widths.costs["2"].products_charged
     assert set(found.statistics()["0"].mean_bits) == set(Role)
 
 

@@ -84,6 +84,12 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
             raise ValueError(
                 f"a {layer.kind} layer {'needs a' if geometry is None else 'takes no'} geometry"
             )
+        if layer.request.code != "symmetric" or layer.request.offered_bits:
+            raise ValueError(
+                f"layers of hls4ml quantize activations with symmetric codes of any width so far, "
+                f"not code={layer.request.code!r}, offered_bits={layer.request.offered_bits}: "
+                f"deploy the program on a board, or train in plain blocks"
+            )
         weight = layer.weight
         self.layer, self.config = layer, config
         self.geometry = geometry or Geometry()

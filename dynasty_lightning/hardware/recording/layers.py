@@ -26,10 +26,6 @@ def record_layer(
     index = recorder.index_of(x)
     if index is None:
         recorder.refuse("no layer that reads a constant", name)
-    asked = layer.get_precision(Role.ACTIVATION)
-    if asked is not None and asked.offered_bits and asked.bits is None:
-        offered = ", ".join(map(str, asked.offered_bits))
-        recorder.refuse(f"no activations whose widths are raised to {offered} bits", name)
     weight, output = _weight(recorder, layer, x)
     shape, geometry = tuple(x.shape), layer.geometry
     request, thresholds, least, most = layer.activation_request(shape)
@@ -47,6 +43,11 @@ def record_layer(
         "least_bits": least,
         "most_bits": most,
     }
+    asked = layer.get_precision(Role.ACTIVATION)
+    if asked is not None and asked.offered_bits and thresholds:
+        fields["offered_bits"] = list(asked.offered_bits)
+    if layer.plan.format.code != "symmetric":
+        fields["code"] = layer.plan.format.code
     if geometry.kind == "conv":
         for what in ("taps", "stride", "padding", "dilation"):
             fields[what] = list(getattr(geometry, what))

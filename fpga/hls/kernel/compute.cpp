@@ -143,8 +143,8 @@ void AdvancePlanes(const Block& a, const Block& b, Product& product, Fields& a_f
   const bool is_last_b = q + 1 == int(b.bits);
   if (q == 0) a_fields = FieldsOf<Operand::kA>(a.planes[int(a.bits) - 1 - p]);
   const Fields b_fields = FieldsOf<Operand::kB>(b.planes[int(b.bits) - 1 - q]);
-  const Rows_t negative_a = p == 0 ? a.is_signed : Rows_t(0);
-  const bool negative_b = q == 0 && b.is_signed[0];
+  const Rows_t negative_a = (p == 0 ? a.is_signed : Rows_t(0)) ^ a.is_negated;
+  const bool negative_b = (q == 0 && b.is_signed[0]) != bool(b.is_negated[0]);
   AddPlanePair(a_fields, b_fields, p == 0, q == 0, is_last_b, negative_a, negative_b, dot);
   product.b_plane = is_last_b ? 0 : q + 1;
   product.a_plane = is_last_b ? p + 1 : p;

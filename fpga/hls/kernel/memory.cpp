@@ -97,6 +97,7 @@ PLANES:
   }
   block.bits = 0;
   block.is_signed = 0;
+  block.is_negated = 0;
 SHIFTS:
   for (int row = 0; row < kEdge; ++row) {
 #pragma HLS UNROLL
@@ -124,6 +125,7 @@ HEADERS:
         reserved == 0 && bits <= uint32_t(kMaxBits) && (bits >= uint32_t(kMinBits) || header == 0);
     most_bits = bits > most_bits ? bits : most_bits;
     block.is_signed[row] = FieldAt(header, kHeaderSignedAt, kHeaderSignedBits);
+    block.is_negated[row] = FieldAt(header, kHeaderNegatedAt, kHeaderNegatedBits);
     block.shift[row] = Shift_t(FieldAt(header, kHeaderShiftAt, kHeaderShiftBits));
   }
   block.bits = Bits_t(most_bits);

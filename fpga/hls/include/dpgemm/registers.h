@@ -21,8 +21,10 @@ constexpr int kHeaderSignedAt = 4;
 constexpr int kHeaderSignedBits = 1;
 constexpr int kHeaderShiftAt = 5;
 constexpr int kHeaderShiftBits = 5;
-constexpr int kHeaderReservedAt = 10;
-constexpr int kHeaderReservedBits = 6;
+constexpr int kHeaderNegatedAt = 10;
+constexpr int kHeaderNegatedBits = 1;
+constexpr int kHeaderReservedAt = 11;
+constexpr int kHeaderReservedBits = 5;
 
 // Bits of a directory word.
 constexpr int kDirectoryOffsetAt = 0;

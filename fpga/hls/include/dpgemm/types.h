@@ -90,6 +90,7 @@ struct Block {
   Plane planes[kMaxBits];
   Bits_t bits;           // planes that count; 0: a zero block
   Rows_t is_signed;      // rows whose top plane has negative weight
+  Rows_t is_negated;     // rows whose planes are those of their negatives
   Shift_t shift[kEdge];  // exponent of each row above the operand's (or the row's) base
 };
 
