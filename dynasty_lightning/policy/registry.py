@@ -15,6 +15,7 @@ from .baselines.magnitude import MagnitudePolicy
 from .baselines.per_layer import PerLayerPolicy
 from .baselines.pfq import PfqPolicy
 from .baselines.random import RandomPolicy
+from .baselines.snip import SnipPolicy
 from .threshold import DynastyPolicy
 from .uniform import UniformPolicy
 
@@ -92,6 +93,11 @@ POLICIES: Final = MappingProxyType(
             make=AmpaPolicy,
             text="bits taken from the operands of least first-order sensitivity",
             source="constructed here, after AMPA (PMLR 235:10960)",
+        ),
+        "snip": PolicyKind(
+            make=SnipPolicy,
+            text="one of a few widths for each layer, by an integer program",
+            source="constructed here, after SNIP (arXiv 2602.01410)",
         ),
     }
 )

@@ -104,8 +104,8 @@ def layer_sensitivities(
     {'X': 1.0, 'W': 0.41, 'E': 16.03}
     """
     total_macs = sum(sum(s.macs.values()) for s in layers.values())
-    scale = 1.0 / loss if loss > 0 else 1.0
-    terms = loss_terms(layers) * min(1.0, NATURAL_LOSS * scale)
+    scale = share_per_loss(loss)
+    terms = _counted_terms(layers, loss)
     progress, share = progress_and_share(layers, loss=loss)
     result: dict[str, dict[Role, Sensitivity]] = {}
     below = 0
@@ -127,6 +127,41 @@ def layer_sensitivities(
             for role in Role
         }
     return result
+
+
+def curvature_harm(
+    layers: Mapping[str, LayerStatistics], *, loss: float
+) -> dict[str, dict[Role, Tensor]]:
+    """The first terms of s_X and s_W alone: by how much an error moves the loss, without what it
+    makes of gradients.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> found = curvature_harm({"fc": example_layer()}, loss=1.0)["fc"]
+    >>> {role.letter: round(float(harm.mean()), 2) for role, harm in found.items()}
+    {'X': 1.0, 'W': 0.4}
+    """
+    scale, terms = share_per_loss(loss), _counted_terms(layers, loss)
+    return {
+        name: {
+            role: scale * harm
+            for role, harm in _forward_harm(
+                s, operand_elements(s), terms=terms, progress=0.0
+            ).items()
+        }
+        for name, s in layers.items()
+    }
+
+
+def share_per_loss(loss: float) -> float:
+    """1 / L, which makes a rise of the loss a share of it; 1 where there is no loss to divide
+    by.
+    """
+    return 1.0 / loss if loss > 0 else 1.0
+
+
+def _counted_terms(layers: Mapping[str, LayerStatistics], loss: float) -> float:
+    """M, as far as it counts at this loss."""
+    return loss_terms(layers) * min(1.0, NATURAL_LOSS * share_per_loss(loss))
 
 
 def _forward_harm(

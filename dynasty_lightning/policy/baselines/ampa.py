@@ -11,7 +11,15 @@ from ...numerics.roles import Role
 from ..base import Entries, Measurement, Policy
 from ..sensitivity import operand_elements
 from ..statistics import LayerStatistics
-from .widths import fixed_entries, loaded_widths, mac_shares, noise_levels, saved_widths, width_cost
+from .widths import (
+    fixed_entries,
+    loaded_widths,
+    mac_shares,
+    noise_levels,
+    saved_widths,
+    width_budget,
+    width_cost,
+)
 
 __all__ = ["AmpaPolicy"]
 
@@ -62,29 +70,16 @@ class AmpaPolicy(Policy):
         return {}
 
     def update(self, measurement: Measurement) -> Entries:
-        if measurement.target_speedup is None:
-            raise ValueError("ampa steers to a cost: give the callback target_speedup=...")
-        layers = measurement.layers
-        present = sum(
-            width_cost(shares, self._of(name), layers[name].law)
-            for name, shares in mac_shares(layers).items()
-        )
-        # Zero blocks are charged and save nothing here: what they add does not depend on the
-        # widths.
-        overhead = 1.0 / max(measurement.speedup, 1e-6) - present
-        budget = self._relief / measurement.target_speedup - overhead
+        budget = width_budget(measurement, self._widths, name=self.name, relief=self._relief)
         self._relief = 1.0
-        self._observe(layers)
-        self._widths |= self._allocate(layers, budget)
+        self._observe(measurement.layers)
+        self._widths |= self._allocate(measurement.layers, budget)
         return fixed_entries(self._widths)
 
     def raise_precision(self) -> None:
         """Give the next map twice the cost. The loss guard calls it."""
         self._relief = 2.0
         self._widths = {}  # 8 bits are active until then
-
-    def _of(self, name: str) -> Mapping[Role, int]:
-        return self._widths.get(name, dict.fromkeys(Role, MAX_BITS))
 
     def _observe(self, layers: Mapping[str, LayerStatistics]) -> None:
         for name, s in layers.items():

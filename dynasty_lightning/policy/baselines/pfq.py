@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ..base import Measurement
 from .scheduled import ScheduledPolicy, Stage, check_count
+from .widths import listed_widths
 
 __all__ = ["PfqPolicy"]
 
@@ -133,11 +134,7 @@ class PfqPolicy(ScheduledPolicy):
 
 def _stages(bits: Sequence[int] | str, name: str) -> tuple[int, ...]:
     """Widths of the stages, also from text as a command line has it: 3+4+6+8."""
-    stages: Sequence[int] = (
-        [int(word) if word.isdecimal() else -1 for word in bits.split("+")]
-        if isinstance(bits, str)
-        else bits
-    )
+    stages = listed_widths(bits)
     if not isinstance(stages, Sequence) or not stages:
         raise ValueError(f"{name} must be a sequence of widths, one for each stage, not {bits!r}")
     for width in stages:

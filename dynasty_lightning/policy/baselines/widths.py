@@ -3,7 +3,7 @@
 widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -14,7 +14,7 @@ from ...cost.law import BITS, CostLaw
 from ...numerics.formats import MAX_BITS, MIN_BITS
 from ...numerics.operand_precision import OperandPrecision
 from ...numerics.roles import READS, Gemm, Role
-from ..base import Entries
+from ..base import Entries, Measurement
 from ..noise import NOISE_TO_SIGNAL, noise_to_signal
 from ..statistics import LayerStatistics
 
@@ -24,6 +24,7 @@ __all__ = [
     "fixed_entries",
     "mac_shares",
     "noise_levels",
+    "width_budget",
     "width_cost",
 ]
 
@@ -66,6 +67,43 @@ def width_cost(shares: Mapping[Gemm, float], widths: Widths, law: CostLaw = BITS
     return total / law.baseline
 
 
+def width_budget(
+    measurement: Measurement,
+    widths: Mapping[str, Mapping[Role, int]],
+    *,
+    name: str,
+    relief: float = 1.0,
+) -> float:
+    """What the next steps' widths may cost, as a share of an 8-bit step: the target's cost, times
+    `relief`, without what the last step cost beyond its widths.
+
+    Zero blocks are charged and save nothing here: what they add does not depend on the widths.
+
+    Args:
+        widths: that the last step ran with, by layer name; 8 bits where absent.
+        name: of the policy.
+
+    Raises:
+        ValueError: a measurement without a target.
+
+    >>> from dynasty_lightning.policy.statistics import example_layer
+    >>> seen = Measurement(
+    ...     layers={"fc": example_layer()}, loss=1.0, speedup=0.8, target_speedup=2.0
+    ... )
+    >>> width_budget(seen, {}, name="ampa")  # half, but a quarter goes to zero blocks
+    0.25
+    """
+    if measurement.target_speedup is None:
+        raise ValueError(f"{name} steers to a cost: give the callback target_speedup=...")
+    layers = measurement.layers
+    present = sum(
+        width_cost(shares, widths.get(n, dict.fromkeys(Role, MAX_BITS)), layers[n].law)
+        for n, shares in mac_shares(layers).items()
+    )
+    overhead = 1.0 / max(measurement.speedup, 1e-6) - present
+    return relief / measurement.target_speedup - overhead
+
+
 def noise_levels(s: LayerStatistics, role: Role) -> Tensor:
     """float64 [7]: NSR of an operand at 2 to 8 bits, as measured on Gaussian blocks; X's unsigned
     and signed blocks by their shares.
@@ -106,6 +144,17 @@ def fixed_entries(
         }
         for name, roles in widths.items()
     }
+
+
+def listed_widths(widths: Sequence[int] | str) -> Sequence[int]:
+    """Several widths, also from text as a command line has it; a word that is none is -1.
+
+    >>> listed_widths("3+4+x")
+    [3, 4, -1]
+    """
+    if not isinstance(widths, str):
+        return widths
+    return [int(word) if word.isdecimal() else -1 for word in widths.split("+")]
 
 
 def saved_widths(widths: Mapping[str, Mapping[Role, int]]) -> dict[str, dict[str, int]]:

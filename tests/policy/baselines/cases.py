@@ -12,8 +12,8 @@ from dynasty_lightning.policy.baselines.widths import width_cost
 from dynasty_lightning.policy.statistics import LayerStatistics
 
 X, W, E = Role
-BASELINES = ("per_layer", "magnitude", "random", "pfq", "cpt", "ampa")
-STATISTICAL = ("per_layer", "magnitude", "random", "ampa")
+BASELINES = ("per_layer", "magnitude", "random", "pfq", "cpt", "ampa", "snip")
+STATISTICAL = ("per_layer", "magnitude", "random", "ampa", "snip")
 
 
 def layer(*, x=((1.0, 4.0),), e=((1.0, 1.0),), dx=((1e-6, 1e-6),), dw=1e-6, **changes):

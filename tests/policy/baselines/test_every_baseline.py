@@ -21,9 +21,10 @@ from tests.policy.baselines.cases import (
 
 
 @pytest.mark.parametrize("target", [2.0, 4.0, 5.1, 8.0])
-@pytest.mark.parametrize("name", ["pfq", "cpt", "per_layer", "ampa"])
+@pytest.mark.parametrize("name", ["pfq", "cpt", "per_layer", "ampa", "snip"])
 def test_a_run_costs_what_was_asked_for(name, target):
-    policy = make_policy(name, target_speedup=target, **({"cycles": 8} if name == "cpt" else {}))
+    options = {"cpt": {"cycles": 8}, "snip": {"widths": range(2, 9)}}.get(name, {})
+    policy = make_policy(name, target_speedup=target, **options)
     policy.tested_target = target
     # Three layers have few combinations of widths; of schedules only the last stage or cycle is not
     # paid back.
@@ -52,17 +53,19 @@ def test_schedules_stay_cheap_when_the_guard_took_their_budget():
 
 @pytest.mark.parametrize("name", STATISTICAL)
 def test_the_guard_widens(name):
-    policy = make_policy(name, target_speedup=4.0)
+    options = {"widths": (2, 4, 8)} if name == "snip" else {}
+    policy = make_policy(name, target_speedup=4.0, **options)
     layers = three_layers()
     before = policy.update(measure(layers, speedup=1.0, target=8.0))
     policy.raise_precision()
-    after = policy.update(measure(layers, speedup=1.0 if name == "ampa" else 8.0, target=8.0))
+    plans_cost = name in ("ampa", "snip")
+    after = policy.update(measure(layers, speedup=1.0 if plans_cost else 8.0, target=8.0))
     mean = [
         sum(float(p.values.double().mean()) for roles in entries.values() for p in roles.values())
         for entries in (before, after)
     ]
     assert (
-        mean[1] > mean[0] if name in ("per_layer", "ampa") else mean[1] < mean[0]
+        mean[1] > mean[0] if plans_cost or name == "per_layer" else mean[1] < mean[0]
     )  # widths up, or thresholds down
 
 
@@ -145,14 +148,14 @@ def test_names_are_those_of_the_registry(name):
 
 
 def test_layers_without_shapes_get_scalars():
-    for name in ("per_layer", "ampa", "pfq", "cpt"):
+    for name in ("per_layer", "ampa", "snip", "pfq", "cpt"):
         policy = make_policy(name, target_speedup=4.0)
         policy.initial({"a": None})
         assert all(p.bits.ndim == 0 for p in policy.update(measure(run_speedup=4.0))["a"].values())
 
 
 def test_layers_that_a_batch_does_not_use_keep_their_widths():
-    for name in ("per_layer", "ampa", "pfq", "cpt"):
+    for name in ("per_layer", "ampa", "snip", "pfq", "cpt"):
         policy = make_policy(name, target_speedup=4.0)
         policy.initial(three_layers())
         everything = policy.update(
@@ -181,6 +184,8 @@ def test_layers_that_a_batch_does_not_use_keep_their_widths():
         ("cpt", {"cycles": 2.5}, "cycles must be an integer"),
         ("ampa", {"spread": 0}, "spread must be an integer of at least 1 bit"),
         ("ampa", {"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
+        ("snip", {"widths": (8,)}, "widths must be two distinct widths of 2 to 8 bits or more"),
+        ("snip", {"smoothing": -0.1}, r"smoothing must be in \[0, 1\)"),
         ("random", {"seed": -1}, "seed must be an integer and not negative"),
         (
             "magnitude",
