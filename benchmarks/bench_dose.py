@@ -110,6 +110,8 @@ DOSES = ("harm", "power", "amplitude", "repeated", "common", "shrinkage")
 WINDOWS = {"first 100": (0, 100), "first 400": (0, 400), "last 100": (-100, None)}
 """Steps whose training loss is compared."""
 DRAWS = 2000
+DRAWN_FROM = 3
+"""Runs of an arm, from which on the picture has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,7 @@ class Arm:
 
     method: str
     drops: dict[int, float]
+    points: dict[int, float]
     windows: dict[str, dict[int, float]]
     doses: dict[str, dict[int, float]]
     speedups: dict[int, float]
@@ -159,6 +162,7 @@ def arms_of(records: Sequence[Mapping[str, Any]]) -> list[Arm]:
             Arm(
                 method=method,
                 drops={seed: r["loss"] - control[seed]["loss"] for seed, r in runs.items()},
+                points={s: r["accuracy"] - control[s]["accuracy"] for s, r in runs.items()},
                 windows={
                     name: {
                         seed: _window(r, *bounds) - _window(control[seed], *bounds)
@@ -300,6 +304,8 @@ def report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "method": arm.method,
                 "n": len(arm.drops),
                 "speedup_charged": speedup,
+                "speedup_engine": float(np.mean(list(arm.engine.values()))) if arm.engine else None,
+                "points": interval([100 * v for v in arm.points.values()]),
                 "drop": [mean, low, high],
                 "train": {w: interval(list(v.values())) for w, v in arm.windows.items()},
                 "doses": doses,
@@ -320,7 +326,34 @@ def report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"{f['exponent']:.2f} [{f['exponent_interval'][0]:.2f}, "
             f"{f['exponent_interval'][1]:.2f}], n = {f['seeds']}"
         )
-    return {"arms": table, "fits": fits}
+    return {"arms": table, "fits": fits, "pairs": pairs_of(arms)}
+
+
+PAIRS = (
+    ("dynasty@5.1", DENSER["split, micro 1, 5.1x"]),
+    (ENGINE["uniform 4 bits"], ENGINE["dynasty, 3.8x"]),
+    (ENGINE["widths by layer, 3.8x"], ENGINE["dynasty, 3.8x"]),
+    (ENGINE["uniform 4 bits"], ENGINE["widths by layer, 3.8x"]),
+)
+"""Arms whose difference is a question of its own."""
+
+
+def pairs_of(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """How much more the first of two arms drops than the second, seed by seed."""
+    by_method = {arm.method: arm for arm in arms}
+    found = []
+    for first, second in PAIRS:
+        a, b = by_method.get(first), by_method.get(second)
+        seeds = sorted(set(a.drops) & set(b.drops)) if a and b else []
+        if len(seeds) < 2 or a is None or b is None:
+            continue
+        difference = interval([a.drops[s] - b.drops[s] for s in seeds])
+        print(
+            f"{first} drops more than {second} by {difference[0]:+.4f} "
+            f"[{difference[1]:+.4f}, {difference[2]:+.4f}], n = {len(seeds)}"
+        )
+        found.append({"methods": [first, second], "n": len(seeds), "difference": difference})
+    return found
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
@@ -337,7 +370,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             )
         )
         for axes, dose in zip(panels, DOSES[1:], strict=True):
-            for arm in found["arms"]:
+            for arm in (a for a in found["arms"] if a["n"] >= DRAWN_FROM):
                 kind = next(
                     (k for k in ("dynasty", "uniform") if arm["method"] in _group(k)), "other"
                 )
@@ -387,7 +420,7 @@ def _group(kind: str) -> tuple[str, ...]:
 def _short(method: str) -> str:
     """For a label."""
     names = {m: f"{role} alone" for role, m in ALONE.items()}
-    names |= {m: n for n, m in (CHANGED | DENSER).items()}
+    names |= {m: n for n, m in (CHANGED | DENSER | ENGINE).items()}
     return names.get(method, method.replace("dynasty@", "").replace("uniform", "u"))
 
 

@@ -349,6 +349,47 @@ def formats(role: str) -> str:
     return table(header, cells)
 
 
+def dose() -> str:
+    """The arms of the dose study that have runs."""
+    cells = []
+    for arm in _json("dose.json")["arms"]:
+        engine = arm["speedup_engine"]
+        power = arm["doses"].get("power")
+        cells.append(
+            [
+                f"`{arm['method']}`",
+                str(arm["n"]),
+                f"{arm['speedup_charged']:.2f}x",
+                "-" if engine is None else f"{engine:.2f}x",
+                _with_interval(arm["drop"], "+.3f"),
+                _with_interval(arm["points"], "+.2f"),
+                "-" if power is None else f"{power:.3f}",
+            ]
+        )
+    header = ["", "n", "bits", "engine", "held-out loss", "points", "noise power"]
+    return table(header, cells)
+
+
+def dose_pairs() -> str:
+    """How much more one arm drops than another, seed by seed."""
+    cells = [
+        [
+            *(f"`{method}`" for method in pair["methods"]),
+            str(pair["n"]),
+            _with_interval(pair["difference"], "+.3f"),
+        ]
+        for pair in _json("dose.json")["pairs"]
+    ]
+    return table(["the first drops more", "than the second", "n", "by"], cells)
+
+
+def _with_interval(values: Sequence[float], form: str) -> str:
+    mean, low, high = values
+    if math.isnan(low):
+        return f"{mean:{form}}"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def engines() -> str:
     """Units of tables for each format, and the largest array of each on the chip."""
     cells = []
@@ -441,6 +482,8 @@ PARTS: Final[dict[str, Callable[..., str]]] = {
     "profile": profile,
     "formats": formats,
     "engines": engines,
+    "dose": dose,
+    "dose-pairs": dose_pairs,
     "api": api,
     "command-line": command_line,
 }
