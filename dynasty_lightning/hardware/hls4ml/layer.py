@@ -29,6 +29,7 @@ from fpga.packing import pack
 from fpga.quantizer import WINDOW
 from fpga.walk import Walk, job_words
 
+from ...numerics.formats import raised_widths
 from . import MISSING
 
 try:
@@ -83,12 +84,6 @@ class DynamicGemm(HLS4MLModule):  # type: ignore[misc]
         if (layer.kind == "linear") != (geometry is None):
             raise ValueError(
                 f"a {layer.kind} layer {'needs a' if geometry is None else 'takes no'} geometry"
-            )
-        if layer.request.code != "symmetric" or layer.request.offered_bits:
-            raise ValueError(
-                f"layers of hls4ml quantize activations with symmetric codes of any width so far, "
-                f"not code={layer.request.code!r}, offered_bits={layer.request.offered_bits}: "
-                f"deploy the program on a board, or train in plain blocks"
             )
         weight = layer.weight
         self.layer, self.config = layer, config
@@ -194,12 +189,15 @@ class _Config(LayerConfigTemplate):  # type: ignore[misc]
     static constexpr bool is_threshold = {is_threshold};
     static constexpr int least_bits = {least_bits};
     static constexpr int most_bits = {most_bits};
+    static constexpr uint64_t raised_widths = {raised_widths};
+    static constexpr bool is_split = {is_split};
     static constexpr int group_blocks = {group_blocks};
 }};\n"""
 
     def format(self, node: Any) -> str:
         params = self._default_config_params(node)
-        params["is_threshold"] = str(bool(node.get_attr("is_threshold"))).lower()
+        for name in ("is_threshold", "is_split"):
+            params[name] = str(bool(node.get_attr(name))).lower()
         return str(self.template.format(**params))
 
 
@@ -263,6 +261,8 @@ def _parse(
         "is_threshold": int(module.layer.request.is_threshold),
         "least_bits": module.layer.request.least_bits,
         "most_bits": module.layer.request.most_bits,
+        "raised_widths": f"{raised_widths(module.layer.request.offered_bits):#x}ull",
+        "is_split": int(module.layer.request.code == "split"),
         "group_blocks": module.config.width_group[1] // edge if module.config.width_group else 0,
         # numbers that float64 holds, since hls4ml prints weights as such
         "job_data": module.job().astype(np.float64),

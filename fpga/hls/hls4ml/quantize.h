@@ -17,6 +17,8 @@ struct Group {
   int16_t scale;     // exponent of the mantissas' LSB
   uint8_t width;     // bits of a mantissa, sign included; 0: a zero block
   bool is_signed;
+  bool is_negated;     // its planes are those of the negatives
+  uint32_t high, low;  // largest magnitudes above and below zero, in units of the values' last bit
 };
 
 inline int TopBit(uint32_t value) {
@@ -43,8 +45,9 @@ inline uint32_t ScaleDown(uint32_t magnitude, int shift) {
 
 // C gives what is known when the layer is built:
 //   positions, channels, fraction (bits of a value below the point), request_positions,
-//   request_blocks (1 or whole), is_threshold, least_bits, most_bits, group_blocks (channel blocks
-//   that share a width; 0: none)
+//   request_blocks (1 or whole), is_threshold, least_bits, most_bits, raised_widths (nine digits of
+//   four bits: what a width is raised to), is_split (codes have a level more at one end),
+//   group_blocks (channel blocks that share a width; 0: none)
 template <class C>
 struct RowQuantizer {
   static constexpr int kBlocks = (C::channels + kEdge - 1) / kEdge;
@@ -68,31 +71,70 @@ struct RowQuantizer {
     return channel < C::channels ? x[position * C::channels + channel] : 0;
   }
 
-  // Width that a threshold of `asked` gives a block.
-  static int WidthOf(int exponent, int asked, bool is_signed) {
+  // The next width on offer, within the limits.
+  static int Offer(int bits) {
 #pragma HLS INLINE
-    const int above = exponent - asked;
-    if (above < 0) return C::least_bits;
     const int least = C::least_bits > kMinBits ? C::least_bits : kMinBits;
-    const int width = above + 1 + (is_signed ? 1 : 0);
-    return width < least ? least : width > C::most_bits ? C::most_bits : width;
+    const int wanted = bits < least ? least : bits > kMaxBits ? kMaxBits : bits;
+    const int raised = int(C::raised_widths >> (4 * wanted) & 0xF);
+    return raised > C::most_bits ? C::most_bits : raised;
+  }
+
+  // Largest magnitude that codes of so many magnitude bits have above or below zero.
+  static uint32_t LimitOf(const Group& group, int magnitude_bits, bool is_below) {
+#pragma HLS INLINE
+    const int bits = magnitude_bits < 0               ? 0
+                     : magnitude_bits > kMaxValueBits ? kMaxValueBits
+                                                      : magnitude_bits;
+    const bool has_more = C::is_split && group.is_signed && (group.high > group.low) != is_below;
+    return (1u << bits) - 1 + (has_more ? 1 : 0);
+  }
+
+  // Whether `largest` exceeds the limit in units of 2**scale by no more than the slack: one in
+  // signed blocks, three quarters in others.
+  static bool FitsEnd(uint32_t largest, uint32_t limit, bool is_signed, int scale) {
+#pragma HLS INLINE
+    const int shift = scale + C::fraction;  // of the LSB in units of the values' last bit
+    const uint64_t quarters = 4ull * largest;
+    const uint64_t most = 4ull * limit + (is_signed ? 4 : 3);
+    if (shift > kMaxValueBits + 4) return true;
+    if (shift < -(kMaxValueBits + 6)) return largest == 0;
+    return shift < 0 ? quarters << -shift <= most : quarters <= most << shift;
+  }
+  static bool Fits(const Group& group, int magnitude_bits, int scale) {
+#pragma HLS INLINE
+    return FitsEnd(group.high, LimitOf(group, magnitude_bits, false), group.is_signed, scale) &&
+           FitsEnd(group.low, LimitOf(group, magnitude_bits, true), group.is_signed, scale);
+  }
+
+  // Width that a threshold of `asked` gives a block.
+  static int WidthOf(const Group& group, int asked) {
+#pragma HLS INLINE
+    const int above = int(group.exponent) - asked;
+    if (above < 0) return C::least_bits ? Offer(C::least_bits) : 0;
+    const int needed = above + 1 + (group.is_signed ? 1 : 0);
+    return Offer(C::is_split && Fits(group, above, asked) ? needed - 1 : needed);
   }
 
   // Exponent, sign and width of a block of values.
   static Group GroupOf(const int32_t* x, int position, int block, int asked) {
 #pragma HLS INLINE
-    uint32_t peak = 0;
-    bool is_signed = false;
+    uint32_t high = 0;
+    uint32_t low = 0;
   CHANNELS:
     for (int c = 0; c < kEdge; ++c) {
       const int32_t value = ValueAt(x, position, block * kEdge + c);
       const uint32_t magnitude = uint32_t(value < 0 ? -value : value);
-      peak = magnitude > peak ? magnitude : peak;
-      is_signed |= value < 0;
+      if (value < 0) {
+        low = magnitude > low ? magnitude : low;
+      } else {
+        high = magnitude > high ? magnitude : high;
+      }
     }
-    const int exponent = TopBit(peak) - C::fraction;
-    const int width = C::is_threshold ? WidthOf(exponent, asked, is_signed) : asked;
-    const Group group = {int16_t(exponent), 0, uint8_t(peak ? width : 0), is_signed};
+    const uint32_t peak = high > low ? high : low;
+    Group group = {int16_t(TopBit(peak) - C::fraction), 0, 0, low > 0, false, high, low};
+    const int width = C::is_threshold ? WidthOf(group, asked) : asked;
+    group.width = uint8_t(peak ? width : 0);
     return group;
   }
 
@@ -138,23 +180,28 @@ struct RowQuantizer {
   // Exponent of the LSB of a group's mantissas, not below what the window of `ceiling` keeps.
   static int ScaleOf(const Group& group, int ceiling) {
 #pragma HLS INLINE
-    const int scale = group.exponent + 1 - MagnitudeBits(group);
+    const int natural = group.exponent + 1 - MagnitudeBits(group);
+    const bool is_finer = C::is_split && Fits(group, MagnitudeBits(group), natural - 1);
+    const int scale = is_finer ? natural - 1 : natural;
     const int least = ceiling - (kWindow + 7) + (group.is_signed ? 1 : 0);
     return scale < least ? least : scale;
   }
 
   // Mantissas of one block; whether any is other than zero.
-  static bool RoundBlock(const int32_t* x, int position, int block, const Group& group, int scale,
+  static bool RoundBlock(const int32_t* x, int position, int block, Group& group, int scale,
                          int16_t* mantissas) {
 #pragma HLS INLINE
-    const uint32_t limit = (1u << (group.width ? MagnitudeBits(group) : 0)) - 1;
+    const int bits = group.width ? MagnitudeBits(group) : 0;
     bool is_live = false;
+    group.is_negated = false;
   CHANNELS:
     for (int c = 0; c < kEdge; ++c) {
       const int32_t value = ValueAt(x, position, block * kEdge + c);
       const uint32_t whole = uint32_t(value < 0 ? -value : value);
       uint32_t magnitude = group.width ? ScaleDown(whole, scale + C::fraction) : 0;
+      const uint32_t limit = LimitOf(group, bits, value < 0);
       magnitude = magnitude > limit ? limit : magnitude;
+      group.is_negated |= group.is_signed && value > 0 && magnitude == 1u << bits;
       mantissas[c] = int16_t(value < 0 ? -int32_t(magnitude) : int32_t(magnitude));
       is_live |= magnitude != 0;
     }
@@ -190,7 +237,10 @@ struct RowQuantizer {
       const uint32_t index = planes + uint32_t(plane);
       Word_t bits = 0;
     CHANNELS:
-      for (int c = 0; c < kEdge; ++c) bits |= Word_t((mantissas[c] >> plane) & 1) << c;
+      for (int c = 0; c < kEdge; ++c) {
+        const int code = group.is_negated ? -int(mantissas[c]) : int(mantissas[c]);
+        bits |= Word_t((code >> plane) & 1) << c;
+      }
       if (kPlanesPerWord > 1) {
         const uint32_t word = first + index / kPlanesPerWord;
         const int at = index % kPlanesPerWord * (64 / kPlanesPerWord);
@@ -215,7 +265,7 @@ struct RowQuantizer {
       const Group& group = groups[n];
       if (group.width == 0) continue;
       const uint32_t header =
-          MakeHeader(group.width, group.is_signed, uint32_t(group.scale - base));
+          MakeHeader(group.width, group.is_signed, uint32_t(group.scale - base), group.is_negated);
       const int quarter = n * kEdge;
       words[start + quarter / kHeadersPerWord] |= Word_t(header)
                                                   << (quarter % kHeadersPerWord * kHeaderBits);

@@ -1,5 +1,6 @@
 """The core as a layer of hls4ml, equal to the bit to the C simulation."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,16 @@ def random_weight(
     limit = np.repeat(
         np.repeat((1 << np.maximum(bits.astype(int) - 1, 0)) - 1, edge, 0)[:rows], edge, 2
     )[:, :, :channels]
-    mantissas = rng.integers(-limit, limit + 1).astype(np.int16)
     live = bits > 0
+    # Half of the blocks reach the end that is stored as its negative.
+    most = (
+        limit
+        + np.repeat(np.repeat(live & (rng.random(grid) < 0.5), edge, 0)[:rows], edge, 2)[
+            :, :, :channels
+        ]
+    )
+    mantissas = np.where(rng.random(limit.shape) < 0.2, most, rng.integers(-limit, limit + 1))
+    mantissas = mantissas.astype(np.int16)
     return Operand(
         mantissas=mantissas,
         scale_exponents=np.where(live, rng.integers(-12, -6, grid), 0),
@@ -52,6 +61,16 @@ def random_request(
     if kind == "widths":
         return ActivationRequest(
             values=rng.choice([0, 2, 3, 4, 5, 6, 7, 8], (1, positions, blocks)), is_threshold=False
+        )
+    if kind == "widths, split":
+        return replace(random_request(rng, "widths", positions, blocks), code="split")
+    if kind.startswith("thresholds, split"):
+        return ActivationRequest(
+            values=rng.integers(-8, 3, (1, 1, blocks)),
+            is_threshold=True,
+            least_bits=2 if kind.endswith("on offer") else 0,
+            code="split",
+            offered_bits=(4, 6, 8) if kind.endswith("on offer") else (),
         )
     least = 2 if kind == "thresholds, least 2" else 0
     return ActivationRequest(
@@ -143,6 +162,21 @@ CASES = {
         "io_parallel",
         "Vivado",
     ),
+    "conv, split codes, edge 8": (
+        GemmConfig(block_edge=8, lanes=(2, 1)),
+        "thresholds, split, on offer",
+        (21, 19),
+        "io_stream",
+        "Vitis",
+    ),
+    "conv, split codes of given widths": (
+        GemmConfig(),
+        "widths, split",
+        (13, 8),
+        "io_parallel",
+        "Vivado",
+    ),
+    "linear, split codes": (GemmConfig(), "thresholds, split", (70, 33), "io_stream", "Vitis"),
     "linear, uniform": (GemmConfig(), "uniform", (150, 10), "io_parallel", "Vitis"),
     "linear, thresholds, stream": (GemmConfig(), "thresholds", (70, 33), "io_stream", "Vivado"),
 }
@@ -188,7 +222,7 @@ def test_a_layer_of_hls4ml_equals_the_c_simulation_to_the_bit(name: str, tmp_pat
     )
 
     register(config)
-    types = {"x": str(given), "core": "fixed<64,32>"}
+    types = {"x": str(given), "core": "fixed<64,24>"}  # finer than any result here
 
     class Network(nn.Module):
         def __init__(self) -> None:

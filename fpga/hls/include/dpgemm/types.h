@@ -72,9 +72,10 @@ inline uint32_t FieldAt(Word_t word, int at, int bits) {
 }
 
 // A block's (or row's) header.
-inline uint32_t MakeHeader(uint32_t width, bool is_signed, uint32_t shift) {
+inline uint32_t MakeHeader(uint32_t width, bool is_signed, uint32_t shift, bool is_negated) {
 #pragma HLS INLINE
-  return width << kHeaderWidthAt | uint32_t(is_signed) << kHeaderSignedAt | shift << kHeaderShiftAt;
+  return width << kHeaderWidthAt | uint32_t(is_signed) << kHeaderSignedAt |
+         shift << kHeaderShiftAt | uint32_t(is_negated) << kHeaderNegatedAt;
 }
 
 // The sides of a product.
