@@ -227,7 +227,7 @@ def _gemm_cost(
 
 def _priced(law: CostLaw, g: list[list[int]], pair_macs: int, pairs: int) -> dict[str, float]:
     """The counts of a cost law, of the operands in the roles that make the GEMM cheaper."""
-    if law is BITS:
+    if law == BITS:
         return {}
     engine = min(g[_SERIAL][_STATIONARY], g[_STATIONARY][_SERIAL])
     return {
@@ -248,7 +248,7 @@ def _factors(
     """Of each operand that `bits` names, [n, *grid] on the CPU: widths, 1 where the quantized or
     the input block is not zero, and the cost law's factors where it is not that of bit products.
     """
-    laws = () if layer.law is BITS else (layer.law.serial, layer.law.stationary)
+    laws = () if layer.law == BITS else (layer.law.serial, layer.law.stationary)
     result = {}
     for role, grid in bits.items():
         dtype = torch.float64 if role is Role.WEIGHT else layer.dtype

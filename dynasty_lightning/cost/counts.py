@@ -125,11 +125,11 @@ class GemmCost:
         """In the currency of the cost law that was counted by, zero blocks counted: what a target
         is steered in.
         """
-        return self.products_charged if law is BITS else self.engine_charged
+        return self.products_charged if law == BITS else self.engine_charged
 
     def full(self, law: CostLaw) -> float:
         """`spent` of the uniform 8-bit run."""
-        return self.baseline if law is BITS else self.engine_baseline
+        return self.baseline if law == BITS else self.engine_baseline
 
     def speedup(self, law: CostLaw) -> float:
         """`full` over `spent`. NaN before anything is counted."""

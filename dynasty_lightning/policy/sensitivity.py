@@ -298,7 +298,7 @@ def bit_price(s: LayerStatistics, role: Role, elements: float, total_macs: int) 
     for gemm, operands in READS.items():
         if role in operands and s.macs.get(gemm, 0):
             partner = operands[0] if operands[1] is role else operands[1]
-            if s.law is BITS:
+            if s.law == BITS:
                 slope = max(_mean_bits(s, gemm, partner), MIN_PARTNER_BITS)
             else:
                 slope = _slope(s, gemm, role, partner)
@@ -318,7 +318,7 @@ def offered_bits(s: LayerStatistics, role: Role) -> tuple[int, ...]:
     >>> offered_bits(layer, Role.ERROR), offered_bits(example_layer(), Role.ERROR)
     ((4, 5, 6, 7, 8), ())
     """
-    if s.law is BITS:
+    if s.law == BITS:
         return ()
     factors = []
     for gemm, operands in READS.items():

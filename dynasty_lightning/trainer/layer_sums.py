@@ -79,7 +79,7 @@ def call_sums(
         law: that costs are counted by beside bit products.
     """
     result = _width_sums(o, layer) | _cost_sums(o, layer, agreed, interval, law)
-    if law is not BITS:
+    if law != BITS:
         result |= _histograms(o)
     if not agreed.moments:
         return result

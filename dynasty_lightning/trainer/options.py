@@ -120,7 +120,7 @@ def _check_law(law: CostLaw, policy: Policy, target: float | None) -> None:
     """Raises ValueError for what a cost law other than bit products cannot have, and warns of a
     target beyond what its widths alone can reach.
     """
-    if law is BITS:
+    if law == BITS:
         return
     if isinstance(policy, ScheduledPolicy):
         raise ValueError(

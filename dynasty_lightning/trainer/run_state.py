@@ -31,7 +31,7 @@ def save(run: TrainingRun, layers: Mapping[str, DynamicLayer]) -> dict[str, Any]
     return {
         "policy_name": policy.name,
         # A file as before there were others.
-        **({} if law is BITS else {"cost_law": law.name}),
+        **({} if law == BITS else {"cost_law": law.name}),
         "policy": policy.state_dict(),
         "schedule": run.schedule.state_dict(),
         "steps": run.steps.state_dict(),

@@ -19,7 +19,7 @@ _HISTOGRAMS: Final = ("histogram", "backward_histogram")
 def to_state(s: LayerStatistics) -> dict[str, Any]:
     """What `from_state` makes the statistics from again."""
     state = {f.name: getattr(s, f.name) for f in fields(s)}
-    if s.law is BITS:  # a file as before there were others
+    if s.law == BITS:  # a file as before there were others
         del state["law"], state["histogram"], state["backward_histogram"]
     else:
         state["law"] = s.law.name

@@ -252,6 +252,7 @@ void FuzzQuantize() {
   a.is_threshold = Chance(0.5);
   a.least_bits = a.is_threshold ? OneOf<int64_t>({0, 0, 2, 4}) : 0,
   a.most_bits = OneOf<int64_t>({4, 8, 8});
+  a.raised_widths = OneOf<int64_t>({kAllWidths, kAllWidths, 0x888844440, 0x888888220, 0x666666660});
   a.seed = Draw(0, UINT32_MAX), a.rank = Draw(0, 9), a.backward_count = Draw(0, UINT32_MAX),
   a.call_index = Draw(0, 99);
   a.layer = Draw(0, 65535);
@@ -353,7 +354,7 @@ void FuzzIllegalQuantize() {
   a.x = x.get(), a.rows = 4, a.positions = 4, a.channels = 4, a.stride_row = 16,
   a.stride_position = 4, a.stride_channel = 1;
   a.block_rows = 1, a.block_channels = 4, a.group_rows = 1, a.group_channels = 1,
-  a.request = request.get(), a.most_bits = 8;
+  a.request = request.get(), a.most_bits = 8, a.raised_widths = kAllWidths;
   a.is_threshold = 1, a.role = kError, a.stochastic = 1, a.scope = kRow, a.peaks = peaks.get(),
   a.plans = plans.get();
   a.largest_exponents = largest.get(), a.codes = codes.get(), a.values = values.get(),
@@ -391,7 +392,9 @@ void FuzzIllegalQuantize() {
        {Change{&a.block_channels, 3}, Change{&a.block_channels, 64}, Change{&a.block_rows, 2},
         Change{&a.role, 3}, Change{&a.role, -1}, Change{&a.scope, 3}, Change{&a.scope, -1},
         Change{&a.most_bits, 9}, Change{&a.most_bits, 1}, Change{&a.least_bits, -1},
-        Change{&a.least_bits, 1}, Change{&a.least_bits, 9}, Change{&a.stride_channel, 2}}) {
+        Change{&a.least_bits, 1}, Change{&a.least_bits, 9}, Change{&a.stride_channel, 2},
+        Change{&a.raised_widths, 0}, Change{&a.raised_widths, kAllWidths | 1},
+        Change{&a.raised_widths, 0x976543220}, Change{&a.raised_widths, 0x876543210 ^ 0x200}}) {
     const int64_t kept = *change.field;
     *change.field = change.value;
     refused("illegal field taken");

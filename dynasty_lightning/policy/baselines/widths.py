@@ -56,7 +56,7 @@ def width_cost(shares: Mapping[Gemm, float], widths: Widths, law: CostLaw = BITS
     0.25
     """
     pairs = {gemm: [widths[role] for role in READS[gemm]] for gemm in shares}
-    if law is BITS:
+    if law == BITS:
         return sum(share * pairs[gemm][0] * pairs[gemm][1] for gemm, share in shares.items()) / (
             MAX_BITS**2
         )
