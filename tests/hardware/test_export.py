@@ -20,6 +20,7 @@ from dynasty_lightning.hardware.program import ExportError, export_program
 from dynasty_lightning.nn.convert import convert
 from dynasty_lightning.nn.gemms import Requests, quantize_operand
 from dynasty_lightning.nn.layers import dynamic_layers
+from dynasty_lightning.numerics import formats
 from dynasty_lightning.numerics.formats import raised_widths
 from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.roles import Gemm, Role
@@ -28,7 +29,7 @@ from dynasty_lightning.study.report.run_folder import read_summary
 from dynasty_lightning.tasks.data import load_data
 from dynasty_lightning.tasks.models import build_model
 from dynasty_lightning.tasks.tasks import build_task
-from fpga import Operand, open_device
+from fpga import Operand, open_device, quantizer
 from fpga.boards import load_board
 from fpga.devices.overlay import bit_bytes, write_overlay
 from fpga.images import load_images, save_images
@@ -108,6 +109,12 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
             ),
             expected,
         )
+
+
+def test_both_packages_have_the_same_constants() -> None:
+    for name in ("WINDOW", "SIGNED_SLACK", "UNSIGNED_SLACK"):
+        assert getattr(quantizer, name) == getattr(formats, name), name
+    assert quantizer._FAR_THRESHOLDS == formats.FAR_THRESHOLDS
 
 
 def test_requests_and_operands_out_of_range_are_refused() -> None:

@@ -35,15 +35,7 @@ def operands(geometry, *, batch=16):
     shape = (batch, geometry.in_channels, *image)
     x = torch.randn(shape).add_(0.5).relu_()
     e = torch.randn(plan.output_shape(shape))
-    weight = torch.zeros(geometry.weight_shape, dtype=torch.float64, requires_grad=True)
-    if geometry.kind == "linear":
-        y = F.linear(x.double(), weight)
-    else:
-        conv = (F.conv1d, F.conv2d)[len(geometry.taps) - 1]
-        options = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-        y = conv(x.double(), weight, None, *options)
-    (dw,) = torch.autograd.grad(y, weight, e.double())
-    return plan, x, e, dw
+    return plan, x, e, wgrad(geometry, e, x)
 
 
 def drawn(plan, x, e, precision, number):
