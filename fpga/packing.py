@@ -202,6 +202,7 @@ def _segment_headers(quarters: Array, shape: tuple[int, ...], where: str) -> Arr
         (headers & HEADER_RESERVED.mask != 0)
         | (bits > MAX_BITS)
         | ((bits < MIN_BITS) & (headers != 0))
+        | ((headers & HEADER_NEGATED.mask != 0) & (headers & HEADER_SIGNED.mask == 0))
     )
     if wrong.any():
         block, row = (int(i) for i in np.argwhere(wrong)[0])

@@ -74,7 +74,8 @@ def load_converted(
         mode=mode,
         block_shape=structure.block_shape,
         width_group=structure.width_group,
-        scaling=scaling,
+        # Of integers it is the caller who knows.
+        scaling=scaling if structure.scaling == "window" else structure.scaling,
         code=structure.code,
         micro_bits=structure.micro_bits,
         exclude=_left_out(module, structure.layers),

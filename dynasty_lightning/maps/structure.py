@@ -11,7 +11,7 @@ from torch import nn
 
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
 from ..numerics.banded import band_width
-from ..numerics.formats import CODES, LINE_BLOCKS, MICRO_BITS, BlockFormat, Code
+from ..numerics.formats import CODES, FP4, LINE_BLOCKS, MICRO_BITS, BlockFormat, Code, Scaling
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Role
 
@@ -46,6 +46,8 @@ _STRUCTURE_FIELDS: Final = {
 }
 _CODE_FIELDS: Final = {"code": one_of(*CODES), "micro_bits": whole(0, max(MICRO_BITS))}
 """Of a structure whose blocks are not plain; files of before there were others lack them."""
+_SCALING_FIELDS: Final = {"scaling": one_of(*FP4)}
+"""Of one whose elements are floating point."""
 _GEOMETRY_FIELDS: Final = {
     "kind": one_of("linear", "conv"),
     "weight_shape": _wholes(1, _MOST_EXTENT, 2, 5),
@@ -75,15 +77,19 @@ class ModelStructure:
     width_group: tuple[int, int] | None = None
     code: Code = "symmetric"
     micro_bits: int = 0
+    scaling: Scaling = "window"
 
     @property
     def block_format(self) -> BlockFormat:
-        """How operands are cut and coded; a structure does not know how scales are chosen."""
+        """How operands are cut and coded; of integers a structure does not know how scales are
+        chosen.
+        """
         return BlockFormat(
             block_shape=self.block_shape,
             width_group=self.width_group,
             code=self.code,
             micro_bits=self.micro_bits,
+            scaling=self.scaling,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -93,13 +99,14 @@ class ModelStructure:
             "block_shape": list(self.block_shape),
             "width_group": None if self.width_group is None else list(self.width_group),
             **(own if self.block_format.is_fine else {}),
+            **({"scaling": self.scaling} if self.scaling in FP4 else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelStructure":
         """The inverse of `to_json`, read back from JSON. Raises ValueError for anything else."""
         is_fine = any(name in mapping("the structure", data) for name in _CODE_FIELDS)
-        own = _CODE_FIELDS if is_fine else {}
+        own = (_CODE_FIELDS if is_fine else {}) | (_SCALING_FIELDS if "scaling" in data else {})
         check_fields("the structure", data, _STRUCTURE_FIELDS | own)
         layers = {name: _geometry(name, fields) for name, fields in data["layers"].items()}
         width_group = data["width_group"]
@@ -119,6 +126,7 @@ class ModelStructure:
             width_group=block_format.width_group,
             code=block_format.code,
             micro_bits=block_format.micro_bits,
+            scaling=block_format.scaling if block_format.scaling in FP4 else "window",
         )
 
     def hash(self) -> str:
@@ -129,10 +137,10 @@ class ModelStructure:
         """Raise ValueError that names the first difference to `other`, which was read from
         `source`.
         """
-        if self.block_format != other.block_format and (
-            self.block_format.is_fine or other.block_format.is_fine
-        ):
-            names = ("block_shape", "width_group", *_CODE_FIELDS)
+        formats = self.block_format, other.block_format
+        if formats[0] != formats[1] and any(f.is_fine or f.scaling in FP4 for f in formats):
+            scaling = any(f.scaling in FP4 for f in formats)
+            names = ("block_shape", "width_group", *(["scaling"] if scaling else _CODE_FIELDS))
             own, made_for = (
                 ", ".join(f"{n}={getattr(s, n)!r}" for n in names) for s in (self, other)
             )

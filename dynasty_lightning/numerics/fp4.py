@@ -10,6 +10,8 @@ Elements are E2M1 of the OCP Microscaling Formats specification v1.0 (section 5.
             amax / (6 g), with one float32 scale g = amax / (6 * 448) of the tensor ("Pretraining
             Large Language Models with NVFP4", arXiv 2509.25149); elements as above
 
+The largest float32, from 2.5e38 on, may round up to Inf, as it may in our own blocks.
+
 E is rounded stochastically, as recipes for training do (there, and "Training LLMs with MXFP4",
 arXiv 2502.20586). Its scale is the least on or above the one given that no element saturates under,
 so that it stays unbiased. The random Hadamard transforms and the layers in higher precision of

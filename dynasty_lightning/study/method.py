@@ -32,6 +32,7 @@ _PLUGIN_OPTIONS: Final = (
     "unquantized",
     "control_variate",
 )
+_PLUGIN_OF_FP4: Final = ("block_shape", "width_group", "scaling", "code", "micro_bits")
 _OLD_NAMES: Final = {"other_layers": "rest"}
 """Options that words have by the name of before 0.1.0: results are stored under it."""
 _SEVERAL: Final = ("exclude", "unquantized")
@@ -76,6 +77,11 @@ class Method:
             if not self.takes_target:
                 raise ValueError(f"{self.name} takes no target, not @{self.target:g}")
             check_target(self.target)
+        if self.name in FP4 and {"bits", "policy", *_PLUGIN_OF_FP4} & set(names):
+            raise ValueError(
+                f"{self.name} has blocks and {FP4_BITS} bits of its own: leave out "
+                f"{', '.join(n for n in names if n in ('bits', 'policy', *_PLUGIN_OF_FP4))}"
+            )
         if self.is_float and self.options:
             raise ValueError(
                 f"{self.name} has no blocks: it takes no options, not {', '.join(names)}"

@@ -18,6 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..cost.energy import EnergyModel
+from ..numerics.formats import FP4
+from ..numerics.fp4 import FP4_BITS
 from ..policy.allocation import Allocation
 from ..policy.base import Policy
 from . import run_state
@@ -121,6 +123,12 @@ class DynastyCallback(RunResults, Callback):
             raise ValueError(
                 "DynastyCallback decides widths but the Trainer has no plugin that quantizes: "
                 "add plugins=[DynastyPrecision()] to the Trainer (and leave precision= unset)"
+            )
+        own = trainer.precision_plugin.format.scaling
+        if own in FP4 and not self.policy.fixed_widths:
+            raise ValueError(
+                f"elements of {own} have {FP4_BITS} bits each, and {self.policy.name!r} chooses "
+                f"widths: DynastyCallback(policy='uniform', bits={FP4_BITS})"
             )
         self._plugin = trainer.precision_plugin
 

@@ -239,6 +239,11 @@ def test_split_codes_reach_one_end_or_the_other(rows: bool) -> None:
     np.testing.assert_array_equal(again.mantissas, mantissas)
     headers = packed.words[1:].view(np.uint16)[: 8 if rows else 2]
     assert (headers >> 10 & 1).tolist() == ([0, 0, 0, 0, 0, 0, 1, 0] if rows else [0, 1])
+    # Of unsigned blocks it is refused.
+    wrong = packed.words.copy()
+    wrong[1] = (wrong[1] & ~np.uint64(1 << 4)) | np.uint64(1 << 10)
+    with pytest.raises(OperandError, match="illegal header"):
+        unpack(replace(packed, words=wrong), operand.shape, config, row_exponents=rows)
     # A block may carry the flag without need: its planes are read as what they are.
     flagged = packed.words.copy()
     flagged[1] |= np.uint64(1 << 10)

@@ -1,5 +1,6 @@
 """`mxfp4` and `nvfp4` against their rules in fractions, and in training."""
 
+import json
 import math
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from dynasty_lightning import DynastyCallback, DynastyPrecision, convert
+from dynasty_lightning.maps.structure import ModelStructure, model_structure
 from dynasty_lightning.nn.layers import dynamic_layers
 from dynasty_lightning.numerics.fp4 import quantize_fp4
 from dynasty_lightning.numerics.layout import BlockLayout
@@ -226,3 +228,33 @@ def test_its_cost_is_that_of_four_bits_and_its_blocks_its_own():
     convert(model, block_shape=(1, 16), scaling="nvfp4")
     with pytest.raises(ValueError, match="elements of nvfp4 have 4 bits each"):
         dynamic_layers(model)["0"].set_precision(Role.WEIGHT, OperandPrecision(bits=8))
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        plugins=[DynastyPrecision(block_shape=(1, 16), scaling="nvfp4")],
+        callbacks=[DynastyCallback(target_speedup=4.0)],
+    )
+    with pytest.raises(ValueError, match="nvfp4 have 4 bits each, and 'dynasty' chooses widths"):
+        trainer.fit(Learner(), DataLoader(data, batch_size=32))
+    for word in ("nvfp4:bits=8", "mxfp4:block_shape=4x4", "nvfp4:scaling=mx"):
+        with pytest.raises(ValueError, match="has blocks and 4 bits of its own: leave out"):
+            Method.parse(word)
+
+
+def test_what_was_trained_in_one_format_does_not_go_on_in_another():
+    def structure(**options):
+        model = nn.Sequential(nn.Linear(40, 24))
+        convert(model, **options)
+        return model_structure(model)
+
+    mxfp4 = structure(block_shape=(1, 32), scaling="mxfp4")
+    assert ModelStructure.from_json(json.loads(json.dumps(mxfp4.to_json()))) == mxfp4
+    for other in ("mx", "window"):
+        plain = structure(block_shape=(1, 32), scaling=other)
+        assert "scaling" not in plain.to_json()
+        for ours, theirs in ((mxfp4, plain), (plain, mxfp4)):
+            assert ours.hash() != theirs.hash()
+            with pytest.raises(ValueError, match=r"made for blocks of .*scaling='.*; this model"):
+                ours.check_equal(theirs, "the checkpoint")

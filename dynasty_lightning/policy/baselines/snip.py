@@ -69,8 +69,8 @@ class SnipPolicy(Policy):
 
     def __post_init__(self) -> None:
         self._choices = _choices(self.widths)
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing}")
+        if not isinstance(self.smoothing, int | float) or not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), not {self.smoothing!r}")
         self._averages: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
         self._widths: dict[str, dict[Role, int]] = {}

@@ -124,8 +124,11 @@ HEADERS:
     is_legal &=
         reserved == 0 && bits <= uint32_t(kMaxBits) && (bits >= uint32_t(kMinBits) || header == 0);
     most_bits = bits > most_bits ? bits : most_bits;
-    block.is_signed[row] = FieldAt(header, kHeaderSignedAt, kHeaderSignedBits);
-    block.is_negated[row] = FieldAt(header, kHeaderNegatedAt, kHeaderNegatedBits);
+    const bool is_signed = FieldAt(header, kHeaderSignedAt, kHeaderSignedBits);
+    const bool is_negated = FieldAt(header, kHeaderNegatedAt, kHeaderNegatedBits);
+    is_legal &= is_signed || !is_negated;
+    block.is_signed[row] = is_signed;
+    block.is_negated[row] = is_negated;
     block.shift[row] = Shift_t(FieldAt(header, kHeaderShiftAt, kHeaderShiftBits));
   }
   block.bits = Bits_t(most_bits);
