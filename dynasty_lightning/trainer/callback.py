@@ -131,6 +131,7 @@ class DynastyCallback(RunResults, Callback):
                 f"widths: DynastyCallback(policy='uniform', bits={FP4_BITS})"
             )
         self._plugin = trainer.precision_plugin
+        self.options.warn_of_reach()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

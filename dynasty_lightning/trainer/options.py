@@ -2,10 +2,11 @@
 """What `DynastyCallback` is asked for, checked."""
 
 import numbers
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from ..cost.energy import EnergyModel
 from ..cost.law import BITS, CostLaw, cost_law
@@ -47,6 +48,18 @@ class CallbackOptions:
         if not isinstance(self.table, bool):
             raise TypeError(f"table must be True or False, not {self.table!r}")
 
+    def warn_of_reach(self) -> None:
+        """Warn, when training begins, of a target beyond what widths of the law alone reach."""
+        law, target = self.law, self.target_speedup
+        least = law.least_useful_bits
+        reach = law.baseline / law.price(least, least)
+        if law != BITS and target is not None and target > reach:
+            rank_zero_warn(
+                f"target_speedup={target:g} with cost={law.name!r}: blocks of {least} bits are "
+                f"{reach:g} times faster than 8-bit ones, and narrower ones no more; beyond that "
+                f"only blocks of E that are zero help, and learning may suffer"
+            )
+
     @classmethod
     def checked(
         cls,
@@ -79,7 +92,7 @@ class CallbackOptions:
                 f"fixed ones: give one of the two"
             )
         law = cost_law(cost)
-        _check_law(law, made, target)
+        _check_law(law, made)
         named = isinstance(allocation, Allocation)
         return cls(
             policy=made,
@@ -116,10 +129,8 @@ def _policy(
     return check_policy(policy)
 
 
-def _check_law(law: CostLaw, policy: Policy, target: float | None) -> None:
-    """Raises ValueError for what a cost law other than bit products cannot have, and warns of a
-    target beyond what its widths alone can reach.
-    """
+def _check_law(law: CostLaw, policy: Policy) -> None:
+    """Raises ValueError for what a cost law other than bit products cannot have."""
     if law == BITS:
         return
     if isinstance(policy, ScheduledPolicy):
@@ -133,14 +144,6 @@ def _check_law(law: CostLaw, policy: Policy, target: float | None) -> None:
         raise ValueError(
             f"backward_bits={'/'.join(narrow)} save nothing with cost={law.name!r}, where fewer "
             f"than {least} bits cost what {least} do: give {least} or more"
-        )
-    reach = law.baseline / law.price(least, least)
-    if target is not None and target > reach:
-        warnings.warn(
-            f"target_speedup={target:g} with cost={law.name!r}: blocks of {least} bits are "
-            f"{reach:g} times faster than 8-bit ones, and narrower ones no more; beyond that only "
-            f"blocks of E that are zero help, and learning may suffer",
-            stacklevel=5,
         )
 
 

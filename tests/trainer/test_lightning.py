@@ -534,6 +534,12 @@ def test_loss_guard_raises_widths():
         t.fit(model, digits())
 
 
+def test_a_target_beyond_the_widths_is_said_when_training_begins():
+    callback = dynasty(target_speedup=6.0, cost="core")
+    with pytest.warns(UserWarning, match="target_speedup=6 with cost='core'"):
+        trainer(callback=callback, max_epochs=0).fit(small_classifier(), digits())
+
+
 def test_deepcopy_and_pickle_of_a_converted_model(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.Flatten(), nn.Linear(4 * 36, 5))
     DynastyPrecision(seed=1).convert_module(model)
