@@ -40,6 +40,10 @@ def floor_log2(v):
     return e if power(e) <= v else e - 1
 
 
+def is_power(v):
+    return v == power(floor_log2(v))
+
+
 def round_even(v):
     """Nearest integer of a Fraction, ties to even."""
     low = v.numerator // v.denominator
@@ -60,8 +64,8 @@ def to_float32(v):
 
 
 class Quantized:
-    """values: object array of Fraction; bits, signed, negated, occupied: grids; scale_exponents:
-    grid of parts; mantissas: int array.
+    """values: object array of Fraction; bits, signed, negated, occupied, scale_exponents: grids;
+    mantissas: int array.
     """
 
 
@@ -87,14 +91,13 @@ def quantize(
     stream=None,
     nearest=None,
     split=False,
-    micro=0,
+    scale_bits=0,
     signed_x=False,
 ):
     """One finite operand. role in "XWE"; bits and lsb: int, or an array that broadcasts to the
     grid.
     """
-    fine = split or micro > 0
-    part = tuple(min(n, 2) for n in block) if micro else block
+    fine = split or scale_bits > 0
     stream = stream or {}
     shape = x.shape
     axis %= len(shape)
@@ -104,19 +107,17 @@ def quantize(
     full = lambda v: np.broadcast_to(np.asarray(v), gshape)  # noqa: E731
     out = Quantized()
     out.bits = np.zeros(gshape, int)
-    out.scale_exponents = np.zeros(grid_shape_of(shape, part, axis), int)
+    out.scale_exponents = np.zeros(gshape, int)
     out.signed = np.zeros(gshape, bool)
     out.negated = np.zeros(gshape, bool)
     out.occupied = np.zeros(gshape, bool)
     out.mantissas = np.zeros(shape, int)
     e, d, kept, amax, p_of = {}, {}, {}, {}, {}
-    members, parts = {}, {}
+    members = {}
     for index in itertools.product(*map(range, shape)):
-        g, q = list(index), list(index)
+        g = list(index)
         g[0], g[axis] = index[0] // block[0], index[axis] // block[1]
-        q[0], q[axis] = index[0] // part[0], index[axis] // part[1]
         members.setdefault(tuple(g), []).append(index)
-        parts.setdefault(tuple(g), {}).setdefault(tuple(q), []).append(index)
 
     def offer(wanted):
         """The least width on offer that is enough, the widest where none is; within the limit."""
@@ -129,12 +130,14 @@ def quantize(
             return whole, whole
         return whole + negated[g], whole + (signed[g] and not negated[g])
 
-    def fits(g, indices, p, s):
-        slack = 0 if stochastic else 1 if signed[g] else Fraction(3, 4)
+    def fits(g, p, unit):
+        base = (3 if signed[g] else 2) if scale_bits else 6 if signed[g] else 5
+        elements = (block[0] * block[1]).bit_length() - 1
+        slack = 0 if stochastic else max(Fraction(0), Fraction(base + elements, 4) - 1)
         above, below = limits(g, p)
         return all(
-            -(below + slack) * power(s) <= Fraction(float(x[i])) <= (above + slack) * power(s)
-            for i in indices
+            -(below + slack) * unit <= Fraction(float(x[i])) <= (above + slack) * unit
+            for i in members[g]
         )
 
     signed, negated = {}, {}
@@ -158,9 +161,9 @@ def quantize(
         over = amax[g] > (1 - power(-(u + 1))) * power(e[g] + 1)
         needed = u + 2 + over if role == "E" and stochastic else u + 1 + signed[g]
         if fine:
-            needed = u + 1 + signed[g] - fits(g, members[g], u, threshold)
+            needed = u + 1 + signed[g] - fits(g, u, power(threshold))
             if stochastic:
-                needed += not fits(g, members[g], u + 1, threshold)
+                needed += not fits(g, u + 1, power(threshold))
         if role == "E" and stochastic:
             if u >= -1:
                 width[g] = offer(max(needed, least, 2))
@@ -197,12 +200,18 @@ def quantize(
         p_of[g] = p = b - signed[g]
         s = e[g] + 1 - p
         if fine:
-            natural = s - d[g]
-            s -= fits(g, members[g], p, natural - 1)
+            quarters = range(4) if scale_bits and b <= 5 else (0,)
+            tried = [
+                (1 + Fraction(j, 4)) * power(e)
+                for e in (s - d[g] - 1, s - d[g])
+                for j in quarters
+                if e < s - d[g] or stochastic or j == 0
+            ]
             if stochastic:
-                s += not fits(g, members[g], p, natural)
+                tried.append(power(s - d[g] + 1))
+            s = power(d[g]) * min([unit for unit in tried if fits(g, p, unit)] or [max(tried)])
             if kept[g]:
-                s = max(s, int(full(lsb)[g]) - (offer(2) - 2))
+                s = max(s, power(int(full(lsb)[g]) - (offer(2) - 2)))
         elif stochastic:
             if amax[g] * power(d[g]) > (2**p - 1) * power(s):
                 s += 1
@@ -220,31 +229,28 @@ def quantize(
         ceiling[scope_of(g)] = max(ceiling.get(scope_of(g), -(10**9)), e[g])
     for g in scale:
         floor = ceiling[scope_of(g)] - R - (6 if signed[g] else 7)
-        if micro and kept[g]:
-            floor = max(floor, int(full(lsb)[g]) - (offer(2) - 2))
         above, below = limits(g, p_of[g])
-        found = {}
-        for q, indices in parts[g].items():
-            deeper = sum(fits(g, indices, p_of[g], scale[g] - d[g] - j) for j in range(1, 2**micro))
-            found[q] = s = max(scale[g] - deeper, floor)
-            for i in indices:
-                y = Fraction(float(x[i])) * power(d[g] - s)
-                if stochastic:
-                    r = stream_number(int(np.ravel_multi_index(i, shape)), code, **stream)
-                    m = math.floor(y + Fraction(2 * r + 1, 2**17))
-                else:
-                    m = min(max(round_even(y), -below if signed[g] else 0), above)
-                assert -below <= m <= above
-                out.mantissas[i] = m
+        lsb_of = max(scale[g], power(floor)) if fine else power(max(scale[g], floor))
+        k = next(k for k in (1, 3, 5, 7) if is_power(lsb_of / k))
+        s = floor_log2(lsb_of / k)
+        for i in members[g]:
+            y = Fraction(float(x[i])) * power(d[g] - s) / k
+            if k > 1:
+                y = Fraction(to_float32(y))
+            if stochastic:
+                r = stream_number(int(np.ravel_multi_index(i, shape)), code, **stream)
+                m = math.floor(y + Fraction(2 * r + 1, 2**17))
+            else:
+                m = min(max(round_even(y), -below if signed[g] else 0), above)
+            assert -below <= m <= above
+            out.mantissas[i] = k * m
         if any(out.mantissas[i] for i in members[g]):
             out.bits[g], out.signed[g], out.negated[g] = width[g], signed[g], negated[g]
-            for q, s in found.items():
-                out.scale_exponents[q] = s
+            out.scale_exponents[g] = s
     out.values = np.empty(shape, object)
-    for of_block in parts.values():
-        for q, indices in of_block.items():
-            for i in indices:
-                out.values[i] = int(out.mantissas[i]) * power(int(out.scale_exponents[q]))
+    for g, indices in members.items():
+        for i in indices:
+            out.values[i] = int(out.mantissas[i]) * power(int(out.scale_exponents[g]))
     return out
 
 

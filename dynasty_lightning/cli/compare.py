@@ -34,7 +34,7 @@ A method is one word, NAME[@TARGET][:option=value,..]:
   float32  bf16  uniform8  mxint8  dynasty@5.1  dynasty@5.1:interval=25,loss_guard=none
   uniform4:block_shape=1x32
 TARGET is the whole-run speedup to steer to; a method without one gets each of --targets. Options
-are those of DynastyPrecision (block_shape, width_group, code, micro_bits, exclude, other_layers),
+are those of DynastyPrecision (block_shape, width_group, code, scale_bits, exclude, other_layers),
 of DynastyCallback (interval, warmup_steps, loss_guard, noise_budget) and of the policy. Values: a
 number, true, false, none, 4x4, a+b (several), X:4/W:3/E:5 (by name), text. Methods are separated
 by commas, and so are options: what has the form option=value belongs to the method before it.

@@ -77,7 +77,7 @@ def load_converted(
         # Of integers it is the caller who knows.
         scaling=scaling if structure.scaling == "window" else structure.scaling,
         code=structure.code,
-        micro_bits=structure.micro_bits,
+        scale_bits=structure.scale_bits,
         exclude=_left_out(module, structure.layers),
     )
     plugin.convert_module(module)

@@ -35,9 +35,9 @@ def config_for(block_format: BlockFormat) -> GemmConfig:
     >>> config_for(BlockFormat(block_shape=(8, 8), width_group=(8, 16))).block_edge
     8
     """
-    if block_format.micro_bits:
+    if block_format.scale_bits:
         raise ValueError(
-            f"the core computes blocks of one exponent, not micro_bits={block_format.micro_bits}: "
+            f"the core computes blocks of one exponent, not scale_bits={block_format.scale_bits}: "
             f"leave that out for it"
         )
     return GemmConfig(

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..fields import Field, check_fields, is_whole, one_of, shown, whole
 from ..numerics.banded import band_width
-from ..numerics.formats import CODES, FP4, LINE_BLOCKS, MICRO_BITS, BlockFormat, Code, Scaling
+from ..numerics.formats import CODES, FP4, LINE_BLOCKS, SCALE_BITS, BlockFormat, Code, Scaling
 from ..numerics.geometry import LayerGeometry
 from ..numerics.roles import Role
 
@@ -44,7 +44,7 @@ _STRUCTURE_FIELDS: Final = {
     "block_shape": _PAIR,
     "width_group": Field(rule=f"none or {_PAIR.rule}", holds=lambda v: v is None or _PAIR.holds(v)),
 }
-_CODE_FIELDS: Final = {"code": one_of(*CODES), "micro_bits": whole(0, max(MICRO_BITS))}
+_CODE_FIELDS: Final = {"code": one_of(*CODES), "scale_bits": one_of(*SCALE_BITS)}
 """Of a structure whose blocks are not plain; files of before there were others lack them."""
 _SCALING_FIELDS: Final = {"scaling": one_of(*FP4)}
 """Of one whose elements are floating point."""
@@ -76,7 +76,7 @@ class ModelStructure:
     block_shape: tuple[int, int] = (4, 4)
     width_group: tuple[int, int] | None = None
     code: Code = "symmetric"
-    micro_bits: int = 0
+    scale_bits: int = 0
     scaling: Scaling = "window"
 
     @property
@@ -88,7 +88,7 @@ class ModelStructure:
             block_shape=self.block_shape,
             width_group=self.width_group,
             code=self.code,
-            micro_bits=self.micro_bits,
+            scale_bits=self.scale_bits,
             scaling=self.scaling,
         )
 
@@ -125,7 +125,7 @@ class ModelStructure:
             block_shape=block_format.block_shape,
             width_group=block_format.width_group,
             code=block_format.code,
-            micro_bits=block_format.micro_bits,
+            scale_bits=block_format.scale_bits,
             scaling=block_format.scaling if block_format.scaling in FP4 else "window",
         )
 

@@ -47,7 +47,7 @@ def convert(
     width_group: tuple[int, int] | None = None,
     scaling: Scaling = "window",
     code: Code = "symmetric",
-    micro_bits: int = 0,
+    scale_bits: int = 0,
     exclude: Collection[str] = (),
     unquantized: Collection[str] = (),
     control_variate: bool = False,
@@ -66,7 +66,7 @@ def convert(
     Args:
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
-        code, micro_bits: denser codes of square blocks, as `BlockFormat` has them.
+        code, scale_bits: denser codes of square blocks, as `BlockFormat` has them.
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
         unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's
             rounding does.
@@ -95,7 +95,7 @@ def convert(
         width_group=width_group,
         scaling=scaling,
         code=code,
-        micro_bits=micro_bits,
+        scale_bits=scale_bits,
     )
     names = [name for name, _ in model.named_modules()]
     for pattern in exclude:

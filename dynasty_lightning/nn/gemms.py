@@ -129,7 +129,7 @@ def recipe_of(
         stream=position or StreamPosition(),
         scope=scope,
         code=plan.format.code,
-        micro_bits=plan.format.micro_bits,
+        scale_bits=plan.format.scale_bits,
     )
 
 

@@ -317,7 +317,7 @@ def _kept_fake(
         layout = plan.layout(role, shape, SHARED[role] if own else Gemm.FORWARD)
         packed = Packed(
             empty_channels_innermost(layout, torch.uint8, operand.device),
-            empty_grid(operand, layout, torch.int8, of_parts=True),
+            empty_grid(operand, layout, torch.int8),
             empty_grid(operand, layout, torch.uint8),
             operand.new_empty([1] * len(shape), dtype=torch.int32),
             packed.passthrough,

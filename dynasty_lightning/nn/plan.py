@@ -133,12 +133,10 @@ class LayerPlan:
         found = self._layouts.get(key) if is_known else None
         if found is None:
             axis = 1 if role is Role.WEIGHT else self.geometry.channel_axis % len(shape)
-            block_shape = self.block_shape(role, gemm, training=training)
             found = BlockLayout(
                 shape=shape,
-                block_shape=block_shape,
+                block_shape=self.block_shape(role, gemm, training=training),
                 channel_axis=axis,
-                part_shape=self.format.part_shape(block_shape),
             )
             if len(self._layouts) >= _LAYOUTS_KEPT:  # inputs of ever new sizes
                 self._layouts.clear()

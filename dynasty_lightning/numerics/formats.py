@@ -59,13 +59,16 @@ arithmetic: each back end clamps to them.
 """
 
 CODES: Final = ("symmetric", "split")
-MICRO_BITS: Final = (0, 1, 2)
-PART_EDGE: Final = 2
-"""Rows and channels of the parts of a block that have a micro exponent."""
-SIGNED_SLACK: Final = 1.0
-UNSIGNED_SLACK: Final = 0.75
-"""By how many LSBs an element may exceed the largest that its block or part can hold, and be
-clipped, where that makes the LSB a binade finer; of rounding to nearest
+SCALE_BITS: Final = (0, 2)
+"""Bits of mantissa that a block's scale may have."""
+SCALE_STEPS: Final = 4
+"""LSBs from a power of two to the next, where it has them."""
+MAX_SCALED_BITS: Final = 5
+"""Widest block whose scale has a mantissa: 7 times its codes has 8 bits, as bfloat16 and a byte."""
+SLACK: Final = {0: (6, 5), 2: (3, 2)}
+"""By `scale_bits`: by how many quarters of an LSB an element of a signed and of an unsigned block
+of 16 elements may exceed the largest that it can hold, and be clipped, where that makes the LSB
+finer; of rounding to nearest. A quarter more for each factor of two in elements
 (benchmarks/bench_formats.py).
 """
 
@@ -158,6 +161,17 @@ def raised(table: int, bits: int) -> int:
     return table >> (4 * bits) & 0xF
 
 
+def slack_quarters(scale_bits: int, elements: int) -> tuple[int, int]:
+    """`SLACK` of signed and unsigned blocks of so many elements, a power of two.
+
+    >>> slack_quarters(2, 64), slack_quarters(2, 4), slack_quarters(0, 16)
+    ((5, 4), (1, 0), (6, 5))
+    """
+    more = elements.bit_length() - 5
+    signed, unsigned = SLACK[scale_bits]
+    return max(0, signed + more), max(0, unsigned + more)
+
+
 def are_no_widths(bits: Tensor) -> Tensor:
     """Where an integer tensor holds what is no width of a block; bool, its shape.
 
@@ -204,8 +218,8 @@ class BlockFormat:
             specification's in 1x32 blocks (`numerics.mx`), "mxfp4" or "nvfp4" (`numerics.fp4`).
         code: "symmetric", -(2**p - 1) to 2**p - 1, or "split": -2**p to 2**p - 1, and a flag of the
             block that negates them all.
-        micro_bits: 0, or 1 or 2 for each 2x2 part of a block, whose LSB may lie as many binades
-            below the block's as these bits count.
+        scale_bits: bits of mantissa of a block's scale: 0, its LSB is a power of two, or 2, in
+            blocks of up to 5 bits it is 1, 1.25, 1.5 or 1.75 times one.
 
     >>> BlockFormat(block_shape=(8, 8), width_group=(16, 16)).requantizes
     False
@@ -217,7 +231,7 @@ class BlockFormat:
     width_group: tuple[int, int] | None = None
     scaling: Scaling = "window"
     code: Code = "symmetric"
-    micro_bits: int = 0
+    scale_bits: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -260,33 +274,20 @@ class BlockFormat:
     def _check_code(self) -> None:
         if self.code not in CODES:
             raise ValueError(f"code must be one of {', '.join(CODES)}, not {self.code!r}")
-        given = self.micro_bits
-        if isinstance(given, bool) or not isinstance(given, Integral) or given not in MICRO_BITS:
-            raise ValueError(f"micro_bits must be one of {MICRO_BITS}, not {given!r}")
-        object.__setattr__(self, "micro_bits", int(given))  # NumPy's too, which no JSON takes
+        given = self.scale_bits
+        if isinstance(given, bool) or not isinstance(given, Integral) or given not in SCALE_BITS:
+            raise ValueError(f"scale_bits must be one of {SCALE_BITS}, not {given!r}")
+        object.__setattr__(self, "scale_bits", int(given))  # NumPy's too, which no JSON takes
         if self.is_fine and self.block_shape not in SQUARE_BLOCKS:
             raise ValueError(
-                f"code {self.code!r} with {self.micro_bits} micro_bits needs blocks of "
+                f"code {self.code!r} with {self.scale_bits} scale_bits needs blocks of "
                 f"{SQUARE_BLOCKS}, not {self.block_shape}"
             )
 
     @property
     def is_fine(self) -> bool:
-        """Whether it has more than one exponent and symmetric codes."""
-        return self.code == "split" or self.micro_bits > 0
-
-    def part_shape(self, block_shape: tuple[int, int]) -> tuple[int, int] | None:
-        """Rows x channels that share an LSB in blocks of a shape; None where the format has neither
-        parts nor a split code.
-
-        >>> BlockFormat(micro_bits=1).part_shape((1, 4)), BlockFormat().part_shape((4, 4))
-        ((1, 2), None)
-        """
-        if not self.is_fine:
-            return None
-        if not self.micro_bits:
-            return block_shape
-        return min(block_shape[0], PART_EDGE), min(block_shape[1], PART_EDGE)
+        """Whether its LSBs follow from the elements at both ends of a block."""
+        return self.code == "split" or self.scale_bits > 0
 
     @property
     def band_unit(self) -> tuple[int, int]:

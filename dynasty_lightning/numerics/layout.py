@@ -2,7 +2,7 @@
 """Tensor <-> blocks: padding and axes. Nothing else."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,9 +17,9 @@ __all__ = ["BlockLayout"]
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
     """Cuts a tensor into blocks of `block_shape` = rows x channels at each position; axis 0 holds
-    the rows. `part_shape`, which divides it, cuts blocks into parts with an LSB each.
+    the rows.
 
-    Raises ValueError for an empty tensor, fewer than two axes, or parts that do not divide blocks.
+    Raises ValueError for an empty tensor or fewer than two axes.
 
     >>> layout = BlockLayout(shape=(6, 8, 5), block_shape=(4, 4), channel_axis=1)
     >>> layout.grid_shape, layout.is_ragged
@@ -32,7 +32,6 @@ class BlockLayout:
     shape: tuple[int, ...]
     block_shape: tuple[int, int]
     channel_axis: int
-    part_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2 or 0 in self.shape:
@@ -46,13 +45,6 @@ class BlockLayout:
                 f"{tuple(self.shape)}, not {self.channel_axis}"
             )
 
-        if self.part_shape is not None and any(
-            block % part for block, part in zip(self.block_shape, self.part_shape, strict=True)
-        ):
-            raise ValueError(
-                f"parts of {self.part_shape} do not divide blocks of {self.block_shape}"
-            )
-
     @cached_property
     def grid_shape(self) -> tuple[int, ...]:
         """The tensor's axes with the number of blocks in place of rows and channels."""
@@ -60,44 +52,6 @@ class BlockLayout:
         grid[0] = -(-self.shape[0] // self.block_shape[0])
         grid[self.channel_axis] = -(-self.shape[self.channel_axis] // self.block_shape[1])
         return tuple(grid)
-
-    @cached_property
-    def parts(self) -> "BlockLayout":
-        """How it is cut into parts; itself where blocks have none.
-
-        >>> layout = BlockLayout(
-        ...     shape=(4, 8), block_shape=(4, 4), channel_axis=1, part_shape=(2, 2)
-        ... )
-        >>> layout.grid_shape, layout.parts.grid_shape
-        ((1, 2), (2, 4))
-        """
-        if self.part_shape is None or self.part_shape == self.block_shape:
-            return self
-        return replace(self, block_shape=self.part_shape, part_shape=None)
-
-    def to_parts(self, grid: Tensor) -> Tensor:
-        """A value of each block as one of each of its parts."""
-        if self.parts is self:
-            return grid
-        for axis, by in zip((0, self.channel_axis), self._parts_of_a_block, strict=True):
-            grid = grid.repeat_interleave(by, axis).narrow(axis, 0, self.parts.grid_shape[axis])
-        return grid
-
-    def amax_of_parts(self, parts: Tensor) -> Tensor:
-        """The largest value of each block's parts, not below 0; a grid."""
-        if self.parts is self:
-            return parts
-        groups = BlockLayout(
-            shape=self.parts.grid_shape,
-            block_shape=self._parts_of_a_block,
-            channel_axis=self.channel_axis,
-        )
-        return groups.amax(groups.split(parts))
-
-    @property
-    def _parts_of_a_block(self) -> tuple[int, int]:
-        rows, channels = self.parts.block_shape
-        return self.block_shape[0] // rows, self.block_shape[1] // channels
 
     @cached_property
     def is_ragged(self) -> bool:

@@ -25,11 +25,9 @@ def empty_channels_innermost(
     return torch.empty_strided(layout.shape, layout.channels_innermost, dtype=dtype, device=device)
 
 
-def empty_grid(
-    x: Tensor, layout: BlockLayout, dtype: torch.dtype, *, of_parts: bool = False
-) -> Tensor:
-    """A tensor of the layout's grid, or that of its parts, in the memory order in which an
-    operand's blocks are walked: as the operand itself lies.
+def empty_grid(x: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
+    """A tensor of the layout's grid, in the memory order in which an operand's blocks are walked:
+    as the operand itself lies.
 
     >>> x = torch.zeros(4, 8, 5)
     >>> layout = BlockLayout(shape=(4, 8, 5), block_shape=(4, 4), channel_axis=1)
@@ -38,11 +36,10 @@ def empty_grid(
     >>> empty_grid(x.movedim(1, -1).contiguous().movedim(-1, 1), layout, torch.int8).stride()
     (10, 1, 2)
     """
-    cut = layout.parts if of_parts else layout
     if x.device.type != "cpu" or reads_positions(x, layout):
-        return torch.empty(cut.grid_shape, dtype=dtype, device=x.device)
+        return torch.empty(layout.grid_shape, dtype=dtype, device=x.device)
     return torch.empty_strided(
-        cut.grid_shape, cut.grid_channels_innermost, dtype=dtype, device="cpu"
+        layout.grid_shape, layout.grid_channels_innermost, dtype=dtype, device="cpu"
     )
 
 

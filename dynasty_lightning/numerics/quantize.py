@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -51,7 +50,7 @@ def quantize(
     stream: StreamPosition | None = None,
     scope: Scope = "tensor",
     code: Code = "symmetric",
-    micro_bits: int = 0,
+    scale_bits: int = 0,
 ) -> BlockTensor:
     """Quantize an operand [N, .., C, ..] block by block, to given widths or down to given LSBs.
 
@@ -69,7 +68,7 @@ def quantize(
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers; None is position 0 of seed 0.
         scope: what shares a window and a non-finite check: a "row" is a sample at a position.
-        code, micro_bits: as `BlockFormat` has them; they need square blocks of 4, 8 or 16
+        code, scale_bits: as `BlockFormat` has them; they need square blocks of 4, 8 or 16
             channels, or one row of such.
 
     Raises:
@@ -92,12 +91,10 @@ def quantize(
     if not isinstance(stream, StreamPosition | None):
         raise TypeError(f"stream is a StreamPosition or None, not {stream!r}")
     layout = _layout_of(x, block_shape, channel_axis, width_group, scope)
-    if (code, micro_bits) != ("symmetric", 0):
+    if (code, scale_bits) != ("symmetric", 0):
         rows, edge = layout.block_shape
         square = (rows, edge) if rows > 1 else (edge, edge)
-        own = BlockFormat(block_shape=square, code=code, micro_bits=micro_bits)
-        micro_bits = own.micro_bits
-        layout = replace(layout, part_shape=own.part_shape(layout.block_shape))
+        scale_bits = BlockFormat(block_shape=square, code=code, scale_bits=scale_bits).scale_bits
     recipe = Recipe(
         role=role,
         request=_request(bits, lsb_exponent, layout, x.device),
@@ -111,7 +108,7 @@ def quantize(
         stream=stream or StreamPosition(),
         scope=scope,
         code=code,
-        micro_bits=micro_bits,
+        scale_bits=scale_bits,
     )
     x = x.detach() if x.dtype is torch.bfloat16 else x.detach().float()
     return quantize_blocks(x, layout, recipe).block_tensor()

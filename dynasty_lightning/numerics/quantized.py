@@ -34,7 +34,7 @@ class BlockTensor:
 
     Attributes:
         mantissas: int16, the operand's shape.
-        scale_exponents: int16, the grid of `part_shape`; 0 where bits = 0.
+        scale_exponents: int16, grid; 0 where bits = 0.
         bits: uint8, grid, in {0, 2..8}; 0 exactly where all mantissas of the block are zero.
         signed: bool, grid; mantissa_bits = bits - signed.
         occupied: bool, grid; the input block was not all zero. What a uniform-width run would
@@ -42,7 +42,7 @@ class BlockTensor:
         passthrough: None, or the operand itself where some scope of it was not finite and so passes
             unquantized.
         finite: None, or bool, broadcastable to the operand: false where `passthrough` holds.
-        block_shape, channel_axis, part_shape: the layout.
+        block_shape, channel_axis: the layout.
 
     >>> from dynasty_lightning import Role, quantize
     >>> blocks = quantize(torch.tensor([[1.0, 0.3, -0.6, 0.0]]), 4, role=Role.WEIGHT)
@@ -59,7 +59,6 @@ class BlockTensor:
     occupied: Tensor
     block_shape: tuple[int, int]
     channel_axis: int
-    part_shape: tuple[int, int] | None = None
     passthrough: Tensor | None = None
     finite: Tensor | None = None
 
@@ -69,13 +68,8 @@ class BlockTensor:
 
     def numpy(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
         """The integer arrays that `fpga` takes: mantissas, scale_exponents, bits, signed. Raises
-        ValueError if a scope was not finite, or for micro exponents, which it does not take.
+        ValueError if a scope was not finite.
         """
-        if self.part_shape not in (None, self.block_shape):
-            raise ValueError(
-                "fpga takes blocks of one exponent; the attributes of these blocks can be read as "
-                "they are"
-            )
         if self.passthrough is not None:
             raise ValueError(
                 "this operand holds NaN or Inf and was not quantized: it has no integer form"
@@ -101,7 +95,6 @@ def dequantize(
         shape=tuple(blocks.mantissas.shape),
         block_shape=blocks.block_shape,
         channel_axis=blocks.channel_axis,
-        part_shape=blocks.part_shape,
     )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = _scale(
@@ -125,8 +118,8 @@ class QuantizedBlocks:
         layout: how the operand is cut.
         codes: uint8, the operand's shape, channels innermost in memory; a mantissa's low byte,
             that of its negative in a negated block.
-        relative_exponents: int8, the grid of parts; scale_exponent less the scope's largest
-            exponent, in [-15, 17] by the window and what drops leave; 0 where bits = 0.
+        relative_exponents: int8, grid; scale_exponent less the scope's largest exponent, in
+            [-17, 17] by the window, scales' mantissas and what drops leave; 0 where bits = 0.
         headers: uint8, grid; bits, signed, occupied and negated as `formats` lays them.
         largest_exponents: int32, an entry for each scope, and so broadcastable to grid and operand;
             far below any exponent if all is zero.
@@ -165,9 +158,9 @@ class QuantizedBlocks:
 
     @property
     def scale_exponents(self) -> Tensor:
-        """int16, the grid of parts; 0 where bits = 0."""
+        """int16, grid; 0 where bits = 0."""
         return torch.where(
-            self.layout.to_parts(self.bits > 0),
+            self.bits > 0,
             self.relative_exponents + self.largest_exponents.to(torch.int16),
             0,
         )
@@ -203,7 +196,6 @@ class QuantizedBlocks:
             occupied=self.occupied,
             block_shape=self.layout.block_shape,
             channel_axis=self.layout.channel_axis,
-            part_shape=self.layout.part_shape,
             passthrough=self.passthrough,
             finite=self.finite,
         )
@@ -216,7 +208,7 @@ class QuantizedBlocks:
         """The same for each scope, shaped as `largest_exponents`."""
         axes = [a for a, n in enumerate(self.largest_exponents.shape) if n == 1 or not by_scope]
         finest = torch.where(
-            self.layout.to_parts(self.bits > 0), self.scale_exponents.to(torch.int32), -NO_EXPONENT
+            self.bits > 0, self.scale_exponents.to(torch.int32), -NO_EXPONENT
         ).amin(axes, keepdim=by_scope)
         return torch.where(finest < -NO_EXPONENT, finest, 0)
 
@@ -329,6 +321,5 @@ def scale_blocks(
 
 
 def _scale(layout: BlockLayout, values: Tensor, exponents: Tensor) -> Tensor:
-    """values * 2**exponents part by part, for a tensor of the layout's shape."""
-    parts = layout.parts
-    return parts.join(scale_blocks(parts, parts.split(values), exponents))
+    """values * 2**exponents block by block, for a tensor of the layout's shape."""
+    return layout.join(scale_blocks(layout, layout.split(values), exponents))

@@ -32,7 +32,7 @@ class Recipe:
         force_signed: treat X blocks as signed whatever they hold.
         stream: where stochastic rounding draws its numbers.
         scope: what shares a window and a check for NaN and Inf.
-        code, micro_bits: as `BlockFormat` has them; with `micro_bits` the layout has parts.
+        code, scale_bits: as `BlockFormat` has them.
 
     >>> import torch
     >>> recipe = Recipe(role=Role.ERROR, request=torch.tensor(-6), is_threshold=True)
@@ -52,7 +52,7 @@ class Recipe:
     stream: StreamPosition = _START
     scope: Scope = "tensor"
     code: Code = "symmetric"
-    micro_bits: int = 0
+    scale_bits: int = 0
 
     @property
     def stochastic(self) -> bool:
@@ -64,7 +64,7 @@ class Recipe:
     @property
     def is_fine(self) -> bool:
         """Whether an LSB may be finer than the largest element's exponent gives."""
-        return self.code == "split" or self.micro_bits > 0
+        return self.code == "split" or self.scale_bits > 0
 
     @property
     def drops(self) -> bool:

@@ -26,13 +26,13 @@ _PLUGIN_OPTIONS: Final = (
     "width_group",
     "scaling",
     "code",
-    "micro_bits",
+    "scale_bits",
     "rest",
     "exclude",
     "unquantized",
     "control_variate",
 )
-_PLUGIN_OF_FP4: Final = ("block_shape", "width_group", "scaling", "code", "micro_bits")
+_PLUGIN_OF_FP4: Final = ("block_shape", "width_group", "scaling", "code", "scale_bits")
 _OLD_NAMES: Final = {"other_layers": "rest"}
 """Options that words have by the name of before 0.1.0: results are stored under it."""
 _SEVERAL: Final = ("exclude", "unquantized")

@@ -50,7 +50,7 @@ class DynastyPrecision(Precision):
         width_group: rows x channels that share one width; None gives each block its own.
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
-        code, micro_bits: denser codes of square blocks, as `BlockFormat` has them.
+        code, scale_bits: denser codes of square blocks, as `BlockFormat` has them.
         other_layers: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
@@ -82,7 +82,7 @@ class DynastyPrecision(Precision):
         width_group: tuple[int, int] | None = None,
         scaling: Scaling = "window",
         code: Code = "symmetric",
-        micro_bits: int = 0,
+        scale_bits: int = 0,
         other_layers: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
@@ -112,7 +112,7 @@ class DynastyPrecision(Precision):
             width_group=width_group,
             scaling=scaling,
             code=code,
-            micro_bits=micro_bits,
+            scale_bits=scale_bits,
         )
         self.report: ConversionReport | None = None
         self._module: ref[nn.Module] | None = None
@@ -150,7 +150,7 @@ class DynastyPrecision(Precision):
             width_group=self.format.width_group,
             scaling=self.format.scaling,
             code=self.format.code,
-            micro_bits=self.format.micro_bits,
+            scale_bits=self.format.scale_bits,
             exclude=self.exclude,
             unquantized=self.unquantized,
             control_variate=self.control_variate,

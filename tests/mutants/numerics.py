@@ -109,30 +109,30 @@ MUTATIONS = (
     Mutation("a ragged chunk reads its first vector", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row + v * kLanes, lanes));", "sum[v] = PlusSquares(sum[v], Load(x + r * a.stride_row, lanes));"),
     Mutation("plain: squares in float32", "double(x.v[i]) * double(x.v[i])", "double(x.v[i] * x.v[i])", plain=True),
     Mutation("plain: sums of squares lost", "sums.v[i] += double(x.v[i])", "sums.v[i] = double(x.v[i])", plain=True),
-    Mutation("fine: unsigned blocks as slack as signed ones", "kUnsignedSlack = 3;", "kUnsignedSlack = 4;"),
-    Mutation("fine: less slack", "kSignedSlack = 4;", "kSignedSlack = 3;"),
-    Mutation("fine: a level more at the smaller end", "Select(found.ends.high_is_larger, sign, Ints(0))", "Select(found.ends.high_is_larger, Ints(0), sign)"),
+    Mutation("fine: unsigned blocks as slack as signed ones", "Ints(int32_t(a_.unsigned_slack))", "Ints(int32_t(a_.signed_slack))"),
+    Mutation("fine: less slack", "Ints(int32_t(a_.signed_slack))", "Ints(int32_t(a_.signed_slack) - 1)"),
+    Mutation("fine: a level more at the smaller end", "Select(found.high_is_larger, sign, Ints(0))", "Select(found.high_is_larger, Ints(0), sign)"),
     Mutation("fine: codes not negated", "flip = Ints(0) - negated;", "flip = Ints(0);"),
     Mutation("fine: symmetric below", "ToFloat(Ints(0) - whole - (split & (Ints(1) - negated)))", "ToFloat(Ints(0) - whole)"),
     Mutation("fine: no level more above", "ToFloat(whole + negated)", "ToFloat(whole)"),
-    Mutation("fine: parts as coarse as their block", "part = part - Select(fits, Ints(1), Ints(0));", ";"),
-    Mutation("fine: parts reach too few binades", "below < 1 << a_.micro_bits", "below <= a_.micro_bits"),
-    Mutation("fine: kept part finer than the threshold", "part = Select(kept, Greatest(part, planner_.KeptLsb(request)), part);", ";"),
-    Mutation("fine: finest part not known", "finest = Select(lanes, Least(finest, part), finest);", ";"),
-    Mutation("fine: zero block keeps its exponents", "exponents[i * by] & (kept[i] ? -1 : 0)", "exponents[i * by]"),
-    Mutation("fine: last part of a ragged run left out", "if (whole) merge(row, block, whole, part, channels, 1, channels);", "if (whole) merge(row, block, whole, part, channels, 1, channels); continue;"),
-    Mutation("fine: second row of parts not merged", "r < std::min(parts.row_blocks, (row + 1) * rows); ++r", "r < std::min(parts.row_blocks, row * rows + 1); ++r"),
-    Mutation("fine: header does not say negated", "(plan >> kNegatedShift & 1 ? kNegatedFlag : 0)", "0"),
-    Mutation("fine: E saturates", "Select(Fits(found.ends, p, sign, more, natural), Ints(0), Ints(1))", "Ints(0)"),
-    Mutation("fine: dequantize forgets the sign", "(header & kNegatedFlag ? 0x80000000u : 0u)", "0u"),
-    Mutation("fine: parts of the next position", "blocks_.flat ? parts_.BlocksOfRow(a_) : parts_.channel_blocks", "parts_.RunLength(a_)"),
+    Mutation("fine: header does not say negated", "(flip & Ints(kNegatedFlag))", "Ints(0)"),
+    Mutation("fine: E saturates", "const int binades = a_.stochastic ? 2 : 1;", "const int binades = 1;"),
+    Mutation("fine: nearest a binade coarser", "const int binades = a_.stochastic ? 2 : 1;", "const int binades = 2;"),
+    Mutation("fine: kept LSB finer than the threshold", "Greatest(lsb, ShiftLeft<kStepBits>(planner_.KeptLsb(request)))", "lsb"),
+    Mutation("fine: kept elements' LSB not raised", "coarsest - finer + ShiftLeft<kStepBits>(depth)", "coarsest - finer"),
+    Mutation("fine: dequantize forgets the sign", "(a.headers[at] & kNegatedFlag ? 0x80000000u : 0u)", "0u"),
     Mutation("fine: significand cut off", "end.significand + ShiftLeft(Ints(1), by) - Ints(1)", "end.significand"),
-    Mutation("fine: a bit too many", "Select(Fits(found.ends, above, sign, more, request), Ints(1), Ints(0))", "Ints(0)"),
-    Mutation("fine: E a bit too few", "Select(Fits(found.ends, above + Ints(1), sign, more, request), Ints(0), Ints(1))", "Ints(0)"),
-    Mutation("fine: pairs take their first element", "reduce(Evens(vectors[0], vectors[1]), Odds(vectors[0], vectors[1]))", "Evens(vectors[0], vectors[1])"),
-    Mutation("fine: second part of four channels", "of_block[1] = of_block[1] | (mantissas[g] & Ints(int32_t(0xFFFF0000)));", ";"),
-    Mutation("fine: plain lanes take odd elements for even", "a.v[2 * i] : b.v[2 * i - kLanes]", "a.v[2 * i + 1] : b.v[2 * i - kLanes]", plain=True),
-    Mutation("fine: gather without a step", "p[i * int64_t(step)] : 0", "p[i] : 0", plain=True),
+    Mutation("fine: a bit too many", "Select(Fits(found, above, sign, more, lsb), Ints(1), Ints(0))", "Ints(0)"),
+    Mutation("fine: E a bit too few", "Select(Fits(found, above + Ints(1), sign, more, lsb), Ints(0), Ints(1))", "Ints(0)"),
+    Mutation("fine: wide blocks by quarter steps", "Ints(kMaxScaledBits + 1) > width", "Ints(kMaxScaledBits + 2) > width"),
+    Mutation("fine: narrower blocks alone by quarter steps", "Ints(kMaxScaledBits + 1) > width", "Ints(kMaxScaledBits) > width"),
+    Mutation("fine: three quarters are a half", "ShiftRight<1>(lsb) & Ints(1)", "Ints(0)"),
+    Mutation("fine: one quarter is none", "(quarters & (Ints(0) - (lsb & Ints(1))))", "Ints(0)"),
+    Mutation("fine: half a step's exponent", "Select(none, Ints(0), Select(two, Ints(1), Ints(2)))", "Select(none, Ints(0), Ints(2))"),
+    Mutation("fine: window of an exponent, not of an LSB", "kFine ? ShiftLeft<kStepBits>(floor) : floor", "kFine ? ShiftLeft<kStepBits>(floor) + Ints(2) : floor"),
+    Mutation("fine: not divided", "y = y / f.steps;", ";"),
+    Mutation("fine: codes without their steps", "BitsOf(y * f.steps + magic)", "BitsOf(y + magic)"),
+    Mutation("fine: second plane of peaks unread", "a_.peaks + count_ + at.index", "a_.peaks + at.index"),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
 )  # fmt: skip
 
@@ -161,7 +161,7 @@ class Checks:
             -1, 1, 1
         )  # the window of early rows is known only at the end
         cases += [native_cases.case(growing, (4, 4), 1, role, bits=7) for role in Role]
-        cases += [native_cases.fine(c, "split", 1) for c in cases[-3:]]
+        cases += [native_cases.fine(c, "split", 2) for c in cases[-3:]]
         cases += [native_cases.edge_case((8, 32, 5), below=below)[0] for below in (False, True)]
         self.cases = [(case, case.in_torch()) for case in cases]
         layouts = [

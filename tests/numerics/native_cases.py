@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynasty_lightning.numerics.backends import native
 from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
-from dynasty_lightning.numerics.formats import BlockFormat, raised, raised_widths
+from dynasty_lightning.numerics.formats import raised, raised_widths
 from dynasty_lightning.numerics.layout import BlockLayout
 from dynasty_lightning.numerics.memory import empty_channels_innermost
 from dynasty_lightning.numerics.quantized import QuantizedBlocks
@@ -156,23 +156,18 @@ def offered(recipe: Recipe) -> list[int]:
     return sorted({raised(recipe.raised_widths, bits) for bits in range(2, 9)})
 
 
-FINE = (("split", 0), ("symmetric", 1), ("symmetric", 2), ("split", 1), ("split", 2))
-"""Code and micro exponents of the formats that are not plain."""
+FINE = (("split", 0), ("symmetric", 2), ("split", 2))
+"""Code and bits of a scale's mantissa of the formats that are not plain."""
 
 
-def fine(plain: Case, code: str, micro_bits: int) -> Case:
+def fine(plain: Case, code: str, scale_bits: int) -> Case:
     """The same operand and requests in another format; unchanged where blocks have no square form
     of it.
     """
     rows, channels = plain.layout.block_shape
     if channels not in (4, 8, 16) or rows not in (1, channels):
         return plain
-    own = BlockFormat(block_shape=(channels, channels), code=code, micro_bits=micro_bits)
-    return replace(
-        plain,
-        layout=replace(plain.layout, part_shape=own.part_shape(plain.layout.block_shape)),
-        recipe=replace(plain.recipe, code=code, micro_bits=micro_bits),
-    )
+    return replace(plain, recipe=replace(plain.recipe, code=code, scale_bits=scale_bits))
 
 
 def random_fine_case(seed: int) -> Case:

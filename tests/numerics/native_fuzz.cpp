@@ -161,10 +161,10 @@ int64_t Ceil(int64_t a, int64_t b) {
 }
 
 struct Results {
-  Results(int64_t elements, int64_t blocks, int64_t parts, int64_t scopes, bool with_values)
+  Results(int64_t elements, int64_t blocks, int64_t scopes, bool with_values)
       : codes(elements),
         values(with_values ? elements : 0),
-        relative(parts),
+        relative(blocks),
         headers(blocks),
         largest(scopes) {}
   Buffer<uint8_t> codes;
@@ -194,9 +194,12 @@ void CheckResults(const QuantizeArgs& a, const Results& r, bool values_written) 
                               : a.scope == kSample ? rb
                                                    : rb * a.positions + p;
         const int limit = (1 << (bits - is_signed)) - 1, more = a.is_split && is_signed;
-        const int64_t part_rows = a.part_rows ? a.part_rows : a.block_rows,
-                      part_channels = a.part_rows ? a.part_channels : a.block_channels;
+        const int relative = r.relative[at];
+        if (!bits && relative) Fail("a block of no bits has an exponent");
+        if (relative < (a.scale_bits ? -17 : -15) || relative > 17) Fail("relative exponent");
+        const int64_t exponent = int64_t(r.largest[scope]) + relative;
         bool any = false;
+        int divisors = a.scale_bits && bits <= kMaxScaledBits ? 0xF : 1;  // 1, 3, 5 and 7
         for (int64_t i = rb * a.block_rows; i < a.rows && i < (rb + 1) * a.block_rows; ++i) {
           for (int64_t c = cb * a.block_channels; c < a.channels && c < (cb + 1) * a.block_channels;
                ++c) {
@@ -204,15 +207,12 @@ void CheckResults(const QuantizeArgs& a, const Results& r, bool values_written) 
             const int code = is_signed ? int8_t(r.codes[e]) : r.codes[e],
                       q = negated ? -code : code;
             any |= q != 0;
-            if (bits ? code > limit || code < (is_signed ? -limit - more : 0) : code != 0)
-              Fail("a mantissa does not fit its width");
-            const int64_t parts = Ceil(a.channels, part_channels), part = c / part_channels;
-            const int relative =
-                r.relative[i / part_rows * parts * a.positions +
-                           (a.grid_channels_last ? p * parts + part : part * a.positions + p)];
-            if (!bits && relative) Fail("a block of no bits has an exponent");
-            if (relative < -15 || relative > 17) Fail("relative exponent");
-            const int64_t exponent = int64_t(r.largest[scope]) + relative;
+            for (int d = 0; d < 4; ++d) {
+              const int k = 2 * d + 1, own = code / k;
+              if (code % k || own > limit || own < (is_signed ? -limit - more : 0))
+                divisors &= ~(1 << d);
+            }
+            if (bits ? !divisors : code != 0) Fail("a mantissa does not fit its width");
             if (values_written &&
                 r.values[e] != Truncated(q ? __builtin_ldexpf(float(q), int(exponent)) : 0.0f))
               Fail("value");
@@ -240,12 +240,11 @@ void FuzzQuantize() {
   if (a.scope != kTensor) a.block_rows = 1;
   const bool fine = Chance(0.5);
   if (fine) {
-    a.is_split = Chance(0.6), a.micro_bits = Draw(a.is_split ? 0 : 1, 2);
-    a.part_rows = a.micro_bits && a.block_rows % 2 == 0 ? 2 : a.micro_bits ? 1 : a.block_rows;
-    a.part_channels = a.micro_bits ? std::min<int64_t>(2, a.block_channels) : a.block_channels;
+    a.is_split = Chance(0.6), a.scale_bits = a.is_split && Chance(0.5) ? 0 : kStepBits;
+    a.signed_slack = Draw(0, 12), a.unsigned_slack = Draw(0, 12);
   }
   a.group_rows = Chance(0.7) ? 1 : Draw(1, 4), a.group_channels = Chance(0.7) ? 1 : Draw(1, 4);
-  a.grid_channels_last = fine ? !(a.stride_position == 1 && a.stride_channel != 1) : Chance(0.5);
+  a.grid_channels_last = Chance(0.5);
   a.logical_channels_last = Chance(0.5);
   a.role = Draw(kActivation, kError),
   a.stochastic = Chance(0.1) ? a.role != kError : a.role == kError, a.force_signed = Chance(0.2);
@@ -274,23 +273,14 @@ void FuzzQuantize() {
                                          : center + int(Draw(-8, 8)));
   }
   a.request = request.get();
-  Buffer<int32_t> peaks(blocks), plans(blocks);
+  Buffer<int32_t> peaks(fine ? 2 * blocks : blocks), plans(blocks);
   a.peaks = peaks.get(), a.plans = plans.get();
-  const int64_t parts =
-      fine ? Ceil(e.rows, a.part_rows) * e.positions * Ceil(e.channels, a.part_channels) : 0;
-  Buffer<int32_t> part_peaks(2 * parts), part_plans(parts);
-  Buffer<uint8_t> part_headers(parts);
-  if (fine) {
-    a.part_peaks = part_peaks.get(), a.part_plans = part_plans.get();
-    a.part_headers = part_headers.get();
-  }
-  const int64_t exponents = fine ? parts : blocks;
   const int64_t scopes = a.scope == kTensor   ? 1
                          : a.scope == kSample ? row_blocks
                                               : row_blocks * e.positions;
   const bool with_values = Chance(0.7);
-  const Results one(e.rows * e.positions * e.channels, blocks, exponents, scopes, with_values),
-      two(one.codes.count(), blocks, exponents, scopes, with_values);
+  const Results one(e.rows * e.positions * e.channels, blocks, scopes, with_values),
+      two(one.codes.count(), blocks, scopes, with_values);
   int status[2];
   for (const Results* r : {&one, &two}) {
     a.codes = r->codes.get(), a.values = with_values ? r->values.get() : nullptr;
@@ -324,20 +314,18 @@ void FuzzQuantize() {
   d.headers = one.headers.get(), d.largest_exponent = largest;
   d.rows = a.rows, d.positions = a.positions, d.channels = a.channels;
   d.block_rows = a.block_rows, d.block_channels = a.block_channels;
-  d.part_rows = fine ? a.part_rows : a.block_rows;
-  d.part_channels = fine ? a.part_channels : a.block_channels;
   d.grid_channels_last = a.grid_channels_last, d.values = again.get(), d.threads = Draw(1, 2);
   if (dynasty_dequantize(&d) != kDone) Fail("legal codes refused");
   if (!(again == one.values)) Fail("values of codes");
   // And with something illegal in one place.
-  for (int64_t* field : {&d.rows, &d.positions, &d.channels, &d.block_rows, &d.block_channels,
-                         &d.part_rows, &d.part_channels, &d.threads}) {
+  for (int64_t* field :
+       {&d.rows, &d.positions, &d.channels, &d.block_rows, &d.block_channels, &d.threads}) {
     const int64_t kept = *field;
     *field = OneOf<int64_t>({0, -1, INT64_MIN});
     if (dynasty_dequantize(&d) != kBadArguments) Fail("illegal extents of codes taken");
     *field = kept;
   }
-  d.part_channels = d.block_channels = OneOf<int64_t>({3, 5, 64, 1 << 20});
+  d.block_channels = OneOf<int64_t>({3, 5, 64, 1 << 20});
   if (dynasty_dequantize(&d) != kBadArguments) Fail("illegal block of codes taken");
 }
 
@@ -372,29 +360,31 @@ void FuzzIllegalQuantize() {
     refused("illegal extent taken");
     *field = kept;
   }
-  a.part_rows = 1, a.part_channels = 2, a.micro_bits = 1, a.grid_channels_last = 1;
-  refused("parts without memory taken");
-  a.part_peaks = peaks.get() + 4, a.part_plans = plans.get() + 4, a.part_headers = codes.get();
-  a.part_channels = 3;
-  refused("parts that do not divide a block taken");
-  a.part_channels = 2, a.micro_bits = 3;
-  refused("three micro bits taken");
-  a.micro_bits = 1, a.grid_channels_last = 0;
-  refused("parts in another order than the operand taken");
-  a.part_rows = a.part_channels = 0, a.micro_bits = 0, a.is_split = 1;
-  refused("a split code without parts taken");
-  a.is_split = 0, a.part_peaks = a.part_plans = nullptr, a.part_headers = nullptr;
   struct Change {
     int64_t* field;
     int64_t value;
   };
-  for (const Change& change :
-       {Change{&a.block_channels, 3}, Change{&a.block_channels, 64}, Change{&a.block_rows, 2},
-        Change{&a.role, 3}, Change{&a.role, -1}, Change{&a.scope, 3}, Change{&a.scope, -1},
-        Change{&a.most_bits, 9}, Change{&a.most_bits, 1}, Change{&a.least_bits, -1},
-        Change{&a.least_bits, 1}, Change{&a.least_bits, 9}, Change{&a.stride_channel, 2},
-        Change{&a.raised_widths, 0}, Change{&a.raised_widths, kAllWidths | 1},
-        Change{&a.raised_widths, 0x976543220}, Change{&a.raised_widths, 0x876543210 ^ 0x200}}) {
+  for (const Change& change : {Change{&a.block_channels, 3},
+                               Change{&a.block_channels, 64},
+                               Change{&a.block_rows, 2},
+                               Change{&a.role, 3},
+                               Change{&a.role, -1},
+                               Change{&a.scope, 3},
+                               Change{&a.scope, -1},
+                               Change{&a.most_bits, 9},
+                               Change{&a.most_bits, 1},
+                               Change{&a.least_bits, -1},
+                               Change{&a.least_bits, 1},
+                               Change{&a.least_bits, 9},
+                               Change{&a.stride_channel, 2},
+                               Change{&a.raised_widths, 0},
+                               Change{&a.raised_widths, kAllWidths | 1},
+                               Change{&a.scale_bits, 1},
+                               Change{&a.scale_bits, 4},
+                               Change{&a.signed_slack, -1},
+                               Change{&a.unsigned_slack, 1 << 11},
+                               Change{&a.raised_widths, 0x976543220},
+                               Change{&a.raised_widths, 0x876543210 ^ 0x200}}) {
     const int64_t kept = *change.field;
     *change.field = change.value;
     refused("illegal field taken");
@@ -423,21 +413,17 @@ void FuzzDequantizeRubbish() {
   const Extents e;
   const int64_t block_rows = OneOf<int64_t>({1, 4, 16, 100}),
                 block_channels = OneOf<int64_t>({1, 2, 4, 8, 16, 32});
-  const int64_t part_rows = Chance(0.5) && block_rows % 2 == 0 ? 2 : block_rows,
-                part_channels = Chance(0.5) && block_channels % 2 == 0 ? 2 : block_channels;
-  const int64_t blocks = Ceil(e.rows, block_rows) * e.positions * Ceil(e.channels, block_channels),
-                parts = Ceil(e.rows, part_rows) * e.positions * Ceil(e.channels, part_channels);
+  const int64_t blocks = Ceil(e.rows, block_rows) * e.positions * Ceil(e.channels, block_channels);
   Buffer<uint8_t> codes(e.rows * e.positions * e.channels), headers(blocks);
-  Buffer<int8_t> relative(parts);
+  Buffer<int8_t> relative(blocks);
   Buffer<uint16_t> values(codes.count());
   for (int64_t i = 0; i < codes.count(); ++i) codes[i] = uint8_t(random_bits());
   for (int64_t i = 0; i < blocks; ++i) headers[i] = uint8_t(random_bits());
-  for (int64_t i = 0; i < parts; ++i) relative[i] = int8_t(random_bits());
+  for (int64_t i = 0; i < blocks; ++i) relative[i] = int8_t(random_bits());
   const DequantizeArgs d = {
       codes.get(),    relative.get(), headers.get(), OneOf<int64_t>({-100, 0, 120}),
       e.rows,         e.positions,    e.channels,    block_rows,
-      block_channels, part_rows,      part_channels, Draw(0, 1),
-      values.get(),   Draw(1, 2)};
+      block_channels, Draw(0, 1),     values.get(),  Draw(1, 2)};
   if (dynasty_dequantize(&d) != kDone) Fail("legal codes refused");
   Note(values);
 }

@@ -119,7 +119,7 @@ def test_operands_of_several_chunks(libraries, shape, axis, block_shape, innermo
             x.relu() if role is Role.ACTIVATION else x, block_shape, axis, role, lsb=threshold
         )
         check(libraries, plain)
-        check(libraries, native_cases.fine(plain, "split", 1 + role % 2))
+        check(libraries, native_cases.fine(plain, "split", 2 * (role % 2)))
     maps = torch.randint(2, 9, case(x, block_shape, axis, Role.ERROR).layout.grid_shape)
     check(libraries, case(x.bfloat16(), block_shape, axis, Role.ERROR, bits=maps))
 

@@ -123,18 +123,17 @@ QUANTIZE: Final = CStruct(
     "order; x has stride_position == 1 or stride_channel == 1. The grid, [ceil(rows / block_rows), "
     "positions, ceil(channels / block_channels)] blocks, lies as [.., channels, positions] where "
     "grid_channels_last is 0, and so do relative_exponents and headers; request is read by strides "
-    "of its own, 0 where it broadcasts. Where part_rows is not 0 blocks have parts: "
-    "relative_exponents and the three arrays of parts, which are scratch, are of their grid, which "
-    "lies as x does: channels last unless positions alone have stride 1.",
+    "of its own, 0 where it broadcasts.",
     fields=(
         *_OPERAND,
         integers("block_rows", "block_channels"),
+        integers("is_split", "scale_bits", comment="both 0: plain blocks"),
         integers(
-            "part_rows",
-            "part_channels",
-            comment="that share an LSB; 0, 0 for blocks of symmetric codes without parts",
+            "signed_slack",
+            "unsigned_slack",
+            comment="of blocks that are not plain, in quarters of an LSB; read where rounding is "
+            "to nearest",
         ),
-        integers("is_split", "micro_bits"),
         integers(
             "group_rows", "group_channels", comment="blocks that share a width; 1, 1 for none"
         ),
@@ -149,18 +148,15 @@ QUANTIZE: Final = CStruct(
             "logical_channels_last",
             comment="the stream counts [rows, positions, channels], else channels before positions",
         ),
-        pointer("int32_t", "peaks", comment="scratch, one a block"),
-        pointer("int32_t", "plans", comment="likewise"),
-        pointer("int32_t", "part_peaks", comment="two a part"),
-        pointer("int32_t", "part_plans"),
-        pointer("uint8_t", "part_headers"),
+        pointer("int32_t", "peaks", comment="scratch, one a block; two where it is not plain"),
+        pointer("int32_t", "plans", comment="scratch, one a block"),
         pointer("int32_t", "largest_exponents", comment="one a scope"),
         pointer("uint8_t", "codes"),
         pointer("uint16_t", "values", comment="bfloat16; null for none"),
         pointer(
             "int8_t",
             "relative_exponents",
-            comment="scale less the scope's largest exponent, in [-15, 17]; 0 in a block of zeros",
+            comment="scale less the scope's largest exponent, in [-17, 17]; 0 in a block of zeros",
         ),
         pointer("uint8_t", "headers"),
         integers("threads"),
@@ -177,7 +173,6 @@ DEQUANTIZE: Final = CStruct(
         integers("largest_exponent"),
         _EXTENTS,
         integers("block_rows", "block_channels"),
-        integers("part_rows", "part_channels", comment="of relative_exponents; a block's for none"),
         integers("grid_channels_last"),
         pointer("uint16_t", "values", comment="bfloat16"),
         integers("threads"),
@@ -231,8 +226,9 @@ _CONSTANTS: Final = (
     ("int32_t", "kSignedFlag", formats.SIGNED_FLAG, ""),
     ("int32_t", "kOccupiedFlag", formats.OCCUPIED_FLAG, ""),
     ("int32_t", "kNegatedFlag", formats.NEGATED_FLAG, "of a header"),
-    ("int32_t", "kSignedSlack", int(4 * formats.SIGNED_SLACK), "in quarters of an LSB"),
-    ("int32_t", "kUnsignedSlack", int(4 * formats.UNSIGNED_SLACK), ""),
+    ("int", "kSteps", formats.SCALE_STEPS, "of an LSB to twice that, where scales have mantissas"),
+    ("int", "kStepBits", formats.SCALE_STEPS.bit_length() - 1, ""),
+    ("int32_t", "kMaxScaledBits", formats.MAX_SCALED_BITS, "widest block that has them"),
 )
 
 

@@ -40,7 +40,7 @@ def quantize_blocks(
         if x.device.type == "cpu" and native.available():
             values = None if values_slot is None else workspace_values(values_slot, layout)
             blocks = native.quantize(x, layout, recipe, values=values)
-        elif x.device.type == "cuda" and triton.quantizes(layout, recipe) and triton.available():
+        elif x.device.type == "cuda" and triton.quantizes(recipe) and triton.available():
             blocks = triton.quantize_cuda(x, layout, recipe, want_values=values_slot is not None)
     return quantize_in_torch(x, layout, recipe) if blocks is None else blocks
 
@@ -66,6 +66,6 @@ def fast_values(blocks: QuantizedBlocks, slot: str) -> Float[Tensor, "..."]:
         if blocks.codes.device.type == "cpu":
             if native.supports(blocks.layout) and native.available():
                 values = native.dequantize(blocks, workspace_values(slot, blocks.layout))
-        elif blocks.codes.is_cuda and blocks.layout.part_shape is None and triton.available():
+        elif blocks.codes.is_cuda and triton.available():
             values = triton.dequantize_cuda(blocks, bfloat16)
     return blocks.values(bfloat16) if values is None else blocks.out_of_band(values)

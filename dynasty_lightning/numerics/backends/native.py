@@ -17,7 +17,7 @@ from jaxtyping import BFloat16, Float, Float32, Float64, Int32
 from torch import Tensor
 
 from ...libraries import load_cached
-from ..formats import NO_EXPONENT, SCOPES
+from ..formats import NO_EXPONENT, SCOPES, slack_quarters
 from ..layout import BlockLayout
 from ..memory import empty_channels_innermost, empty_grid, workspace
 from ..quantized import QuantizedBlocks
@@ -125,16 +125,18 @@ def quantize(
         x.dtype == torch.bfloat16,
         *extents,
         *strides,
-        *_block_and_part(layout, extents[0]),
+        min(layout.block_shape[0], extents[0]),
+        layout.block_shape[1],
         recipe.code == "split",
-        recipe.micro_bits,
+        recipe.scale_bits,
+        *slack_quarters(recipe.scale_bits, math.prod(layout.block_shape)),
         *layout.blocks_of(recipe.width_group),
         strides[2] == 1,
         request.data_ptr(),
         *request_strides,
         *_asked(recipe),
         layout.channels_last,
-        *_written(blocks),
+        *_written(blocks, recipe),
         _threads(x.numel()),
     )
     status = library.dynasty_quantize(ctypes.byref(args))
@@ -175,15 +177,15 @@ def dequantize(
     )
     check_innermost("codes", blocks.codes, torch.uint8, layout)
     check_innermost("values", values, torch.bfloat16, layout)
-    for name, tensor, dtype, cut in (
-        ("relative_exponents", blocks.relative_exponents, torch.int8, layout.parts),
-        ("headers", headers, torch.uint8, layout),
+    for name, tensor, dtype in (
+        ("relative_exponents", blocks.relative_exponents, torch.int8),
+        ("headers", headers, torch.uint8),
     ):
         in_order = tensor.movedim(layout.channel_axis, -1) if channels_innermost else tensor
-        is_grid = tuple(tensor.shape) == cut.grid_shape and in_order.is_contiguous()
+        is_grid = tuple(tensor.shape) == layout.grid_shape and in_order.is_contiguous()
         if not is_grid or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} must be {dtype} of the grid {cut.grid_shape} on the CPU, in the "
+                f"{name} must be {dtype} of the grid {layout.grid_shape} on the CPU, in the "
                 f"headers' order, not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             )
     if not channels_innermost and not headers.is_contiguous():
@@ -203,7 +205,6 @@ def dequantize(
         0 if largest == NO_EXPONENT else largest,  # all zero: any exponent will do
         *layout.extents,
         *layout.block_shape,
-        *layout.parts.block_shape,
         channels_innermost,
         values.data_ptr(),
         _threads(values.numel()),
@@ -339,36 +340,19 @@ def _asked(recipe: Recipe) -> tuple[int, ...]:
     )
 
 
-def _written(blocks: QuantizedBlocks) -> tuple[int | None, ...]:
+def _written(blocks: QuantizedBlocks, recipe: Recipe) -> tuple[int | None, ...]:
     """Where the kernel writes, from `peaks` to `headers`."""
-    layout = blocks.layout
-    count = math.prod(layout.grid_shape)
-    parts = 0 if layout.part_shape is None else math.prod(layout.parts.grid_shape)
-    scratch = workspace.take("plan", 8 * count + 13 * parts).data_ptr()
-    of_parts = scratch + 8 * count
+    plans = 4 * math.prod(blocks.layout.grid_shape)
+    peaks = plans * (2 if recipe.is_fine else 1)
+    scratch = workspace.take("plan", peaks + plans).data_ptr()
     return (
         scratch,
-        scratch + 4 * count,
-        *((of_parts, of_parts + 8 * parts, of_parts + 12 * parts) if parts else (None,) * 3),
+        scratch + peaks,
         blocks.largest_exponents.data_ptr(),
         blocks.codes.data_ptr(),
         None if blocks.bfloat16 is None else blocks.bfloat16.data_ptr(),
         blocks.relative_exponents.data_ptr(),
         blocks.headers.data_ptr(),
-    )
-
-
-def _block_and_part(layout: BlockLayout, rows: int) -> tuple[int, int, int, int]:
-    """Rows and channels of a block, no more rows than the operand has parts of, and of a part."""
-    block_rows, block_channels = layout.block_shape
-    if layout.part_shape is None:
-        return min(block_rows, rows), block_channels, 0, 0
-    part_rows, part_channels = layout.part_shape
-    return (
-        min(block_rows, -(-rows // part_rows) * part_rows),
-        block_channels,
-        part_rows,
-        part_channels,
     )
 
 
@@ -384,7 +368,7 @@ def _empty_blocks(
     return QuantizedBlocks(
         layout=layout,
         codes=codes,
-        relative_exponents=empty_grid(x, layout, torch.int8, of_parts=True),
+        relative_exponents=empty_grid(x, layout, torch.int8),
         headers=empty_grid(x, layout, torch.uint8),
         largest_exponents=torch.empty(
             layout.scope_shape(recipe.scope), dtype=torch.int32, device="cpu"

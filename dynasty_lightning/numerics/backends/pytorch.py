@@ -4,11 +4,10 @@ runs without them. Width, scale, window, mantissa, as docs/reference/numerics.md
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..formats import (
@@ -16,13 +15,14 @@ from ..formats import (
     FAR_THRESHOLDS,
     MAX_BITS,
     MAX_DROP_DEPTH,
+    MAX_SCALED_BITS,
     MIN_BITS,
     NO_EXPONENT,
     REACH,
-    SIGNED_SLACK,
-    UNSIGNED_SLACK,
+    SCALE_STEPS,
     Scope,
     raised,
+    slack_quarters,
 )
 from ..layout import BlockLayout
 from ..memory import empty_channels_innermost, empty_grid
@@ -31,7 +31,7 @@ from ..random import drop_code, stream_numbers
 from ..recipe import Recipe
 from ..rounding import power_of_two, round_nearest, round_stochastic
 
-__all__ = ["over_scope", "quantize_in_torch"]
+__all__ = ["odd_steps", "over_scope", "quantize_in_torch"]
 
 
 def quantize_in_torch(
@@ -51,38 +51,36 @@ def quantize_in_torch(
     if recipe.is_threshold:
         request = request.clamp(*FAR_THRESHOLDS)
     request = request.to(torch.int32)
-    blocks = layout.parts.split(x)
-    peaks = _Peaks.of(layout, blocks)
+    blocks = layout.split(x)
+    found = _Found.of(layout, blocks, recipe)
     passthrough = finite = None
-    if not bool(peaks.largest.isfinite().all()):
+    if not bool(found.largest.isfinite().all()):
         passthrough = x
-        finite = over_scope(peaks.largest.isfinite(), layout, recipe.scope, torch.amin)
-        blocks = layout.parts.split(torch.where(finite, x, 0.0))
-        peaks = _Peaks.of(layout, blocks)
-    found = _Found.of(peaks, recipe)
+        finite = over_scope(found.largest.isfinite(), layout, recipe.scope, torch.amin)
+        blocks = layout.split(torch.where(finite, x, 0.0))
+        found = _Found.of(layout, blocks, recipe)
     planned = _width(found, request, layout, recipe)
-    scale = _scale(found, planned, request, recipe)
     floor, ceiling = _window(found, planned, layout, recipe.scope)
-    part_scale = _part_scale(peaks, found, planned, scale, floor, request, layout, recipe)
-    integers = _mantissa(blocks, found, planned, part_scale, layout, recipe)
+    lsb = torch.maximum(_lsb(found, planned, request, layout, recipe), SCALE_STEPS * floor)
+    steps, scale = odd_steps(lsb)
+    mantissas = _mantissa(blocks, found, planned, steps, scale, layout, recipe)
     # Zero.
-    nonzero = layout.amax_of_parts(layout.parts.amax(integers.abs())) > 0
-    active = (planned.width > 0) & nonzero
+    active = (planned.width > 0) & (layout.amax(mantissas.abs()) > 0)
     negated = found.negated & active
     if recipe.code == "split":
-        integers = torch.where(layout.parts.spread(layout.to_parts(negated)), -integers, integers)
+        mantissas = torch.where(layout.spread(negated), -mantissas, mantissas)
     codes = empty_channels_innermost(layout, torch.uint8, x.device)
     # int16 first: a negative float has no defined uint8, a negative int16 wraps to its two's
     # complement.
-    codes.copy_(layout.parts.join(integers).to(torch.int16))
+    codes.copy_(layout.join(mantissas).to(torch.int16))
     headers = make_headers(
         torch.where(active, planned.width, 0), found.signed & active, found.occupied, negated
     )
     return QuantizedBlocks(
         layout=layout,
         codes=codes,
-        relative_exponents=empty_grid(x, layout, torch.int8, of_parts=True).copy_(
-            torch.where(layout.to_parts(active), part_scale - ceiling, 0)
+        relative_exponents=empty_grid(x, layout, torch.int8).copy_(
+            torch.where(active, scale - ceiling, 0)
         ),
         headers=empty_grid(x, layout, torch.uint8).copy_(headers),
         largest_exponents=ceiling,
@@ -91,61 +89,58 @@ def quantize_in_torch(
     )
 
 
-class _Peaks(NamedTuple):
-    """The largest element and the largest magnitude below zero, neither below 0: of each part, and
-    of each block.
+def odd_steps(lsb: Int[Tensor, "..."]) -> tuple[Int[Tensor, "..."], Int[Tensor, "..."]]:
+    """An LSB in quarter steps as steps * 2**scale with odd steps: 1, 5, 3 or 7.
+
+    Args:
+        lsb: 4 * e + j, j in 0 .. 3, stands for (1 + j / 4) * 2**e.
+
+    >>> odd_steps(torch.tensor([8, 9, 10, 11]))
+    (tensor([1, 5, 3, 7]), tensor([2, 0, 1, 0]))
     """
-
-    part_high: Tensor
-    part_low: Tensor
-    high: Tensor
-    low: Tensor
-
-    @classmethod
-    def of(cls, layout: BlockLayout, blocks: Tensor) -> "_Peaks":
-        high = layout.parts.amax(blocks).clamp(min=0)
-        low = layout.parts.amin(blocks).neg().clamp(min=0)
-        return cls(high, low, layout.amax_of_parts(high), layout.amax_of_parts(low))
-
-    @property
-    def largest(self) -> Tensor:
-        """Largest magnitude of each block."""
-        return torch.maximum(self.high, self.low)
+    j = lsb % SCALE_STEPS
+    trailing = torch.where(j == 0, 2, torch.where(j == 2, 1, 0))
+    return (SCALE_STEPS + j) >> trailing, lsb // SCALE_STEPS - 2 + trailing
 
 
 class _Found(NamedTuple):
-    """What a block's elements show: peak = fraction * 2**(exponent + 1), signs, and whether it is
-    all zero. With a split code, `negated` blocks have the level more at their positive end, where
-    their largest element is. `high` and `low`: largest magnitudes at both ends.
+    """What a block's elements show: the largest element and the largest magnitude below zero,
+    neither below 0; largest = fraction * 2**(exponent + 1), signs, and whether it is all zero. With
+    a split code, `negated` blocks have the level more at their positive end, where their largest
+    element is.
     """
 
+    high: Tensor
+    low: Tensor
+    largest: Tensor
     fraction: Tensor
     exponent: Tensor
     signed: Tensor
     sign: Tensor
     occupied: Tensor
     negated: Tensor
-    high: Tensor
-    low: Tensor
 
     @classmethod
-    def of(cls, peaks: _Peaks, recipe: Recipe) -> "_Found":
-        occupied = peaks.largest > 0
+    def of(cls, layout: BlockLayout, blocks: Tensor, recipe: Recipe) -> "_Found":
+        high = layout.amax(blocks).clamp(min=0)
+        low = layout.amin(blocks).neg().clamp(min=0)
+        largest = torch.maximum(high, low)
         # frexp, not log2: float32 log2 rounds the value just below 2**k up to k.
-        fraction, exponent = torch.frexp(peaks.largest)
-        signed = peaks.low > 0 if recipe.may_be_unsigned else torch.ones_like(occupied)
-        negated = signed & (peaks.high > peaks.low)
+        fraction, exponent = torch.frexp(largest)
+        signed = low > 0 if recipe.may_be_unsigned else torch.ones_like(largest > 0)
+        negated = signed & (high > low)
         if recipe.code != "split":
             negated = torch.zeros_like(negated)
         return cls(
+            high,
+            low,
+            largest,
             fraction,
             exponent.to(torch.int32) - 1,
             signed,
             signed.to(torch.int32),
-            occupied,
+            largest > 0,
             negated,
-            peaks.high,
-            peaks.low,
         )
 
     def limits(self, magnitude_bits: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -170,49 +165,39 @@ class _Planned(NamedTuple):
 
 
 def _fits(
-    found: _Found,
-    magnitude_bits: Tensor,
-    scale: Tensor,
-    recipe: Recipe,
-    ends: tuple[Tensor, Tensor] | None = None,
-    to_parts: Callable[[Tensor], Tensor] | None = None,
+    found: _Found, magnitude_bits: Tensor, lsb: Tensor, layout: BlockLayout, recipe: Recipe
 ) -> Tensor:
-    """Whether nothing exceeds its limit in units of 2**scale, by more than the slack.
-
-    Args:
-        ends: largest magnitudes above and below zero; None for the blocks' own.
-        to_parts: spreads what is a block's over the ends.
-    """
-    unit = power_of_two(-scale, torch.float64)
-    fits = None
-    for end, limit in zip(
-        ends or (found.high, found.low), found.limits(magnitude_bits, recipe), strict=True
-    ):
-        most = limit.double()
-        if not recipe.stochastic:
-            most += torch.where(found.signed, SIGNED_SLACK, UNSIGNED_SLACK)
-        one = end.double() * unit <= (most if to_parts is None else to_parts(most))
-        fits = one if fits is None else fits & one
-    assert fits is not None
-    return fits
+    """Whether nothing exceeds its limit under an LSB, in quarter steps, by more than the slack."""
+    unit = power_of_two(-(lsb // SCALE_STEPS), torch.float64)
+    steps = (SCALE_STEPS + lsb % SCALE_STEPS).double() / SCALE_STEPS
+    above, below = (limit.double() for limit in found.limits(magnitude_bits, recipe))
+    if not recipe.stochastic:
+        signed, unsigned = slack_quarters(recipe.scale_bits, math.prod(layout.block_shape))
+        slack = torch.where(found.signed, signed / 4, unsigned / 4)
+        above, below = above + slack, below + slack
+    high, low = (end.double() * unit for end in (found.high, found.low))
+    return (high <= above * steps) & (low <= below * steps)
 
 
 def _width(found: _Found, request: Tensor, layout: BlockLayout, recipe: Recipe) -> _Planned:
     planned = _Planned(request, found.exponent)
     if recipe.is_threshold:
-        planned = _width_from_threshold(found, request, recipe)
+        planned = _width_from_threshold(found, request, layout, recipe)
     width = torch.where(found.occupied, planned.width, 0)
     if recipe.width_group is not None:
         width = _share_widths(width, layout, recipe.width_group)
     return planned._replace(width=width)
 
 
-def _width_from_threshold(found: _Found, lsb_exponent: Tensor, recipe: Recipe) -> _Planned:
+def _width_from_threshold(
+    found: _Found, lsb_exponent: Tensor, layout: BlockLayout, recipe: Recipe
+) -> _Planned:
     above = found.exponent - lsb_exponent
     if recipe.is_fine:
-        needed = above + 1 + found.sign - _fits(found, above, lsb_exponent, recipe).to(torch.int32)
+        lsb = SCALE_STEPS * lsb_exponent
+        needed = above + 1 + found.sign - _fits(found, above, lsb, layout, recipe).to(torch.int32)
         if recipe.stochastic:
-            needed += ~_fits(found, above + 1, lsb_exponent, recipe)
+            needed += ~_fits(found, above + 1, lsb, layout, recipe)
     elif recipe.drops:
         # One bit more where the largest element would not fit under p = u + 1 bits of that LSB;
         # always at u = -1.
@@ -250,23 +235,46 @@ def _kept_lsb(request: Tensor, recipe: Recipe) -> Tensor:
     return request - (_kept_bits(recipe) - MIN_BITS)
 
 
-def _scale(found: _Found, planned: _Planned, request: Tensor, recipe: Recipe) -> Tensor:
-    """Scale exponent before the window."""
+def _lsb(
+    found: _Found, planned: _Planned, request: Tensor, layout: BlockLayout, recipe: Recipe
+) -> Tensor:
+    """LSB before the window, in quarter steps."""
     magnitude_bits = planned.width - found.sign
     scale = planned.exponent + 1 - magnitude_bits
     if recipe.is_fine:
-        depth = 0 if planned.depth is None else planned.depth
-        finer = _fits(found, magnitude_bits, scale - depth - 1, recipe).to(torch.int32)
+        lsb = _fine_lsb(found, planned, scale, layout, recipe)
+    else:
         if recipe.stochastic:
-            scale += ~_fits(found, magnitude_bits, scale - depth, recipe)
-        scale = scale - finer
-    elif recipe.stochastic:
-        # peak * 2**depth > (2**p - 1) * 2**s, as fractions of 2**(exponent + 1): both sides are
-        # exact.
-        scale += found.fraction > 1.0 - power_of_two(-magnitude_bits)
-    if planned.kept is not None:
-        scale = torch.where(planned.kept, torch.maximum(scale, _kept_lsb(request, recipe)), scale)
-    return scale
+            # peak * 2**depth > (2**p - 1) * 2**s, as fractions of 2**(exponent + 1): both sides
+            # are exact.
+            scale += found.fraction > 1.0 - power_of_two(-magnitude_bits)
+        lsb = SCALE_STEPS * scale
+    if planned.kept is None:
+        return lsb
+    return torch.where(
+        planned.kept, torch.maximum(lsb, SCALE_STEPS * _kept_lsb(request, recipe)), lsb
+    )
+
+
+def _fine_lsb(
+    found: _Found, planned: _Planned, scale: Tensor, layout: BlockLayout, recipe: Recipe
+) -> Tensor:
+    """The finest LSB that fits, from a binade below the natural one; at most that, or where nothing
+    may saturate a binade more.
+    """
+    magnitude_bits = planned.width - found.sign
+    depth = torch.zeros_like(scale) if planned.depth is None else planned.depth
+    binades = 2 if recipe.stochastic else 1
+    lsb = SCALE_STEPS * (scale - depth + binades - 1)
+    finer = torch.zeros_like(lsb)
+    by_step = (planned.width <= MAX_SCALED_BITS) & (recipe.scale_bits > 0)
+    # What fits under an LSB fits under each coarser one: they are counted.
+    for by in range(1, SCALE_STEPS * binades + 1):
+        whole = SCALE_STEPS if by % SCALE_STEPS == 0 else 0
+        if recipe.scale_bits or whole:
+            fits = _fits(found, magnitude_bits, lsb - by, layout, recipe)
+            finer += torch.where(by_step, 1, whole) * fits
+    return lsb - finer + SCALE_STEPS * depth
 
 
 def _window(
@@ -280,60 +288,33 @@ def _window(
     return ceiling - REACH + found.sign, ceiling
 
 
-def _part_scale(
-    peaks: _Peaks,
-    found: _Found,
-    planned: _Planned,
-    scale: Tensor,
-    floor: Tensor,
-    request: Tensor,
-    layout: BlockLayout,
-    recipe: Recipe,
-) -> Tensor:
-    """Scale exponent of each part: as many binades below the block's as it fits, and the window and
-    the threshold of a block that a drop has kept allow.
-    """
-    if not recipe.micro_bits:
-        return torch.maximum(scale, floor)
-    to_parts = layout.to_parts
-    magnitude_bits, depth = planned.width - found.sign, planned.depth
-    unscaled = to_parts(scale if depth is None else scale - depth)
-    finer = torch.zeros_like(unscaled)
-    for below in range(1, 1 << recipe.micro_bits):
-        finer += _fits(
-            found,
-            magnitude_bits,
-            unscaled - below,
-            recipe,
-            (peaks.part_high, peaks.part_low),
-            to_parts,
-        )
-    if planned.kept is not None:
-        least = _kept_lsb(request, recipe).expand(floor.shape)
-        floor = torch.where(planned.kept, torch.maximum(floor, least), floor)
-    return torch.maximum(to_parts(scale) - finer, to_parts(floor))
-
-
 def _mantissa(
     blocks: Tensor,
     found: _Found,
     planned: _Planned,
-    part_scale: Tensor,
+    steps: Tensor,
+    scale: Tensor,
     layout: BlockLayout,
     recipe: Recipe,
 ) -> Tensor:
-    """Mantissas in float32, in parts; of blocks of no width too, 0."""
-    parts, to_parts = layout.parts, layout.to_parts
-    active = to_parts(planned.width > 0)
-    shift = -part_scale if planned.depth is None else to_parts(planned.depth) - part_scale
-    scaled = scale_blocks(parts, blocks, torch.where(active, shift, 0), active)
+    """Multiples of 2**scale in float32, `steps` times an integer each, as blocks; of blocks of no
+    width too, 0.
+    """
+    active = planned.width > 0
+    shift = -scale if planned.depth is None else planned.depth - scale
+    scaled = scale_blocks(layout, blocks, torch.where(active, shift, 0), active)
+    multiple = layout.spread(steps.float())
+    if recipe.scale_bits:
+        scaled = scaled / multiple
     if recipe.stochastic:
         numbers = stream_numbers(
             recipe.stream, int(recipe.role), math.prod(layout.shape), device=blocks.device
         ).view(layout.shape)
-        return round_stochastic(scaled, parts.split(numbers))
-    above, below = found.limits(planned.width - found.sign, recipe)
-    return round_nearest(scaled, parts.spread(to_parts(above)), parts.spread(to_parts(below)).neg())
+        rounded = round_stochastic(scaled, layout.split(numbers))
+    else:
+        above, below = found.limits(planned.width - found.sign, recipe)
+        rounded = round_nearest(scaled, layout.spread(above), layout.spread(below).neg())
+    return rounded * multiple if recipe.scale_bits else rounded
 
 
 def over_scope(grid: Tensor, layout: BlockLayout, scope: Scope, reduce: object) -> Tensor:

@@ -40,15 +40,14 @@ def available() -> bool:
     return find_spec("triton") is not None and torch.cuda.is_available()
 
 
-def quantizes(layout: BlockLayout, recipe: Recipe) -> bool:
+def quantizes(recipe: Recipe) -> bool:
     """Whether the kernels know the format, and offer all widths.
 
     >>> from dynasty_lightning.numerics.roles import Role
-    >>> layout = BlockLayout(shape=(8, 8), block_shape=(4, 4), channel_axis=1)
-    >>> quantizes(layout, Recipe(role=Role.WEIGHT, request=torch.tensor(4)))
+    >>> quantizes(Recipe(role=Role.WEIGHT, request=torch.tensor(4)))
     True
     """
-    return layout.part_shape is None and recipe.raised_widths == ALL_WIDTHS
+    return not recipe.is_fine and recipe.raised_widths == ALL_WIDTHS
 
 
 def _kernels() -> Any:

@@ -24,8 +24,9 @@ constexpr int kDepthShift = 6;  // in a plan, which begins as a header does
 constexpr int32_t kSignedFlag = 16;
 constexpr int32_t kOccupiedFlag = 32;
 constexpr int32_t kNegatedFlag = 64;  // of a header
-constexpr int32_t kSignedSlack = 4;  // in quarters of an LSB
-constexpr int32_t kUnsignedSlack = 3;
+constexpr int kSteps = 4;  // of an LSB to twice that, where scales have mantissas
+constexpr int kStepBits = 2;
+constexpr int32_t kMaxScaledBits = 5;  // widest block that has them
 
 enum Role : int64_t { kActivation = 0, kWeight = 1, kError = 2 };
 enum Scope : int64_t { kTensor = 0, kSample = 1, kRow = 2 };
@@ -37,18 +38,16 @@ extern "C" {
 // stride_position == 1 or stride_channel == 1. The grid, [ceil(rows / block_rows), positions,
 // ceil(channels / block_channels)] blocks, lies as [.., channels, positions] where
 // grid_channels_last is 0, and so do relative_exponents and headers; request is read by strides of
-// its own, 0 where it broadcasts. Where part_rows is not 0 blocks have parts: relative_exponents
-// and the three arrays of parts, which are scratch, are of their grid, which lies as x does:
-// channels last unless positions alone have stride 1.
+// its own, 0 where it broadcasts.
 struct QuantizeArgs {
   const void* x;
   int64_t x_is_bfloat16;
   int64_t rows, positions, channels;
   int64_t stride_row, stride_position, stride_channel;
   int64_t block_rows, block_channels;
-  // that share an LSB; 0, 0 for blocks of symmetric codes without parts
-  int64_t part_rows, part_channels;
-  int64_t is_split, micro_bits;
+  int64_t is_split, scale_bits;  // both 0: plain blocks
+  // of blocks that are not plain, in quarters of an LSB; read where rounding is to nearest
+  int64_t signed_slack, unsigned_slack;
   int64_t group_rows, group_channels;  // blocks that share a width; 1, 1 for none
   int64_t grid_channels_last;
   const int16_t* request;
@@ -59,15 +58,12 @@ struct QuantizeArgs {
   int64_t seed, rank, backward_count, call_index, layer;
   // the stream counts [rows, positions, channels], else channels before positions
   int64_t logical_channels_last;
-  int32_t* peaks;  // scratch, one a block
-  int32_t* plans;  // likewise
-  int32_t* part_peaks;  // two a part
-  int32_t* part_plans;
-  uint8_t* part_headers;
+  int32_t* peaks;  // scratch, one a block; two where it is not plain
+  int32_t* plans;  // scratch, one a block
   int32_t* largest_exponents;  // one a scope
   uint8_t* codes;
   uint16_t* values;  // bfloat16; null for none
-  // scale less the scope's largest exponent, in [-15, 17]; 0 in a block of zeros
+  // scale less the scope's largest exponent, in [-17, 17]; 0 in a block of zeros
   int8_t* relative_exponents;
   uint8_t* headers;
   int64_t threads;
@@ -81,7 +77,6 @@ struct DequantizeArgs {
   int64_t largest_exponent;
   int64_t rows, positions, channels;
   int64_t block_rows, block_channels;
-  int64_t part_rows, part_channels;  // of relative_exponents; a block's for none
   int64_t grid_channels_last;
   uint16_t* values;  // bfloat16
   int64_t threads;

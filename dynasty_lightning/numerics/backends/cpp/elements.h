@@ -19,19 +19,30 @@ constexpr int64_t kApplyChunk = 64;      // positions whose random numbers lie i
 constexpr int64_t kChannelChunk = 2048;  // elements of a row, likewise
 
 // What the elements of sixteen blocks need, a lane for each block.
+template <bool kFine>
 struct Factors {
   Factors() = default;
   Factors(Int plan_word, Int largest_exponent) : plan(plan_word), largest(largest_exponent) {
     const Int width = plan & Ints(kBitsMask), sign = ShiftRight<kSignedShift>(plan) & Ints(1),
               depth = ShiftRight<kDepthShift>(plan) & Ints(3);
     active = width > Ints(0);
-    scale_exponent = Greatest(ShiftRight<kExponentShift>(plan), largest - Ints(kWindow + 7) + sign);
+    const Int floor = largest - Ints(kWindow + 7) + sign;
+    scale_exponent =
+        Greatest(ShiftRight<kExponentShift>(plan), kFine ? ShiftLeft<kStepBits>(floor) : floor);
+    if (kFine) {
+      // Quarter steps j of 0 to 3 are 1, 5, 3 and 7 times a power of two.
+      const Int j = scale_exponent & Ints(kSteps - 1);
+      const Mask none = j == Ints(0), two = j == Ints(2);
+      scale_exponent = ShiftRight<kStepBits>(scale_exponent) -
+                       Select(none, Ints(0), Select(two, Ints(1), Ints(2)));
+      steps = ToFloat(Select(none, Ints(1), Select(two, Ints(3), Ints(kSteps) + j)));
+    }
     shift = Select(active, depth - scale_exponent, Ints(0));
     scale_exponent = Select(active, scale_exponent, Ints(0));
     extreme = Mask((Ints(-126) > shift) | (shift > Ints(126)) | (Ints(-126) > scale_exponent) |
-                   (scale_exponent > Ints(126)));
+                   (scale_exponent > Ints(kFine ? 123 : 126)));
     factor = Select(active, PowerOfTwo(shift), Floats(0.0f));
-    unit = PowerOfTwo(scale_exponent);
+    unit = kFine ? PowerOfTwo(scale_exponent) * steps : PowerOfTwo(scale_exponent);
     const Int whole = ShiftLeft(Ints(1), width - sign) - Ints(1),
               negated = ShiftRight<kNegatedShift>(plan) & Ints(1),
               split = ShiftRight<kSplitShift>(plan) & sign;
@@ -48,23 +59,30 @@ struct Factors {
     second = Select(active, PowerOfTwo(shift - half), Floats(0.0f));
   }
 
+  // What elements read of it, each block's on its elements' lanes.
+  template <bool kStochastic, bool kExtreme>
+  Factors Spread(Int lanes) const {
+    Factors spread;
+    spread.factor = Permute(factor, lanes), spread.unit = Permute(unit, lanes);
+    if (kExtreme) spread.second = Permute(second, lanes);
+    if (!kStochastic) spread.limit = Permute(limit, lanes);
+    if (kFine && !kStochastic) spread.least = Permute(least, lanes);
+    if (kFine) spread.flip = Permute(flip, lanes), spread.steps = Permute(steps, lanes);
+    return spread;
+  }
+
   // Header and exponent once it is known which blocks kept an element.
   void Finish(Int any, Int& header, Int& exponent) const {
     const Mask kept = Mask(active & ~(any == Ints(0)));
-    header =
-        Select(kept, plan & Ints(kBitsMask | kSignedFlag), Ints(0)) | (plan & Ints(kOccupiedFlag));
+    Int flags = plan & Ints(kBitsMask | kSignedFlag);
+    if (kFine) flags = flags | (flip & Ints(kNegatedFlag));
+    header = Select(kept, flags, Ints(0)) | (plan & Ints(kOccupiedFlag));
     exponent = Select(kept, scale_exponent - largest, Ints(0));
-  }
-
-  // The same of a part: whether it kept an element, and its exponent if its block did.
-  void FinishPart(Int any, Int& header, Int& exponent) const {
-    header = Select(Mask(active & ~(any == Ints(0))), plan & Ints(kBitsMask), Ints(0));
-    exponent = Select(active, scale_exponent - largest, Ints(0));
   }
 
   Int plan, largest, scale_exponent, shift, flip;
   Mask active, extreme;
-  Float factor, second, unit, limit, least;
+  Float factor, second, unit, limit, least, steps;
 };
 
 // Sixteen elements: the bits of their dequantized values, whose low halves are zero, and their
@@ -74,19 +92,27 @@ struct Elements {
 };
 
 template <bool kStochastic, bool kExtreme, bool kFine>
-inline Elements Quantized(Float x, Float factor, Float second, Float unit, Float limit, Float least,
-                          Int flip, Int numbers) {
-  if (kStochastic) {
-    if (kExtreme) x = x * factor, factor = second;
-    const Int q = FloorOfSum(x, factor, numbers);
-    return {BitsOf(ToFloat(q) * unit), kFine ? (q ^ flip) - flip : q};
-  }
-  Float y = x * factor;
-  if (kExtreme) y = y * second;
-  y = kFine ? Least(Greatest(y, least), limit) : Clip(y, limit);
+inline Elements Quantized(Float x, const Factors<kFine>& f, Int numbers) {
   // Adding 1.5 * 2**23 leaves the integer, rounded to nearest-even, in the low bits.
-  const Float magic = Floats(0x1.8p23f), t = y + magic;
-  return {BitsOf((t - magic) * unit), kFine ? (BitsOf(t) ^ flip) - flip : BitsOf(t)};
+  const Float magic = Floats(0x1.8p23f);
+  if (!kFine) {
+    if (kStochastic) {
+      if (kExtreme) x = x * f.factor;
+      const Int q = FloorOfSum(x, kExtreme ? f.second : f.factor, numbers);
+      return {BitsOf(ToFloat(q) * f.unit), q};
+    }
+    Float y = x * f.factor;
+    if (kExtreme) y = y * f.second;
+    const Float t = Clip(y, f.limit) + magic;
+    return {BitsOf((t - magic) * f.unit), BitsOf(t)};
+  }
+  Float y = x * f.factor;
+  if (kExtreme) y = y * f.second;
+  y = y / f.steps;
+  y = kStochastic ? ToFloat(FloorOfSum(y, Floats(1.0f), numbers))
+                  : Least(Greatest(y, f.least), f.limit) + magic - magic;
+  const Int mantissa = BitsOf(y * f.steps + magic);
+  return {BitsOf(y * f.unit), (mantissa ^ f.flip) - f.flip};
 }
 
 // Uninitialised: a unit's buffer is as large as the unit, and filling it with zeros would be one
@@ -153,22 +179,21 @@ void StoreHeaders(const QuantizeArgs& a, const LaneSteps& grid, int64_t base, in
 template <typename T, bool kStochastic, bool kExtreme, bool kFine>
 void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t count,
                     int64_t channels, int64_t first_channel, int block_shift,
-                    const Factors* factors, Int* any, const uint16_t* numbers, int64_t pitch,
+                    const Factors<kFine>* factors, Int* any, const uint16_t* numbers, int64_t pitch,
                     bool prefetch) {
   const Mask lanes = FirstLanes(count);
   const auto quantized = [&](int64_t c) {
-    const Factors& f = factors[(first_channel + c) >> block_shift];
+    const Factors<kFine>& f = factors[(first_channel + c) >> block_shift];
     const T* from = run + c * a.stride_channel;
     // Into the second cache, for the next chunk: prefetchers do not follow as many runs, and planes
     // of 4 KiB share a set of the first.
     if (prefetch) __builtin_prefetch(from + kApplyChunk, 0, 2);
     const Int r16 = kStochastic ? Load(numbers + c * pitch) : Ints(0);
-    return Quantized<kStochastic, kExtreme, kFine>(Load(from, lanes), f.factor, f.second, f.unit,
-                                                   f.limit, f.least, f.flip, r16);
+    return Quantized<kStochastic, kExtreme, kFine>(Load(from, lanes), f, r16);
   };
   // Packed as they come, so that all of the tile stays in registers.
   Int values[8], mantissas[4];
-  if (channels == kLanes && (block_shift >= 2 || (kFine && block_shift == 1))) {
+  if (channels == kLanes && block_shift >= 2) {
 #pragma GCC unroll 4
     for (int64_t g = 0; g < 4; ++g) {
       const Elements e0 = quantized(4 * g), e1 = quantized(4 * g + 1), e2 = quantized(4 * g + 2),
@@ -177,12 +202,7 @@ void TileByPosition(const QuantizeArgs& a, const T* run, int64_t at, int64_t cou
       values[2 * g + 1] = PackHighHalves(e2.value, e3.value);
       mantissas[g] = PackBytes(e0.mantissa, e1.mantissa, e2.mantissa, e3.mantissa);
       Int* of_block = any + ((first_channel + 4 * g) >> block_shift);
-      if (kFine && block_shift == 1) {
-        of_block[0] = of_block[0] | (mantissas[g] & Ints(0xFFFF));
-        of_block[1] = of_block[1] | (mantissas[g] & Ints(int32_t(0xFFFF0000)));
-      } else {
-        of_block[0] = of_block[0] | mantissas[g];
-      }
+      of_block[0] = of_block[0] | mantissas[g];
     }
   } else {
     Elements e[kLanes];
@@ -250,7 +270,7 @@ void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_
         }
         const int64_t first_block = channel / a.block_channels,
                       here = std::min(blocks, s.channel_blocks - first_block);
-        Factors factors[kApplyChunk / kLanes][kLanes];
+        Factors<kFine> factors[kApplyChunk / kLanes][kLanes];
         Int any[kApplyChunk / kLanes][kLanes];
         Mask beyond = 0;
         for (int64_t p = chunk, i = 0; p < chunk_end; p += kLanes, ++i) {
@@ -260,7 +280,7 @@ void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_
                   ? Load(a.largest_exponents + row_block * a.positions + p, lanes)
                   : Ints(a.scope == kSample ? a.largest_exponents[row_block] : tensor_largest);
           for (int64_t b = 0; b < here; ++b) {
-            factors[i][b] = Factors(
+            factors[i][b] = Factors<kFine>(
                 Load(a.plans + (row_block * s.channel_blocks + first_block + b) * a.positions + p,
                      lanes),
                 largest);
@@ -300,8 +320,7 @@ void ElementsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, int32_
         for (int64_t p = chunk, i = 0; p < chunk_end; p += kLanes, ++i) {
           for (int64_t b = 0; b < here; ++b) {
             Int header, exponent;
-            kFine ? factors[i][b].FinishPart(any[i][b], header, exponent)
-                  : factors[i][b].Finish(any[i][b], header, exponent);
+            factors[i][b].Finish(any[i][b], header, exponent);
             const int64_t base = row_block * s.BlocksOfRow(a) + (first_block + b) * s.channel_step;
             StoreHeaders(a, grid, base, p, std::min<int64_t>(kLanes, chunk_end - p), header,
                          exponent);
@@ -322,8 +341,8 @@ enum class Order {
 // element `first` of the chunk.
 template <typename T, bool kStochastic, bool kExtreme, bool kFine, Order kOrder>
 Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, int64_t length,
-                   const Factors& f, const Int* spread, const uint16_t* numbers, int64_t pitch,
-                   int64_t first) {
+                   const Factors<kFine>& f, const Int* spread, const uint16_t* numbers,
+                   int64_t pitch, int64_t first) {
   Int any[kMaxBlockChannels];
   const bool pairs = kStochastic && kOrder == Order::kPairs;
   int64_t p = pairs ? first / a.channels : 0, c = pairs ? first % a.channels : 0;
@@ -332,11 +351,7 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
     const int64_t left = length - v * kLanes;
     if (left <= 0) continue;
     const Mask lanes = FirstLanes(left);
-    const Float factor = Permute(f.factor, spread[v]), unit = Permute(f.unit, spread[v]);
-    const Float limit = kStochastic ? unit : Permute(f.limit, spread[v]);
-    const Float least = kFine && !kStochastic ? Permute(f.least, spread[v]) : limit;
-    const Int flip = kFine ? Permute(f.flip, spread[v]) : Ints(0);
-    const Float second = kExtreme ? Permute(f.second, spread[v]) : factor;
+    const Factors<kFine> here = f.template Spread<kStochastic, kExtreme>(spread[v]);
     const uint16_t* from_numbers =
         numbers + (pairs ? 2 * (p / 2 * a.channels + c) : first + v * kLanes);
     for (int64_t r = 0; r < rows; ++r) {
@@ -347,9 +362,8 @@ Int LanesByChannel(const QuantizeArgs& a, const T* x, int64_t at, int64_t rows, 
       } else if (kStochastic) {
         r16 = Load(from_numbers + r * pitch);
       }
-      const Elements e =
-          Quantized<kStochastic, kExtreme, kFine>(Load(x + r * a.stride_row + v * kLanes, lanes),
-                                                  factor, second, unit, limit, least, flip, r16);
+      const Elements e = Quantized<kStochastic, kExtreme, kFine>(
+          Load(x + r * a.stride_row + v * kLanes, lanes), here, r16);
       any[v] = any[v] | (e.mantissa & Ints(0xFF));
       StoreElements(a, at + r * a.positions * a.channels + v * kLanes, e, left);
     }
@@ -436,7 +450,8 @@ void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t
         for (int64_t b = 0; b < blocks; b += kLanes) {
           const int64_t count = std::min<int64_t>(kLanes, blocks - b), left = length - b * block,
                         first = piece * a.channels + b * block;
-          Factors factors(Load(a.plans + plan + first_block + b, FirstLanes(count)), largest);
+          Factors<kFine> factors(Load(a.plans + plan + first_block + b, FirstLanes(count)),
+                                 largest);
           Int any;
           if (factors.extreme) {
             *extreme = true;
@@ -450,7 +465,7 @@ void ElementsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, int32_t
                 row_numbers, first);
           }
           Int header, exponent;
-          kFine ? factors.FinishPart(any, header, exponent) : factors.Finish(any, header, exponent);
+          factors.Finish(any, header, exponent);
           StoreHeaders(a, grid, grid_base, first_block + b, count, header, exponent);
         }
       }

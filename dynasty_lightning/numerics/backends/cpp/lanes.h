@@ -45,11 +45,8 @@ inline Float Floats(float x) {
 inline Int Ints(int32_t x) {
   return {_mm512_set1_epi32(x)};
 }
-inline __m512i LaneIndexes() {
-  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
 inline Int LaneIndex() {
-  return {LaneIndexes()};
+  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
 }
 
 // Loads and stores of the first lanes. Whole vectors take the plain instruction: masked ones,
@@ -91,16 +88,6 @@ inline Int Load(const uint8_t* p) {
 }
 inline Int Load(const uint8_t* p, Mask m) {
   return m == kAllLanes ? Load(p) : Int{_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, p))};
-}
-
-// Lane i takes p[i * step] where its mask is set, else 0.
-inline Int LoadEach(const int32_t* p, int32_t step, Mask m) {
-  const __m512i places = _mm512_mullo_epi32(LaneIndexes(), _mm512_set1_epi32(step));
-  return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), m, places, p, 4)};
-}
-inline void StoreEach(int32_t* p, int32_t step, Int x, Mask m) {
-  const __m512i places = _mm512_mullo_epi32(LaneIndexes(), _mm512_set1_epi32(step));
-  _mm512_mask_i32scatter_epi32(p, m, places, x.v, 4);
 }
 
 inline void Store(float* p, Float x) {
@@ -232,16 +219,6 @@ inline Float Permute(Float a, Int index) {
 }
 inline Int Permute(Int a, Int index) {
   return {_mm512_permutexvar_epi32(index.v, a.v)};
-}
-
-// Of two vectors one behind the other, the elements at even and at odd places.
-inline Int Evens(Int a, Int b) {
-  const __m512i at = _mm512_add_epi32(LaneIndexes(), LaneIndexes());
-  return {_mm512_permutex2var_epi32(a.v, at, b.v)};
-}
-inline Int Odds(Int a, Int b) {
-  const __m512i at = _mm512_add_epi32(LaneIndexes(), LaneIndexes());
-  return {_mm512_permutex2var_epi32(a.v, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b.v)};
 }
 
 // floor(x * factor + (r + 0.5) * 2**-16), exactly, for |x * factor| <= 2**7: rounding down never
@@ -509,14 +486,6 @@ inline void Store(int32_t* p, Int x) {
 inline void Store(int32_t* p, Int x, Mask m) {
   DYNASTY_EACH if (Has(m, i)) p[i] = x.v[i];
 }
-inline Int LoadEach(const int32_t* p, int32_t step, Mask m) {
-  Int r;
-  DYNASTY_EACH r.v[i] = Has(m, i) ? p[i * int64_t(step)] : 0;
-  return r;
-}
-inline void StoreEach(int32_t* p, int32_t step, Int x, Mask m) {
-  DYNASTY_EACH if (Has(m, i)) p[i * int64_t(step)] = x.v[i];
-}
 inline void StoreBytes(uint8_t* p, Int x) {
   DYNASTY_EACH p[i] = uint8_t(x.v[i]);
 }
@@ -627,16 +596,6 @@ template <typename T>
 inline T Permute(T a, Int index) {
   T r;
   DYNASTY_EACH r.v[i] = a.v[index.v[i]];
-  return r;
-}
-inline Int Evens(Int a, Int b) {
-  Int r;
-  DYNASTY_EACH r.v[i] = i < kLanes / 2 ? a.v[2 * i] : b.v[2 * i - kLanes];
-  return r;
-}
-inline Int Odds(Int a, Int b) {
-  Int r;
-  DYNASTY_EACH r.v[i] = i < kLanes / 2 ? a.v[2 * i + 1] : b.v[2 * i + 1 - kLanes];
   return r;
 }
 inline Int FloorOfSum(Float x, Float factor, Int r) {

@@ -13,26 +13,20 @@
 namespace dynasty {
 namespace {
 
-// Units of a row of parts as [positions][channels of a vector's worth of lanes]:
+// Units of a row of blocks as [positions][channels of a vector's worth of lanes]:
 // 2**scale_exponent, negative where the codes are, with the last bit set where the block is
 // unsigned.
-void Units(const DequantizeArgs& a, int64_t row_part, int64_t channel_parts, int64_t first,
+void Units(const DequantizeArgs& a, int64_t row_block, int64_t channel_blocks, int64_t first,
            int64_t count, float* units) {
-  const int64_t row = row_part * a.part_rows / a.block_rows,
-                channel_blocks = (a.channels + a.block_channels - 1) / a.block_channels;
-  const auto place = [&](int64_t in_row, int64_t channels, int64_t c, int64_t p) {
-    return in_row * channels * a.positions +
-           (a.grid_channels_last ? (first + p) * channels + c : c * a.positions + first + p);
-  };
-  for (int64_t c = 0; c < channel_parts; ++c) {
-    const int64_t channel = c * a.part_channels / a.block_channels;
+  for (int64_t c = 0; c < channel_blocks; ++c) {
     for (int64_t p = 0; p < count; ++p) {
-      const uint8_t header = a.headers[place(row, channel_blocks, channel, p)];
-      const int8_t exponent = a.relative_exponents[place(row_part, channel_parts, c, p)];
-      const uint32_t bits = uint32_t(exponent + a.largest_exponent + 127) << 23 |
-                            (header & kNegatedFlag ? 0x80000000u : 0u) |
-                            (header & kSignedFlag ? 0u : 1u);
-      std::memcpy(units + p * channel_parts + c, &bits, sizeof bits);
+      const int64_t at =
+          row_block * channel_blocks * a.positions +
+          (a.grid_channels_last ? (first + p) * channel_blocks + c : c * a.positions + first + p);
+      const uint32_t bits = uint32_t(a.relative_exponents[at] + a.largest_exponent + 127) << 23 |
+                            (a.headers[at] & kNegatedFlag ? 0x80000000u : 0u) |
+                            (a.headers[at] & kSignedFlag ? 0u : 1u);
+      std::memcpy(units + p * channel_blocks + c, &bits, sizeof bits);
     }
   }
 }
@@ -46,33 +40,33 @@ inline Int Values(const uint8_t* codes, Float unit, Mask lanes) {
 }
 
 void Dequantize(const DequantizeArgs& a) {
-  const int64_t row_parts = (a.rows + a.part_rows - 1) / a.part_rows;
-  const int64_t channel_parts = (a.channels + a.part_channels - 1) / a.part_channels;
-  const bool flat = a.channels % a.part_channels == 0;
+  const int64_t row_blocks = (a.rows + a.block_rows - 1) / a.block_rows;
+  const int64_t channel_blocks = (a.channels + a.block_channels - 1) / a.block_channels;
+  const bool flat = a.channels % a.block_channels == 0;
   const int64_t chunk = std::max<int64_t>(1, 4096 / a.channels);
   Int spread[kMaxBlockChannels];
-  for (int64_t v = 0; v < a.part_channels; ++v) {
+  for (int64_t v = 0; v < a.block_channels; ++v) {
     int32_t lanes[kLanes];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t((v * kLanes + i) / a.part_channels);
+    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t((v * kLanes + i) / a.block_channels);
     spread[v] = Load(lanes);
   }
   Bf16_t* values = reinterpret_cast<Bf16_t*>(a.values);
 #pragma omp parallel num_threads(int(a.threads))
   {
     const DefaultRounding rounding;
-    std::vector<float> units(chunk * channel_parts + kLanes);
+    std::vector<float> units(chunk * channel_blocks + kLanes);
 #pragma omp for collapse(2) schedule(static)
-    for (int64_t row_part = 0; row_part < row_parts; ++row_part) {
+    for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
       for (int64_t first = 0; first < a.positions; first += chunk) {
         const int64_t here = std::min(chunk, a.positions - first);
-        Units(a, row_part, channel_parts, first, here, units.data());
-        const int64_t rows = std::min(a.part_rows, a.rows - row_part * a.part_rows);
+        Units(a, row_block, channel_blocks, first, here, units.data());
+        const int64_t rows = std::min(a.block_rows, a.rows - row_block * a.block_rows);
         const int64_t pieces = flat ? 1 : here, length = flat ? here * a.channels : a.channels;
         for (int64_t piece = 0; piece < pieces; ++piece) {
-          const int64_t at = (row_part * a.part_rows * a.positions + first + piece) * a.channels;
-          for (int64_t c = 0; c < length; c += kLanes * a.part_channels) {
-            const Float unit = Load(units.data() + piece * channel_parts + c / a.part_channels);
-            for (int64_t v = 0; v < a.part_channels; ++v) {
+          const int64_t at = (row_block * a.block_rows * a.positions + first + piece) * a.channels;
+          for (int64_t c = 0; c < length; c += kLanes * a.block_channels) {
+            const Float unit = Load(units.data() + piece * channel_blocks + c / a.block_channels);
+            for (int64_t v = 0; v < a.block_channels; ++v) {
               const int64_t left = length - c - v * kLanes;
               if (left <= 0) break;
               const Float spread_unit = Permute(unit, spread[v]);
@@ -142,12 +136,11 @@ void Widen(const WidenArgs& a) {
 
 }  // namespace
 
-// Whether parts of a row or a column of a block make up that, and lanes hold one.
+// Whether lanes hold a block's row.
 static bool SoundBlocks(const DequantizeArgs& a) {
-  const int64_t channels = a.part_channels;
-  return a.part_rows >= 1 && a.block_rows >= 1 && a.block_rows % a.part_rows == 0 &&
-         channels >= 1 && channels <= kMaxBlockChannels && (channels & (channels - 1)) == 0 &&
-         a.block_channels >= 1 && a.block_channels % channels == 0;
+  const int64_t channels = a.block_channels;
+  return a.block_rows >= 1 && channels >= 1 && channels <= kMaxBlockChannels &&
+         (channels & (channels - 1)) == 0;
 }
 
 extern "C" int dynasty_dequantize(const DequantizeArgs* args) {

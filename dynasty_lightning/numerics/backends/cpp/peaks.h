@@ -91,7 +91,7 @@ void PeaksByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x
   }
 }
 
-// The largest element and the largest magnitude below zero of each part, neither below 0, as bits:
+// The largest element and the largest magnitude below zero of each block, neither below 0, as bits:
 // two planes of `peaks`, `count` apart.
 template <typename T>
 void EndsByPosition(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x, int64_t count) {
@@ -152,7 +152,8 @@ void EndsByChannel(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x,
 }
 
 template <typename T>
-void FindEnds(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x, int64_t count) {
+void FindEnds(const QuantizeArgs& a, const Shape& s, Unit unit, const T* x) {
+  const int64_t count = s.row_blocks * s.BlocksOfRow(a);
   s.positions_innermost ? EndsByPosition<T>(a, s, unit, x, count)
                         : EndsByChannel<T>(a, s, unit, x, count);
 }

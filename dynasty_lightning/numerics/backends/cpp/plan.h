@@ -12,10 +12,10 @@ namespace dynasty {
 namespace {
 
 // A plan: width, signed, occupied and drop depth as args.h has them, bit 8 kept by a drop, bits
-// 16-31 scale exponent before the window.
+// 16-31 scale exponent before the window (fine.h has more of it).
 constexpr int kExponentShift = 16;
 constexpr int32_t kKeptFlag = 0x100;
-// Of a part's plan: its codes are negated, and have a level more at one end.
+// Its codes are negated, and have a level more at one end.
 constexpr int kNegatedShift = 9, kSplitShift = 10;
 
 // Exponent floor(log2 peak) and 24-bit significand of a peak, subnormals included.
@@ -103,6 +103,8 @@ struct Planner {
 // Blocks of one exponent and symmetric codes, planned from a peak each.
 class PlainBlocks {
  public:
+  static constexpr int kScaleShift = kExponentShift;
+
   PlainBlocks(const QuantizeArgs& args, const Shape&) : planner_(args), a_(args) {}
 
   Peak Load(const Place& at) const { return Peak(dynasty::Load(a_.peaks + at.index, at.lanes())); }
@@ -242,7 +244,7 @@ Planned MakePlans(const QuantizeArgs& a, const Shape& s, Unit unit) {
       largest = Greatest(largest, exponent);
       const Mask active = Mask(lanes & ((plan & Ints(kBitsMask)) > Ints(0)));
       finest = Least(finest, Select(active,
-                                    ShiftRight<kExponentShift>(plan) -
+                                    ShiftRight<Blocks::kScaleShift>(plan) -
                                         (ShiftRight<kSignedShift>(plan) & Ints(1)),
                                     finest));
       return;

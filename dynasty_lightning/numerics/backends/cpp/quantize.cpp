@@ -8,11 +8,12 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "args.h"
 #include "elements.h"
-#include "parts.h"
+#include "fine.h"
 #include "peaks.h"
 #include "plan.h"
 #include "processor.h"
@@ -21,51 +22,9 @@
 namespace dynasty {
 namespace {
 
-// The three passes over a unit, of blocks with one exponent and symmetric codes.
-template <typename T>
-struct PlainPasses {
-  PlainPasses(const QuantizeArgs& args, const Shape& shape) : a(args), s(shape) {}
-  Planned Plan(Unit unit, const T* x) const {
-    FindPeaks(a, s, unit, x);
-    return MakePlans<PlainBlocks>(a, s, unit);
-  }
-  void Write(Unit unit, int32_t largest, const T* x, bool* extreme) const {
-    WriteElements<T, false>(a, s, unit, largest, x, extreme);
-  }
-  void Count(Unit unit, int32_t from, int32_t to) const { Rebase(a, s, unit, from, to); }
-
-  const QuantizeArgs& a;
-  const Shape& s;
-};
-
-// Of blocks with parts, or split codes.
-template <typename T>
-struct FinePasses {
-  FinePasses(const QuantizeArgs& args, const Shape& shape)
-      : a(args), s(shape), parts(PartArgs(args)), of_parts(parts) {}
-  Planned Plan(Unit unit, const T* x) const {
-    const int64_t count = of_parts.row_blocks * of_parts.BlocksOfRow(parts);
-    FindEnds(parts, of_parts, PartUnit(a, of_parts, unit), x, count);
-    return MakePlans<FineBlocks>(a, s, unit);
-  }
-  void Write(Unit unit, int32_t largest, const T* x, bool* extreme) const {
-    WriteElements<T, true>(parts, of_parts, PartUnit(a, of_parts, unit), largest, x, extreme);
-    MergeParts(a, s, of_parts, unit);
-  }
-  void Count(Unit unit, int32_t from, int32_t to) const {
-    Rebase(parts, of_parts, PartUnit(a, of_parts, unit), from, to);
-  }
-
-  const QuantizeArgs& a;
-  const Shape& s;
-  const QuantizeArgs parts;
-  const Shape of_parts;
-};
-
-template <typename T, typename Passes>
+template <typename T, bool kFine>
 int Quantize(const QuantizeArgs& a) {
   const Shape s(a);
-  const Passes passes(a, s);
   const T* x = static_cast<const T*>(a.x);
   if (a.scope != kTensor) {
     const int64_t scopes = s.row_blocks * (a.scope == kRow ? a.positions : 1);
@@ -89,12 +48,14 @@ int Quantize(const QuantizeArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < units; ++u) {
       const Unit unit = unit_at(u);
-      const Planned planned = passes.Plan(unit, x);
+      kFine ? FindEnds(a, s, unit, x) : FindPeaks(a, s, unit, x);
+      const Planned planned =
+          MakePlans<std::conditional_t<kFine, FineBlocks, PlainBlocks>>(a, s, unit);
       met = std::max(met, planned.largest);
       used[u] = met;
       finest[u] = planned.finest;
       nonfinite = nonfinite || planned.nonfinite;
-      if (!nonfinite) passes.Write(unit, met, x, &extreme);
+      if (!nonfinite) WriteElements<T, kFine>(a, s, unit, met, x, &extreme);
     }
     largest = std::max(largest, met);
   }
@@ -106,21 +67,19 @@ int Quantize(const QuantizeArgs& a) {
       const DefaultRounding rounding;
       if (used[u] == largest) continue;
       if (finest[u] < largest - (kWindow + 7)) {
-        passes.Write(unit_at(u), largest, x, &extreme);
+        WriteElements<T, kFine>(a, s, unit_at(u), largest, x, &extreme);
       } else {
-        passes.Count(unit_at(u), used[u], largest);
+        Rebase(a, s, unit_at(u), used[u], largest);
       }
     }
   }
   return extreme ? kValuesNotWritten : kDone;
 }
 
-bool SoundParts(const QuantizeArgs& a) {
-  if (!a.part_rows) return !a.part_channels && !a.is_split && !a.micro_bits;
-  if ((a.grid_channels_last != 0) == Shape(a).positions_innermost) return false;
-  return a.part_peaks && a.part_plans && a.part_headers && a.part_rows >= 1 &&
-         a.part_channels >= 1 && a.block_rows % a.part_rows == 0 &&
-         a.block_channels % a.part_channels == 0 && a.micro_bits >= 0 && a.micro_bits <= 2;
+bool SoundFormat(const QuantizeArgs& a) {
+  constexpr int64_t kMostSlack = 1 << 10;
+  return (a.scale_bits == 0 || a.scale_bits == kStepBits) && a.signed_slack >= 0 &&
+         a.signed_slack <= kMostSlack && a.unsigned_slack >= 0 && a.unsigned_slack <= kMostSlack;
 }
 
 bool SoundWidths(const QuantizeArgs& a) {
@@ -143,19 +102,17 @@ bool Sound(const QuantizeArgs& a) {
   return blocks && pointers && strides && a.rows >= 1 && a.positions >= 1 && a.channels >= 1 &&
          a.group_rows >= 1 && a.group_channels >= 1 && a.threads >= 1 && a.role >= kActivation &&
          a.role <= kError && a.scope >= kTensor && a.scope <= kRow &&
-         (a.scope == kTensor || a.block_rows == 1) && SoundParts(a) && SoundWidths(a);
+         (a.scope == kTensor || a.block_rows == 1) && SoundFormat(a) && SoundWidths(a);
 }
 
 }  // namespace
 
 extern "C" int dynasty_quantize(const QuantizeArgs* args) {
   if (!args || !Sound(*args)) return kBadArguments;
-  if (args->part_rows) {
-    return args->x_is_bfloat16 ? Quantize<Bf16_t, FinePasses<Bf16_t>>(*args)
-                               : Quantize<float, FinePasses<float>>(*args);
+  if (args->is_split || args->scale_bits) {
+    return args->x_is_bfloat16 ? Quantize<Bf16_t, true>(*args) : Quantize<float, true>(*args);
   }
-  return args->x_is_bfloat16 ? Quantize<Bf16_t, PlainPasses<Bf16_t>>(*args)
-                             : Quantize<float, PlainPasses<float>>(*args);
+  return args->x_is_bfloat16 ? Quantize<Bf16_t, false>(*args) : Quantize<float, false>(*args);
 }
 
 extern "C" void dynasty_stream_numbers(const int64_t* position_and_code, int64_t count,

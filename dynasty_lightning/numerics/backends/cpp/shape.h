@@ -110,8 +110,6 @@ const int32_t kQuadOrder[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7
 template <typename Reduce>
 Int ReduceBlocks(const Int* vectors, int64_t block_channels, Reduce reduce) {
   if (block_channels == 1) return vectors[0];
-  if (block_channels == 2)
-    return reduce(Evens(vectors[0], vectors[1]), Odds(vectors[0], vectors[1]));
   if (block_channels == 4) {
     const Int quads[4] = {vectors[0], vectors[1], vectors[2], vectors[3]};
     return Permute(ReduceQuads(quads, reduce), Load(kQuadOrder));
