@@ -53,6 +53,7 @@ class Candidate:
     edge: int
     micro: int = 0
     part: int = 4
+    scale_bits: int = 0
     note: str = ""
 
     def shape(self, columns: int) -> UnitShape:
@@ -62,20 +63,24 @@ class Candidate:
             table_micro=self.micro,
             serial_micro=self.micro,
             part=self.part,
+            scale_bits=self.scale_bits,
         )
 
 
 CANDIDATES = (
     Candidate(name="4x4 plain", edge=4),
     Candidate(name="4x4 split, by rule", edge=4),
-    Candidate(name="4x4 split, micro 1 of 2x2, by rule", edge=4, micro=1, part=2),
+    Candidate(name="4x4 split, scale 2, by rule", edge=4, scale_bits=2),
+    Candidate(name="4x4 split, micro 1 of 2x2", edge=4, micro=1, part=2),
     Candidate(name="8x8 plain", edge=8),
     Candidate(name="8x8 split, by rule", edge=8),
+    Candidate(name="8x8 split, scale 2, by rule", edge=8, scale_bits=2),
     Candidate(name="8x8 split of parts, micro 2 of 4x4", edge=8, micro=2, note="one flag a block"),
-    Candidate(name="8x8 split, micro 1 of 2x2, by rule", edge=8, micro=1, part=2),
-    Candidate(name="8x8 split, micro 2 of 2x2, by rule", edge=8, micro=2, part=2),
+    Candidate(name="8x8 split, micro 1 of 2x2", edge=8, micro=1, part=2),
+    Candidate(name="8x8 split, micro 2 of 2x2", edge=8, micro=2, part=2),
     Candidate(name="16x16 plain", edge=16),
     Candidate(name="16x16 split, by rule", edge=16),
+    Candidate(name="16x16 split, scale 2, by rule", edge=16, scale_bits=2),
 )
 COLUMNS = (2, 4)
 

@@ -16,9 +16,9 @@ E is rounded stochastically and never saturates: its noise is the variance, comp
 
 Parts of a format: blocks with one width and one exponent; `split`: codes -2**p to
 2**p - 1 and a flag, of the block or of each part, that negates them; `micro`: each part's LSB lies
-0 or 1 (1 bit), or 0 to 3 (2 bits), binades below the block's; `x1.5`: an LSB of 1 or 1.5 times a
-power of two. The least squared error chooses; plain blocks, and what is "by rule", are rounded by
-the package's own quantizer.
+0 or 1 (1 bit), or 0 to 3 (2 bits), binades below the block's; `scale n`: an LSB whose mantissa has
+n bits, 1, 1.5 or 1, 1.25, 1.5, 1.75 times a power of two. The least squared error chooses; plain
+blocks, and what is "by rule", are rounded by the package's own quantizer.
 
 Expected, computed on Gaussian blocks before: split W .50 / .61 / .74 of today's noise at 2 / 3 / 4
 bits; 8x8 blocks with a micro exponent and a flag for each 4x4 part the same; for each 2x2 part
@@ -33,11 +33,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lib.common import parser, progress, provenance, write_json
 from lib.operands import Network, Operand, blocks_of, capture
 from torch import Tensor
 
+import fpga
 from dynasty_lightning import quantize
 from dynasty_lightning.numerics.quantized import BlockTensor
 from dynasty_lightning.numerics.random import StreamPosition
@@ -89,7 +91,7 @@ class Format:
         reach: binades that a part's LSB may lie below the block's.
         split: "" without, "block" with a flag a block, "part" with a flag a part.
         scales: what the block's LSB may be, over a power of two.
-        offered: code and micro_bits of the package's own quantizer, which then does it, by its
+        offered: code and scale_bits of the package's own quantizer, which then does it, by its
             rule; None chooses by error.
     """
 
@@ -114,32 +116,46 @@ class Format:
         return self.part or self.edge
 
 
+QUARTER_STEPS = (1.0, 1.25, 1.5, 1.75)
 TODAY = Format(name="4x4 plain", edge=4, offered=("symmetric", 0))
 SPLIT = Format(name="4x4 split", edge=4, reach=1, split="block")
-QUARTERS = Format(name="4x4 split, micro 1 of 2x2", edge=4, part=2, reach=1, split="block")
-EIGHT = Format(name="8x8 split, micro 2 of 2x2", edge=8, part=2, reach=3, split="block")
+MICRO = Format(name="4x4 split, micro 1 of 2x2", edge=4, part=2, reach=1, split="block")
+EIGHT = replace(MICRO, name="8x8 split, micro 2 of 2x2", edge=8, reach=3)
+
+
+def with_scales(edge: int, *, split: str = "block") -> tuple[Format, Format]:
+    """LSBs in quarter steps: chosen by error, and by the quantizer's rule."""
+    own = Format(
+        name=f"{edge}x{edge} {'split, ' if split else ''}scale 2",
+        edge=edge,
+        reach=1,
+        split=split,
+        scales=QUARTER_STEPS,
+    )
+    code = "split" if split else "symmetric"
+    return own, replace(own, name=f"{own.name}, by rule", offered=(code, 2))
+
+
 FORMATS = (
     TODAY,
     Format(name="4x4, two exponents", edge=4, reach=1),
     SPLIT,
     replace(SPLIT, name="4x4 split, by rule", offered=("split", 0)),
-    replace(SPLIT, name="4x4 split, x1.5", scales=(1.0, 1.5)),
-    replace(QUARTERS, name="4x4 micro 1 of 2x2", split=""),
-    replace(QUARTERS, name="4x4 micro 1 of 2x2, by rule", split="", offered=("symmetric", 1)),
-    QUARTERS,
-    replace(QUARTERS, name="4x4 split, micro 1 of 2x2, by rule", offered=("split", 1)),
-    replace(QUARTERS, name="4x4 split of parts, micro 1 of 2x2", split="part"),
-    replace(QUARTERS, name="4x4 split, micro 2 of 2x2", reach=3),
-    replace(QUARTERS, name="4x4 split, micro 2 of 2x2, by rule", reach=3, offered=("split", 2)),
+    replace(SPLIT, name="4x4 split, scale 1", scales=(1.0, 1.5)),
+    *with_scales(4, split=""),
+    *with_scales(4),
+    replace(MICRO, name="4x4 micro 1 of 2x2", split=""),
+    MICRO,
+    replace(MICRO, name="4x4 split of parts, micro 1 of 2x2", split="part"),
     Format(name="8x8 plain", edge=8, offered=("symmetric", 0)),
     Format(name="8x8 split, by rule", edge=8, reach=1, split="block", offered=("split", 0)),
+    *with_scales(8),
     replace(EIGHT, name="8x8 split of parts, micro 2 of 4x4", part=4, split="part"),
+    replace(EIGHT, name="8x8 split, micro 1 of 2x2", reach=1),
     EIGHT,
-    replace(EIGHT, name="8x8 split, micro 1 of 2x2, by rule", reach=1, offered=("split", 1)),
-    replace(EIGHT, name="8x8 split, micro 2 of 2x2, by rule", offered=("split", 2)),
-    replace(EIGHT, name="8x8 split of parts, micro 2 of 2x2", split="part"),
     Format(name="16x16 plain", edge=16, offered=("symmetric", 0)),
     Format(name="16x16 split, by rule", edge=16, reach=1, split="block", offered=("split", 0)),
+    *with_scales(16),
 )
 
 
@@ -148,7 +164,7 @@ def quantized(
 ) -> BlockTensor:
     """The blocks as the package's quantizer has them, as an operand of a position each."""
     assert own.offered is not None
-    code, micro_bits = own.offered
+    code, scale_bits = own.offered
     return quantize(
         blocks_from(parts, own).permute(1, 2, 0).float(),
         None if bits is None else bits.view(1, 1, -1),
@@ -157,7 +173,7 @@ def quantized(
         role=role,
         block_shape=(own.edge, own.edge),
         code=code,
-        micro_bits=micro_bits,
+        scale_bits=scale_bits,
         stream=StreamPosition(backward_count=draw),
     )
 
@@ -176,25 +192,26 @@ def noise_as_quantized(parts: Tensor, bits: Tensor, own: Format, role: Role) -> 
             blocks = quantized(parts[of], bits[of], 0, own, role)
             found[of] = ((blocks.dequantize(torch.float64) - x) ** 2).sum((0, 1))
             continue
-        lsb = 2.0 ** _scales(parts[of], bits[of], own).double()
+        lsb = _lsbs(parts[of], bits[of], own)
         y = x / lsb
         fraction = y - y.floor()
         found[of] = (fraction * (1 - fraction) * lsb**2).sum((0, 1))
     return found
 
 
-def _scales(parts: Tensor, bits: Tensor, own: Format) -> Tensor:
-    """Scale exponent of each element, [edge, edge, n]. A block that rounds to zero keeps none, so
-    each is drawn until it does not.
+def _lsbs(parts: Tensor, bits: Tensor, own: Format) -> Tensor:
+    """LSB of each block, float64 [n]. A block that rounds to zero keeps none, so each is drawn
+    until it does not.
     """
-    shape = (own.edge, own.edge, len(parts))
-    found, seen = torch.zeros(shape, dtype=torch.int16), torch.zeros(shape, dtype=torch.bool)
+    found = torch.zeros(len(parts), dtype=torch.float64)
+    seen = torch.zeros(len(parts), dtype=torch.bool)
     for draw in range(200):
         blocks = quantized(parts, bits, 0, own, Role.ERROR, draw=draw)
-        by = own.edge // blocks.scale_exponents.shape[0]
-        scales = blocks.scale_exponents.repeat_interleave(by, 0).repeat_interleave(by, 1)
-        known = (blocks.bits > 0).expand(shape)
-        found = torch.where(known, scales, found)
+        arrays = {name: a.transpose(0, 2, 1) for name, a in blocks.numpy().items()}
+        operand = fpga.Operand(**arrays, block_edge=own.edge)
+        lsb = torch.from_numpy(operand.steps * np.exp2(operand.scale_exponents))[0, :, 0]
+        known = blocks.bits[0, 0] > 0
+        found = torch.where(known, lsb, found)
         seen = seen | known
         if bool(seen.all()):
             return found
@@ -471,8 +488,8 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(1)
     check()
-    by_rule = [f for f in FORMATS if f.name.endswith("micro 1 of 2x2, by rule")]
-    some = (TODAY, QUARTERS, *by_rule, EIGHT)
+    by_rule = [f for f in FORMATS if f.name.endswith("scale 2, by rule")]
+    some = (TODAY, MICRO, *by_rule, EIGHT)
     rows = run(SMOKE if a.smoke else NETWORKS, some if a.smoke else FORMATS, a)
     report(rows)
     today = [r for r in rows if r["format"] == TODAY.name]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands of a GEMM: integer arrays, checked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -9,11 +9,13 @@ import numpy as np
 from .arrays import Array, padded
 from .config import EDGES, MAX_BITS, MIN_BITS, GemmConfig, edge_of_shape
 from .fields import is_whole, shown
+from .registers import MAX_SCALED_BITS
 
 __all__ = ["Operand", "OperandError"]
 
 MAX_ELEMENTS: Final = 1 << 31
 """Operands and results have fewer."""
+STEPS: Final = (1, 3, 5, 7)
 MAX_EXPONENT: Final = 1 << 20
 """Scale exponents lie within plus and minus this: far beyond float32, so that sums of them stay
 integers of 32 bits.
@@ -24,17 +26,19 @@ class OperandError(ValueError):
     """Arrays or memory words that are not a legal operand; the message names the first offending
     block.
 
-    >>> four = np.full((4, 1, 4), 9)
+    >>> four = np.full((4, 1, 4), 11)
     >>> one = np.ones((1, 1, 1), int)
     >>> Operand(mantissas=four, scale_exponents=one, bits=4 * one, signed=one)
     Traceback (most recent call last):
-    fpga.operand.OperandError: mantissa 9 at (row, position, channel) (0, 0, 0) does not fit 4 ...
+    fpga.operand.OperandError: mantissa 11 at (row, position, channel) (0, 0, 0) does not fit 4 ...
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operand:
-    """A quantized operand: element = mantissa * 2**scale_exponent of its block.
+    """A quantized operand: element = mantissa * 2**scale_exponent of its block. Mantissas are codes
+    of the block's width, or the negatives of such; in blocks of up to 5 bits, once, 3, 5 or 7 times
+    that (an LSB of 1, 1.5, 1.25 or 1.75 times a power of two).
 
     Args:
         mantissas: integers [rows, positions, channels].
@@ -64,6 +68,10 @@ class Operand:
     signed: Array
     block_edge: int = 4
     row_exponents: bool = False
+    steps: Array = field(init=False)
+    """What a block's mantissas are multiples of: the least of 1, 3, 5 and 7 with which codes of its
+    width are enough; uint8, of the grid's shape.
+    """
 
     def __post_init__(self) -> None:
         if isinstance(self.block_edge, (tuple, list)):
@@ -107,7 +115,7 @@ class Operand:
                     f"{values.max()}"
                 )
             object.__setattr__(self, name, np.ascontiguousarray(values.astype(dtype)))
-        self._check_mantissas()
+        object.__setattr__(self, "steps", self._find_steps())
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -149,7 +157,14 @@ class Operand:
         """Blocks that are stored as the negatives of their mantissas, bool, of the grid's shape:
         signed ones that hold 2**p, the end that two's complement of p + 1 bits lacks.
         """
-        return self._any_of_block(self.mantissas == self._ends())
+        return self._any_of_block(self.mantissas == self._ends() * self._multiples())
+
+    @property
+    def codes(self) -> Array:
+        """What planes hold, int16, of the mantissas' shape."""
+        codes = self.mantissas // self._multiples()
+        result: Array = np.where(_spread(self.negated, self), -codes, codes)
+        return result
 
     def bases(self) -> Array:
         """Smallest scale exponent of the non-zero blocks, int32: 0-d, or with row exponents [rows];
@@ -204,6 +219,10 @@ class Operand:
         bits, signed = _spread(self.bits, self).astype(np.int32), _spread(self.signed, self)
         return np.where(signed & (bits > 0), 1 << np.maximum(bits - 1, 0), 1 << 30)
 
+    def _multiples(self) -> Array:
+        """Steps of each element, int16."""
+        return _spread(self.steps, self).astype(np.int16)
+
     def _any_of_block(self, elements: Array) -> Array:
         """Where a block, or a block's row, has one; bool, of the grid's shape."""
         edge = self.block_edge
@@ -214,31 +233,57 @@ class Operand:
         result: Array = found
         return result
 
-    def _check_mantissas(self) -> None:
+    def _find_steps(self) -> Array:
+        """`steps`. Raises OperandError for a block that no codes of its width can hold."""
+        steps = np.zeros(self.grid_shape, np.uint8)
+        for multiple in STEPS:
+            wrong, both = self._misfits(multiple)
+            held = ~self._any_of_block(wrong) & ~both
+            if multiple > 1:
+                held &= self.bits <= MAX_SCALED_BITS
+            steps = np.where((steps == 0) & held, multiple, steps).astype(np.uint8)
+        if not steps.all():
+            self._refuse_first(steps == 0)
+        return steps
+
+    def _misfits(self, multiple: int) -> tuple[Array, Array]:
+        """Elements that are not so many times a code of their block's width, or the negative of
+        one; blocks that would need codes and negatives of codes.
+        """
         bits, signed = _spread(self.bits, self).astype(np.int32), _spread(self.signed, self)
         signed = signed & (bits > 0)
         most = (1 << (bits - signed)) - 1
-        wrong = (self.mantissas > most + signed) | (self.mantissas < np.where(signed, -most - 1, 0))
+        codes, rest = np.divmod(self.mantissas, multiple)
+        wrong = (rest != 0) | (codes > most + signed) | (codes < np.where(signed, -most - 1, 0))
+        ends = multiple * self._ends()
+        both = self._any_of_block(self.mantissas == ends) & self._any_of_block(
+            self.mantissas == -ends
+        )
+        return wrong, both
+
+    def _refuse_first(self, blocks: Array) -> None:
+        wrong, both = self._misfits(1)
+        wrong &= _spread(blocks, self)
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            bits, signed = (int(_spread(g, self)[where]) for g in (self.bits, self.signed))
+            most = (1 << max(0, bits - signed)) - 1
             raise OperandError(
                 f"mantissa {self.mantissas[where]} at (row, position, channel) {where} does not "
-                f"fit {bits[where]} "
-                f"{'signed' if signed[where] else 'unsigned'} bits: legal are "
+                f"fit {bits} {'signed' if signed else 'unsigned'} bits: legal are "
+                + (f"-{most + 1} to {most + 1}" if signed else f"0 to {most}")
                 + (
-                    f"-{most[where] + 1} to {most[where] + 1}"
-                    if signed[where]
-                    else f"0 to {most[where]}"
+                    ", or 3, 5 or 7 times one of these in all of a block"
+                    if 0 < bits <= MAX_SCALED_BITS
+                    else ""
                 )
             )
-        both = self.negated & self._any_of_block(self.mantissas == -self._ends())
-        if both.any():
-            where = tuple(int(i) for i in np.argwhere(both)[0])
-            end = 1 << int(self.bits[where]) - 1
-            raise OperandError(
-                f"block {where} holds {-end} and {end}: codes of {self.bits[where]} bits reach one "
-                f"of these ends, with or without the flag that negates them"
-            )
+        where = tuple(int(i) for i in np.argwhere(both & blocks)[0])
+        end = 1 << int(self.bits[where]) - 1
+        raise OperandError(
+            f"block {where} holds {-end} and {end}: codes of {self.bits[where]} bits reach one "
+            f"of these ends, with or without the flag that negates them"
+        )
 
     def check_for(self, config: GemmConfig) -> None:
         """Raise OperandError unless a core takes these blocks and their widths."""

@@ -20,8 +20,10 @@ from .registers import (
     HEADER_RESERVED,
     HEADER_SHIFT,
     HEADER_SIGNED,
+    HEADER_STEPS,
     HEADER_WIDTH,
     HEADERS_PER_WORD,
+    MAX_SCALED_BITS,
 )
 
 __all__ = ["PackedOperand", "pack", "segment_words", "unpack"]
@@ -203,6 +205,7 @@ def _segment_headers(quarters: Array, shape: tuple[int, ...], where: str) -> Arr
         | (bits > MAX_BITS)
         | ((bits < MIN_BITS) & (headers != 0))
         | ((headers & HEADER_NEGATED.mask != 0) & (headers & HEADER_SIGNED.mask == 0))
+        | ((headers & HEADER_STEPS.mask != 0) & (bits > MAX_SCALED_BITS))
     )
     if wrong.any():
         block, row = (int(i) for i in np.argwhere(wrong)[0])
@@ -309,12 +312,12 @@ def _elements(planes: Array, headers: Array, edge: int) -> Array:
     ).astype(np.int32)
     values: Array = (bits << np.arange(len(planes))[:, None]).sum(axis=0)
     if len(planes):
-        signed, negated = (
-            np.repeat(headers & field.mask > 0, edge if headers.size > 1 else edge * edge)
-            for field in (HEADER_SIGNED, HEADER_NEGATED)
+        signed, negated, steps = (
+            np.repeat((headers & f.mask) >> f.at, edge if headers.size > 1 else edge * edge)
+            for f in (HEADER_SIGNED, HEADER_NEGATED, HEADER_STEPS)
         )
-        values = values - np.where(signed & (bits[-1] > 0), 1 << len(planes), 0)
-        values = np.where(negated, -values, values)
+        values = values - np.where((signed > 0) & (bits[-1] > 0), 1 << len(planes), 0)
+        values = np.where(negated > 0, -values, values) * (2 * steps.astype(np.int32) + 1)
     return values
 
 
@@ -325,6 +328,7 @@ def _headers(operand: Operand) -> Array:
     ).astype(np.uint16)
     headers |= (operand.shifts() << HEADER_SHIFT.at).astype(np.uint16)
     headers |= np.where(operand.negated, HEADER_NEGATED.mask, 0).astype(np.uint16)
+    headers |= np.left_shift(operand.steps // 2, HEADER_STEPS.at, dtype=np.uint16)
     headers = np.where(operand.bits > 0, headers, 0).astype(np.uint16)
     row_blocks, positions, channel_blocks = operand.blocks
     if not operand.row_exponents:
@@ -337,22 +341,13 @@ def _headers(operand: Operand) -> Array:
     )
 
 
-def _spread_negated(operand: Operand) -> Array:
-    """bool, of the mantissas' shape."""
-    negated, edge = operand.negated, operand.block_edge
-    rows = negated if operand.row_exponents else np.repeat(negated, edge, axis=0)
-    by_element: Array = np.repeat(rows, edge, axis=2)
-    return by_element[: operand.shape[0], :, : operand.shape[2]]
-
-
 def _plane_bits(operand: Operand) -> Array:
     """Every plane of every block, uint16 [lines, channel blocks, MAX_BITS, plane bits / 16]; two's
     complement, low element first.
     """
     edge = operand.block_edge
     row_blocks, positions, channel_blocks = operand.blocks
-    codes = np.where(_spread_negated(operand), -operand.mantissas, operand.mantissas)
-    values = padded(padded(codes, 0, edge), 2, edge).reshape(
+    values = padded(padded(operand.codes, 0, edge), 2, edge).reshape(
         row_blocks, edge, positions, channel_blocks, edge
     )
     blocks = values.transpose(0, 2, 3, 1, 4).reshape(

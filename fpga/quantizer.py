@@ -12,6 +12,7 @@ from .arrays import Array, padded
 from .config import MAX_BITS, MIN_BITS
 from .config import WINDOW as WINDOW
 from .operand import Operand
+from .registers import MAX_SCALED_BITS
 
 __all__ = ["WINDOW", "ActivationRequest", "quantize_activations"]
 
@@ -23,9 +24,12 @@ _MOST_BITS: Final = 40
 """Of magnitudes that are told apart: beyond, every width is the largest."""
 _FAR_THRESHOLDS: Final = (-300, 200)
 """Beyond these a threshold asks the same of every float32."""
-SIGNED_SLACK: Final = 1.0
-UNSIGNED_SLACK: Final = 0.75
-"""By how many LSBs of split codes an element may exceed the largest, and be clipped."""
+SLACK: Final = {0: (6, 5), 2: (3, 2)}
+"""By `scale_bits`: by how many quarters of an LSB an element of a signed and of an unsigned block
+of 16 elements may exceed the largest and be clipped; a quarter less for each half of that.
+"""
+QUARTERS: Final = 4
+"""LSBs from a power of two to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +44,10 @@ class ActivationRequest:
             zero.
         offered_bits: widths that others are raised to; none given is all.
         code: "symmetric", or "split" with a level more at one end of signed blocks.
+        scale_bits: 0, or 2 for LSBs of 1, 1.25, 1.5 or 1.75 times a power of two.
 
     Raises:
-        ValueError: widths outside 0, 2..8, limits that cross, or another code.
+        ValueError: widths outside 0, 2..8, limits that cross, another code or scale.
 
     >>> four = ActivationRequest(values=np.full((1, 1, 1), 4), is_threshold=False)
     >>> ActivationRequest(values=np.full((1, 1, 1), 1), is_threshold=False)
@@ -56,6 +61,7 @@ class ActivationRequest:
     most_bits: int = MAX_BITS
     offered_bits: tuple[int, ...] = ()
     code: Literal["symmetric", "split"] = "symmetric"
+    scale_bits: int = 0
 
     def __post_init__(self) -> None:
         values = np.asarray(self.values)
@@ -83,6 +89,8 @@ class ActivationRequest:
             raise ValueError(f"offered_bits must be widths of {legal[1:]}, not {wrong[0]}")
         if self.code not in ("symmetric", "split"):
             raise ValueError(f"code must be 'symmetric' or 'split', not {self.code!r}")
+        if self.scale_bits not in SLACK:
+            raise ValueError(f"scale_bits must be one of {tuple(SLACK)}, not {self.scale_bits!r}")
         object.__setattr__(self, "offered_bits", tuple(sorted(self.offered_bits)))
         object.__setattr__(self, "values", values.astype(np.int32))
 
@@ -135,18 +143,25 @@ def quantize_activations(
         raise ValueError(
             f"the request's shape {request.values.shape} does not broadcast to the grid {grid}"
         ) from None
-    found = _Found.of(blocks, request.code)
+    found = _Found.of(blocks, request)
     width = np.where(found.peak > 0, _widths(found, asked, request), 0)
     if width_group is not None:
         width = _share(width, width_group[1] // edge)
-    scale = _scales(found, width, scope)
+    lsb = _lsbs(found, width, scope)
+    # Steps of 1, 5, 3 or 7 times a power of two.
+    quarter = lsb % QUARTERS
+    trailing = np.choose(quarter, (2, 0, 1, 0))
+    steps = (QUARTERS + quarter) >> trailing
+    scale = lsb // QUARTERS - 2 + trailing
     live = width > 0
     scaled = np.ldexp(blocks.astype(np.float64), np.where(live, -scale, 0)[..., None])
+    # Rounded to float32 first, as the specification has it.
+    scaled = (scaled / steps[..., None]).astype(np.float32).astype(np.float64)
     above, below = (
         np.where(live, limit, 0)[..., None] for limit in found.limits(width - found.signed)
     )
     # rint is nearest-even, exact for these sizes; an unsigned block has no negative element.
-    mantissas = np.clip(np.rint(scaled), -below, above).astype(np.int16)
+    mantissas = steps[..., None] * np.clip(np.rint(scaled), -below, above).astype(np.int16)
     live &= (mantissas != 0).any(axis=3)
     return Operand(
         mantissas=mantissas.reshape(*x.shape[:2], -1)[..., : x.shape[2]],
@@ -167,6 +182,8 @@ class _Found:
         exponent: floor(log2(peak)).
         signed: whether it has a negative element.
         more_above, more_below: 1 where codes have a level more at that end.
+        slack: LSBs by which an element may exceed the largest.
+        is_fine: whether LSBs follow from both ends; by_step, whether in quarter steps.
     """
 
     peak: Array
@@ -176,13 +193,17 @@ class _Found:
     signed: Array
     more_above: Array
     more_below: Array
-    is_split: bool
+    slack: Array
+    is_fine: bool
+    by_step: bool
 
     @classmethod
-    def of(cls, blocks: Array, code: str) -> "_Found":
+    def of(cls, blocks: Array, request: ActivationRequest) -> "_Found":
         peak = np.abs(blocks).max(axis=3)
         high, low = (blocks.max(axis=3), -blocks.min(axis=3))
-        signed, is_split = low > 0, code == "split"
+        signed, is_split = low > 0, request.code == "split"
+        less = 5 - blocks.shape[3].bit_length()
+        of_signed, of_unsigned = SLACK[request.scale_bits]
         more_above = signed & (high > low) & is_split
         return cls(
             peak=peak,
@@ -193,7 +214,9 @@ class _Found:
             signed=signed,
             more_above=more_above.astype(np.int64),
             more_below=(signed & ~more_above & is_split).astype(np.int64),
-            is_split=is_split,
+            slack=np.where(signed, max(0, of_signed - less), max(0, of_unsigned - less)) / 4,
+            is_fine=is_split or request.scale_bits > 0,
+            by_step=request.scale_bits > 0,
         )
 
     def limits(self, magnitude_bits: Array) -> tuple[Array, Array]:
@@ -201,12 +224,14 @@ class _Found:
         whole = (np.int64(1) << np.clip(magnitude_bits, 0, _MOST_BITS).astype(np.int64)) - 1
         return whole + self.more_above, whole + self.more_below
 
-    def fits(self, magnitude_bits: Array, scale: Array) -> Array:
-        """Whether no element exceeds its limit in units of 2**scale by more than the slack."""
-        slack = np.where(self.signed, SIGNED_SLACK, UNSIGNED_SLACK)
+    def fits(self, magnitude_bits: Array, lsb: Array) -> Array:
+        """Whether no element exceeds its limit under an LSB, in quarter steps, by more than the
+        slack.
+        """
+        scale, steps = lsb // QUARTERS, 1 + lsb % QUARTERS / QUARTERS
         above, below = self.limits(magnitude_bits)
-        result: Array = (np.ldexp(self.high, -scale) <= above + slack) & (
-            np.ldexp(self.low, -scale) <= below + slack
+        result: Array = (np.ldexp(self.high, -scale) <= (above + self.slack) * steps) & (
+            np.ldexp(self.low, -scale) <= (below + self.slack) * steps
         )
         return result
 
@@ -229,21 +254,27 @@ def _widths(found: _Found, asked: Array, request: ActivationRequest) -> Array:
     asked = np.clip(asked, *_FAR_THRESHOLDS)
     above = found.exponent - asked
     needed = above + 1 + found.signed
-    if found.is_split:
-        needed = needed - found.fits(above, asked)
+    if found.is_fine:
+        needed = needed - found.fits(above, QUARTERS * asked)
     least = request.offer(np.array(request.least_bits)) if request.least_bits else 0
     return np.where(above < 0, least, request.offer(needed))
 
 
-def _scales(found: _Found, width: Array, scope: Scope) -> Array:
-    """Exponent of each block's LSB, not below what the window of its scope keeps."""
+def _lsbs(found: _Found, width: Array, scope: Scope) -> Array:
+    """Each block's LSB in quarter steps (4 * e + j is (1 + j / 4) * 2**e), not below what the
+    window of its scope keeps.
+    """
     stored = np.where(width > 0, found.exponent, _NONE)
     ceiling = stored.max(axis=(1, 2) if scope == "sample" else 2, keepdims=True)
     magnitude_bits = width - found.signed
-    scale = found.exponent + 1 - magnitude_bits
-    if found.is_split:
-        scale = scale - found.fits(magnitude_bits, scale - 1)
-    result: Array = np.maximum(scale, ceiling - (WINDOW + 7) + found.signed)
+    natural = QUARTERS * (found.exponent + 1 - magnitude_bits)
+    narrow = (width <= MAX_SCALED_BITS) & found.by_step
+    lsb = natural
+    if found.is_fine:
+        for finer in range(1, QUARTERS + 1):
+            fits = found.fits(magnitude_bits, natural - finer)
+            lsb = np.where(fits & (narrow | (finer == QUARTERS)), natural - finer, lsb)
+    result: Array = np.maximum(lsb, QUARTERS * (ceiling - (WINDOW + 7) + found.signed))
     return result
 
 

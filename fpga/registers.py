@@ -181,13 +181,18 @@ HEADER_SHIFT: Final = BitField(5, 5)
 """Exponent above the operand's base: exponents of one operand span at most 2**5 - 1 binades."""
 HEADER_NEGATED: Final = BitField(10, 1)
 """The planes hold the negatives of the mantissas."""
-HEADER_RESERVED: Final = BitField(11, 5)
+HEADER_STEPS: Final = BitField(11, 2)
+"""n: mantissas are 2n + 1 times what the planes hold."""
+MAX_SCALED_BITS: Final = 5
+"""Widest block for which that is not 1."""
+HEADER_RESERVED: Final = BitField(13, 3)
 """Zero."""
 HEADER_FIELDS: Final = (
     ("width", HEADER_WIDTH),
     ("signed", HEADER_SIGNED),
     ("shift", HEADER_SHIFT),
     ("negated", HEADER_NEGATED),
+    ("steps", HEADER_STEPS),
     ("reserved", HEADER_RESERVED),
 )
 
@@ -215,6 +220,7 @@ constexpr int kAxes = $axes;
 constexpr int kHeaderBits = $header_bits;
 constexpr int kHeadersPerWord = $headers_per_word;
 $header_fields
+constexpr int kMaxScaledBits = $max_scaled_bits;
 
 // Bits of a directory word.
 $directory_fields
@@ -247,6 +253,7 @@ def registers_header() -> str:
         flag_row=FLAG_ROW_EXPONENTS,
         axes=AXES,
         header_bits=HEADER_BITS,
+        max_scaled_bits=MAX_SCALED_BITS,
         headers_per_word=HEADERS_PER_WORD,
         header_fields=_bit_fields("Header", HEADER_FIELDS),
         directory_fields=_bit_fields(

@@ -13,7 +13,9 @@ product to its place and adds it up down a cascade of k-blocks, into block RAM.
                                multiplexer -> DSP (x 2**shift, + cascade) -> next k-block
 
 Digits of the stationary operand have 4 bits, wider blocks take two passes. A block's negate flag
-(split codes) only turns the planes' signs around, which is control. A micro exponent of the
+(split codes) only turns the planes' signs around, which is control. Scales with a mantissa make
+the DSP's power of two a multiple of one, and leave less of its bits for shifts, of which the rest
+is done where dot products are aligned. A micro exponent of the
 stationary operand widens its tables; one of the serial operand shifts what comes out of each table,
 and where a part has two elements along the reduction, each four of them need two tables.
 """
@@ -37,6 +39,8 @@ _TABLE = 4
 """Elements of a table."""
 _SHIFTS = 17
 """The DSP's second operand has 18 bits, of which one is the sign: powers of two up to 2**16."""
+_MAX_FINE = 11
+"""Shift up to which a factor of six bits stays within that."""
 _IN_TURN = 8
 """Rows of accumulators that the check goes through: one read again at once is not written yet."""
 
@@ -51,6 +55,7 @@ class UnitShape:
         k_blocks: in the cascade.
         table_micro, serial_micro: bits of micro exponents of either operand's parts.
         part: edge of those parts.
+        scale_bits: of the mantissas of both operands' scales.
         depth: accumulators.
     """
 
@@ -61,6 +66,12 @@ class UnitShape:
     serial_micro: int = 0
     part: int = 4
     depth: int = 512
+    scale_bits: int = 0
+
+    @property
+    def coarse(self) -> int:
+        """By how much the aligner shifts what the DSP's factor cannot."""
+        return 5 if self.scale_bits else 0
 
     @property
     def tables(self) -> int:
@@ -175,7 +186,9 @@ class TableUnit(Elaboratable):
         self.micro = [Signal(micro, name=f"micro_{g}") for g in range(n)]
         self.finish = Signal(n)
         self.shift = [Signal(5, name=f"shift_{g}") for g in range(n)]
-        self.align = [Signal(2, name=f"align_{g}") for g in range(n)]
+        self.align = [Signal(3 if shape.scale_bits else 2, name=f"align_{g}") for g in range(n)]
+        # Both operands' mantissas less one, in units of 2**-scale_bits.
+        self.scale = [Signal(max(1, 2 * shape.scale_bits), name=f"scale_{g}") for g in range(n)]
         self.first = Signal()
         self.row = Signal(ceil_log2(shape.depth // shape.columns))
         self.write = Signal(n * shape.columns * shape.tables)
@@ -186,10 +199,11 @@ class TableUnit(Elaboratable):
     @property
     def ports(self) -> list[Signal]:
         micro = self.micro if self.shape.serial_micro else []
+        scale = self.scale if self.shape.scale_bits else []
         return [
             *(
                 s
-                for group in (self.planes, self.control, self.shift, self.align, micro)
+                for group in (self.planes, self.control, self.shift, self.align, micro, scale)
                 for s in group
             ),
             *(self.finish, self.first, self.row, self.write, self.write_address, self.write_data),
@@ -236,17 +250,23 @@ class TableUnit(Elaboratable):
     ) -> Signal:
         """One DSP: a row's dot products, one a cycle."""
         shape = self.shape
-        place = Signal(7, reset_less=True)
+        place = Signal(5 + len(self.align[g]), reset_less=True)
         with m.If(self.finish[g]):
             m.d.sync += place.eq(Cat(self.shift[g], self.align[g]))
+        factor = self._factor(m, g)
         finished = _delayed(m, self.finish[g], 1)
         running, column = Signal(), Signal(ceil_log2(shape.columns))
-        power, align = Signal(_SHIFTS + 1, reset_less=True), Signal(2, reset_less=True)
+        power = Signal(_SHIFTS + 1, reset_less=True)
+        align = Signal(len(self.align[g]), reset_less=True)
         with m.If(finished):
             m.d.sync += [
                 running.eq(1),
                 column.eq(0),
-                power.eq(Cat(place[:5] == i for i in range(_SHIFTS))),
+                power.eq(
+                    Cat(place[:5] == i for i in range(_SHIFTS))
+                    if factor is None
+                    else factor << place[:4]
+                ),
                 align.eq(place[5:]),
             ]
         with m.Else():
@@ -261,7 +281,14 @@ class TableUnit(Elaboratable):
         m.d.sync += dot.eq(chosen)
         power, align, valid = (_delayed(m, s, 1) for s in (power, align, running))
         aligned = Signal(signed(25))
-        m.d.comb += aligned.eq(Mux(align[1], dot >> 5, Mux(align[0], dot >> 1, dot << 3)))
+        by = shape.coarse
+        with m.Switch(align):
+            for i, value in enumerate((dot << 3, dot >> 1, dot >> 5)):
+                with m.Case(i):
+                    m.d.comb += aligned.eq(value)
+                if by:
+                    with m.Case(4 + i):
+                        m.d.comb += aligned.eq((dot << 3 + by, dot << by - 1, dot << by - 5)[i])
         # The registers of a DSP48E1: A, B, M, P.
         a, b = Signal(signed(25), reset_less=True), Signal(signed(18), reset_less=True)
         product, result = Signal(signed(43), reset_less=True), Signal(signed(48), reset_less=True)
@@ -272,6 +299,17 @@ class TableUnit(Elaboratable):
             addend = cascade
         m.d.sync += result.eq(product + addend)
         return result
+
+    def _factor(self, m: Module, g: int) -> Signal | None:
+        """Product of both scales' mantissas; None where they have none."""
+        bits = self.shape.scale_bits
+        if not bits:
+            return None
+        factor = Signal(2 * (bits + 1), reset_less=True)
+        mantissas = [Cat(self.scale[g][i * bits : (i + 1) * bits], C(1, 1)) for i in range(2)]
+        with m.If(self.finish[g]):
+            m.d.sync += factor.eq(mantissas[0] * mantissas[1])
+        return factor
 
     def _accumulators(self, m: Module, finished: Signal, column: Signal, valid: Signal) -> Signal:
         """Read for the first k-block, written behind the last."""
@@ -338,6 +376,7 @@ class _Row:
     is_signed: bool
     negate: bool
     shift: int
+    scale: int
 
     def controls(self, shape: UnitShape, unsigned: bool) -> Iterator[tuple[int, int, int, bool]]:
         """Of each plane: elements' bits, control, micro exponents, whether it is the last."""
@@ -360,6 +399,7 @@ def check_unit(shape: UnitShape, *, rows: int = 24, seed: int = 0) -> int:
     rng = random.Random(seed)
     unit = TableUnit(shape)
     unsigned = [rng.random() < 0.5 for _ in range(shape.k_blocks)]
+    scales = [rng.randrange(1 << shape.scale_bits) for _ in range(shape.k_blocks)]
     stationary = [_random_columns(shape, rng, u) for u in unsigned]
     jobs = [
         [_random_row(shape, rng, planes) for _ in range(shape.k_blocks)]
@@ -369,7 +409,8 @@ def check_unit(shape: UnitShape, *, rows: int = 24, seed: int = 0) -> int:
     for r, job in enumerate(jobs):
         for column in range(shape.columns):
             sums[r % _IN_TURN][column] += sum(
-                _dot(shape, row, *stationary[g][column]) for g, row in enumerate(job)
+                _dot(shape, row, *stationary[g][column]) * ((1 << shape.scale_bits) + scales[g])
+                for g, row in enumerate(job)
             )
             expected.append(sums[r % _IN_TURN][column])
     found: list[int] = []
@@ -380,7 +421,7 @@ def check_unit(shape: UnitShape, *, rows: int = 24, seed: int = 0) -> int:
                 for table in range(shape.tables):
                     await _write_table(context, unit, g, column, table, values, micro)
         context.set(unit.write, 0)
-        await _stream(context, unit, jobs, unsigned)
+        await _stream(context, unit, jobs, unsigned, scales)
 
     async def watch(context: Any) -> None:
         async for _, _, valid, result in context.tick().sample(unit.valid, unit.result):
@@ -424,16 +465,19 @@ def _random_row(shape: UnitShape, rng: random.Random, planes: int) -> _Row:
         is_signed=is_signed,
         negate=rng.random() < 0.5,
         shift=rng.randrange(_SHIFTS),
+        scale=rng.randrange(1 << shape.scale_bits),
     )
 
 
 def _dot(shape: UnitShape, row: _Row, values: Sequence[int], micro: Sequence[int]) -> int:
-    """The dot product where the unit puts it: aligned as if it had eight planes, times eight."""
+    """The dot product where the unit puts it: aligned as if it had eight planes, times eight, and
+    times the serial scale's mantissa.
+    """
     total = 0
     for k, (x, w) in enumerate(zip(row.values, values, strict=True)):
         part = k // shape.part
         total += (x * w) << (row.micro[part] + micro[part])
-    total = -total if row.negate else total
+    total = (-total if row.negate else total) * ((1 << shape.scale_bits) + row.scale)
     return total << (_PLANES - row.planes + 3 + row.shift)
 
 
@@ -458,26 +502,37 @@ async def _write_table(
 
 
 async def _stream(
-    context: Any, unit: TableUnit, jobs: Sequence[Sequence[_Row]], unsigned: Sequence[bool]
+    context: Any,
+    unit: TableUnit,
+    jobs: Sequence[Sequence[_Row]],
+    unsigned: Sequence[bool],
+    scales: Sequence[int],
 ) -> None:
     """Planes of all rows without a gap, k-block g behind by g cycles."""
     shape = unit.shape
+    idle = (0, 0, 0, False, 0, 0, 0)
     lines: list[list[tuple[Any, ...]]] = []
     for g in range(shape.k_blocks):
-        line: list[tuple[Any, ...]] = [(0, 0, 0, False, 0, 0)] * g
+        line: list[tuple[Any, ...]] = [idle] * g
         for r, job in enumerate(jobs):
-            line += [(*c, job[g].shift, r) for c in job[g].controls(shape, unsigned[g])]
+            scale = job[g].scale | scales[g] << shape.scale_bits
+            line += [(*c, job[g].shift, scale, r) for c in job[g].controls(shape, unsigned[g])]
         lines.append(line)
     last = max(map(len, lines))
     for cycle in range(last + shape.columns + shape.k_blocks + 12):
         finish = 0
         for g, line in enumerate(lines):
-            idle = (0, 0, 0, False, 0, 0)
-            bits, control, micro, ends, shift, row = line[cycle] if cycle < len(line) else idle
+            bits, control, micro, ends, shift, scale, row = (
+                line[cycle] if cycle < len(line) else idle
+            )
+            # The factor has room for shifts to 11.
+            is_coarse = bool(shape.coarse) and shift > _MAX_FINE
             context.set(unit.planes[g], bits)
             context.set(unit.control[g], control)
             context.set(unit.micro[g], micro)
-            context.set(unit.shift[g], shift)
+            context.set(unit.shift[g], shift - is_coarse * shape.coarse)
+            context.set(unit.align[g], 4 * is_coarse)
+            context.set(unit.scale[g], scale)
             finish |= ends << g
             if g == 0 and ends:
                 context.set(unit.first, row < _IN_TURN)

@@ -28,18 +28,12 @@ Array = np.ndarray[Any, Any]
 
 
 def config_for(block_format: BlockFormat) -> GemmConfig:
-    """The default core for a block format. Raises ValueError for 1 x n blocks and micro
-    exponents.
+    """The default core for a block format. Raises ValueError for 1 x n blocks.
 
     >>> from dynasty_lightning import BlockFormat
     >>> config_for(BlockFormat(block_shape=(8, 8), width_group=(8, 16))).block_edge
     8
     """
-    if block_format.scale_bits:
-        raise ValueError(
-            f"the core computes blocks of one exponent, not scale_bits={block_format.scale_bits}: "
-            f"leave that out for it"
-        )
     return GemmConfig(
         block_edge=edge_of_shape(block_format.block_shape), width_group=block_format.width_group
     )

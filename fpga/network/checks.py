@@ -67,10 +67,10 @@ def pairs(value: Any) -> None:
             )
 
 
-def one_of(*words: str) -> Check:
+def one_of(*values: str | int) -> Check:
     def check(value: Any) -> None:
-        if type(value) is not str or value not in words:
-            raise ValueError(f"must be one of {', '.join(words)}, not {short(value)}")
+        if not any(type(value) is type(v) and value == v for v in values):
+            raise ValueError(f"must be one of {', '.join(map(str, values))}, not {short(value)}")
 
     return check
 

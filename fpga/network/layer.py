@@ -98,6 +98,7 @@ def load_layer(step: Step, constants: Mapping[str, Array], config: GemmConfig) -
             most_bits=step["most_bits"],
             offered_bits=tuple(step.get("offered_bits", ())),
             code=step.get("code", "symmetric"),
+            scale_bits=step.get("scale_bits", 0),
         )
     except ValueError as error:
         raise ProgramError(f"step {step['name']!r}: {error}") from error

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import Array
 from ..config import MAX_BITS, MIN_BITS, GemmConfig
+from ..quantizer import SLACK
 from . import shapes
 from .checks import Check, flag, number, number_or_none, one_of, pairs, whole, wholes
 from .limits import MAX_AXES, MAX_EXTENT
@@ -114,6 +115,7 @@ _GEMM_FIELDS: Final = {
 _GEMM_OPTIONS: Final = {
     "code": one_of("symmetric", "split"),
     "offered_bits": wholes(MIN_BITS, MAX_BITS),
+    "scale_bits": one_of(*SLACK),
 }
 _WINDOW_FIELDS: Final = {"taps": wholes(1), "stride": wholes(1), "padding": wholes(0)}
 _POOL: Final = StepKind(

@@ -23,8 +23,9 @@ from ..engines import BITS
 from ..files import write_atomically
 from ..geometry import Geometry
 from ..job import GemmJob
-from ..operand import Operand
+from ..operand import STEPS, Operand
 from ..packing import pack
+from ..registers import MAX_SCALED_BITS
 from ..walk import Walk, job_words
 
 __all__ = [
@@ -134,6 +135,8 @@ def random_operand(
     largest = int(rng.integers(-8, 8))
     shared = largest - rng.choice([0, 1, 4, WINDOW], size=grid)
     exponents = np.where(bits > 0, shared + 1 - (bits - flags), 0)
+    # Narrow blocks' LSBs may be 3, 5 or 7 times a power of two.
+    steps = np.where((bits > 0) & (bits <= MAX_SCALED_BITS), rng.choice(STEPS, size=grid), 1)
 
     def spread(values: Array) -> Array:
         by_row = values if row_exponents else np.repeat(values, edge, axis=0)[:rows]
@@ -150,7 +153,7 @@ def random_operand(
     ends = rng.random(shape)
     mantissas = np.where(ends < 0.1, most, np.where(ends > 0.9, least, mantissas))
     return Operand(
-        mantissas=mantissas,
+        mantissas=mantissas * spread(steps),
         scale_exponents=exponents,
         bits=bits,
         signed=flags,

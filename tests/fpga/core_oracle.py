@@ -122,22 +122,43 @@ def blocks_of(operand: Any) -> tuple[int, int, int]:
     return -(-rows // operand.block_edge), count, -(-channels // operand.block_edge)
 
 
+def mantissas_of(operand: Any, r: int, p: int, c: int, row: int) -> list[int]:
+    """Of a block, or with row exponents of one of its rows."""
+    edge = operand.block_edge
+    rows = [row] if operand.row_exponents else range(r * edge, (r + 1) * edge)
+    return [
+        int(operand.mantissas[i, p, k])
+        for i in rows
+        for k in range(c * edge, (c + 1) * edge)
+        if i < operand.shape[0] and k < operand.shape[2]
+    ]
+
+
+def steps_of(operand: Any, r: int, p: int, c: int, row: int) -> int:
+    """The least odd number up to 7 of which mantissas are multiples that fit their width."""
+    entry = (row if operand.row_exponents else r, p, c)
+    bits, signed = int(operand.bits[entry]), bool(operand.signed[entry])
+    values = mantissas_of(operand, r, p, c, row)
+    for steps in (1, 3, 5, 7) if bits <= 5 else (1,):
+        most = 2 ** (bits - signed) - 1 + signed if bits else 0
+        codes = [v // steps for v in values]
+        held = all(
+            v % steps == 0 and (-most if signed else 0) <= v // steps <= most for v in values
+        )
+        if held and not (signed and most in codes and -most in codes):
+            return steps
+    raise AssertionError(f"no codes of {bits} bits hold {values}")
+
+
 def is_negated(operand: Any, r: int, p: int, c: int, row: int) -> bool:
     """Whether a block, or with row exponents one of its rows, holds 2**(bits - 1): two's complement
     has the negative of it alone.
     """
-    edge = operand.block_edge
     entry = row if operand.row_exponents else r
     if not operand.signed[entry, p, c] or not operand.bits[entry, p, c]:
         return False
-    end = 1 << int(operand.bits[entry, p, c]) - 1
-    rows = [row] if operand.row_exponents else range(r * edge, (r + 1) * edge)
-    return any(
-        int(operand.mantissas[i, p, k]) == end
-        for i in rows
-        for k in range(c * edge, (c + 1) * edge)
-        if i < operand.shape[0] and k < operand.shape[2]
-    )
+    end = steps_of(operand, r, p, c, row) << int(operand.bits[entry, p, c]) - 1
+    return end in mantissas_of(operand, r, p, c, row)
 
 
 def headers_of(operand: Any, r: int, p: int, c: int) -> list[int]:
@@ -154,7 +175,8 @@ def headers_of(operand: Any, r: int, p: int, c: int) -> list[int]:
         )
         assert 0 <= shift <= 31
         header = int(operand.bits[row, p, c]) | int(operand.signed[row, p, c]) << 4 | shift << 5
-        headers.append(header | is_negated(operand, r, p, c, row) << 10)
+        steps = steps_of(operand, r, p, c, row)
+        headers.append(header | is_negated(operand, r, p, c, row) << 10 | steps // 2 << 11)
     return headers
 
 
@@ -179,6 +201,7 @@ def segment(operand: Any, line: tuple[int, int], first: int, tile: int) -> list[
                 row, channel = line[0] * edge + i, c * edge + k
                 if row < operand.shape[0] and channel < operand.shape[2]:
                     mantissa = int(operand.mantissas[row, line[1], channel])
+                    mantissa //= steps_of(operand, *line, c, row)
                     if is_negated(operand, *line, c, row):
                         mantissa = -mantissa
                     # Python integers are two's complement without end.

@@ -69,11 +69,11 @@ def test_memory_follows_the_widths() -> None:
         ({"mantissas": np.ones((4, 1, 8))}, "not float64"),
         ({"mantissas": np.ones((0, 1, 8), np.int16)}, "none empty"),
         (
-            {"mantissas": np.full((4, 1, 8), 9, np.int16)},
-            r"mantissa 9 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -8 to 8",
+            {"mantissas": np.full((4, 1, 8), 11, np.int16)},
+            r"mantissa 11 at .*\(0, 0, 0\) does not fit 4 signed bits: legal are -8 to 8",
         ),
         (
-            {"mantissas": np.full((4, 1, 8), -9, np.int16)},
+            {"mantissas": np.full((4, 1, 8), -11, np.int16)},
             "does not fit 4 signed bits",
         ),
         (
@@ -216,6 +216,54 @@ def test_words_and_bases_are_what_pack_gives(
 ) -> None:
     with pytest.raises(OperandError, match=message):
         unpack(PackedOperand(words=words, bases=bases), (4, 1, 8), GemmConfig())
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_narrow_blocks_hold_multiples_of_three_five_and_seven(rows: bool) -> None:
+    config = GemmConfig()
+    grid = (4 if rows else 1, 1, 4)
+    codes = np.tile(np.array([7, -8, 1, 0], np.int16), (4, 1, 4))
+    mantissas = codes * np.repeat(np.array([1, 3, 5, 7], np.int16), 4)
+    operand = plain(
+        mantissas=mantissas,
+        bits=np.full(grid, 4),
+        signed=np.ones(grid, bool),
+        scale_exponents=np.zeros(grid, int),
+        row_exponents=rows,
+    )
+    assert (operand.steps == [1, 3, 5, 7]).all()
+    np.testing.assert_array_equal(operand.codes, codes)
+    packed = pack(operand, config)
+    again = unpack(packed, operand.shape, config, row_exponents=rows)
+    np.testing.assert_array_equal(again.mantissas, mantissas)
+    headers = packed.words[1:].view(np.uint16)[: 16 if rows else 4]
+    assert (headers >> 11 & 3).tolist() == np.repeat([0, 1, 2, 3], 4 if rows else 1).tolist()
+    # Of six bits and more it is refused, in arrays and in words.
+    with pytest.raises(OperandError, match=r"does not fit 6 signed bits: legal are -32 to 32$"):
+        plain(
+            mantissas=np.full((4, 1, 16), 33),
+            bits=np.full(grid, 6),
+            signed=np.ones(grid, bool),
+            scale_exponents=np.zeros(grid, int),
+            row_exponents=rows,
+        )
+    wide = packed.words.copy()
+    wide[1] = (wide[1] & ~np.uint64(0xF)) | np.uint64(6) | np.uint64(1 << 11)
+    with pytest.raises(OperandError, match="illegal header"):
+        unpack(replace(packed, words=wide), operand.shape, config, row_exponents=rows)
+
+
+def test_steps_are_the_least_that_will_do() -> None:
+    grid = (1, 1, 3)
+    mantissas = np.tile(np.array([3, -6, 3, 0, 15, 0, 0, 0, 9, -12, 0, 0], np.int16), (4, 1, 1))
+    operand = plain(
+        mantissas=mantissas,
+        bits=np.array([[[4, 4, 3]]]),
+        signed=np.ones(grid, bool),
+        scale_exponents=np.zeros(grid, int),
+    )
+    # 3 and -6 are codes of four bits; 15 is 3 * 5, not a code; 9 and -12 are 3 * 3 and 3 * -4.
+    assert operand.steps.tolist() == [[[1, 3, 3]]]
 
 
 @pytest.mark.parametrize("rows", [False, True])

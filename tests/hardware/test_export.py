@@ -37,7 +37,7 @@ from fpga.network.deploy import DeployError, deploy
 from fpga.network.program import Program, ProgramError
 from fpga.network.runner import Runner
 from fpga.quantizer import ActivationRequest, quantize_activations
-from tests.numerics.native_cases import OFFERS
+from tests.numerics.native_cases import FINE, OFFERS
 
 
 def same(a: Operand, b: Operand) -> bool:
@@ -52,13 +52,18 @@ def same(a: Operand, b: Operand) -> bool:
     "request_kind", ["uniform", "map of widths", "threshold", "thresholds, least 2"]
 )
 @pytest.mark.parametrize(("block", "group"), [(4, None), (8, None), (4, (8, 16))])
-@pytest.mark.parametrize("code", ["symmetric", "split"])
+@pytest.mark.parametrize(("code", "scale_bits"), [("symmetric", 0), *FINE])
 def test_the_numpy_quantizer_is_torchs_to_the_bit(
-    kind: str, request_kind: str, block: int, group: tuple[int, int] | None, code: str
+    kind: str,
+    request_kind: str,
+    block: int,
+    group: tuple[int, int] | None,
+    code: str,
+    scale_bits: int,
 ) -> None:
     layer = nn.Conv2d(21, 4, 3) if kind == "conv" else nn.Linear(21, 4)
     model = nn.Sequential(layer)
-    convert(model, block_shape=(block, block), width_group=group, code=code)
+    convert(model, block_shape=(block, block), width_group=group, code=code, scale_bits=scale_bits)
     converted = dynamic_layers(model)["0"]
     for seed in range(6):
         torch.manual_seed(seed)
@@ -69,7 +74,7 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
         blocks = -(-21 // block)
         grid = (1, blocks, 3, 4) if kind == "conv" else (1, blocks)
         if request_kind == "uniform":
-            values, thresholds, least = torch.tensor(5), False, 0
+            values, thresholds, least = torch.tensor(4), False, 0
         elif request_kind == "map of widths":
             values, thresholds, least = (
                 torch.tensor([0, 2, 3, 4, 5, 6, 7, 8])[torch.randint(0, 8, grid)],
@@ -101,6 +106,7 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
             least_bits=least,
             offered_bits=offered,
             code=code,
+            scale_bits=scale_bits,
         )
         scope = "sample" if kind == "conv" else "row"
         assert same(
@@ -112,7 +118,7 @@ def test_the_numpy_quantizer_is_torchs_to_the_bit(
 
 
 def test_both_packages_have_the_same_constants() -> None:
-    for name in ("WINDOW", "SIGNED_SLACK", "UNSIGNED_SLACK"):
+    for name in ("WINDOW", "SLACK", "MAX_SCALED_BITS"):
         assert getattr(quantizer, name) == getattr(formats, name), name
     assert quantizer._FAR_THRESHOLDS == formats.FAR_THRESHOLDS
 
@@ -231,6 +237,7 @@ def test_an_exported_network_gives_torchs_classes_and_the_same_bits_on_every_dev
         {"width_group": (16, 16)},
         {"block_shape": (8, 8), "code": "split"},
         {"code": "split", "width_group": (8, 8)},
+        {"block_shape": (8, 8), "code": "split", "scale_bits": 2},
     ],
 )
 def test_other_blocks_export_too(options: dict[str, Any], tmp_path: Path) -> None:

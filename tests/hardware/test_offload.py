@@ -105,7 +105,9 @@ def fit_and_predict(
     return module, predictions, extra[0] if extra else None
 
 
-@pytest.mark.parametrize("options", [{}, {"block_shape": (8, 8), "code": "split"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"block_shape": (8, 8), "code": "split", "scale_bits": 2}], ids=str
+)
 def test_a_residual_network_trains_through_the_simulation_with_the_bits_of_exact_mode(
     options: dict[str, Any],
 ) -> None:

@@ -49,9 +49,9 @@ class Mutation(NamedTuple):
 
 MUTATIONS = (
     Mutation("window one binade wider", "kWindow = 8;", "kWindow = 9;"),
-    Mutation("window ignores the sign", "largest - Ints(kWindow + 7) + sign)", "largest - Ints(kWindow + 7))"),
-    Mutation("ties away from even", "Floats(0x1.8p23f), t = y + magic", "Floats(0x1.8p23f), t = (y + Floats(0x1p-12f)) + magic"),
-    Mutation("no clip of mantissas", "Least(Greatest(y, least), limit) : Clip(y, limit);", "Least(Greatest(y, least), limit) : y;"),
+    Mutation("window ignores the sign", "largest - Ints(kWindow + 7) + sign;", "largest - Ints(kWindow + 7);"),
+    Mutation("ties away from even", "t = Clip(y, f.limit) + magic;", "t = Clip(y, f.limit) + Floats(0x1p-12f) + magic;"),
+    Mutation("no clip of mantissas", "t = Clip(y, f.limit) + magic;", "t = y + magic;"),
     Mutation("no over bit", "above + Ints(2) + over", "above + Ints(2)"),
     Mutation("over bit from the wrong width", "peak.Exceeds(above + Ints(1))", "peak.Exceeds(above + Ints(2))"),
     Mutation("E saturates", "if (a_.stochastic) scale = scale + Select(peak.Exceeds(p), Ints(1), Ints(0));", ";"),
@@ -132,6 +132,8 @@ MUTATIONS = (
     Mutation("fine: window of an exponent, not of an LSB", "kFine ? ShiftLeft<kStepBits>(floor) : floor", "kFine ? ShiftLeft<kStepBits>(floor) + Ints(2) : floor"),
     Mutation("fine: not divided", "y = y / f.steps;", ";"),
     Mutation("fine: codes without their steps", "BitsOf(y * f.steps + magic)", "BitsOf(y + magic)"),
+    Mutation("fine: ties away from even", "Least(Greatest(y, f.least), f.limit) + magic - magic", "Least(Greatest(y, f.least), f.limit) + Floats(0x1p-12f) + magic - magic"),
+    Mutation("fine: no clip below", "Least(Greatest(y, f.least), f.limit)", "Least(y, f.limit)"),
     Mutation("fine: second plane of peaks unread", "a_.peaks + count_ + at.index", "a_.peaks + at.index"),
     Mutation("bias of the tile's first channel", "Floats(a.bias[c + i])", "Floats(a.bias[c])"),
 )  # fmt: skip

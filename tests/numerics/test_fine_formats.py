@@ -9,15 +9,13 @@ import torch
 
 from dynasty_lightning import DynastyPrecision, PrecisionMap, Role, convert, quantize
 from dynasty_lightning.hardware.checkpoint import load_converted
-from dynasty_lightning.hardware.offload import offload
-from dynasty_lightning.hardware.program import export_program
 from dynasty_lightning.maps.structure import model_structure
 from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.formats import BlockFormat
 from dynasty_lightning.numerics.quantized import header_negated
 from dynasty_lightning.numerics.random import StreamPosition
 from dynasty_lightning.numerics.recipe import Recipe
-from fpga import GemmConfig, open_device
+from fpga import Operand
 from tests import oracle
 
 from .native_cases import FINE, offered, random_fine_case
@@ -198,21 +196,6 @@ def test_a_map_knows_its_codes(tmp_path):
     assert "code" not in model_structure(plain).to_json()  # files of before stay what they were
 
 
-def test_the_core_refuses_what_it_does_not_compute():
-    network = torch.nn.Sequential(torch.nn.Linear(8, 4))
-    convert(network, mode="exact", scale_bits=2)
-    for offer in (
-        lambda: offload(network, "reference"),
-        lambda: offload(network, open_device("reference")),
-        lambda: export_program(network, (8,)),
-        lambda: export_program(network, (8,), config=GemmConfig()),
-    ):
-        with pytest.raises(
-            ValueError, match="the core computes blocks of one exponent, not scale_bits=2"
-        ):
-            offer()
-
-
 def test_a_checkpoint_keeps_its_codes():
     trained = torch.nn.Sequential(torch.nn.Linear(8, 4))
     plugin = DynastyPrecision(code="split", scale_bits=2)
@@ -245,9 +228,12 @@ def test_a_whole_number_of_another_kind_is_one():
     assert quantize(torch.ones(4, 4), 4, role=Role.WEIGHT, scale_bits=np.int64(2)).bits.item() == 4
 
 
-def test_the_core_takes_no_arrays_of_fine_blocks():
+def test_the_core_takes_arrays_of_fine_blocks():
     arrays = quantize(torch.full((4, 4), 8.0), 4, role=Role.WEIGHT, code="split").numpy()
     assert set(arrays["mantissas"].ravel().tolist()) == {8}  # negated codes of -8
+    x = quantize(torch.full((4, 4, 1), 9.0), 4, role=Role.ACTIVATION, scale_bits=2).numpy()
+    operand = Operand(**{n: v.transpose(0, 2, 1) for n, v in x.items()})
+    assert (operand.steps.item(), operand.values()[0, 0, 0]) == (5, 8.75)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

@@ -29,7 +29,7 @@ from fpga.packing import pack
 from fpga.quantizer import WINDOW
 from fpga.walk import Walk, job_words
 
-from ...numerics.formats import raised_widths
+from ...numerics.formats import raised_widths, slack_quarters
 from . import MISSING
 
 try:
@@ -191,6 +191,9 @@ class _Config(LayerConfigTemplate):  # type: ignore[misc]
     static constexpr int most_bits = {most_bits};
     static constexpr uint64_t raised_widths = {raised_widths};
     static constexpr bool is_split = {is_split};
+    static constexpr int scale_bits = {scale_bits};
+    static constexpr int signed_slack = {signed_slack};
+    static constexpr int unsigned_slack = {unsigned_slack};
     static constexpr int group_blocks = {group_blocks};
 }};\n"""
 
@@ -244,6 +247,7 @@ def _parse(
             f"layer {layer_name!r}: the widths must be those of one row and fit 16 bits"
         )
     out, _, channels = module.layer.weight.shape
+    slack = slack_quarters(module.layer.request.scale_bits, edge)
     spatial = module.spatial(len(input_shapes[0]) - 2)
     layer = {
         "name": layer_name,
@@ -263,6 +267,8 @@ def _parse(
         "most_bits": module.layer.request.most_bits,
         "raised_widths": f"{raised_widths(module.layer.request.offered_bits):#x}ull",
         "is_split": int(module.layer.request.code == "split"),
+        "scale_bits": module.layer.request.scale_bits,
+        **dict(zip(("signed_slack", "unsigned_slack"), slack, strict=True)),
         "group_blocks": module.config.width_group[1] // edge if module.config.width_group else 0,
         # numbers that float64 holds, since hls4ml prints weights as such
         "job_data": module.job().astype(np.float64),

@@ -48,6 +48,8 @@ def record_layer(
         fields["offered_bits"] = list(asked.offered_bits)
     if layer.plan.format.code != "symmetric":
         fields["code"] = layer.plan.format.code
+    if layer.plan.format.scale_bits:
+        fields["scale_bits"] = layer.plan.format.scale_bits
     if geometry.kind == "conv":
         for what in ("taps", "stride", "padding", "dilation"):
             fields[what] = list(getattr(geometry, what))

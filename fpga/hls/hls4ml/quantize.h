@@ -14,8 +14,9 @@ constexpr int kNoBlock = -(1 << 14);  // below every exponent
 // One block of one row: kEdge channels at a position.
 struct Group {
   int16_t exponent;  // floor(log2(largest magnitude))
-  int16_t scale;     // exponent of the mantissas' LSB
-  uint8_t width;     // bits of a mantissa, sign included; 0: a zero block
+  int16_t scale;     // exponent of the unit of which the codes' LSB is `2 * steps + 1`
+  uint8_t steps;
+  uint8_t width;  // bits of a mantissa, sign included; 0: a zero block
   bool is_signed;
   bool is_negated;     // its planes are those of the negatives
   uint32_t high, low;  // largest magnitudes above and below zero, in units of the values' last bit
@@ -32,27 +33,32 @@ BITS:
   return top;
 }
 
-// magnitude / 2**shift, rounded to nearest-even.
-inline uint32_t ScaleDown(uint32_t magnitude, int shift) {
+// magnitude / (odd * 2**shift), rounded to nearest-even.
+inline uint32_t ScaleDown(uint32_t magnitude, int shift, uint32_t odd) {
 #pragma HLS INLINE
-  if (shift <= 0) return magnitude << -shift;
   if (shift > kMaxValueBits + 1) return 0;
-  const uint32_t kept = magnitude >> shift;
-  const uint32_t rest = magnitude & ((1u << shift) - 1);
-  const uint32_t half = 1u << (shift - 1);
-  return kept + (rest > half || (rest == half && (kept & 1)) ? 1 : 0);
+  const uint64_t dividend = uint64_t(magnitude) << (shift < 0 ? -shift : 0);
+  const uint64_t divisor = uint64_t(odd) << (shift > 0 ? shift : 0);
+  const uint64_t kept = dividend / divisor;
+  const uint64_t twice = 2 * (dividend - kept * divisor);
+  return uint32_t(kept + (twice > divisor || (twice == divisor && (kept & 1)) ? 1 : 0));
 }
 
 // C gives what is known when the layer is built:
 //   positions, channels, fraction (bits of a value below the point), request_positions,
 //   request_blocks (1 or whole), is_threshold, least_bits, most_bits, raised_widths (nine digits of
 //   four bits: what a width is raised to), is_split (codes have a level more at one end),
-//   group_blocks (channel blocks that share a width; 0: none)
+//   scale_bits (0, or 2 for LSBs in quarter steps: 4 * e + j is (1 + j / 4) * 2**e), signed_slack,
+//   unsigned_slack (quarters of an LSB by which an element may exceed the largest), group_blocks
+//   (channel blocks that share a width; 0: none)
 template <class C>
 struct RowQuantizer {
   static constexpr int kBlocks = (C::channels + kEdge - 1) / kEdge;
   static constexpr int kSegments = (kBlocks + kTile - 1) / kTile;
   static constexpr int kMaxWords = C::positions * kSegments * (1 + kMaxSegmentWords);
+  static constexpr bool kIsFine = C::is_split || C::scale_bits != 0;
+  static constexpr int kSteps = 4;  // from an LSB that is a power of two to the next
+  static constexpr int kStepBits = 2;
 
   // x: [position][channel]; request: [position or 0][channel block or 0]; words: at least
   // kMaxWords. Returns the words written.
@@ -90,21 +96,22 @@ struct RowQuantizer {
     return (1u << bits) - 1 + (has_more ? 1 : 0);
   }
 
-  // Whether `largest` exceeds the limit in units of 2**scale by no more than the slack: one in
-  // signed blocks, three quarters in others.
-  static bool FitsEnd(uint32_t largest, uint32_t limit, bool is_signed, int scale) {
+  // Whether `largest` exceeds the limit under an LSB, in quarter steps, by no more than the slack.
+  static bool FitsEnd(uint32_t largest, uint32_t limit, bool is_signed, int lsb) {
 #pragma HLS INLINE
-    const int shift = scale + C::fraction;  // of the LSB in units of the values' last bit
-    const uint64_t quarters = 4ull * largest;
-    const uint64_t most = 4ull * limit + (is_signed ? 4 : 3);
+    // Of the LSB's power of two in units of the values' last bit.
+    const int shift = (lsb >> kStepBits) + C::fraction;
+    const uint64_t sixteenths = 16ull * largest;
+    const uint64_t quarters = 4ull * limit + (is_signed ? C::signed_slack : C::unsigned_slack);
+    const uint64_t most = quarters * uint64_t(kSteps + (lsb & (kSteps - 1)));
     if (shift > kMaxValueBits + 4) return true;
     if (shift < -(kMaxValueBits + 6)) return largest == 0;
-    return shift < 0 ? quarters << -shift <= most : quarters <= most << shift;
+    return shift < 0 ? sixteenths << -shift <= most : sixteenths <= most << shift;
   }
-  static bool Fits(const Group& group, int magnitude_bits, int scale) {
+  static bool Fits(const Group& group, int magnitude_bits, int lsb) {
 #pragma HLS INLINE
-    return FitsEnd(group.high, LimitOf(group, magnitude_bits, false), group.is_signed, scale) &&
-           FitsEnd(group.low, LimitOf(group, magnitude_bits, true), group.is_signed, scale);
+    return FitsEnd(group.high, LimitOf(group, magnitude_bits, false), group.is_signed, lsb) &&
+           FitsEnd(group.low, LimitOf(group, magnitude_bits, true), group.is_signed, lsb);
   }
 
   // Width that a threshold of `asked` gives a block.
@@ -113,7 +120,8 @@ struct RowQuantizer {
     const int above = int(group.exponent) - asked;
     if (above < 0) return C::least_bits ? Offer(C::least_bits) : 0;
     const int needed = above + 1 + (group.is_signed ? 1 : 0);
-    return Offer(C::is_split && Fits(group, above, asked) ? needed - 1 : needed);
+    const bool fits = kIsFine && Fits(group, above, asked * kSteps);
+    return Offer(fits ? needed - 1 : needed);
   }
 
   // Exponent, sign and width of a block of values.
@@ -132,7 +140,7 @@ struct RowQuantizer {
       }
     }
     const uint32_t peak = high > low ? high : low;
-    Group group = {int16_t(TopBit(peak) - C::fraction), 0, 0, low > 0, false, high, low};
+    Group group = {int16_t(TopBit(peak) - C::fraction), 0, 0, 0, low > 0, false, high, low};
     const int width = C::is_threshold ? WidthOf(group, asked) : asked;
     group.width = uint8_t(peak ? width : 0);
     return group;
@@ -177,18 +185,36 @@ struct RowQuantizer {
     return int(group.width) - (group.is_signed ? 1 : 0);
   }
 
-  // Exponent of the LSB of a group's mantissas, not below what the window of `ceiling` keeps.
-  static int ScaleOf(const Group& group, int ceiling) {
+  // LSB of a group's codes in quarter steps, not below what the window of `ceiling` keeps: the
+  // finest that fits, of which those of wide blocks are powers of two.
+  static int LsbOf(const Group& group, int ceiling) {
 #pragma HLS INLINE
-    const int natural = group.exponent + 1 - MagnitudeBits(group);
-    const bool is_finer = C::is_split && Fits(group, MagnitudeBits(group), natural - 1);
-    const int scale = is_finer ? natural - 1 : natural;
-    const int least = ceiling - (kWindow + 7) + (group.is_signed ? 1 : 0);
-    return scale < least ? least : scale;
+    const bool by_step = C::scale_bits != 0 && group.width <= kMaxScaledBits;
+    const int natural = (group.exponent + 1 - MagnitudeBits(group)) * kSteps;
+    int lsb = natural;
+  STEPS:
+    for (int finer = 1; finer <= kSteps; ++finer) {
+#pragma HLS UNROLL
+      if (kIsFine && (by_step || finer == kSteps) &&
+          Fits(group, MagnitudeBits(group), natural - finer)) {
+        lsb = natural - finer;
+      }
+    }
+    const int least = (ceiling - (kWindow + 7) + (group.is_signed ? 1 : 0)) * kSteps;
+    return lsb < least ? least : lsb;
   }
 
-  // Mantissas of one block; whether any is other than zero.
-  static bool RoundBlock(const int32_t* x, int position, int block, Group& group, int scale,
+  // An LSB as an odd number, 2 * steps + 1, of units of 2**scale.
+  static void SetLsb(Group& group, int lsb) {
+#pragma HLS INLINE
+    const int quarter = lsb & (kSteps - 1);
+    const int trailing = quarter == 0 ? 2 : quarter == 2 ? 1 : 0;
+    group.steps = uint8_t((kSteps + quarter) >> trailing >> 1);
+    group.scale = int16_t((lsb >> kStepBits) - 2 + trailing);
+  }
+
+  // Codes of one block before they are negated; whether any is other than zero.
+  static bool RoundBlock(const int32_t* x, int position, int block, Group& group,
                          int16_t* mantissas) {
 #pragma HLS INLINE
     const int bits = group.width ? MagnitudeBits(group) : 0;
@@ -198,7 +224,8 @@ struct RowQuantizer {
     for (int c = 0; c < kEdge; ++c) {
       const int32_t value = ValueAt(x, position, block * kEdge + c);
       const uint32_t whole = uint32_t(value < 0 ? -value : value);
-      uint32_t magnitude = group.width ? ScaleDown(whole, scale + C::fraction) : 0;
+      uint32_t magnitude =
+          group.width ? ScaleDown(whole, group.scale + C::fraction, 2u * group.steps + 1) : 0;
       const uint32_t limit = LimitOf(group, bits, value < 0);
       magnitude = magnitude > limit ? limit : magnitude;
       group.is_negated |= group.is_signed && value > 0 && magnitude == 1u << bits;
@@ -218,11 +245,10 @@ struct RowQuantizer {
       for (int b = 0; b < kBlocks; ++b) {
         const int index = p * kBlocks + b;
         Group& group = groups[index];
-        const int scale = ScaleOf(group, ceiling);
-        const bool is_live = RoundBlock(x, p, b, group, scale, mantissas + index * kEdge);
-        group.scale = int16_t(scale);
+        SetLsb(group, LsbOf(group, ceiling));
+        const bool is_live = RoundBlock(x, p, b, group, mantissas + index * kEdge);
         if (!is_live) group.width = 0;
-        if (is_live && scale < base) base = scale;
+        if (is_live && group.scale < base) base = group.scale;
       }
     }
     return base == -kNoBlock ? 0 : base;
@@ -264,8 +290,8 @@ struct RowQuantizer {
     for (int n = 0; n < count; ++n) {
       const Group& group = groups[n];
       if (group.width == 0) continue;
-      const uint32_t header =
-          MakeHeader(group.width, group.is_signed, uint32_t(group.scale - base), group.is_negated);
+      const uint32_t header = MakeHeader(group.width, group.is_signed, uint32_t(group.scale - base),
+                                         group.is_negated, group.steps);
       const int quarter = n * kEdge;
       words[start + quarter / kHeadersPerWord] |= Word_t(header)
                                                   << (quarter % kHeadersPerWord * kHeaderBits);

@@ -97,6 +97,8 @@ struct Held {
   Dot dot;
   Shift_t shift_a[kEdge];
   Shift_t shift_b;
+  Steps_t steps_a[kEdge];
+  Steps_t steps_b;
   uint32_t i, j;
   int row;  // next to pass; kEdge: none
 };
@@ -104,16 +106,18 @@ struct Held {
 // Which operand goes on to its next block after a cycle. A block of A that ends takes B's with it.
 enum class Ends { kNone, kBlockOfA, kBlockOfB };
 
-// Passes one row of the held product through the shifters.
+// Passes one row of the held product through the multipliers of steps and the shifters.
 void DrainRow(Held& held, LaneSums& sums) {
 #pragma HLS INLINE
   if (held.row == kEdge) return;
   SumRow& row = sums.rows[held.i][held.j][held.row];
   const int shift = int(held.shift_a[held.row]) + int(held.shift_b);
+  // 1, 3, 5 or 7 times one of these: a product of six bits, of which there are ten.
+  const int steps = (2 * int(held.steps_a[held.row]) + 1) * (2 * int(held.steps_b) + 1);
 COLUMNS:
   for (int c = 0; c < kEdge; ++c) {
 #pragma HLS UNROLL
-    row.sums[c] += Acc_t(held.dot.total[held.row][c]) << shift;
+    row.sums[c] += Acc_t(held.dot.total[held.row][c] * ap_uint<6>(steps)) << shift;
   }
   ++held.row;
 }
@@ -126,8 +130,10 @@ SHIFTS:
   for (int row = 0; row < kEdge; ++row) {
 #pragma HLS UNROLL
     held.shift_a[row] = a.shift[row];
+    held.steps_a[row] = a.steps[row];
   }
   held.shift_b = b.shift[0];
+  held.steps_b = b.steps[0];
   held.i = product.i;
   held.j = product.j;
   held.row = 0;

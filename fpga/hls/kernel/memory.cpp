@@ -102,6 +102,7 @@ SHIFTS:
   for (int row = 0; row < kEdge; ++row) {
 #pragma HLS UNROLL
     block.shift[row] = 0;
+    block.steps[row] = 0;
   }
   return block;
 }
@@ -126,9 +127,11 @@ HEADERS:
     most_bits = bits > most_bits ? bits : most_bits;
     const bool is_signed = FieldAt(header, kHeaderSignedAt, kHeaderSignedBits);
     const bool is_negated = FieldAt(header, kHeaderNegatedAt, kHeaderNegatedBits);
-    is_legal &= is_signed || !is_negated;
+    const uint32_t steps = FieldAt(header, kHeaderStepsAt, kHeaderStepsBits);
+    is_legal &= (is_signed || !is_negated) && (steps == 0 || bits <= uint32_t(kMaxScaledBits));
     block.is_signed[row] = is_signed;
     block.is_negated[row] = is_negated;
+    block.steps[row] = Steps_t(steps);
     block.shift[row] = Shift_t(FieldAt(header, kHeaderShiftAt, kHeaderShiftBits));
   }
   block.bits = Bits_t(most_bits);

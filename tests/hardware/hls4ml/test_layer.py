@@ -63,13 +63,14 @@ def random_request(
             values=rng.choice([0, 2, 3, 4, 5, 6, 7, 8], (1, positions, blocks)), is_threshold=False
         )
     if kind == "widths, split":
-        return replace(random_request(rng, "widths", positions, blocks), code="split")
+        return replace(random_request(rng, "widths", positions, blocks), code="split", scale_bits=2)
     if kind.startswith("thresholds, split"):
         return ActivationRequest(
             values=rng.integers(-8, 3, (1, 1, blocks)),
             is_threshold=True,
             least_bits=2 if kind.endswith("on offer") else 0,
             code="split",
+            scale_bits=2 if kind.endswith("on offer") else 0,
             offered_bits=(4, 6, 8) if kind.endswith("on offer") else (),
         )
     least = 2 if kind == "thresholds, least 2" else 0

@@ -23,8 +23,11 @@ constexpr int kHeaderShiftAt = 5;
 constexpr int kHeaderShiftBits = 5;
 constexpr int kHeaderNegatedAt = 10;
 constexpr int kHeaderNegatedBits = 1;
-constexpr int kHeaderReservedAt = 11;
-constexpr int kHeaderReservedBits = 5;
+constexpr int kHeaderStepsAt = 11;
+constexpr int kHeaderStepsBits = 2;
+constexpr int kHeaderReservedAt = 13;
+constexpr int kHeaderReservedBits = 3;
+constexpr int kMaxScaledBits = 5;
 
 // Bits of a directory word.
 constexpr int kDirectoryOffsetAt = 0;

@@ -60,6 +60,7 @@ using PlaneWord_t = std::conditional<kPlaneBits == 16, uint16_t, uint64_t>::type
 using Rows_t = ap_uint<kEdge>;  // one flag a row
 using Bits_t = ap_uint<4>;
 using Shift_t = ap_uint<kShiftBits>;
+using Steps_t = ap_uint<kHeaderStepsBits>;  // n: a mantissa is 2n + 1 times its code
 using Dot_t = ap_int<kDotBits>;
 using Partial_t = int16_t;  // kEdge mantissas of B, each times one bit of A: a plain type, because
                             // it is all that changes in every cycle
@@ -72,10 +73,12 @@ inline uint32_t FieldAt(Word_t word, int at, int bits) {
 }
 
 // A block's (or row's) header.
-inline uint32_t MakeHeader(uint32_t width, bool is_signed, uint32_t shift, bool is_negated) {
+inline uint32_t MakeHeader(uint32_t width, bool is_signed, uint32_t shift, bool is_negated,
+                           uint32_t steps) {
 #pragma HLS INLINE
   return width << kHeaderWidthAt | uint32_t(is_signed) << kHeaderSignedAt |
-         shift << kHeaderShiftAt | uint32_t(is_negated) << kHeaderNegatedAt;
+         shift << kHeaderShiftAt | uint32_t(is_negated) << kHeaderNegatedAt |
+         steps << kHeaderStepsAt;
 }
 
 // The sides of a product.
@@ -93,6 +96,7 @@ struct Block {
   Rows_t is_signed;      // rows whose top plane has negative weight
   Rows_t is_negated;     // rows whose planes are those of their negatives
   Shift_t shift[kEdge];  // exponent of each row above the operand's (or the row's) base
+  Steps_t steps[kEdge];  // what each row's codes are multiplied by
 };
 
 // One row of sums of an output block.
