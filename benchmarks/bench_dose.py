@@ -125,11 +125,13 @@ class Arm:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is missing: `FIRST` with all seeds, `NEXT` with half of them, then the others;
-    each group seed by seed.
+    """Train what is missing: `FIRST` with all seeds, the engine's with three, `NEXT` with half of
+    them, then all; each group seed by seed.
     """
     every = range(arguments.seed, arguments.seed + arguments.seeds)
-    for methods, seeds in ((FIRST, every), (NEXT, every[: len(every) // 2]), (ARMS, every)):
+    half = every[: len(every) // 2]
+    engine = tuple(ENGINE.values())
+    for methods, seeds in ((FIRST, every), (engine, half[:3]), (NEXT, half), (ARMS, every)):
         grid = make_grid(
             data=["cifar100"], models=["resnet8"], methods=methods, seeds=seeds, **SETTINGS
         )
