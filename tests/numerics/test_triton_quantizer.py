@@ -16,13 +16,16 @@ import torch
 
 from dynasty_lightning.numerics.backends.pytorch import quantize_in_torch
 from dynasty_lightning.numerics.backends.triton import dequantize_cuda, quantize_cuda
+from dynasty_lightning.numerics.formats import raised_widths
 from dynasty_lightning.numerics.layout import BlockLayout
+from dynasty_lightning.numerics.quantized import header_negated
 from dynasty_lightning.numerics.random import StreamPosition, stream_numbers
 from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Role
 from tests.waiting import HANG_S
 
 from . import triton_helpers
+from .native_cases import FINE, random_fine_case
 from .test_random import PUBLISHED, VECTORS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -98,14 +101,24 @@ def check(
     asked = torch.as_tensor(asked, dtype=torch.int32) if isinstance(asked, int) else asked
     recipe = recipe_of(asked, is_threshold=threshold, **options)
     dtype = torch.float32 if threshold else torch.bfloat16
+    return check_recipe(run, x, layout, recipe, dtype, **testing)
+
+
+def check_recipe(
+    run: Run,
+    x: torch.Tensor,
+    layout: BlockLayout,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    **testing: Any,
+) -> dict[str, Any]:
+    """The same of a layout and a recipe; read back in `dtype`."""
     got = run("quantize", x, layout, recipe, dequantized=dtype, **testing)
     expected = quantize_in_torch(x, layout, recipe)
     wanted = {
-        "codes": (expected.integers.to(torch.int16) & 0xFF).to(torch.uint8),
+        "codes": expected.codes,
         "relative_exponents": expected.relative_exponents,
-        "headers": expected.bits.to(torch.uint8)
-        | expected.signed.to(torch.uint8) << 4
-        | expected.occupied.to(torch.uint8) << 5,
+        "headers": expected.headers,
         "largest_exponents": expected.largest_exponents,
         "values": expected.values(torch.bfloat16),
         "dequantized": expected.values(dtype),
@@ -117,12 +130,14 @@ def check(
     for name, want in wanted.items():
         assert got[name].dtype == want.dtype, name
         assert got[name].shape == want.shape, name
-        assert torch.equal(got[name], want), (
-            f"{name} differ in {int((got[name] != want).sum())} of {want.numel()}"
-        )
+        # Of values their bits: zeros have signs.
+        kind = {torch.bfloat16: torch.int16, torch.float32: torch.int32}.get(want.dtype, want.dtype)
+        differ = got[name].view(kind) != want.view(kind)
+        assert not differ.any(), f"{name} differ in {int(differ.sum())} of {want.numel()}"
     for name in {"codes", "values", "dequantized"} & set(wanted):
-        assert got[name].movedim(axis, -1).is_contiguous(), f"{name}: channels are not innermost"
-    assert not bool((got["values"].view(torch.int16) == -(1 << 15)).any()), "negative zero"
+        assert got[name].movedim(layout.channel_axis, -1).is_contiguous(), (
+            f"{name}: channels are not innermost"
+        )
     return got
 
 
@@ -454,6 +469,86 @@ def test_all_zero(run):
         assert int(got["headers"].max()) == 0
 
 
+@pytest.mark.parametrize("first", range(0, 50, 10))
+def test_random_fine_cases(run, first):
+    for seed in range(first, first + 10):
+        case = random_fine_case(seed)
+        if case.x.numel() <= 2000:  # larger ones take the interpreter long
+            dtype = (torch.float32, torch.bfloat16)[seed % 2]
+            check_recipe(run, case.x, case.layout, case.recipe, dtype)
+
+
+def blocks_of_two_ends(count: int, seed: int) -> torch.Tensor:
+    """4 x 4 blocks whose extreme elements are such multiples of a power of two as limits and slack
+    are, or next to one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def ends() -> torch.Tensor:
+        whole = torch.randint(0, 300, (count,), generator=generator).float()
+        beside = torch.tensor([0.0, 300.0])[torch.randint(2, (count,), generator=generator)]
+        x = torch.where(
+            torch.rand(count, generator=generator) < 0.4, whole, torch.nextafter(whole, beside)
+        )
+        return x * torch.exp2(torch.randint(-3, 0, (count,), generator=generator).float())
+
+    x = torch.zeros(4, 4 * count)
+    x[0, ::4], x[1, 1::4] = ends(), -ends() * (torch.rand(count, generator=generator) < 0.7)
+    x[2, 2::4] = x[0, ::4] * torch.rand(count, generator=generator)
+    return x
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize(("code", "scale_bits"), FINE)
+def test_an_lsb_is_the_finest_that_fits(run, code, scale_bits, stochastic):
+    count = 240
+    x = blocks_of_two_ends(count, scale_bits)
+    widths = 2 + torch.arange(count, dtype=torch.int32)[None] % 7
+    options = {"code": code, "scale_bits": scale_bits, "stochastic": stochastic}
+    for role in (Role.ACTIVATION, Role.WEIGHT):
+        got = check(run, x, widths, block_shape=(4, 4), role=role, **options)
+        assert header_negated(got["headers"]).any() == (code == "split")
+        check(run, x, widths - 4, block_shape=(4, 4), role=role, threshold=True, **options)
+    # Blocks that are dropped or kept, and the slack of more elements.
+    tiny = {"block_shape": (8, 8), "role": Role.ERROR, "threshold": True, **options}
+    check(run, x.view(-1, 20), torch.arange(-3, 21, dtype=torch.int32)[:, None] % 14, **tiny)
+
+
+@pytest.mark.parametrize("k", [3, 5, 7])
+def test_fine_elements_at_the_edge_of_rounding(run, k):
+    """An LSB of k: elements that a division rounded once leaves on a tie, and where stochastic
+    rounding lifts them exactly to an integer, or one unit below.
+    """
+    options = {"block_shape": (4, 4), "scale_bits": 2}
+    shape = (4, 32)
+    whole = torch.arange(128).view(shape) % 12 - 6
+    whole[0, ::4] = 7
+    lsbs = torch.where(whole == 7, 7, whole + 0.5)
+    got = check(run, k * lsbs, 4, role=Role.WEIGHT, **options)
+    assert torch.equal(got["codes"].view(torch.int8), (k * lsbs.round()).to(torch.int8))
+    edge = (
+        1 - (2 * stream_numbers(STREAM, int(Role.ERROR), 128).view(shape).double() + 1) * 2.0**-17
+    )
+    for units, lifted in ((0, 1), (1, 0)):
+        x = k * torch.where(whole == 7, 7, whole + edge - units * 2.0**-17)
+        assert torch.equal(x, x.float().double())
+        got = check(run, x.float(), 4, role=Role.ERROR, stochastic=True, **options)
+        mantissas = k * torch.where(whole == 7, 7, whole + lifted)
+        assert torch.equal(got["codes"].view(torch.int8), mantissas.to(torch.int8))
+
+
+@pytest.mark.parametrize("offered", [(4, 8), (3, 5), (6,), (4, 5, 6, 7, 8)], ids=str)
+def test_widths_on_offer(run, offered):
+    x = operand((8, 12, 4), sum(offered), spread=14)
+    formats = ({}, {"code": "split", "scale_bits": 2})
+    for least, most in ((0, 8), (3, 8), (2, 5), (0, 3)):
+        options = {"least_bits": least, "most_bits": most, "raised_widths": raised_widths(offered)}
+        options |= {"threshold": True, "block_shape": (4, 4), **formats[least > 0]}
+        for stochastic, lsb in ((False, -4), (True, -4), (True, 2)):
+            check(run, x, lsb, role=Role.ERROR, stochastic=stochastic, **options)
+        check(run, x, -4, width_group=(8, 8), **options)
+
+
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda v: f"layer{v['layer']}-code{v['code']}")
 def test_committed_stream_numbers(run, vector):
     position = StreamPosition(
@@ -472,16 +567,28 @@ def test_published_vectors(run, counter, key, words):
 
 
 @pytest.mark.parametrize(
-    ("capability", "shape", "axis", "dtype", "role", "group"),
+    ("capability", "shape", "axis", "dtype", "role", "options"),
     [
-        (90, (16, 64, 8, 8), 1, torch.float32, Role.ERROR, (16, 16)),
-        (90, (16, 5, 40), 2, torch.bfloat16, Role.ERROR, None),
-        (80, (16, 5, 7), 1, torch.float16, Role.ACTIVATION, None),
+        (90, (16, 64, 8, 8), 1, torch.float32, Role.ERROR, {"width_group": (16, 16)}),
+        (90, (16, 5, 40), 2, torch.bfloat16, Role.ERROR, {}),
+        (80, (16, 5, 7), 1, torch.float16, Role.ACTIVATION, {}),
+        (90, (16, 64, 8, 8), 1, torch.float32, Role.ERROR, {"code": "split", "scale_bits": 2}),
+        (90, (16, 40), 1, torch.bfloat16, Role.WEIGHT, {"scale_bits": 2}),
+        (90, (16, 5, 40), 2, torch.float16, Role.ACTIVATION, {"code": "split"}),
+        (90, (16, 40), 1, torch.float32, Role.ERROR, {"raised_widths": raised_widths((4, 8))}),
     ],
-    ids=["E of a Conv", "E of a Linear", "X"],
+    ids=[
+        "E of a Conv",
+        "E of a Linear",
+        "X",
+        "fine E of a Conv",
+        "fine W",
+        "split X",
+        "E, few widths",
+    ],
 )
 def test_kernels_compile_and_keep_their_arithmetic(
-    pool, capability, shape, axis, dtype, role, group
+    pool, capability, shape, axis, dtype, role, options
 ):
     """Without a GPU. In PTX: no flushed subnormals, and of float operations only those that the
     kernels' opening comment explains.
@@ -494,20 +601,23 @@ def test_kernels_compile_and_keep_their_arithmetic(
         recipe_of(
             torch.tensor(-4, dtype=torch.int32),
             role=role,
-            width_group=group,
             stochastic=role is Role.ERROR,
-            is_threshold=role is Role.ERROR,
+            is_threshold=role is not Role.ACTIVATION or "code" in options,
+            **options,
         ),
         capability,
     )
     assert set(texts) == {"plan_kernel", "apply_kernel", "dequantize_kernel"} | (
-        {"share_kernel"} if group else set()
+        {"share_kernel"} if "width_group" in options else set()
     )
     assert "mul.f32" in texts["apply_kernel"]
     allowed = (
         r"(selp|mov|mul|fma\.rn)\.f32|cvt\.rn\.f32\.[su]\d+|cvt\.f32\.f16|"
         r"cvt\.rmi(\.ftz)?\.f32\.f32|cvt\.r[zm]i\.s32\.f32"
     )
+    if "scale_bits" in options:  # as IEEE has it, not .full or .approx
+        assert "div.rn.f32" in texts["apply_kernel"]
+        allowed += r"|(div\.rn|add)\.f32"
     for name, text in texts.items():
         operations = set(
             re.findall(

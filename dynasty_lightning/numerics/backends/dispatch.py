@@ -40,7 +40,7 @@ def quantize_blocks(
         if x.device.type == "cpu" and native.available():
             values = None if values_slot is None else workspace_values(values_slot, layout)
             blocks = native.quantize(x, layout, recipe, values=values)
-        elif x.device.type == "cuda" and triton.quantizes(recipe) and triton.available():
+        elif x.device.type == "cuda" and triton.available():
             blocks = triton.quantize_cuda(x, layout, recipe, want_values=values_slot is not None)
     return quantize_in_torch(x, layout, recipe) if blocks is None else blocks
 

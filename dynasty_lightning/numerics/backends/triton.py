@@ -17,14 +17,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..formats import ALL_WIDTHS, FAR_THRESHOLDS, FLOATS, NO_EXPONENT, SCOPES
+from ..formats import (
+    FAR_THRESHOLDS,
+    FLOATS,
+    MIN_BITS,
+    NO_EXPONENT,
+    SCOPES,
+    raised,
+    slack_quarters,
+)
 from ..layout import BlockLayout
 from ..quantized import QuantizedBlocks
 from ..random import StreamPosition, drop_code
 from ..recipe import Recipe
 from .triton_tiles import Places, Tile, needs_wide_offsets, order_of, sizes_of
 
-__all__ = ["available", "dequantize_cuda", "quantize_cuda", "quantizes"]
+__all__ = ["available", "dequantize_cuda", "quantize_cuda"]
 
 _KINDS: Final = {dtype: kind for kind, dtype in enumerate(FLOATS)}
 _SHARE_TILE: Final = 256
@@ -38,16 +46,6 @@ def available() -> bool:
     True
     """
     return find_spec("triton") is not None and torch.cuda.is_available()
-
-
-def quantizes(recipe: Recipe) -> bool:
-    """Whether the kernels know the format, and offer all widths.
-
-    >>> from dynasty_lightning.numerics.roles import Role
-    >>> quantizes(Recipe(role=Role.WEIGHT, request=torch.tensor(4)))
-    True
-    """
-    return not recipe.is_fine and recipe.raised_widths == ALL_WIDTHS
 
 
 def _kernels() -> Any:
@@ -100,7 +98,6 @@ class _Call:
     layout: BlockLayout
     recipe: Recipe
     tile: Tile
-    peaks: Tensor
     plans: Tensor
     state: Tensor
     scopes: int
@@ -122,12 +119,12 @@ class _Call:
             channels_innermost=x.stride(layout.channel_axis) == 1,
             stochastic=recipe.stochastic,
         )
+        peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
         return cls(
             x=bits,
             layout=layout,
             recipe=recipe,
             tile=tile,
-            peaks=torch.empty(blocks, dtype=torch.int32, device=x.device),
             plans=torch.empty(blocks, dtype=torch.uint8, device=x.device),
             # Largest exponent of each scope, and behind them whether anything is not finite: one
             # buffer, so one fill.
@@ -138,12 +135,17 @@ class _Call:
                 sizes=sizes_of(layout),
                 TILE=tile.edges,
                 x=bits,
+                peaks=peaks,
+                lows=torch.empty_like(peaks) if recipe.is_fine else peaks,
                 request=places.request,
                 LEVELS=places.levels,
                 ORDER=order_of(layout),
                 SCOPE=SCOPES[recipe.scope],
                 KIND=_KINDS[x.dtype],
                 WIDE=needs_wide_offsets(x),
+                STOCHASTIC=recipe.stochastic,
+                LIMITS=_limits(recipe),
+                FORMAT=_format(recipe, layout),
             ),
         )
 
@@ -154,15 +156,12 @@ class _Call:
             _kernels().plan_kernel,
             self.tile.programs,
             self.tile.warps,
-            peaks=self.peaks,
             plans=self.plans,
             state=self.state,
             scopes=self.scopes,
             THRESHOLD=recipe.is_threshold,
             MAY_BE_UNSIGNED=recipe.may_be_unsigned,
             DROPS=recipe.drops,
-            LEAST=recipe.least_bits,
-            MOST=recipe.most_bits,
             EMPTY=NO_EXPONENT,
             stream=_stream_words(recipe.stream, drop_code(recipe.role)),
             **self.shared,
@@ -201,14 +200,12 @@ class _Call:
             _kernels().apply_kernel,
             self.tile.programs,
             self.tile.warps,
-            peaks=self.peaks,
             plans=self.plans,
             state=self.state,
             codes=codes,
             values=codes if values is None else values.view(torch.int16),
             scales=relative_exponents,
             headers=headers,
-            STOCHASTIC=recipe.stochastic,
             DROPS=recipe.drops and recipe.least_bits == 0,
             SHARE=self.tile.numbers_per_counter(layout, self.shared["ORDER"])
             if recipe.stochastic
@@ -312,6 +309,21 @@ def _to_grid(recipe: Recipe, layout: BlockLayout, device: torch.device) -> Tenso
             f"a request of shape {tuple(request.shape)} does not broadcast to the grid "
             f"{layout.grid_shape}"
         ) from error
+
+
+def _limits(recipe: Recipe) -> tuple[int, ...]:
+    """`LIMITS` of the kernels; those of widths that are asked for do not matter."""
+    low = MIN_BITS if recipe.drops and recipe.least_bits == 0 else recipe.least_bits
+    table = recipe.raised_widths
+    return recipe.least_bits, recipe.most_bits, min(raised(table, low), recipe.most_bits), table
+
+
+def _format(recipe: Recipe, layout: BlockLayout) -> tuple[bool | int, ...]:
+    """`FORMAT` of the kernels; plain ones read no slack."""
+    slack = (0, 0)
+    if recipe.is_fine and not recipe.stochastic:
+        slack = slack_quarters(recipe.scale_bits, math.prod(layout.block_shape))
+    return recipe.code == "split", recipe.scale_bits > 0, *slack
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -118,6 +118,23 @@ def scope_of(r, p, sizes, SCOPE: tl.constexpr):
     return index
 
 
+@triton.jit
+def raise_largest(state, stored, first, sizes, TILE: tl.constexpr, SCOPE: tl.constexpr):
+    """state[scope] = largest of its blocks' exponents."""
+    rows, positions = first[0] + tl.arange(0, TILE[0]), first[1] + tl.arange(0, TILE[3])
+    if SCOPE == 0:
+        tl.atomic_max(state, tl.max(tl.max(tl.max(stored, 2), 1), 0))
+    elif SCOPE == 1:
+        tl.atomic_max(state + rows, tl.max(tl.max(stored, 2), 1), mask=rows < sizes[3])
+    else:
+        samples, places = rows[:, None], positions[None, :]
+        tl.atomic_max(
+            state + samples * sizes[1] + places,
+            tl.max(stored, 2),
+            mask=(samples < sizes[3]) & (places < sizes[1]),
+        )
+
+
 # -- the random stream
 
 
@@ -265,6 +282,26 @@ def factors_of(exponent):
     return ((half + 127) << 23).to(tl.float32, bitcast=True), ((exponent - half + 127) << 23).to(
         tl.float32, bitcast=True
     )
+
+
+@triton.jit
+def scaled_of(bits, exponent, active):
+    """Elements times 2**exponent of their blocks; zero where a block is."""
+    one, two = factors_of(exponent)
+    two = tl.where(active, two, 0.0)
+    return bits.to(tl.float32, bitcast=True) * one[:, None, :, :, None] * two[:, None, :, :, None]
+
+
+@triton.jit
+def round_stochastic(y, numbers, inside):
+    """Elements in units of 2**-17 as integers of LSBs, and whether a block has one that is not
+    zero.
+    """
+    # floor(y + (2r + 1) * 2**-17) = floor((floor(y * 2**17) + 2r + 1) * 2**-17): what lies below
+    # 2**-17 cannot carry. (tl.floor may flush a subnormal to zero: 0 for -1, which cannot carry
+    # either, since 2r + 1 is odd.)
+    mantissa = (tl.floor(y).to(tl.int32) + 2 * numbers + 1) >> 17
+    return mantissa, tl.max(tl.max(tl.where(inside, tl.abs(mantissa), 0), 4), 1) > 0
 
 
 @triton.jit
