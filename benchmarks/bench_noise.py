@@ -8,7 +8,8 @@ docs/concepts/widths.md.
 The first prints, writes benchmarks/results/noise.json and draws docs/images/thresholds.png.
 
 1. Noise: NSR(b) = sum err**2 / sum x**2 and kappa(b) = mean err**2 / LSB**2 of Gaussian blocks at
-   widths 2 to 8.
+   widths 2 to 8; NSR of denser codes (split, scales with a mantissa), and for them kappa(T) = mean
+   err**2 / 4**T of blocks whose widths follow from a threshold T.
 2. Thresholds: of blocks whose exponents differ, the integer threshold T of least err**2 + r * bits
    by exhaustive search, for many r = lambda * price / sensitivity; then the constant o of T =
    round(log2(r) / 2 + o) with the least regret against it.
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 20230117
 WIDTHS = range(2, 9)
 BLOCKS = ((4, 4), (8, 8), (16, 16))
+DENSE: dict[str, Any] = {"code": "split", "scale_bits": 2}
 OPERANDS = {
     "X relu": (Role.ACTIVATION, lambda g: g.relu()),
     "X half-normal": (Role.ACTIVATION, lambda g: g.abs()),
@@ -115,6 +117,32 @@ def measure_noise(
             "kappa": float(in_lsb.mean()),
         }
     return result
+
+
+def measure_dense(
+    kind: str, block: tuple[int, int], count: int, seed: int = SEED
+) -> dict[str, Any]:
+    """NSR of denser codes by width, and kappa by threshold: -1 to -3, 2 to 5 bits or so."""
+    x = gaussian_blocks(kind, block, count, 0.0, True, seed)
+
+    def square(**request: int) -> float:
+        q = quantize(
+            x,
+            **request,
+            role=OPERANDS[kind][0],
+            block_shape=block,
+            stream=StreamPosition(seed=seed, layer=9),
+            **DENSE,
+        )
+        return float((q.dequantize(torch.float64) - x.double()).square().sum())
+
+    total = float(x.double().square().sum())
+    return {
+        "nsr": {bits: square(bits=bits) / total for bits in WIDTHS},
+        "kappa": {
+            t: square(lsb_exponent=t, least_bits=2) / x.numel() / 4.0**t for t in (-1, -2, -3)
+        },
+    }
 
 
 def measure_drop(
@@ -249,10 +277,17 @@ def best_offset(regrets: list[np.ndarray]) -> dict[str, float]:
 
 def measure_all(elements: int, blocks_of_sweep: int) -> dict[str, Any]:
     """Everything the JSON holds, and the sweeps that the picture shows under "_sweeps"."""
-    result: dict[str, Any] = {"noise": {}, "noise_unit": {}, "thresholds": {}, "offsets": {}}
+    result: dict[str, Any] = {
+        "noise": {},
+        "dense": {},
+        "noise_unit": {},
+        "thresholds": {},
+        "offsets": {},
+    }
     for block in BLOCKS:
         name, count = f"{block[0]}x{block[1]}", elements // (block[0] * block[1])
         result["noise"][name] = {kind: measure_noise(kind, block, count, True) for kind in OPERANDS}
+        result["dense"][name] = {kind: measure_dense(kind, block, count) for kind in OPERANDS}
         result["noise_unit"][name] = {
             kind: measure_noise(kind, block, count, False) for kind in OPERANDS
         }
@@ -305,6 +340,11 @@ def report(result: dict[str, Any]) -> None:
                 f"  {kind:14s}"
                 + "  ".join(f"{v['nsr']:.3g}/{v['kappa']:.4f}" for v in widths.values())
             )
+    print("\ndenser codes: NSR at 2 .. 8 bits; kappa at thresholds -1, -2, -3")
+    for name, kinds in result["dense"].items():
+        for kind, v in kinds.items():
+            nsr, kappa = ("  ".join(f"{n:.3g}" for n in v[what].values()) for what in v)
+            print(f"  {name:6s}{kind:14s}{nsr};  {kappa}")
     print("\nunit variance, 4x4, NSR at 2 / 4 bits, and the prototype's")
     for kind, widths in result["noise_unit"]["4x4"].items():
         print(

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cost.law import BITS, mean_factor
 from ..numerics.formats import MAX_BITS, MIN_BITS
 from ..numerics.roles import READS, SHARED, Gemm, Role
+from .noise import NOISE_PER_LSB
 from .statistics import LayerStatistics
 
 __all__ = ["Sensitivity", "layer_sensitivities", "progress_and_share"]
@@ -50,11 +51,16 @@ class Sensitivity:
         price: of one bit of one element, as a share of an 8-bit step's cost.
         mean_square: of its elements, the shape of `harm`.
         elements: of the operand in one batch.
+        noise_per_lsb: kappa, the squared error of an element in units of 4**T at a threshold T.
         offered: widths that are worth their price; empty for all.
 
     >>> import torch
     >>> s = Sensitivity(
-    ...     harm=torch.ones(1, 2), price=1e-3, mean_square=torch.full((1, 2), 4.0), elements=64.0
+    ...     harm=torch.ones(1, 2),
+    ...     price=1e-3,
+    ...     mean_square=torch.full((1, 2), 4.0),
+    ...     elements=64.0,
+    ...     noise_per_lsb=1 / 12,
     ... )
     >>> float((s.harm * s.mean_square).mean()) * s.elements  # of losing the whole operand
     256.0
@@ -64,6 +70,7 @@ class Sensitivity:
     price: float
     mean_square: Tensor
     elements: float
+    noise_per_lsb: float
     offered: tuple[int, ...] = ()
 
 
@@ -123,6 +130,7 @@ def layer_sensitivities(
                 mean_square=squares[role].double(),
                 elements=counts[role],
                 offered=offered_bits(s, role),
+                noise_per_lsb=NOISE_PER_LSB[s.scale_bits][role],
             )
             for role in Role
         }

@@ -40,6 +40,7 @@ class LayerStatistics:
         histogram: blocks of each role by width, 0 to 8; where absent, all count as `mean_bits`.
         backward_histogram: likewise of X in WGRAD and of W in DGRAD; those of FORWARD where absent.
         law: what a product of two blocks costs.
+        scale_bits: of the blocks' format.
         probe: loss increase measured in this step, if it was.
 
     >>> layer = example_layer(outputs=8, inputs=4)
@@ -66,6 +67,7 @@ class LayerStatistics:
     histogram: Mapping[Role, tuple[float, ...]] = field(default_factory=dict)
     backward_histogram: Mapping[Role, tuple[float, ...]] = field(default_factory=dict)
     law: CostLaw = BITS
+    scale_bits: int = 0
     probe: ProbeRecord | None = None
     ranks: int = 1
     positions: tuple[float, float] | None = None

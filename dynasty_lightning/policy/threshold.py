@@ -21,7 +21,7 @@ from ..numerics.operand_precision import OperandPrecision
 from ..numerics.roles import Role
 from .base import Entries, Measurement, Policy
 from .calibration import Calibration, measured_slopes
-from .noise import NOISE_PER_LSB, ideal_lsb_exponent
+from .noise import ideal_lsb_exponent
 from .sensitivity import Sensitivity, layer_sensitivities
 from .statistics import LayerStatistics
 from .uniform import by_letter, check_backward_bits
@@ -188,7 +188,7 @@ class ThresholdPolicy(Policy, ABC):
             for name, roles in sensitivities.items()
         }
         self.predicted_harm = sum(
-            _predicted_harm(sensitivities[name][role], precision.values, role)
+            _predicted_harm(sensitivities[name][role], precision.values)
             for name, roles in entries.items()
             for role, precision in roles.items()
         )
@@ -231,7 +231,7 @@ class ThresholdPolicy(Policy, ABC):
         # above the mean's threshold at most.
         harm = s.harm.clamp(min=_HARM_FLOOR * float(s.harm.mean()))
         ideal = (
-            ideal_lsb_exponent(self.multiplier, s.price, harm, role) + 0.5
+            ideal_lsb_exponent(self.multiplier, s.price, harm, s.noise_per_lsb) + 0.5
         )  # ceil(t) = round(t + 0.5)
         key = f"{name}/{role.letter}"
         rounded = ideal.round()
@@ -337,9 +337,9 @@ def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]
     """
     logs, weights = [], []
     for roles in sensitivities.values():
-        for role, s in roles.items():
+        for s in roles.values():
             rms = 0.5 * torch.log2(s.mean_square.clamp(min=1e-300))
-            at_one = ideal_lsb_exponent(1.0, s.price, s.harm, role)
+            at_one = ideal_lsb_exponent(1.0, s.price, s.harm, s.noise_per_lsb)
             valid = (s.mean_square > 0) & (s.harm > 0)
             if bool(valid.any()):
                 logs.append(float((rms - 2.0 - at_one)[valid].mean()))
@@ -350,10 +350,10 @@ def _four_bit_multiplier(sensitivities: Mapping[str, Mapping[Role, Sensitivity]]
     return float(4.0 ** min(max(mean, -200.0), 200.0))
 
 
-def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor, role: Role) -> float:
+def _predicted_harm(s: Sensitivity, lsb_exponent: Tensor) -> float:
     """Harm of rounding every element at its threshold; a block below it loses its signal at
     most.
     """
-    noise = NOISE_PER_LSB[role] * torch.exp2(2.0 * lsb_exponent.double())
+    noise = s.noise_per_lsb * torch.exp2(2.0 * lsb_exponent.double())
     per_element = s.harm * torch.minimum(noise, s.mean_square)
     return float(per_element.mean()) * s.elements

@@ -157,6 +157,7 @@ def statistics_of(
         histogram=dict(zip(Role, _rows(sums["histogram"]), strict=False)),
         backward_histogram=dict(zip(SHARED, _rows(sums["backward_histogram"]), strict=False)),
         law=law,
+        scale_bits=layer.format.scale_bits,
         probe=_probe(sums, gradient, ranks) if agreed.probes else None,
         **squares,
     )

@@ -23,6 +23,8 @@ def to_state(s: LayerStatistics) -> dict[str, Any]:
         del state["law"], state["histogram"], state["backward_histogram"]
     else:
         state["law"] = s.law.name
+    if not s.scale_bits:
+        del state["scale_bits"]
     by_gemm = {"macs": {int(g): m for g, m in s.macs.items()}}
     names: list[str] = [name for name in (*_BY_ROLE, *_HISTOGRAMS) if name in state]
     by_role = {name: {int(r): v for r, v in state[name].items()} for name in names}

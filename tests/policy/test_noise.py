@@ -4,6 +4,7 @@ search.
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,17 @@ import torch
 from benchmarks import bench_noise
 from dynasty_lightning.numerics.formats import LSB_LIMIT
 from dynasty_lightning.numerics.roles import Role
+from dynasty_lightning.policy.baselines.magnitude import MagnitudePolicy
 from dynasty_lightning.policy.noise import (
+    DENSE_NOISE_TO_SIGNAL,
     NOISE_PER_LSB,
     NOISE_TO_SIGNAL,
     THRESHOLD_OFFSET,
     ideal_lsb_exponent,
     noise_to_signal,
 )
+from dynasty_lightning.policy.statistics import example_layer
+from dynasty_lightning.policy.threshold import DynastyPolicy
 
 RESULTS = json.loads((Path(bench_noise.ROOT) / "benchmarks" / "results" / "noise.json").read_text())
 NAMES = {
@@ -33,7 +38,8 @@ NAMES = {
 
 def threshold(multiplier, price, harm, role):
     """The best integer, as the map generator takes it."""
-    return ideal_lsb_exponent(multiplier, price, harm, role).ceil().to(torch.int16)
+    kappa = NOISE_PER_LSB[0][role]
+    return ideal_lsb_exponent(multiplier, price, harm, kappa).ceil().to(torch.int16)
 
 
 def numpy_noise(
@@ -70,9 +76,9 @@ def test_table_measured_again(block_shape, role, signed):
             noise_to_signal(role, bits, signed=signed, block_shape=block_shape), rel=0.03
         ), bits
         if bits >= 4:
-            assert kappa == pytest.approx(NOISE_PER_LSB[role] * (1 if signed else 0.5), rel=0.05), (
-                bits
-            )
+            assert kappa == pytest.approx(
+                NOISE_PER_LSB[0][role] * (1 if signed else 0.5), rel=0.05
+            ), bits
 
 
 def test_constants_are_the_benchmarks():
@@ -84,6 +90,29 @@ def test_constants_are_the_benchmarks():
     assert {r.letter: o for r, o in THRESHOLD_OFFSET.items()} == {
         k: v["offset"] for k, v in RESULTS["offsets"].items()
     }
+
+
+def test_denser_codes_measured_again():
+    for block_shape, roles in DENSE_NOISE_TO_SIGNAL.items():
+        for (role, signed), values in roles.items():
+            name = NAMES[role, signed]
+            of_all = RESULTS["dense"]["x".join(map(str, block_shape))][name]
+            assert values == pytest.approx(list(of_all["nsr"].values()), rel=1e-3)
+            again = bench_noise.measure_dense(name, block_shape, (1 << 18) // 256, seed=3)
+            assert values == pytest.approx(list(again["nsr"].values()), rel=0.1)
+            assert all(a > b for a, b in pairwise(values))
+            # 3 to 5 bits: a threshold's noise.
+            kappa = NOISE_PER_LSB[2][role] * (1 if signed else 0.5)
+            assert of_all["kappa"]["-2"] == pytest.approx(kappa, rel=0.12)
+
+
+def test_noise_of_denser_codes_is_theirs():
+    four = noise_to_signal(Role.WEIGHT, 4, block_shape=(8, 8), scale_bits=2)
+    assert four < 0.5 * noise_to_signal(Role.WEIGHT, 4, block_shape=(8, 8))
+    plain, dense = (example_layer(), replace(example_layer(), scale_bits=2))
+    for name, policy in (("dynasty", DynastyPolicy()), ("magnitude", MagnitudePolicy())):
+        found = [policy.predict({"fc": s}, loss=1.0)["fc"][Role.ERROR] for s in (plain, dense)]
+        assert [f.noise_per_lsb for f in found] == [1 / 6, 0.106], name
 
 
 def test_offsets_measured_again():

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 
 from ...numerics.roles import Role
+from ..noise import NOISE_PER_LSB
 from ..sensitivity import Sensitivity, bit_price, offered_bits, operand_elements
 from ..statistics import LayerStatistics
 from ..threshold import ThresholdPolicy
@@ -57,6 +58,7 @@ class MagnitudePolicy(ThresholdPolicy):
                     price=bit_price(s, role, elements[role], total_macs),
                     mean_square=square.double(),
                     elements=elements[role],
+                    noise_per_lsb=NOISE_PER_LSB[s.scale_bits][role],
                     offered=offered_bits(s, role),
                 )
         return result

@@ -116,17 +116,19 @@ def noise_levels(s: LayerStatistics, role: Role) -> Tensor:
         (shape for shape in NOISE_TO_SIGNAL if shape[1] >= s.channels_per_block),
         max(NOISE_TO_SIGNAL),
     )
-    signed = torch.tensor(
-        [noise_to_signal(role, b, block_shape=block_shape) for b in LEGAL_WIDTHS],
-        dtype=torch.float64,
-    )
+
+    def levels(*, signed: bool) -> Tensor:
+        found = [
+            noise_to_signal(
+                role, b, signed=signed, block_shape=block_shape, scale_bits=s.scale_bits
+            )
+            for b in LEGAL_WIDTHS
+        ]
+        return torch.tensor(found, dtype=torch.float64)
+
     if role is not Role.ACTIVATION or not s.x_unsigned:
-        return signed
-    unsigned = torch.tensor(
-        [noise_to_signal(role, b, signed=False, block_shape=block_shape) for b in LEGAL_WIDTHS],
-        dtype=torch.float64,
-    )
-    return s.x_unsigned * unsigned + (1 - s.x_unsigned) * signed
+        return levels(signed=True)
+    return s.x_unsigned * levels(signed=False) + (1 - s.x_unsigned) * levels(signed=True)
 
 
 def fixed_entries(

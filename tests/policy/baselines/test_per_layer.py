@@ -27,6 +27,7 @@ def per_layer_of_unit_harm(**options):
         price=1.0,
         mean_square=torch.ones(1, 1),
         elements=64.0,
+        noise_per_lsb=1 / 12,
     )
     none = replace(unit, harm=torch.zeros(1, 1, dtype=torch.float64))
     policy.predict = lambda layers, loss: {"a": {X: unit, W: unit, E: none}}

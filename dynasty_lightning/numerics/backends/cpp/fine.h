@@ -69,10 +69,11 @@ class FineBlocks {
       const Mask fits = Fits(found, p, sign, more, coarsest - Ints(by));
       finer = finer + Select(fits, Select(by_step, Ints(1), Ints(whole)), Ints(0));
     }
-    Int lsb = coarsest - finer + ShiftLeft<kStepBits>(depth);
+    Int lsb = coarsest - finer;
     if (planner_.drops) {
+      // No coarser one fits better: kept blocks are enlarged to a binade below their threshold.
       const Mask kept = (plan & Ints(kKeptFlag)) > Ints(0);
-      lsb = Select(kept, Greatest(lsb, ShiftLeft<kStepBits>(planner_.KeptLsb(request))), lsb);
+      lsb = Select(kept, ShiftLeft<kStepBits>(planner_.KeptLsb(request)), lsb);
     }
     plan = (plan & Ints((1 << kExponentShift) - 1)) | ShiftLeft<kExponentShift>(lsb);
     return Select(width > Ints(0), found.peak.exponent + depth, Ints(kNoExponent));
