@@ -38,11 +38,10 @@ from typing import Any
 
 import numpy as np
 from lib.common import parser, provenance, write_json
+from lib.paired import by_method, interval
 from numpy.typing import NDArray
-from scipy import stats
 
 from dynasty_lightning.study.grid import make_grid, run_grid
-from dynasty_lightning.study.record_fields import COMPLETE
 from dynasty_lightning.study.report.style import OTHER_COLOURS, drawing, headline, save_picture
 from dynasty_lightning.study.results import read_records
 
@@ -147,10 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def arms_of(records: Sequence[Mapping[str, Any]]) -> list[Arm]:
     """Of complete runs, in the order of `ARMS`; those that have the control's seeds."""
-    done: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for record in records:
-        if record["status"] == COMPLETE:
-            done.setdefault(record["config"]["method"], {})[record["seed"]] = record
+    done = by_method(records)
     control = done.get(CONTROL, {})
     arms = []
     for method in sorted(done, key=lambda m: ARMS.index(m) if m in ARMS else len(ARMS)):
@@ -214,15 +210,6 @@ def _window(record: Mapping[str, Any], first: int, last: int | None) -> float:
     step, means = curve["steps"], np.array(curve["means"])
     steps = np.repeat(means, step)[: record["steps"]]
     return float(steps[first:last].mean())
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % interval (Student's t); without a second value, without an interval."""
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return mean, mean - half, mean + half
 
 
 def fit(arms: Sequence[Arm], dose: str, endpoint: str) -> dict[str, Any] | None:

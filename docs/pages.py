@@ -410,6 +410,29 @@ def engines() -> str:
     return table([*header, "noise of 3 bits", "of 4"], cells)
 
 
+def evidence() -> str:
+    """Studies that were planned, and what is in of each."""
+    found = _json("evidence.json")
+    cells = []
+    for study in found["plan"]:
+        rows = [r for r in found["rows"] if r["study"] == study["study"]]
+        cells += [
+            [
+                study["title"] + (f" ({r['model']})" if study["study"] == "published" else ""),
+                f"`{r['method']}`",
+                f"{r['n']} of {r['planned']}",
+                f"{r['baseline']:.1f}",
+                _with_interval(r["points"], "+.2f"),
+                f"{r['speedup_charged']:.2f}x",
+                "-" if r["speedup_engine"] is None else f"{r['speedup_engine']:.2f}x",
+                f"{r['energy_ratio_sram']:.2f}x",
+            ]
+            for r in rows
+        ] or [[study["title"], f"0 of {study['seeds']} seeds", *["-"] * 6]]
+    header = ["", "method", "n", "uniform 8 bits, %", "points", "bits", "engine", "energy"]
+    return table(header, cells)
+
+
 # -- Reference: from the code
 
 
@@ -484,6 +507,7 @@ PARTS: Final[dict[str, Callable[..., str]]] = {
     "engines": engines,
     "dose": dose,
     "dose-pairs": dose_pairs,
+    "evidence": evidence,
     "api": api,
     "command-line": command_line,
 }

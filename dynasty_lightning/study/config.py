@@ -78,6 +78,7 @@ class RunConfig:
         learning_rate: highest of the run; None for the model's own.
         decay: of the learning rate, "cosine" or "steps" (a tenth after half and again after three
             quarters of the run).
+        augmentation: of training images, "usual" for the data set or "none".
         average_from: in [0, 1): also evaluate the mean of the weights of the steps from this share
             of the run on (`EndAverage`); None does not.
         accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what
@@ -112,6 +113,12 @@ class RunConfig:
         "cosine",
         "of the learning rate; steps: a tenth after half and 3/4 of the run",
         choices=DECAYS,
+        later=True,
+    )
+    augmentation: Literal["usual", "none"] = option(
+        "usual",
+        "of training images; usual: crops and flips for CIFAR-100, none elsewhere",
+        choices=("usual", "none"),
         later=True,
     )
     accelerator: Literal["cpu", "gpu"] = option(

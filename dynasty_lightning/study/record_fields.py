@@ -82,6 +82,7 @@ CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "validation_samples": whole(0, 1 << 40),
     "learning_rate": _optional(number(0, 1e9)),
     "decay": _WORD,
+    "augmentation": _WORD,
     "accelerator": _WORD,
     "mode": _WORD,
     "block_shape": _PAIR,

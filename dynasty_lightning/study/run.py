@@ -201,6 +201,7 @@ def _task_of(config: RunConfig, data_dir: str | None) -> Task:
         validation_samples=config.validation_samples,
         learning_rate=config.learning_rate,
         decay=config.decay,
+        augment=None if config.augmentation == "usual" else False,
         seed=config.seed,
     )
 

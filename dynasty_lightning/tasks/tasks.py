@@ -83,6 +83,7 @@ def build_task(
     validation_samples: int = 0,
     learning_rate: float | None = None,
     decay: Decay = "cosine",
+    augment: bool | None = None,
     seed: int = 0,
 ) -> Task:
     """A network, the module that trains it and its data.
@@ -99,6 +100,7 @@ def build_task(
         validation_samples: training images held back, or windows of the text's own validation part.
         learning_rate: highest of the run; None for the module's own.
         decay: of the learning rate, as `Classifier` has it; text has "cosine" only.
+        augment: crop and flip training images; None for CIFAR-100 only. Of text there is none.
         seed: of the network's initial weights and the order of the samples. The state of torch's
             own generator stays as it is.
 
@@ -113,35 +115,24 @@ def build_task(
         torch.manual_seed(seed)
         if data in TEXT_DATA:
             return _text_task(batch_size, train_samples, validation_samples, learning_rate, seed)
-        images = _images(data, None if data_dir is None else os.fspath(data_dir))
-        return _image_task(
-            images, model, batch_size, train_samples, validation_samples, learning_rate, decay, seed
+        images = TensorDataModule(
+            _images(data, None if data_dir is None else os.fspath(data_dir)),
+            batch_size=batch_size,
+            train_images=train_samples,
+            validation_images=validation_samples,
+            augment=augment,
+            seed=seed,
         )
-
-
-def _image_task(
-    images: ImageData,
-    model: str,
-    batch_size: int,
-    train: int | None,
-    validation: int,
-    learning_rate: float | None,
-    decay: Decay,
-    seed: int,
-) -> Task:
-    data = TensorDataModule(
-        images, batch_size=batch_size, train_images=train, validation_images=validation, seed=seed
-    )
-    network = build_model(
-        model,
-        in_channels=data.in_channels,
-        image_size=images.train_images.shape[-1],
-        classes=data.classes,
-    )
-    module = Classifier(
-        network, classes=data.classes, decay=decay, **_given(learning_rate=learning_rate)
-    )
-    return Task(module=module, data=data, facts=_facts(module, data, validation))
+        network = build_model(
+            model,
+            in_channels=images.in_channels,
+            image_size=images.data.train_images.shape[-1],
+            classes=images.classes,
+        )
+        module = Classifier(
+            network, classes=images.classes, decay=decay, **_given(learning_rate=learning_rate)
+        )
+        return Task(module=module, data=images, facts=_facts(module, images, validation_samples))
 
 
 def _text_task(

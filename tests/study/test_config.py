@@ -139,7 +139,12 @@ def test_fields_know_what_they_belong_to():
         "interval": 50,
     }
     assert COMPARED_AT[:4] == ("data", "model", "epochs", "batch_size")
-    assert {**COMPARED_AT_LATER} == {"decay": "cosine", "accelerator": "cpu", "average_from": None}
+    assert {**COMPARED_AT_LATER} == {
+        "decay": "cosine",
+        "augmentation": "usual",
+        "accelerator": "cpu",
+        "average_from": None,
+    }
     known = {"method", "seed", *COMPARED_AT, *COMPARED_AT_LATER, *OF_BLOCKS}
     assert known == {f.name for f in fields(RunConfig)}
 

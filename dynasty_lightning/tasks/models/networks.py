@@ -16,6 +16,7 @@ _CIFAR_RESNETS: Final[dict[str, dict[str, int]]] = {
     "resnet20": {"depth": 20},
     "resnet38": {"depth": 38},
     "resnet74": {"depth": 74},
+    "resnet8x2": {"depth": 8, "width": 32, "stem_width": 16},
     "resnet8x4": {"depth": 8, "width": 64, "stem_width": 32},
 }
 MODELS: Final = (*_CIFAR_RESNETS, "mlp", "resnet18", "vit", "mlp1024", "mobilenetv2", "vgg-small")
