@@ -219,6 +219,12 @@ class Operand:
         bits, signed = _spread(self.bits, self).astype(np.int32), _spread(self.signed, self)
         return np.where(signed & (bits > 0), 1 << np.maximum(bits - 1, 0), 1 << 30)
 
+    def _only(self, where: tuple[int, ...]) -> Array:
+        """One block of the grid."""
+        grid = np.zeros(self.grid_shape, bool)
+        grid[where] = True
+        return grid
+
     def _multiples(self) -> Array:
         """Steps of each element, int16."""
         return _spread(self.steps, self).astype(np.int16)
@@ -263,7 +269,10 @@ class Operand:
 
     def _refuse_first(self, blocks: Array) -> None:
         wrong, both = self._misfits(1)
-        wrong &= _spread(blocks, self)
+        for multiple in STEPS[1:]:  # what fails for its ends alone is said so
+            of_multiple, its_both = self._misfits(multiple)
+            both |= its_both & ~self._any_of_block(of_multiple) & (self.bits <= MAX_SCALED_BITS)
+        wrong &= _spread(blocks & ~both, self)
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             bits, signed = (int(_spread(g, self)[where]) for g in (self.bits, self.signed))
@@ -279,7 +288,7 @@ class Operand:
                 )
             )
         where = tuple(int(i) for i in np.argwhere(both & blocks)[0])
-        end = 1 << int(self.bits[where]) - 1
+        end = int(np.abs(self.mantissas).max(where=_spread(self._only(where), self), initial=0))
         raise OperandError(
             f"block {where} holds {-end} and {end}: codes of {self.bits[where]} bits reach one "
             f"of these ends, with or without the flag that negates them"

@@ -18,7 +18,7 @@ from ..tasks.data.files import DATA_VARIABLE
 from ..tasks.tasks import TASK_DATA, TASK_MODELS
 from .options import Command, add_alias, add_fields, given, usual_threads, words
 
-_DEFAULTS: Final = {"epochs": 10, "batch_size": 128}
+_DEFAULTS: Final = {"epochs": 10, "batch_size": 128, "codes": "dense"}
 _SEEDS: Final = 5
 _TIMEOUT: Final = 60.0  # minutes: no step and no test of a network that one trains here takes so
 _CHECKPOINT_EVERY: Final = 10.0  # minutes

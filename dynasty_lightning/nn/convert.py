@@ -46,8 +46,8 @@ def convert(
     block_shape: tuple[int, int] = (4, 4),
     width_group: tuple[int, int] | None = None,
     scaling: Scaling = "window",
-    code: Code = "symmetric",
-    scale_bits: int = 0,
+    code: Code | None = None,
+    scale_bits: int | None = None,
     exclude: Collection[str] = (),
     unquantized: Collection[str] = (),
     control_variate: bool = False,
@@ -66,7 +66,8 @@ def convert(
     Args:
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
-        code, scale_bits: denser codes of square blocks, as `BlockFormat` has them.
+        code, scale_bits: as `BlockFormat` has them; None is "split" and 2 in square blocks, and
+            "symmetric" and 0, plain blocks, elsewhere.
         exclude: layer names or patterns (`fnmatch`) that stay as they are.
         unquantized: letters of roles that the GEMMs read in float32, for studies of what one role's
             rounding does.
@@ -90,7 +91,7 @@ def convert(
     check_names("exclude", exclude)
     check_names("unquantized", unquantized)
     check_seed(seed)
-    block_format = BlockFormat(
+    block_format = BlockFormat.usual(
         block_shape=block_shape,
         width_group=width_group,
         scaling=scaling,

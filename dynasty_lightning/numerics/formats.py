@@ -284,6 +284,34 @@ class BlockFormat:
                 f"{SQUARE_BLOCKS}, not {self.block_shape}"
             )
 
+    @classmethod
+    def usual(
+        cls,
+        *,
+        block_shape: tuple[int, int] = (4, 4),
+        width_group: tuple[int, int] | None = None,
+        scaling: Scaling = "window",
+        code: Code | None = None,
+        scale_bits: int | None = None,
+    ) -> "BlockFormat":
+        """What networks are converted to: where `code` or `scale_bits` is None, the denser one if
+        such blocks have it.
+
+        >>> BlockFormat.usual().code, BlockFormat.usual(block_shape=(1, 32)).code
+        ('split', 'symmetric')
+        >>> BlockFormat.usual(code="symmetric", scale_bits=0) == BlockFormat()
+        True
+        """
+        square = whole_pair("block_shape", block_shape) in SQUARE_BLOCKS
+        dense = square and scaling == "window"
+        return cls(
+            block_shape=block_shape,
+            width_group=width_group,
+            scaling=scaling,
+            code=("split" if dense else "symmetric") if code is None else code,
+            scale_bits=(max(SCALE_BITS) if dense else 0) if scale_bits is None else scale_bits,
+        )
+
     @property
     def is_fine(self) -> bool:
         """Whether its LSBs follow from the elements at both ends of a block."""

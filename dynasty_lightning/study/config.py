@@ -83,8 +83,9 @@ class RunConfig:
             of the run on (`EndAverage`); None does not.
         accelerator: what trains; a GPU's sums differ in their last bits, so it is part of what
             fixes a run.
-        mode, block_shape, width_group, interval: of blocks, where the method has no other;
-            without effect for floating point.
+        mode, block_shape, width_group, codes, interval: of blocks, where the method has no other;
+            without effect for floating point. Codes are "plain" here, as in the first records,
+            "dense" from the command line.
         evaluate_on: "test", or "validation" for choices that must not see the test set.
 
     Raises:
@@ -147,6 +148,12 @@ class RunConfig:
         absent="the block",
         belongs_to="blocks",
     )
+    codes: Literal["plain", "dense"] = option(
+        "plain",
+        "of square blocks: dense ones are split and have scales with a mantissa",
+        choices=("plain", "dense"),
+        belongs_to="blocks",
+    )
     interval: int = option(50, "steps between analyses", least=1, belongs_to="blocks")
     evaluate_on: Literal["test", "validation"] = option(
         "test", "validation never looks at the test set", choices=("test", "validation")
@@ -172,6 +179,11 @@ class RunConfig:
         method = Method.parse(self.method)
         method.check()
         object.__setattr__(self, "method", str(method))
+        plugin = method.make_plugin(
+            seed=0, block_shape=self.block_shape, width_group=self.width_group
+        )
+        if plugin is not None and not plugin.format.is_fine:  # such blocks have no denser codes
+            object.__setattr__(self, "codes", "plain")
         if self.learning_rate is not None:
             object.__setattr__(self, "learning_rate", float(self.learning_rate))
 
@@ -202,8 +214,9 @@ class RunConfig:
         words = ["dynasty-lightning", "compare", "--methods", self.method]
         words += ["--seed", str(self.seed), "--seeds", "1"]
         for name, value in self.canonical().items():
-            if name not in ("method", "seed"):
+            if name not in ("method", "seed", "codes"):
                 words += [flag(name), shape_text(value) if isinstance(value, tuple) else str(value)]
+        words += ["--codes", self.codes]  # plain ones, of the first records, are not its default
         return shlex.join([*words, "--out", "repeated.jsonl"])
 
 

@@ -103,7 +103,12 @@ def demo_grid(
         models=[model],
         methods=map(str, parsed),
         seeds=range(seed, seed + seeds),
-        **{**DATA_DEFAULTS.get(data, {}), "learning_rate": LEARNING_RATE, **settings},
+        **{
+            **DATA_DEFAULTS.get(data, {}),
+            "learning_rate": LEARNING_RATE,
+            "codes": "dense",
+            **settings,
+        },
     )
 
 

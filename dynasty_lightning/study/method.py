@@ -32,6 +32,8 @@ _PLUGIN_OPTIONS: Final = (
     "unquantized",
     "control_variate",
 )
+PLAIN: Final[Mapping[str, Any]] = {"code": "symmetric", "scale_bits": 0}
+"""Options of a plugin whose blocks are plain."""
 _PLUGIN_OF_FP4: Final = ("block_shape", "width_group", "scaling", "code", "scale_bits")
 _OLD_NAMES: Final = {"other_layers": "rest"}
 """Options that words have by the name of before 0.1.0: results are stored under it."""
@@ -162,7 +164,11 @@ class Method:
         """
         if self.is_float:
             return None
-        own = {name: value for name, value in self.options if name in _PLUGIN_OPTIONS}
+        own = {
+            name: value
+            for name, value in self.options
+            if name in _PLUGIN_OPTIONS and not (name in PLAIN and value is None)
+        }
         own |= {
             name: (value,)
             for name, value in own.items()
@@ -314,4 +320,4 @@ def _written(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
-__all__ = ["FLOATS", "Method", "method_names", "parse_methods"]
+__all__ = ["FLOATS", "PLAIN", "Method", "method_names", "parse_methods"]

@@ -87,6 +87,7 @@ CONFIG_FIELDS: Final[Mapping[str, Field]] = {
     "mode": _WORD,
     "block_shape": _PAIR,
     "width_group": _optional(_PAIR),
+    "codes": _WORD,
     "interval": whole(1, 1 << 30),
     "evaluate_on": _WORD,
 }

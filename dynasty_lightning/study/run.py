@@ -22,7 +22,7 @@ from .averaging import EndAverage
 from .checkpoint import RunCheckpoint
 from .config import RunConfig
 from .environment import PACKAGE, commit, finite, machine, versions
-from .method import FLOATS, Method
+from .method import FLOATS, PLAIN, Method
 from .record import failure, record_of, thinned
 from .record_fields import COMPLETE, DIVERGED, FAILED
 from .watch import RunWatch, Send, Watcher, make_watcher
@@ -212,6 +212,7 @@ def _make_trainer(config: RunConfig, method: Method, parts: _Parts) -> L.Trainer
         mode=config.mode,
         block_shape=config.block_shape,
         width_group=config.width_group,
+        **({} if config.codes == "dense" else PLAIN),
     )
     return L.Trainer(
         max_epochs=config.epochs,

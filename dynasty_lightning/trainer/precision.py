@@ -50,7 +50,8 @@ class DynastyPrecision(Precision):
         width_group: rows x channels that share one width; None gives each block its own.
         scaling: "window", or "mx" for the OCP MX specification's scales, signs and rounding, in (1,
             32) blocks of one width.
-        code, scale_bits: denser codes of square blocks, as `BlockFormat` has them.
+        code, scale_bits: as `BlockFormat` has them; None is "split" and 2 in square blocks, and
+            "symmetric" and 0, plain blocks, elsewhere.
         other_layers: precision of everything that is not converted: "32", or "bf16" by autocast.
         exclude: names or patterns of layers that stay as they are.
         unquantized: letters of roles that are not quantized ("X", "W", "E"), for studies; their
@@ -81,8 +82,8 @@ class DynastyPrecision(Precision):
         block_shape: tuple[int, int] = (4, 4),
         width_group: tuple[int, int] | None = None,
         scaling: Scaling = "window",
-        code: Code = "symmetric",
-        scale_bits: int = 0,
+        code: Code | None = None,
+        scale_bits: int | None = None,
         other_layers: Literal["32", "bf16"] = "32",
         exclude: Collection[str] = (),
         unquantized: Collection[str] = (),
@@ -107,7 +108,7 @@ class DynastyPrecision(Precision):
         self.exclude = tuple(exclude)
         self.unquantized = tuple(Role.from_letter(letter).letter for letter in unquantized)
         self.control_variate = control_variate
-        self.format = BlockFormat(
+        self.format = BlockFormat.usual(
             block_shape=block_shape,
             width_group=width_group,
             scaling=scaling,

@@ -259,7 +259,7 @@ def check_dynamic(
     last = run.callback.history[-1]
     assert min(last["mean_bits"].values()) < 7, f"all operands have 8 bits: {last['mean_bits']}"
     for name in layers if layers is not None else run.bits:
-        assert run.bits[name]["E"] > 0.5, f"E of {name} has {run.bits[name]['E']:.2f} bits"
+        assert run.bits[name]["E"] > 0.4, f"E of {name} has {run.bits[name]['E']:.2f} bits"
     assert last["zero_share"]["E"] < 0.9
     summary = run.callback.summary()
     assert all(math.isfinite(v) for v in numbers(summary)), summary

@@ -129,7 +129,7 @@ def test_an_optimizer_with_states_of_8_bits():
 def test_lbfgs_calls_its_closure_several_times_a_step():
     def make():
         # At .1 and batches of 64 uniform 8 bits diverge with one seed in five.
-        return Module(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.05, max_iter=4, history_size=4))
+        return Module(optimizer=lambda p: torch.optim.LBFGS(p, lr=0.02, max_iter=4, history_size=4))
 
     run = fit(make, data=lambda: loader(256), max_steps=30)
     check(run, missed="could not be made up for in 30 steps")

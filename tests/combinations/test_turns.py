@@ -406,7 +406,7 @@ def test_closures_that_run_several_times_count_each_time():
     callback, macs = true_macs(
         lambda: Module(
             nn.Sequential(nn.Flatten(), *net()),
-            optimizer=lambda p: torch.optim.LBFGS(p, lr=0.2, max_iter=3, history_size=3),
+            optimizer=lambda p: torch.optim.LBFGS(p, lr=0.05, max_iter=3, history_size=3),
         ),
         max_steps=20,
     )

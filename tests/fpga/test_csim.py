@@ -20,6 +20,7 @@ from fpga import (
     DeviceTimeout,
     GemmConfig,
     GemmJob,
+    Operand,
     ToolMissing,
     open_device,
 )
@@ -365,6 +366,19 @@ def test_a_job_that_announces_row_exponents_which_do_not_follow_is_refused_by_na
         ),
     ):
         device.run(product())
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(5, "none"), (6, "header_a")])
+def test_steps_of_a_wide_block_make_no_sense(bits: int, expected: str) -> None:
+    one = np.ones((1, 1, 1), int)
+    block = Operand(
+        mantissas=np.full((4, 1, 4), 11), scale_exponents=0 * one, bits=bits * one, signed=one
+    )
+    job = GemmJob(a=block, b=block)
+    with open_device("csim") as device:
+        words = pack(block, device.config).words
+        words[1] |= np.uint64(1 << 11)  # the one header, behind the directory
+        assert error_text(launch(job, device, a=words).error).partition(":")[0] == expected
 
 
 def test_corrupt_operand_memory_never_goes_unseen_where_it_could_do_harm() -> None:

@@ -66,9 +66,7 @@ def test_structure_of_a_converted_model(tmp_path):
     PrecisionMap(structure=structure).save(tmp_path / "map")
     PrecisionMap.load(tmp_path / "map", net)
     with pytest.raises(ValueError, match="'stem' is not there in it"):
-        PrecisionMap.load(
-            tmp_path / "map", ModelStructure(layers=LAYERS | structure.layers, width_group=(8, 8))
-        )
+        PrecisionMap.load(tmp_path / "map", replace(structure, layers=LAYERS | structure.layers))
 
 
 def test_structure_of_odd_models():

@@ -29,7 +29,7 @@ DEVICE_TESTS = (
     "csim and (every_gemm_of_every_layer or every_pair_of_widths or rounding or ties or split or ends_of_float32 or smallest_subnormal or beyond_31 or block_diagonal or (every_configuration and 8))",
 )
 LOCK_TESTS = ("tests/fpga/test_board_lock.py", "")
-JOB_TESTS = ("tests/fpga/test_csim.py", "makes_no_sense")
+JOB_TESTS = ("tests/fpga/test_csim.py", "makes_no_sense or make_no_sense")
 FUZZ_TESTS = ("tests/fpga/test_core_fuzz.py", "")
 
 
@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation("steps of A's first row for all", "kernel/compute.cpp", "held.steps_a[row] = a.steps[row];", "held.steps_a[row] = a.steps[0];"),
     Mutation("steps of B left out", "kernel/compute.cpp", "(2 * int(held.steps_b) + 1)", "1"),
     Mutation("steps added, not multiplied", "kernel/compute.cpp", "+ 1) * (2 * int(held.steps_b) + 1)", "+ 1) + (2 * int(held.steps_b))"),
-    Mutation("refusal: wide blocks with steps", "kernel/memory.cpp", "(steps == 0 || bits <= uint32_t(kMaxScaledBits))", "true"),
+    Mutation("job: wide blocks with steps", "kernel/memory.cpp", "(steps == 0 || bits <= uint32_t(kMaxScaledBits))", "true"),
     Mutation("one row's flag for all", "kernel/memory.cpp", "block.is_negated[row] =", "block.is_negated[0] ="),
     Mutation("sign plane of B on every plane", "kernel/compute.cpp", "q == 0 && b.is_signed[0]", "bool(b.is_signed[0])"),
     Mutation("lowest plane of A left out", "kernel/compute.cpp", "has_pairs = !(is_last_a && is_last_b);", "has_pairs = !(is_last_a || is_last_b);"),

@@ -26,11 +26,13 @@ from dynasty_lightning.numerics.operand_precision import OperandPrecision
 from dynasty_lightning.numerics.recipe import Recipe
 from dynasty_lightning.numerics.roles import Gemm, Role
 from tests import oracle
+from tests.numerics.native_cases import FINE
 
 PATHS = {}
 """What quantizes: AVX-512 where the processor has it, the portable loops, and pure torch where
 nothing was compiled.
 """
+CODES = (("symmetric", 0), *FINE)
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -140,6 +142,8 @@ def oracle_operands(layer, x, e):
             least=precision.least_bits,
             most=most,
             stream={"layer": layer.layer_index, "seed": 17},
+            split=plan.format.code == "split",
+            scale_bits=plan.format.scale_bits,
             **{"lsb" if precision.bits is None else "bits": values},
         )
         operands[gemm, role] = quantized.values
@@ -174,11 +178,22 @@ def test_three_gemms_equal_the_oracle(seed):
     group = None
     if block_shape == (4, 4) and g.random() < 0.2:
         group = (8, 8)
+    code, scale_bits = (None, None) if seed % 2 else CODES[seed // 2 % len(CODES)]
+    if block_shape == (1, 16):
+        code, scale_bits = None, None
     model = nn.Sequential(module)
     models = {}
     for mode in ("exact", "fast"):
         models[mode] = copy.deepcopy(model)
-        convert(models[mode], mode=mode, block_shape=block_shape, width_group=group, seed=17)
+        convert(
+            models[mode],
+            mode=mode,
+            block_shape=block_shape,
+            width_group=group,
+            code=code,
+            scale_bits=scale_bits,
+            seed=17,
+        )
     x = torch.randn(shape) * torch.randn(shape).exp2()
     if g.random() < 0.5:
         x = x.relu()

@@ -51,7 +51,7 @@ def test_a_probe_of_a_linear_layer_against_float64():
     torch.manual_seed(0)
     layer = nn.Linear(8, 12, bias=False)
     model = nn.Sequential(layer)
-    convert(model, seed=3)
+    convert(model, code="symmetric", scale_bits=0, seed=3)
     (dynamic,) = dynamic_layers(model).values()
     for role in Role:
         dynamic.set_precision(role, OperandPrecision(lsb_exponent=LSB[role]))

@@ -177,8 +177,15 @@ def test_layers_train_in_fine_formats():
 def test_what_is_no_format_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BlockFormat(**options)
-    with pytest.raises(ValueError, match=message):
-        DynastyPrecision(**options)
+    if None not in options.values():  # which is the usual ones
+        with pytest.raises(ValueError, match=message):
+            DynastyPrecision(**options)
+
+
+def test_what_networks_are_converted_to():
+    assert (DynastyPrecision().format.code, DynastyPrecision().format.scale_bits) == ("split", 2)
+    for options in ({"block_shape": (1, 32)}, {"code": "symmetric", "scale_bits": 0}):
+        assert not DynastyPrecision(**options).format.is_fine
 
 
 def test_a_map_knows_its_codes(tmp_path):
@@ -189,10 +196,10 @@ def test_a_map_knows_its_codes(tmp_path):
     plugin.precision_map().save(path)
     assert PrecisionMap.load(path, network).structure.code == "split"
     plain = torch.nn.Sequential(torch.nn.Linear(8, 4))
-    convert(plain)
+    convert(plain, code="symmetric", scale_bits=0)
     with pytest.raises(ValueError, match=r"made for blocks of .*, code='split', scale_bits=2; "):
         PrecisionMap.load(path, plain)
-    DynastyPrecision().convert_module(plain)
+    DynastyPrecision(code="symmetric", scale_bits=0).convert_module(plain)
     assert "code" not in model_structure(plain).to_json()  # files of before stay what they were
 
 

@@ -353,7 +353,8 @@ def test_report_of_a_study(report):
     assert (
         "    dynasty-lightning compare --methods float32,uniform8,dynasty@5.1,dynasty@3 --seed "
         "0 --seeds 3 "
-        "--data=cifar100 --model=resnet8 --epochs=10 --batch-size=128 --out FILE.jsonl" in text
+        "--data=cifar100 --model=resnet8 --epochs=10 --batch-size=128 --codes=plain --out "
+        "FILE.jsonl" in text
     )
     assert "Not completed" not in text
     assert "no evidence" not in text

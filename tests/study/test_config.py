@@ -15,6 +15,7 @@ from dynasty_lightning.study.config import (
     RunConfig,
     option,
 )
+from dynasty_lightning.study.method import PLAIN, Method
 
 from .test_compare import SMALL, config
 
@@ -130,12 +131,24 @@ def test_the_key_of_every_committed_record(path):
         assert config_of(record).key == record["key"], record["command"]
 
 
+def test_blocks_that_have_no_denser_codes_are_plain():
+    line = [config(method, codes="dense") for method in ("mxint8", "uniform4:block_shape=1x32")]
+    assert [c.codes for c in line] == ["plain", "plain"]
+    assert line[0].key == config("mxint8").key
+    assert config("uniform4", codes="dense").codes == "dense"
+    assert config("float32", codes="dense").key == config("float32").key
+    # An option that is none is one that is not given.
+    plugin = Method.parse("uniform4:code=none").make_plugin(seed=0, **PLAIN)
+    assert not plugin.format.is_fine
+
+
 def test_fields_know_what_they_belong_to():
     """Reports compare runs by these, and records of before lack the later ones."""
     assert {**OF_BLOCKS} == {
         "mode": "fast",
         "block_shape": (4, 4),
         "width_group": None,
+        "codes": "plain",
         "interval": 50,
     }
     assert COMPARED_AT[:4] == ("data", "model", "epochs", "batch_size")

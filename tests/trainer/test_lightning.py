@@ -371,7 +371,7 @@ def test_resume_with_another_block_shape_is_refused(tmp_path):
     t.save_checkpoint(tmp_path / "x.ckpt")
     with pytest.raises(
         ValueError,
-        match=r"was made for blocks \(4, 4\).*use DynastyPrecision\(block_shape=\(4, 4\)",
+        match=r"for blocks of block_shape=\(4, 4\).*use DynastyPrecision\(block_shape=\(4, 4\)",
     ):
         trainer(plugin=DynastyPrecision(block_shape=(8, 8)), max_epochs=2).fit(
             small_classifier(), digits(), ckpt_path=tmp_path / "x.ckpt", weights_only=True

@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_it(step):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        plugins=[DynastyPrecision(seed=1)],
+        plugins=[DynastyPrecision(code="symmetric", scale_bits=0, seed=1)],
         callbacks=[resumed],
     ).fit(
         Turns(),

@@ -350,6 +350,7 @@ def _commands(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in records:
         options = options_of(record["command"])
         assert options is not None  # check_record
+        options.setdefault("--codes", "plain")  # what a command of before --codes trained
         method = options.pop("--methods")
         first = int(options.pop("--seed"))
         for name in ("--seeds", "--out"):
