@@ -71,7 +71,7 @@ class FineBlocks {
     }
     Int lsb = coarsest - finer;
     if (planner_.drops) {
-      // No coarser one fits better: kept blocks are enlarged to a binade below their threshold.
+      // What fits is no coarser: kept blocks are enlarged to a binade below their threshold.
       const Mask kept = (plan & Ints(kKeptFlag)) > Ints(0);
       lsb = Select(kept, ShiftLeft<kStepBits>(planner_.KeptLsb(request)), lsb);
     }
