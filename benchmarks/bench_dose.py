@@ -124,13 +124,13 @@ class Arm:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train what is missing: `FIRST` with all seeds, the engine's with three, `NEXT` with half of
-    them, then all; each group seed by seed.
+    """Train what is missing: `FIRST` with all seeds, `NEXT` with half of them, the engine's with
+    three, then all; each group seed by seed.
     """
     every = range(arguments.seed, arguments.seed + arguments.seeds)
     half = every[: len(every) // 2]
     engine = tuple(ENGINE.values())
-    for methods, seeds in ((FIRST, every), (engine, half[:3]), (NEXT, half), (ARMS, every)):
+    for methods, seeds in ((FIRST, every), (NEXT, half), (engine, half[:3]), (ARMS, every)):
         grid = make_grid(
             data=["cifar100"], models=["resnet8"], methods=methods, seeds=seeds, **SETTINGS
         )
